@@ -1,0 +1,87 @@
+# What a person does with this project. Every target makes the environment that it needs, once, in .venv.
+# PYTHON chooses the interpreter (3.11 to 3.13), ARGS goes to the program or to pytest: make test ARGS='-m "not e2e"'
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-print-directory
+
+PYTHON ?= python3
+ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+
+# airflow standalone and other programs look their helpers up on PATH
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+# $(call install,EXTRA): this project with an extra, in the versions of constraints.txt. uv does it in seconds. It does not read pip's
+# settings, so where pip has an index of its own (a company's mirror), or where uv cannot do it, pip does it in about a minute.
+define install
+	echo "Installing the $(1) environment into $(VENV) ..."; \
+	if ! $(BIN)/python -m pip config list | grep -qE "(^|[.])index-url=" \
+	    && $(BIN)/python -m pip install -qq --constraint constraints.txt uv \
+	    && $(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable ".[$(1)]"; \
+	then :; \
+	else $(BIN)/python -m pip install -qq --no-compile --constraint constraints.txt --editable ".[$(1)]"; fi
+endef
+
+.PHONY: help
+help: ## this list
+	@echo "make TARGET, where TARGET is one of"
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' Makefile
+
+.PHONY: demo
+demo: $(VENV)/.runtime ## 50,000 products, their descriptions and the bill, against the simulator
+	@$(BIN)/python -m airflow_provider_batchkit.simulator.demo demo $(ARGS)
+
+.PHONY: airflow
+airflow: $(VENV)/.runtime ## the same catalog in a real Airflow with its UI; Ctrl-C ends it
+	@$(BIN)/python -m airflow_provider_batchkit.simulator.demo airflow $(ARGS)
+
+.PHONY: test
+test: $(VENV)/.dev ## the whole test suite, with a real PostgreSQL and a real Airflow
+	@$(BIN)/python -m pytest $(ARGS)
+
+.PHONY: check
+check: $(VENV)/.dev ## lint, format, types, and what may import what
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/python -m pytest -q tests/unit/test_layers.py
+
+.PHONY: bench
+bench: $(VENV)/.bench ## the measurements beside the official provider and common.ai
+	@$(BIN)/python -m tests.bench $(ARGS)
+
+.PHONY: constraints
+constraints: ## constraints.txt anew, from the newest versions that fit
+	@dir=$$(mktemp -d) && trap 'rm -rf "$$dir"' EXIT \
+	    && $(PYTHON) -m venv "$$dir/env" \
+	    && "$$dir/env/bin/python" -m pip install -qq uv --editable ".[dev,bench]" \
+	    && { sed -n '/^#/p' constraints.txt; "$$dir/env/bin/python" -m pip freeze --exclude-editable; } > "$$dir/constraints.txt" \
+	    && ! grep -nE '^[^#].*(@|://)' "$$dir/constraints.txt" \
+	    && cp "$$dir/constraints.txt" constraints.txt && git diff --stat constraints.txt
+
+.PHONY: clean
+clean: ## remove the environment, the demo's files and what the tools leave behind
+	@rm -rf $(VENV) .demo build dist .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	@find airflow_provider_batchkit tests example_dags -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+
+# The environment: one directory, one stamp per set of packages in it.
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v < (3, 14) \
+	    else "this needs Python 3.11, 3.12 or 3.13, and $(PYTHON) is %d.%d: make PYTHON=python3.12 ..." % v)'
+	@$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.runtime: pyproject.toml constraints.txt | $(BIN)/python
+	@$(call install,sqlite)
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
+	@$(call install,dev)
+	@touch $@
+
+$(VENV)/.bench: pyproject.toml constraints.txt | $(BIN)/python
+	@$(call install,bench)
+	@touch $@

@@ -1,0 +1,27 @@
+"""Claude's answer for every row of a table, at half price: an Apache Airflow provider over Anthropic's Message Batches API.
+
+``BatchKit`` is the same engine without Airflow. Nothing heavy is imported until a name is used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from airflow_provider_batchkit.kit import BatchKit, Retrieval
+    from airflow_provider_batchkit.model import BatchItem, BatchSnapshot, CostTally, RequestStatus, Usage
+    from airflow_provider_batchkit.pricing import PriceBook
+
+__version__ = "0.1.0"
+
+__all__ = ["BatchItem", "BatchKit", "BatchSnapshot", "CostTally", "PriceBook", "RequestStatus", "Retrieval", "Usage"]
+
+_HOMES = {"BatchKit": "kit", "Retrieval": "kit", "PriceBook": "pricing"}
+
+
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"{__name__}.{_HOMES.get(name, 'model')}"), name)

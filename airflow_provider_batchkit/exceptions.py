@@ -1,0 +1,111 @@
+"""What can go wrong, as one tree.
+
+::
+
+    BatchKitError
+    ├── BatchInputError            terminal   the input or a setting is wrong; nothing was sent, nothing billed
+    │   ├── RequestError           terminal   one request would be refused by the API; names the item
+    │   └── TableError             terminal   the result table does not fit what is to land in it
+    ├── SubmitRefusedError         terminal   the API refused the batch (4xx); nothing was billed
+    ├── SubmitThrottledError       retry      the API said "not now" (429, 529) longer than we wait; nothing was billed
+    ├── SubmitUncertainError       retry      nobody knows yet whether the API accepted the batch; reconcile, never resend
+    ├── LeaseLostError             terminal   another attempt of the same job has taken over; this one sent nothing more
+    ├── LedgerError                terminal   the ledger does not allow this move, or is of another version
+    ├── BatchUnavailableError      terminal   the batch is gone, archived or invisible to this key; says what can be recovered
+    ├── BatchNotEndedError         retry      results were asked of a batch that is still running
+    ├── BatchWaitTimeout           retry      the batch did not end in the time allowed; it goes on and can be waited for again
+    ├── PollError                  retry      the API kept failing while we polled; the batch itself is untouched
+    ├── ResultStreamError          retry      the results could not be read to their end; nothing was written
+    └── ErrorRateError             terminal   results landed, but more of them failed than ``fail_on_error_rate`` allows
+
+"terminal" means that another try of the same thing ends the same way, "retry" that it is worth one. ``retryable`` says it to programs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+
+class BatchKitError(Exception):
+    """Base of every error that this package raises on purpose."""
+
+    retryable: ClassVar[bool] = False
+    #: ids of batches that the same call had submitted before it failed; they run and are billed
+    submitted: Sequence[str] = ()
+
+
+class BatchInputError(BatchKitError, ValueError):
+    """The input or a setting is wrong. Raised before anything is sent."""
+
+
+class RequestError(BatchInputError):
+    """One request is not what the Messages API takes. The message names the item by its key or position."""
+
+
+class TableError(BatchInputError):
+    """The result table, its name or its columns do not fit what is to land in it."""
+
+
+class SubmitRefusedError(BatchKitError):
+    """The API refused to create the batch, so nothing is running and nothing is billed.
+
+    ``status`` is the HTTP status of the refusal, ``error_type`` the API's own error type where it gave one.
+    """
+
+    def __init__(self, message: str, *, status: int, error_type: str | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.error_type = error_type
+
+
+class SubmitThrottledError(BatchKitError):
+    """The API answered 429 or 529 until the bound on waiting was reached. Nothing was accepted or billed."""
+
+    retryable = True
+
+
+class SubmitUncertainError(BatchKitError):
+    """The create call ended without an answer that proves what happened. Must be reconciled before anything is sent again."""
+
+    retryable = True
+
+
+class LeaseLostError(BatchKitError):
+    """A newer attempt of the same job holds its lease; this attempt stops before it sends anything more."""
+
+
+class LedgerError(BatchKitError):
+    """The ledger refuses a move that its state table does not have, or its tables are of another version."""
+
+
+class BatchUnavailableError(BatchKitError):
+    """The batch or its results cannot be had with this connection: deleted, archived, or in another workspace."""
+
+
+class BatchNotEndedError(BatchKitError):
+    """Results exist only once the whole batch has ended."""
+
+    retryable = True
+
+
+class BatchWaitTimeout(BatchKitError, TimeoutError):
+    """The batch did not end within the time allowed. It keeps running, is billed as usual, and can be waited for again."""
+
+    retryable = True
+
+
+class PollError(BatchKitError):
+    """Polling failed too many times in a row. The batch itself is untouched."""
+
+    retryable = True
+
+
+class ResultStreamError(BatchKitError):
+    """The result stream was cut more often than we read again. Nothing was written."""
+
+    retryable = True
+
+
+class ErrorRateError(BatchKitError):
+    """The share of failed requests is above ``fail_on_error_rate``. What succeeded has landed."""

@@ -1,0 +1,294 @@
+"""The values that pass between the stages: no I/O, no Airflow, no API client."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from datetime import datetime
+from decimal import Decimal
+from enum import Enum
+from typing import Any
+
+import msgspec
+
+#: Limits of the API, from its documentation: requests and bytes of one batch, and the form of a ``custom_id``.
+MAX_REQUESTS_PER_BATCH = 100_000
+MAX_BYTES_PER_BATCH = 256 * 1000 * 1000
+CUSTOM_ID_PATTERN = r"^[a-zA-Z0-9_-]{1,64}$"
+
+#: Costs are kept to a millionth of a millionth of a dollar: a batch price of $0.005 per million tokens is 5e-9 dollars a token.
+COST_QUANTUM = Decimal("1e-12")
+PICO_PER_USD = 10**12
+
+
+class RequestStatus(str, Enum):
+    """The one outcome that every request gets. ``PENDING`` until its batch has landed."""
+
+    PENDING = "pending"
+    SUCCEEDED = "succeeded"
+    ERRORED = "errored"
+    EXPIRED = "expired"
+    CANCELED = "canceled"
+    #: succeeded for the API and billed, but the answer does not fit the schema that was asked for
+    INVALID_OUTPUT = "invalid_output"
+    #: the result file ended without a line for it
+    MISSING = "missing"
+
+
+class Usage(msgspec.Struct, frozen=True, gc=False):
+    """What the API counted for one request.
+
+    ``input_tokens`` excludes cached tokens, as the API reports it; ``prompt_tokens`` is the whole prompt.
+    """
+
+    input_tokens: int = 0
+    output_tokens: int = 0
+    cache_write_5m_tokens: int = 0
+    cache_write_1h_tokens: int = 0
+    cache_read_tokens: int = 0
+    web_searches: int = 0
+    #: ``"us"`` is billed at 1.1 times the price on models that support it
+    inference_geo: str | None = None
+    #: ``"fast"`` has its own price
+    speed: str | None = None
+
+    @property
+    def prompt_tokens(self) -> int:
+        """All tokens of the prompt, cached or not: what price tiers by prompt size look at."""
+        return self.input_tokens + self.cache_write_5m_tokens + self.cache_write_1h_tokens + self.cache_read_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What one usage costs in USD, exact to ``COST_QUANTUM``: as part of a batch, and at the standard price."""
+
+    batch_usd: Decimal
+    standard_usd: Decimal
+
+
+class PreparedRequest(msgspec.Struct, frozen=True, gc=False):
+    """A request that has passed every check and is encoded once, ready to be written into an upload body."""
+
+    #: unique in its batch; every result line names it
+    custom_id: str
+    #: the row's key columns as a JSON array, or for a request without a row its own ``custom_id`` or position
+    key: str
+    #: hex digest of the request's params: equal digests ask the same thing
+    digest: str
+    #: ``{"custom_id": …, "params": {…}}`` as JSON bytes
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """Requests of one batch as an upload body on disk, cut at the API's limits. ``index`` lists their keys beside it."""
+
+    number: int
+    requests: int
+    #: length of the body in bytes, brackets included
+    bytes: int
+    body_path: str
+    index_path: str
+
+
+@dataclass(frozen=True, slots=True)
+class BatchSnapshot:
+    """A batch as the API last showed it. Times are aware and UTC."""
+
+    batch_id: str
+    #: ``in_progress``, ``canceling`` or ``ended``
+    processing_status: str
+    counts: BatchCounts
+    created_at: datetime
+    expires_at: datetime | None = None
+    ended_at: datetime | None = None
+    #: set once the results are gone, 29 days after creation
+    archived_at: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BatchItem:
+    """One line of a batch's results.
+
+    ``status`` is what the API says of the request; for a failed one ``error_type`` and ``error_message`` are the API's.
+    ``text`` joins the text blocks of the answer. ``stop_reason`` may be ``max_tokens`` or ``refusal``: a "succeeded"
+    answer can be cut or refused. ``message`` is the whole message as the API sent it, JSON bytes, for tools and citations.
+    """
+
+    custom_id: str
+    status: RequestStatus
+    text: str | None = None
+    stop_reason: str | None = None
+    model: str | None = None
+    usage: Usage | None = None
+    error_type: str | None = None
+    error_message: str | None = None
+    message: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BatchCounts:
+    """Requests of a batch per status, as the API reports them. All are ``processing`` until the whole batch has ended."""
+
+    processing: int = 0
+    succeeded: int = 0
+    errored: int = 0
+    canceled: int = 0
+    expired: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.processing + self.succeeded + self.errored + self.canceled + self.expired
+
+    def __add__(self, other: BatchCounts) -> BatchCounts:
+        return BatchCounts(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+
+def _add_optional(a: Decimal | None, b: Decimal | None) -> Decimal | None:
+    return None if a is None or b is None else a + b
+
+
+@dataclass(frozen=True, slots=True)
+class ModelTally:
+    """Tokens and cost of one model. Costs are USD, or ``None`` where the model has no known price."""
+
+    requests: int = 0
+    input_tokens: int = 0
+    output_tokens: int = 0
+    cache_write_5m_tokens: int = 0
+    cache_write_1h_tokens: int = 0
+    cache_read_tokens: int = 0
+    web_searches: int = 0
+    batch_cost_usd: Decimal | None = Decimal(0)
+    standard_cost_usd: Decimal | None = Decimal(0)
+
+    def __add__(self, other: ModelTally) -> ModelTally:
+        counts = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self) if not f.name.endswith("_usd")}
+        return ModelTally(
+            **counts,
+            batch_cost_usd=_add_optional(self.batch_cost_usd, other.batch_cost_usd),
+            standard_cost_usd=_add_optional(self.standard_cost_usd, other.standard_cost_usd),
+        )
+
+    @property
+    def savings_usd(self) -> Decimal | None:
+        """Standard price less batch price."""
+        if self.batch_cost_usd is None or self.standard_cost_usd is None:
+            return None
+        return self.standard_cost_usd - self.batch_cost_usd
+
+
+@dataclass(frozen=True, slots=True)
+class CostTally:
+    """What a batch, a job or a month cost, per model. Adds up with ``+``; exact, in ``Decimal`` USD.
+
+    A total is ``None`` as soon as one model in it has no known price: an unknown cost is never shown as zero. Tokens always count.
+    ``price_version`` names the price data that was used; a sum over several versions lists them.
+    """
+
+    models: Mapping[str, ModelTally] = field(default_factory=dict)
+    price_version: str = ""
+
+    def __add__(self, other: CostTally) -> CostTally:
+        models = dict(self.models)
+        for name, tally in other.models.items():
+            models[name] = models[name] + tally if name in models else tally
+        versions = [*self.price_version.split(", "), *other.price_version.split(", ")]
+        return CostTally(models, ", ".join(sorted({v for v in versions if v})))
+
+    @classmethod
+    def sum(cls, tallies: Iterable[CostTally]) -> CostTally:
+        """Add any number of tallies; none at all gives an empty one."""
+        total = cls()
+        for tally in tallies:
+            total = total + tally
+        return total
+
+    @property
+    def total(self) -> ModelTally:
+        """All models together."""
+        total = ModelTally()
+        for tally in self.models.values():
+            total = total + tally
+        return total
+
+    @property
+    def requests(self) -> int:
+        return self.total.requests
+
+    @property
+    def input_tokens(self) -> int:
+        return self.total.input_tokens
+
+    @property
+    def output_tokens(self) -> int:
+        return self.total.output_tokens
+
+    @property
+    def cache_write_5m_tokens(self) -> int:
+        return self.total.cache_write_5m_tokens
+
+    @property
+    def cache_write_1h_tokens(self) -> int:
+        return self.total.cache_write_1h_tokens
+
+    @property
+    def cache_read_tokens(self) -> int:
+        return self.total.cache_read_tokens
+
+    @property
+    def web_searches(self) -> int:
+        return self.total.web_searches
+
+    @property
+    def batch_cost_usd(self) -> Decimal | None:
+        return self.total.batch_cost_usd
+
+    @property
+    def standard_cost_usd(self) -> Decimal | None:
+        return self.total.standard_cost_usd
+
+    @property
+    def savings_usd(self) -> Decimal | None:
+        return self.total.savings_usd
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values: counts as numbers, money as decimal strings (a JSON number would be a binary float)."""
+        return {
+            **_tally_json(self.total),
+            "price_version": self.price_version,
+            "models": {name: _tally_json(tally) for name, tally in sorted(self.models.items())},
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> CostTally:
+        """The inverse of :meth:`to_json`."""
+        models = {name: _tally_from_json(values) for name, values in data["models"].items()}
+        return cls(models, data.get("price_version", ""))
+
+
+def _tally_json(tally: ModelTally) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for f in fields(tally):
+        value = getattr(tally, f.name)
+        values[f.name] = format_usd_exact(value) if f.name.endswith("_usd") else value
+    values["savings_usd"] = format_usd_exact(tally.savings_usd)
+    return values
+
+
+def _tally_from_json(values: Mapping[str, Any]) -> ModelTally:
+    known: dict[str, Any] = {}
+    for f in fields(ModelTally):
+        value = values.get(f.name, 0)
+        known[f.name] = (None if value is None else Decimal(str(value))) if f.name.endswith("_usd") else value
+    return ModelTally(**known)
+
+
+def format_usd_exact(value: Decimal | None) -> str | None:
+    """Every digit of an amount, without an exponent and without trailing zeros beyond the cents."""
+    if value is None:
+        return None
+    text = f"{value:f}"
+    whole, _, fraction = text.partition(".")
+    fraction = fraction.rstrip("0")
+    return f"{whole}.{fraction.ljust(2, '0')}"

