@@ -1,0 +1,336 @@
+"""One HTTP call: read it whole, look up its faults, carry it out, answer in the API's shape, or cut the connection."""
+
+from __future__ import annotations
+
+import re
+import socket
+import struct
+import time
+from collections.abc import Iterator
+from email.utils import formatdate
+from http.client import responses
+from http.server import BaseHTTPRequestHandler
+from typing import TYPE_CHECKING, Any
+from urllib.parse import parse_qs, urlsplit
+
+import msgspec
+
+from . import validate
+from .errors import ApiError, error_body, request_id
+from .faults import CutError, Fault, Plan, faulty
+from .models import MODELS
+from .records import system_bytes, text_bytes
+from .tokens import OVERHEAD_TOKENS, tokens_of_bytes
+
+if TYPE_CHECKING:
+    from .server import Core, Server
+
+READ_BYTES = 1 << 20
+CHUNK_BYTES = 1 << 16
+#: Bodies over the limit are read and thrown away up to here, so that the client gets to read the 413; beyond, the connection closes.
+DRAIN_BYTES = 1_000_000_000
+#: Batches on one page, from the API's documentation.
+MAX_PAGE = 1000
+#: Form of the anthropic-version header; which dates are known changes with every SDK, so any date passes.
+API_VERSION = re.compile(r"20\d\d-\d\d-\d\d")
+_ID = r"/(?P<id>[^/]+)"
+_ROUTES = tuple(
+    (method, re.compile(pattern), endpoint)
+    for method, pattern, endpoint in (
+        ("POST", r"/v1/messages/batches", "create"),
+        ("GET", r"/v1/messages/batches", "list"),
+        ("GET", rf"/v1/messages/batches{_ID}", "retrieve"),
+        ("DELETE", rf"/v1/messages/batches{_ID}", "delete"),
+        ("POST", rf"/v1/messages/batches{_ID}/cancel", "cancel"),
+        ("GET", rf"/v1/messages/batches{_ID}/results", "results"),
+        ("POST", r"/v1/messages/count_tokens", "count_tokens"),
+        ("POST", r"/v1/messages", "messages"),
+        ("GET", r"/v1/models", "models"),
+        ("GET", rf"/v1/models{_ID}", "model"),
+    )
+)
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Serves one connection, call after call."""
+
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    server: Server
+
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base class's name
+        """No access log: the counts are in the stats."""
+
+    def do_GET(self) -> None:
+        self._serve()
+
+    do_POST = do_DELETE = do_PUT = do_PATCH = do_GET  # noqa: N815 - the base class looks for these names
+
+    @property
+    def core(self) -> Core:
+        return self.server.core
+
+    def _serve(self) -> None:
+        url = urlsplit(self.path)
+        try:
+            if url.path.startswith("/_sim/"):
+                self._control(url.path.removeprefix("/_sim/"), url.query)
+            else:
+                self._call(url.path, url.query)
+        except (ConnectionError, TimeoutError):
+            self.close_connection = True
+
+    # the API
+
+    def _call(self, path: str, query: str) -> None:
+        endpoint, target = self._route(path)
+        body, too_large = self._read_body(self.core.store.settings.max_body_bytes)
+        plan = self.core.faults.take(endpoint, target) if endpoint else Plan()
+        self.core.count(endpoint or "unknown")
+        try:
+            try:
+                plan.strike("cut_before_accept", "status")
+                workspace = self._admit(path, endpoint, target, too_large=too_large)
+                answer = self._carry_out(endpoint or "", target or "", workspace, body, parse_qs(query, keep_blank_values=True))
+            finally:
+                if plan.late is not None:
+                    self.core.stopping.wait(plan.late.seconds)
+            plan.strike("cut_after_accept", "status_after_accept")
+            if isinstance(answer, Iterator):
+                self._stream(answer, plan.in_results)
+            else:
+                self._answer(200, answer)
+        except ApiError as error:
+            self._answer_error(error)
+        except CutError as cut:
+            self._cut(cut)
+
+    def _route(self, path: str) -> tuple[str | None, str | None]:
+        """Endpoint and the id in the path; ``(None, "method")`` for a known path with another method."""
+        known = None
+        for method, pattern, endpoint in _ROUTES:
+            found = pattern.fullmatch(path)
+            if found:
+                if method == self.command:
+                    return endpoint, found.groupdict().get("id")
+                known = "method"
+        return None, known
+
+    def _admit(self, path: str, endpoint: str | None, target: str | None, *, too_large: bool) -> str:
+        """The caller's workspace. Raises ApiError for an unknown path or method, bad credentials and a body over the limit."""
+        if endpoint is None:
+            raise ApiError(405, "Method Not Allowed") if target else ApiError(404, f"Not found: {path}")
+        workspace = self._workspace()
+        if too_large:
+            raise ApiError(413, f"Request exceeds the maximum size of {self.core.store.settings.max_body_bytes} bytes")
+        return workspace
+
+    def _workspace(self) -> str:
+        """The workspace that the credentials belong to. Raises ApiError: 401, 400 without a version, 403 for another workspace's id."""
+        bearer = self.headers.get("authorization", "")
+        key = self.headers.get("x-api-key") or (bearer[7:].strip() if bearer.lower().startswith("bearer ") else "")
+        if not key:
+            raise ApiError(401, "x-api-key header is required")
+        keys = self.core.store.settings.keys
+        workspace = keys.get(key) if keys else "default"
+        if workspace is None:
+            raise ApiError(401, "invalid x-api-key")
+        version = self.headers.get("anthropic-version")
+        if version is None:
+            raise ApiError(400, "anthropic-version: header is required")
+        if API_VERSION.fullmatch(version) is None:
+            raise ApiError(400, f"anthropic-version: {version!r} is not a valid version")
+        if self.headers.get("anthropic-workspace-id", workspace) != workspace:
+            raise ApiError(403, "anthropic-workspace-id does not match the workspace of the credentials")
+        return workspace
+
+    def _carry_out(  # noqa: C901, PLR0911 - one case and one return per endpoint
+        self, endpoint: str, target: str, workspace: str, body: bytearray, query: dict[str, list[str]]
+    ) -> dict[str, Any] | Iterator[bytes]:
+        store, beta, base_url = self.core.store, "anthropic-beta" in self.headers, self._base_url()
+        match endpoint:
+            case "create":
+                return store.create(body, workspace, beta=beta).as_json(base_url)
+            case "retrieve":
+                return store.look(target, workspace).as_json(base_url)
+            case "list":
+                limit, after_id, before_id = _page_query(query)
+                page, more = store.page(workspace, limit, after_id, before_id)
+                return _list_of([batch.as_json(base_url) for batch in page], more)
+            case "cancel":
+                return store.cancel(target, workspace).as_json(base_url)
+            case "delete":
+                store.delete(target, workspace)
+                return {"id": target, "type": "message_batch_deleted"}
+            case "results":
+                return store.results(target, workspace)
+            case "messages":
+                return store.message(body, workspace, beta=beta)
+            case "count_tokens":
+                params = validate.count_params(body)
+                size = system_bytes(params.system) + sum(text_bytes(turn.content) for turn in params.messages)
+                return {"input_tokens": tokens_of_bytes(size) + OVERHEAD_TOKENS}
+            case "models":
+                limit, after_id, before_id = _page_query(query)
+                return _models_page(limit, after_id, before_id)
+            case _:
+                if target not in MODELS:
+                    raise ApiError(404, f"model: {target}")
+                return MODELS[target]
+
+    # control
+
+    def _control(self, path: str, query: str) -> None:
+        body, _ = self._read_body(READ_BYTES)
+        try:
+            answer = self.core.control(self.command, path, {name: values[-1] for name, values in parse_qs(query).items()}, bytes(body))
+        except ApiError as error:
+            self._answer_error(error)
+        except (ValueError, msgspec.MsgspecError) as error:
+            self._answer_error(ApiError(400, str(error)))
+        else:
+            self._answer(200, answer)
+
+    # bytes in
+
+    def _read_body(self, limit: int) -> tuple[bytearray, bool]:
+        """The body, and whether it is over ``limit`` bytes; one over it is read and thrown away."""
+        if "chunked" in self.headers.get("transfer-encoding", "").lower():
+            return self._read_chunked(limit)
+        size = int(self.headers.get("content-length") or 0)
+        if size > limit:
+            if size > DRAIN_BYTES:
+                self.close_connection = True
+                return bytearray(), True
+            while size > 0:
+                size -= len(self._read(min(size, READ_BYTES)))
+            return bytearray(), True
+        body = bytearray(size)
+        view = memoryview(body)
+        got = 0
+        while got < size:
+            count = self.rfile.readinto(view[got : got + READ_BYTES])
+            if not count:
+                raise ConnectionResetError("the client closed the connection inside the body")
+            got += count
+        return body, False
+
+    def _read_chunked(self, limit: int) -> tuple[bytearray, bool]:
+        body = bytearray()
+        total = 0
+        while True:
+            size = int(self.rfile.readline(1024).split(b";")[0].strip() or b"x", 16)
+            total += size
+            left = size
+            while left:
+                data = self._read(min(left, READ_BYTES))
+                left -= len(data)
+                if total <= limit:
+                    body += data
+            if self.rfile.readline(1024) not in (b"\r\n", b"\n"):
+                raise ConnectionResetError("broken chunked body")
+            if not size:
+                return body, total > limit
+
+    def _read(self, size: int) -> bytes:
+        data = self.rfile.read(size)
+        if not data:
+            raise ConnectionResetError("the client closed the connection inside the body")
+        return data
+
+    # bytes out
+
+    def _base_url(self) -> str:
+        return f"http://{self.headers.get('host') or self.server.netloc}"
+
+    def _head(self, status: int, request: str, *extra: str) -> bytes:
+        lines = [
+            f"HTTP/1.1 {status} {responses.get(status, 'Error')}",
+            f"date: {formatdate(self.core.store.now(), usegmt=True)}",
+            f"request-id: {request}",
+            *extra,
+        ]
+        if self.close_connection:
+            lines.append("connection: close")
+        return "\r\n".join([*lines, "", ""]).encode("latin-1")
+
+    def _answer(self, status: int, body: dict[str, Any], *extra: str) -> None:
+        request = request_id()
+        if body.get("type") == "error":
+            body["request_id"] = request
+        self.core.count_status(status)
+        data = msgspec.json.encode(body)
+        self.wfile.write(self._head(status, request, "content-type: application/json", f"content-length: {len(data)}", *extra) + data)
+
+    def _answer_error(self, error: ApiError) -> None:
+        extra = [f"{name}: {value}" for name, value in error.headers.items()]
+        self._answer(error.status, error_body(error.type, error.message, ""), *extra)
+
+    def _stream(self, lines: Iterator[bytes], faults: list[Fault]) -> None:
+        """Sends lines in chunks of about 64 KB; with a ``trickle`` fault one by one."""
+        self.core.count_status(200)
+        self.wfile.write(self._head(200, request_id(), "content-type: application/x-jsonl", "transfer-encoding: chunked"))
+        pause = max((fault.seconds for fault in faults if fault.kind == "trickle"), default=0.0)
+        pending: list[bytes] = []
+        size = 0
+        try:
+            for line in faulty(lines, faults):
+                pending.append(line)
+                size += len(line)
+                if size >= CHUNK_BYTES or pause:
+                    self._chunk(pending)
+                    pending, size = [], 0
+                if pause and self.core.stopping.wait(pause):
+                    raise ConnectionAbortedError("the simulator stops")
+        except CutError as cut:
+            self._chunk([*pending, cut.last])
+            if not cut.fault.clean:
+                raise CutError(b"", cut.fault) from cut
+            pending = []
+        self._chunk(pending)
+        self.wfile.write(b"0\r\n\r\n")
+
+    def _chunk(self, parts: list[bytes]) -> None:
+        data = b"".join(parts)
+        if data:
+            self.wfile.write(b"%x\r\n%b\r\n" % (len(data), data))
+
+    def _cut(self, cut: CutError) -> None:
+        """Closes the connection without an answer."""
+        self.close_connection = True
+        self.core.count_status(0)
+        if cut.fault.reset:
+            time.sleep(0.01)  # a reset discards what the client has not read yet; what came before it should arrive
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.server.resets.add(self.connection)
+
+
+def _page_query(query: dict[str, list[str]]) -> tuple[int, str | None, str | None]:
+    """limit, after_id, before_id. Raises ApiError (400) for a limit that is no integer from 1 to 1000."""
+    text = query.get("limit", ["20"])[-1]
+    if not text.isdecimal():
+        raise ApiError(400, "limit: Input should be a valid integer, unable to parse string as an integer")
+    limit = int(text)
+    if limit < 1:
+        raise ApiError(400, "limit: Input should be greater than or equal to 1")
+    if limit > MAX_PAGE:
+        raise ApiError(400, f"limit: Input should be less than or equal to {MAX_PAGE}")
+    return limit, query.get("after_id", [""])[-1] or None, query.get("before_id", [""])[-1] or None
+
+
+def _list_of(data: list[dict[str, Any]], more: bool) -> dict[str, Any]:
+    return {"data": data, "has_more": more, "first_id": data[0]["id"] if data else None, "last_id": data[-1]["id"] if data else None}
+
+
+def _models_page(limit: int, after_id: str | None, before_id: str | None) -> dict[str, Any]:
+    ids = list(MODELS)
+    for name, cursor in (("after_id", after_id), ("before_id", before_id)):
+        if cursor and cursor not in MODELS:
+            raise ApiError(400, f"{name}: {cursor} is not a known model")
+    if before_id:
+        found = ids[: ids.index(before_id)]
+        page = found[-limit:]
+    else:
+        found = ids[ids.index(after_id) + 1 :] if after_id else ids
+        page = found[:limit]
+    return _list_of([MODELS[id_] for id_ in page], len(found) > len(page))

@@ -1,0 +1,83 @@
+"""What a simulator can be told: limits, clock, keys, token model, scripted outcomes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
+Count = Annotated[int, msgspec.Meta(ge=0)]
+
+#: Limits of the API, from its documentation: body bytes and requests of one batch.
+MAX_BODY_BYTES = 256_000_000
+MAX_REQUESTS = 100_000
+#: Seconds until a batch that has not ended expires, and until its results are archived, both from creation.
+EXPIRES_AFTER_SECONDS = 24 * 3600
+ARCHIVED_AFTER_SECONDS = 29 * 24 * 3600
+
+
+class SimulatorSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Every knob of the simulator. Outcome and token settings hold for requests accepted after they are set.
+
+    ``clock``: when a batch ends. ``"instant"``: with its creation. ``"polls:N"``: after N looks (retrieve, or a list page that shows
+    it) have answered ``in_progress``. ``"seconds:S"``: S seconds after creation. ``"manual"``: by a control call only. In every mode a
+    batch that is 24 hours old on the simulator's clock expires, and one that is 29 days old loses its results.
+    """
+
+    clock: str = "instant"
+    #: seconds by which the server's clock is ahead of the machine's (negative: behind)
+    skew_seconds: float = 0.0
+    #: decides the order of results, the rates below, and nothing else
+    seed: int = 0
+    #: API key or bearer token → workspace; empty: every non-empty key belongs to workspace ``default``
+    keys: dict[str, str] = {}
+    max_body_bytes: Annotated[int, msgspec.Meta(ge=1, le=MAX_BODY_BYTES)] = MAX_BODY_BYTES
+    max_requests: Annotated[int, msgspec.Meta(ge=1, le=MAX_REQUESTS)] = MAX_REQUESTS
+    #: where bad ``params`` show: ``create`` refuses the whole batch, ``results`` accepts it and makes that request errored, which is
+    #: what the API's documentation describes ("validation of the params object is performed asynchronously")
+    params_checks: Literal["create", "results"] = "create"
+
+    #: tokens of every request and answer, in place of the token model of ``tokens.py``
+    input_tokens: Count | None = None
+    output_tokens: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    #: searches billed to every succeeded request that brings a ``web_search_…`` tool
+    web_searches: Count = 1
+
+    #: shares of all requests (0 to 1, their sum at most 1), picked by a hash of seed and custom_id
+    errored: Share = 0.0
+    expired: Share = 0.0
+    canceled: Share = 0.0
+    #: the three rates strike a prompt text only the first time it is seen, so that asking again succeeds
+    once: bool = False
+    #: share of a batch that was finished before a cancel or an expiry reached it
+    done_share: Share = 0.0
+    #: looks that answer ``canceling`` before a canceled batch is ``ended``; under the manual clock it stays canceling
+    cancel_looks: Count = 1
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a clock that is not one of the four forms and for rates whose sum is above 1."""
+        clock_mode(self.clock)
+        if self.errored + self.expired + self.canceled > 1:
+            raise ValueError(f"errored + expired + canceled is {self.errored + self.expired + self.canceled}, above 1")
+
+    def changed(self, changes: Mapping[str, Any]) -> SimulatorSettings:
+        """A copy with some fields changed. Raises ValueError for an unknown name or a value out of its range."""
+        merged = {**msgspec.structs.asdict(self), **changes}
+        try:
+            return msgspec.convert(merged, SimulatorSettings)
+        except msgspec.ValidationError as error:
+            raise ValueError(str(error)) from error
+
+
+def clock_mode(clock: str) -> tuple[str, float]:
+    """Splits ``"polls:3"`` into ``("polls", 3.0)``; instant is ``("polls", 0.0)``. Raises ValueError for anything else."""
+    name, colon, amount = clock.partition(":")
+    if clock == "instant":
+        return "polls", 0.0
+    if clock == "manual":
+        return "manual", 0.0
+    if colon and ((name == "polls" and amount.isdecimal()) or (name == "seconds" and amount.replace(".", "", 1).isdecimal())):
+        return name, float(amount)
+    raise ValueError(f"clock {clock!r} is none of 'instant', 'polls:N', 'seconds:S', 'manual'")

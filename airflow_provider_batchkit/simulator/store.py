@@ -1,0 +1,345 @@
+"""The batches of one simulator: their life from ``in_progress`` to ``ended``, who may see them, and what they cost in tokens."""
+
+from __future__ import annotations
+
+import secrets
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from . import records as rec
+from . import validate
+from .errors import ApiError
+from .outcomes import Outcome, chance
+from .records import Intake, Record
+from .settings import ARCHIVED_AFTER_SECONDS, EXPIRES_AFTER_SECONDS, SimulatorSettings, clock_mode
+
+_TTL_SECONDS = {"5m": 300, "1h": 3600}
+_BILL_LINE = (
+    "requests",
+    "input_tokens",
+    "output_tokens",
+    "cache_write_5m_tokens",
+    "cache_write_1h_tokens",
+    "cache_read_tokens",
+    "web_search_requests",
+)
+
+
+@dataclass
+class Batch:
+    """A batch. Times are seconds since the epoch on the simulator's clock."""
+
+    id: str
+    workspace: str
+    number: int
+    records: list[Record]
+    created_at: float
+    size: int
+    first_custom_id: str
+    looks: int = 0
+    cancel_looks: int = 0
+    cancel_initiated_at: float | None = None
+    ended_at: float | None = None
+    archived_at: float | None = None
+    counts: list[int] = field(default_factory=lambda: [0] * len(Outcome))
+
+    @property
+    def status(self) -> str:
+        if self.ended_at is not None:
+            return "ended"
+        return "in_progress" if self.cancel_initiated_at is None else "canceling"
+
+    def as_json(self, base_url: str) -> dict[str, Any]:
+        """The MessageBatch object. All requests are processing until the batch has ended."""
+        ended = self.ended_at is not None
+        return {
+            "id": self.id,
+            "type": "message_batch",
+            "processing_status": self.status,
+            "request_counts": {
+                "processing": 0 if ended else self.size,
+                **{outcome.name.lower(): self.counts[outcome] for outcome in Outcome},
+            },
+            "ended_at": rfc3339(self.ended_at),
+            "created_at": rfc3339(self.created_at),
+            "expires_at": rfc3339(self.created_at + EXPIRES_AFTER_SECONDS),
+            "archived_at": rfc3339(self.archived_at),
+            "cancel_initiated_at": rfc3339(self.cancel_initiated_at),
+            "results_url": f"{base_url}/v1/messages/batches/{self.id}/results" if ended and self.archived_at is None else None,
+        }
+
+
+def rfc3339(seconds: float | None) -> str | None:
+    """Seconds since the epoch as the API writes times: UTC with microseconds and ``Z``."""
+    return None if seconds is None else datetime.fromtimestamp(seconds, UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
+
+
+class Store:
+    """All batches, under one lock. Reading a body happens outside the lock, so a large batch holds nobody up."""
+
+    def __init__(self, settings: SimulatorSettings) -> None:
+        self.settings = settings
+        self._lock = threading.RLock()
+        self._advanced = 0.0
+        self._batches: dict[str, Batch] = {}
+        #: id → creation number; kept after a delete, so that a deleted batch still serves as a cursor
+        self._numbers: dict[str, int] = {}
+        self._struck: set[tuple[str, str]] = set()
+        self._cached_until: dict[tuple[str, str], float] = {}
+        self._bills: dict[str, dict[tuple[str, str], dict[str, int]]] = {"batch": {}, "standard": {}}
+        self._accepted_requests = 0
+
+    def now(self) -> float:
+        """Seconds since the epoch on the simulator's clock."""
+        return time.time() + self.settings.skew_seconds + self._advanced
+
+    # what clients call
+
+    def create(self, body: bytearray, workspace: str, *, beta: bool) -> Batch:
+        """Takes a create call's body. Raises ApiError (400), and then nothing was accepted."""
+        settings = self.settings
+        raws = validate.batch_body(body, settings)
+        intake = self._intake(settings, workspace)
+        ids: set[str] = set()
+        records: list[Record] = []
+        for position, raw in enumerate(raws):
+            request = validate.batch_request(raw, position)
+            if request.custom_id in ids:
+                raise ApiError(400, f"requests.{position}.custom_id: {request.custom_id} is not unique in the batch")
+            ids.add(request.custom_id)
+            records.append(self._record(intake, request, position, settings, beta=beta))
+        with self._lock:
+            now = self.now()
+            id_ = "msgbatch_" + secrets.token_hex(12)
+            batch = Batch(id_, workspace, len(self._numbers), records, now, len(records), records[0].custom_id)
+            self._batches[batch.id] = batch
+            self._numbers[batch.id] = batch.number
+            self._accepted_requests += batch.size
+            self._struck.update((workspace, digest) for digest in intake.struck)
+        return batch
+
+    def _record(self, intake: Intake, request: validate.BatchRequest, position: int, settings: SimulatorSettings, *, beta: bool) -> Record:
+        try:
+            return intake.record(request.custom_id, validate.message_params(request.params, beta=beta))
+        except ApiError as error:
+            if settings.params_checks == "create":
+                raise ApiError(400, f"requests.{position}.params.{error.message}") from error
+            return Record(request.custom_id, outcome=Outcome.ERRORED, bad_params=error.message)
+
+    def _intake(self, settings: SimulatorSettings, workspace: str) -> Intake:
+        self._refresh_all()
+        now = self.now()
+        return Intake(
+            settings,
+            seen=lambda digest: (workspace, digest) in self._struck,
+            cached=lambda prefix: self._cached_until.get((workspace, prefix), 0.0) > now,
+        )
+
+    def message(self, body: bytearray, workspace: str, *, beta: bool) -> dict[str, Any]:
+        """One synchronous message at standard price. Raises ApiError: 400, or what the prompt's marker scripts."""
+        intake = self._intake(self.settings, workspace)
+        params = validate.message_params(body, beta=beta)
+        salt = secrets.token_hex(8)
+        record = intake.record(salt, params)
+        with self._lock:
+            self._struck.update((workspace, digest) for digest in intake.struck)
+            if record.outcome != Outcome.SUCCEEDED:
+                type_, text = rec.error_of(record) if record.outcome == Outcome.ERRORED else ("api_error", "Internal server error")
+                status = {"overloaded_error": 529, "api_error": 500}.get(type_, 400)
+                raise ApiError(status, text, type_)
+            self._charge("standard", [record], workspace, self.now())
+        return rec.message(record, salt, "standard")
+
+    def look(self, batch_id: str, workspace: str) -> Batch:
+        """A retrieve. Raises ApiError (404) for an unknown id and for another workspace's batch."""
+        with self._lock:
+            batch = self._find(batch_id, workspace)
+            self._refresh(batch, look=True)
+            return batch
+
+    def page(self, workspace: str, limit: int, after_id: str | None, before_id: str | None) -> tuple[list[Batch], bool]:
+        """One page, newest first, and whether more lie beyond it in the direction of the cursor. Raises ApiError (400)."""
+        if after_id and before_id:
+            raise ApiError(400, "after_id and before_id cannot be used together")
+        with self._lock:
+            for name, cursor in (("after_id", after_id), ("before_id", before_id)):
+                if cursor and cursor not in self._numbers:
+                    raise ApiError(400, f"{name}: {cursor} is not a known batch")
+            newest_first = [batch for batch in reversed(self._batches.values()) if batch.workspace == workspace]
+            if before_id:
+                found = [batch for batch in newest_first if batch.number > self._numbers[before_id]]
+                page = found[-limit:]
+            else:
+                found = [batch for batch in newest_first if not after_id or batch.number < self._numbers[after_id]]
+                page = found[:limit]
+            for batch in page:
+                self._refresh(batch, look=True)
+            return page, len(found) > len(page)
+
+    def cancel(self, batch_id: str, workspace: str) -> Batch:
+        """Starts canceling. Raises ApiError: 404, or 400 when the batch has ended."""
+        with self._lock:
+            batch = self._find(batch_id, workspace)
+            if batch.ended_at is not None:
+                raise ApiError(400, f"Batch {batch_id} cannot be canceled because it has already ended")
+            if batch.cancel_initiated_at is None:
+                batch.cancel_initiated_at = self.now()
+            return batch
+
+    def delete(self, batch_id: str, workspace: str) -> None:
+        """Forgets an ended batch. Raises ApiError: 404, or 400 when it has not ended."""
+        with self._lock:
+            if self._find(batch_id, workspace).ended_at is None:
+                raise ApiError(400, f"Batch {batch_id} cannot be deleted while it is in progress; cancel it first")
+            del self._batches[batch_id]
+
+    def results(self, batch_id: str, workspace: str) -> Iterator[bytes]:
+        """The result lines. Raises ApiError: 404 for an unknown, foreign or archived batch, 400 when it has not ended."""
+        with self._lock:
+            batch = self._find(batch_id, workspace)
+            if batch.archived_at is not None:
+                at = rfc3339(batch.archived_at)
+                raise ApiError(404, f"The results of batch {batch_id} are no longer available: it was archived at {at}")
+            if batch.ended_at is None:
+                raise ApiError(400, f"The results of batch {batch_id} are not available before it has ended: it is {batch.status}")
+            return rec.result_lines(batch.records, batch.id, self.settings.seed)
+
+    # what control calls do
+
+    def finish(self, batch_id: str, how: str) -> Batch:
+        """``end`` ends a batch as scripted, a canceling one as canceled; ``expire`` expires what was not done; ``archive`` drops them."""
+        with self._lock:
+            batch = self._batches.get(batch_id)
+            if batch is None:
+                raise ApiError(404, f"no batch {batch_id}")
+            if how == "end":
+                self._end(batch, self.now(), Outcome.CANCELED if batch.cancel_initiated_at is not None else None)
+            elif how == "expire":
+                self._end(batch, self.now(), Outcome.EXPIRED)
+            else:
+                self._end(batch, self.now(), None)
+                self._archive(batch, self.now())
+            return batch
+
+    def advance(self, seconds: float) -> float:
+        """Moves the simulator's clock forward and gives its new time."""
+        with self._lock:
+            self._advanced += seconds
+            self._refresh_all()
+            return self.now()
+
+    def custom_ids(self, batch_id: str) -> list[str]:
+        """The custom_ids of a batch in the order asked; raises ApiError (404). Empty once archived."""
+        with self._lock:
+            if batch_id not in self._batches:
+                raise ApiError(404, f"no batch {batch_id}")
+            return [record.custom_id for record in self._batches[batch_id].records]
+
+    def stats(self) -> dict[str, Any]:
+        """Accepted batches and requests, bills, and a line on every batch that was not deleted, oldest first."""
+        with self._lock:
+            self._refresh_all()
+            return {
+                "batches_accepted": len(self._numbers),
+                "requests_accepted": self._accepted_requests,
+                "bill": _per_model(self._bills["batch"]),
+                "bill_lines": [{"model": m, "inference_geo": g, **line} for (m, g), line in self._bills["batch"].items()],
+                "sync_bill": _per_model(self._bills["standard"]),
+                "batches": [
+                    {
+                        "id": batch.id,
+                        "workspace": batch.workspace,
+                        "size": batch.size,
+                        "status": batch.status,
+                        "created_at": rfc3339(batch.created_at),
+                        "first_custom_id": batch.first_custom_id,
+                    }
+                    for batch in self._batches.values()
+                ],
+            }
+
+    # the life of a batch
+
+    def _find(self, batch_id: str, workspace: str) -> Batch:
+        batch = self._batches.get(batch_id)
+        if batch is None or batch.workspace != workspace:
+            raise ApiError(404, f"Batch {batch_id} not found")
+        self._refresh(batch, look=False)
+        return batch
+
+    def _refresh_all(self) -> None:
+        with self._lock:
+            for batch in self._batches.values():
+                self._refresh(batch, look=False)
+
+    def _refresh(self, batch: Batch, *, look: bool) -> None:
+        """Brings a batch up to the clock. A look counts only when it is answered with a batch that has not ended."""
+        now = self.now()
+        if batch.ended_at is None:
+            mode, amount = clock_mode(self.settings.clock)
+            if now >= batch.created_at + EXPIRES_AFTER_SECONDS:
+                self._end(batch, batch.created_at + EXPIRES_AFTER_SECONDS, Outcome.EXPIRED)
+            elif batch.cancel_initiated_at is not None:
+                if mode != "manual" and batch.cancel_looks >= self.settings.cancel_looks:
+                    self._end(batch, now, Outcome.CANCELED)
+                batch.cancel_looks += look
+            elif mode == "seconds" and now >= batch.created_at + amount:
+                self._end(batch, batch.created_at + amount, None)
+            elif mode == "polls" and batch.looks >= amount:
+                self._end(batch, now, None)
+            else:
+                batch.looks += look
+        if batch.archived_at is None and now >= batch.created_at + ARCHIVED_AFTER_SECONDS:
+            self._archive(batch, batch.created_at + ARCHIVED_AFTER_SECONDS)
+
+    def _end(self, batch: Batch, at: float, undone: Outcome | None) -> None:
+        """Ends a batch that has not ended; requests that were not done become ``undone``."""
+        if batch.ended_at is not None:
+            return
+        seed, done_share = self.settings.seed, self.settings.done_share
+        if undone is not None:
+            for record in batch.records:
+                if not done_share or chance(seed, "done", record.custom_id) >= done_share:
+                    record.outcome = undone
+        for record in batch.records:
+            batch.counts[record.outcome] += 1
+        batch.ended_at = at
+        self._charge("batch", batch.records, batch.workspace, at)
+
+    def _archive(self, batch: Batch, at: float) -> None:
+        if batch.archived_at is None:
+            batch.archived_at = at
+            batch.records = []
+
+    def _charge(self, tier: str, records: Sequence[Record], workspace: str, at: float) -> None:
+        """Bills what succeeded, and remembers the prefixes that it leaves in the cache."""
+        bill = self._bills[tier]
+        for record in records:
+            if record.outcome != Outcome.SUCCEEDED:
+                continue
+            line = bill.get((record.model, record.inference_geo))
+            if line is None:
+                line = bill[record.model, record.inference_geo] = dict.fromkeys(_BILL_LINE, 0)
+            line["requests"] += 1
+            line["input_tokens"] += record.input_tokens
+            line["output_tokens"] += record.output_tokens
+            if record.prefix or record.searches:
+                line["cache_write_5m_tokens"] += record.cache_write_5m
+                line["cache_write_1h_tokens"] += record.cache_write_1h
+                line["cache_read_tokens"] += record.cache_read
+                line["web_search_requests"] += record.searches
+            if record.prefix:
+                self._cached_until[workspace, record.prefix] = at + _TTL_SECONDS[record.prefix[:2]]
+
+
+def _per_model(lines: dict[tuple[str, str], dict[str, int]]) -> dict[str, dict[str, int]]:
+    totals: dict[str, dict[str, int]] = {}
+    for (model, _), line in lines.items():
+        total = totals.setdefault(model, dict.fromkeys(line, 0))
+        for name, amount in line.items():
+            total[name] += amount
+    return totals

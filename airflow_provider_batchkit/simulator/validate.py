@@ -1,0 +1,233 @@
+"""Strict checks of what clients send. Field lists follow the parameter types of SDK 2.12; messages follow the API's style.
+
+Bodies are decoded in two steps, the list first and every request by itself, so that no single step holds the interpreter for long.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+from .errors import ApiError
+from .settings import SimulatorSettings
+
+CUSTOM_ID = re.compile(r"[a-zA-Z0-9_-]{1,64}")
+_Unit = Annotated[float, msgspec.Meta(ge=0, le=1)]
+_BLOCK_TYPES = frozenset(
+    (
+        "text", "image", "document", "search_result", "thinking", "redacted_thinking", "tool_use", "tool_result", "server_tool_use",
+        "web_search_tool_result", "web_fetch_tool_result", "code_execution_tool_result", "bash_code_execution_tool_result",
+        "text_editor_code_execution_tool_result", "tool_search_tool_result", "container_upload",
+    )
+)  # fmt: skip
+
+
+class _Strict(msgspec.Struct, forbid_unknown_fields=True, gc=False):
+    pass
+
+
+class CacheControl(_Strict, gc=False):
+    """Marks the end of a prefix that is to be cached."""
+
+    type: Literal["ephemeral"]
+    ttl: Literal["5m", "1h"] = "5m"
+
+
+class SystemBlock(_Strict, gc=False):
+    """One block of a system prompt."""
+
+    type: Literal["text"]
+    text: Annotated[str, msgspec.Meta(min_length=1)]
+    cache_control: CacheControl | None = None
+    citations: list[dict[str, Any]] | None = None
+
+
+class Turn(_Strict, gc=False):
+    """One message of the conversation."""
+
+    role: Literal["user", "assistant", "system"]
+    content: str | list[dict[str, Any]]
+
+
+class OutputFormat(_Strict, gc=False):
+    """The JSON Schema that the answer is to fit, as its bytes."""
+
+    type: Literal["json_schema"]
+    schema: msgspec.Raw
+
+
+class OutputConfig(_Strict, gc=False):
+    """``output_config``."""
+
+    effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
+    format: OutputFormat | None = None
+
+
+class Metadata(_Strict, gc=False):
+    """``metadata``."""
+
+    user_id: str | None = None
+
+
+class Params(_Strict, gc=False):
+    """Parameters of one message: those of the Messages API, and ``temperature``, ``top_p``, ``top_k``, which older models take."""
+
+    model: Annotated[str, msgspec.Meta(min_length=1)]
+    max_tokens: Annotated[int, msgspec.Meta(ge=1)]
+    messages: Annotated[list[Turn], msgspec.Meta(min_length=1)]
+    system: str | list[SystemBlock] = ""
+    temperature: _Unit | None = None
+    top_p: _Unit | None = None
+    top_k: Annotated[int, msgspec.Meta(ge=0)] | None = None
+    stop_sequences: list[str] | None = None
+    metadata: Metadata | None = None
+    tools: list[dict[str, Any]] = []
+    tool_choice: dict[str, Any] | None = None
+    thinking: dict[str, Any] | None = None
+    service_tier: Literal["auto", "standard_only"] | None = None
+    output_config: OutputConfig | None = None
+    container: str | dict[str, Any] | None = None
+    inference_geo: Literal["us", "global"] | None = None
+    cache_control: CacheControl | None = None
+    diagnostics: dict[str, Any] | None = None
+    user_profile_id: str | None = None
+    speed: Literal["standard", "fast"] | None = None
+    stream: bool = False
+
+
+class BetaParams(Params, gc=False):
+    """The same with the parameters of the beta API: for calls that carry an ``anthropic-beta`` header."""
+
+    output_format: OutputFormat | None = None
+    billing_policy: Any = None
+    compaction: dict[str, Any] | None = None
+    context_management: dict[str, Any] | None = None
+    fallback_credit_token: Any = None
+    fallbacks: Any = None
+    mcp_servers: list[dict[str, Any]] | None = None
+    thread: dict[str, Any] | None = None
+
+
+class CountParams(_Strict, gc=False):
+    """Parameters of a token count."""
+
+    model: Annotated[str, msgspec.Meta(min_length=1)]
+    messages: Annotated[list[Turn], msgspec.Meta(min_length=1)]
+    system: str | list[SystemBlock] = ""
+    tools: list[dict[str, Any]] = []
+    tool_choice: dict[str, Any] | None = None
+    thinking: dict[str, Any] | None = None
+    output_config: OutputConfig | None = None
+    cache_control: CacheControl | None = None
+    user_profile_id: str | None = None
+    speed: Literal["standard", "fast"] | None = None
+
+
+class BatchRequest(_Strict, gc=False):
+    """One request of a batch, its params still raw."""
+
+    custom_id: str
+    params: msgspec.Raw
+
+
+class CreateBody(_Strict):
+    """A create call's body, its requests still raw."""
+
+    requests: list[msgspec.Raw]
+
+
+_create_body = msgspec.json.Decoder(CreateBody)
+_batch_request = msgspec.json.Decoder(BatchRequest)
+_params = msgspec.json.Decoder(Params)
+_beta_params = msgspec.json.Decoder(BetaParams)
+_count_params = msgspec.json.Decoder(CountParams)
+_REASONS = (
+    (re.compile(r"Object missing required field `(\w+)`"), r"\1", "Field required"),
+    (re.compile(r"Object contains unknown field `([^`]*)`"), r"\1", "Extra inputs are not permitted"),
+)
+
+
+def api_message(error: msgspec.MsgspecError, path: str) -> str:
+    """A complaint of msgspec in the API's words: ``requests.3.params.max_tokens: Field required``."""
+    text, _, where = str(error).partition(" - at `$")
+    where = re.sub(r"\[(\d+)\]", r".\1", where.rstrip("`")).strip(".")
+    for pattern, name, reason in _REASONS:
+        found = pattern.match(text)
+        if found:
+            where, text = ".".join(part for part in (where, found.expand(name)) if part), reason
+    full = ".".join(part for part in (path, where) if part)
+    return f"{full}: {text}" if full else text
+
+
+def batch_body(body: bytearray, settings: SimulatorSettings) -> list[msgspec.Raw]:
+    """The raw requests of a create call. Raises ApiError (400) when the body is no JSON or holds no or too many requests."""
+    try:
+        requests = _create_body.decode(body)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        if isinstance(error, msgspec.ValidationError):
+            raise ApiError(400, api_message(error, "")) from error
+        raise ApiError(400, f"The request body is not valid JSON: {error}") from error
+    count = len(requests.requests)
+    if count == 0:
+        raise ApiError(400, "requests: List should have at least 1 item after validation, not 0")
+    if count > settings.max_requests:
+        raise ApiError(400, f"requests: List should have at most {settings.max_requests} items after validation, not {count}")
+    return requests.requests
+
+
+def batch_request(raw: msgspec.Raw, position: int) -> BatchRequest:
+    """One request of the list, its ``custom_id`` checked and its params not yet read. Raises ApiError (400)."""
+    try:
+        request = _batch_request.decode(raw)
+    except msgspec.MsgspecError as error:
+        raise ApiError(400, api_message(error, f"requests.{position}")) from error
+    if CUSTOM_ID.fullmatch(request.custom_id) is None:
+        raise ApiError(400, f"requests.{position}.custom_id: String should match pattern '^[a-zA-Z0-9_-]{{1,64}}$'")
+    return request
+
+
+def message_params(raw: msgspec.Raw | bytearray, *, beta: bool) -> Params:
+    """Parameters of one message, checked. Raises ApiError (400); its message starts with the field's path inside the params."""
+    try:
+        params = (_beta_params if beta else _params).decode(raw)
+    except msgspec.MsgspecError as error:
+        raise ApiError(400, api_message(error, "")) from error
+    if not params.model.startswith("claude-"):
+        raise ApiError(400, f"model: {params.model} is not a known model")
+    if params.stream:
+        raise ApiError(400, "stream: streaming is not supported here")
+    if params.speed == "fast":
+        raise ApiError(400, "speed: fast mode is not supported here")
+    check_turns(params.messages)
+    return params
+
+
+def count_params(body: bytearray) -> CountParams:
+    """Parameters of a token count, checked. Raises ApiError (400)."""
+    try:
+        params = _count_params.decode(body)
+    except msgspec.MsgspecError as error:
+        raise ApiError(400, api_message(error, "")) from error
+    check_turns(params.messages)
+    return params
+
+
+def check_turns(turns: list[Turn]) -> None:
+    """Raises ApiError (400) when the first turn is not the user's, a content is empty, or a block is unknown."""
+    if turns[0].role != "user":
+        raise ApiError(400, "messages.0.role: first message must use the user role")
+    for number, turn in enumerate(turns):
+        content = turn.content
+        if not content:
+            raise ApiError(400, f"messages.{number}.content: messages must have non-empty content")
+        if isinstance(content, str):
+            continue
+        where = f"messages.{number}.content"
+        for index, block in enumerate(content):
+            kind = block.get("type")
+            if kind not in _BLOCK_TYPES:
+                raise ApiError(400, f"{where}.{index}.type: {kind!r} is not a known content block")
+            if kind == "text" and not (isinstance(block.get("text"), str) and block["text"]):
+                raise ApiError(400, f"{where}.{index}.text: text content blocks must be non-empty")
