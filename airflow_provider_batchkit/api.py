@@ -1,0 +1,252 @@
+"""Calls of the Message Batches API over an ``anthropic`` client, with errors that say what was accepted and billed.
+
+The create call goes out with the SDK's own retries off: the API has no idempotency key, and a POST retried after the connection was
+cut makes another batch that is billed. Refusals that prove that nothing was accepted (429, 529) are retried here.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Generator, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from airflow_provider_batchkit.exceptions import (
+    BatchNotEndedError,
+    BatchUnavailableError,
+    LeaseLostError,
+    ResultStreamError,
+    SubmitRefusedError,
+    SubmitThrottledError,
+    SubmitUncertainError,
+)
+from airflow_provider_batchkit.model import BatchCounts, BatchSnapshot, Shard
+from airflow_provider_batchkit.polling import ENDED
+
+if TYPE_CHECKING:
+    import anthropic
+    from anthropic.types.messages import MessageBatch
+
+log = logging.getLogger(__name__)
+
+_PAGE = 1000
+_UPLOAD_CHUNK = 1 << 18
+_DOWNLOAD_CHUNK = 1 << 18
+
+_THROTTLED = frozenset({429, 529})
+#: a 4xx that does not prove a refusal: the request may have been taken
+_AMBIGUOUS_4XX = frozenset({408, 409})
+
+
+class BatchApi:
+    """The Message Batches API over a synchronous first-party client."""
+
+    #: seconds that :meth:`send` waits in all while the API says "not now"
+    throttle_wait_s = 900.0
+
+    def __init__(self, client: anthropic.Anthropic) -> None:
+        self.client = client
+
+    def send(
+        self,
+        shard: Shard,
+        *,
+        fence: Callable[[], None] = lambda: None,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> BatchSnapshot:
+        """POST one shard, at most once accepted. 429 and 529 are retried for up to ``throttle_wait_s`` seconds, honouring ``retry-after``.
+
+        :param fence: called just before the last bytes of the body go out; raising :class:`LeaseLostError` there aborts the upload,
+            and a body that is not complete is never accepted
+        :raises SubmitRefusedError: a definite 4xx
+        :raises SubmitThrottledError: still throttled after the bound
+        :raises SubmitUncertainError: anything that does not prove whether the batch was accepted
+        """
+        waited, delay = 0.0, 1.0
+        while True:
+            try:
+                return self._post(shard, fence)
+            except _Throttled as e:
+                pause = max(e.retry_after or 0.0, delay)
+                if waited + pause > self.throttle_wait_s:
+                    raise SubmitThrottledError(
+                        f"The API answered {e} for shard {shard.number} ({shard.requests:,} requests) after {waited:.0f} s of waiting "
+                        f"and asks for {pause:.0f} s more, beyond the bound of {self.throttle_wait_s:.0f} s. Nothing of this shard was "
+                        "accepted or billed; a retry of the task sends it."
+                    ) from e.__cause__
+                log.warning("The API answered %s; nothing was accepted. Sending shard %d again in %.0f s.", e, shard.number, pause)
+                sleep(pause)
+                waited += pause
+                delay = min(delay * 2, 60.0)
+
+    def _post(self, shard: Shard, fence: Callable[[], None]) -> BatchSnapshot:
+        import anthropic
+        import httpx2
+        from anthropic.types.messages import MessageBatch
+
+        try:
+            batch = self.client.post(
+                "/v1/messages/batches",
+                content=_fenced_body(shard, fence),
+                cast_to=MessageBatch,
+                options={"max_retries": 0, "headers": {"Content-Type": "application/json", "Content-Length": str(shard.bytes)}},
+            )
+        except anthropic.APIStatusError as e:
+            status = e.status_code
+            if status in _THROTTLED:
+                raise _Throttled(f"{status} {e.type or ''}".strip(), _retry_after(e)) from e
+            if 400 <= status < 500 and status not in _AMBIGUOUS_4XX:
+                raise SubmitRefusedError(
+                    f"The API refused shard {shard.number} ({shard.requests:,} requests, {shard.bytes:,} bytes) with {status} "
+                    f"{e.type or 'error'}: {e.api_message or e.message}. Nothing was accepted or billed. "
+                    f"{_ADVICE.get(status, '')}".rstrip(),
+                    status=status,
+                    error_type=e.type,
+                ) from e
+            raise self._uncertain(shard, f"the API answered {status}: {e.api_message or e.message}") from e
+        except anthropic.APIConnectionError as e:
+            if isinstance(e.__cause__, LeaseLostError):
+                raise e.__cause__ from None
+            if isinstance(e.__cause__, httpx2.ConnectError | httpx2.ConnectTimeout | httpx2.PoolTimeout):
+                raise _Throttled(f"no connection ({e.__cause__})", None) from e
+            raise self._uncertain(shard, f"the connection broke: {e.__cause__ or e}") from e
+        except anthropic.APIResponseValidationError as e:
+            raise self._uncertain(shard, f"the answer was unreadable: {e}") from e
+        return snapshot(batch)
+
+    @staticmethod
+    def _uncertain(shard: Shard, what: str) -> SubmitUncertainError:
+        return SubmitUncertainError(
+            f"Shard {shard.number} ({shard.requests:,} requests) was sent, and {what}. It may have been accepted, in which case it runs "
+            "and is billed. It must be looked for before it is sent again."
+        )
+
+    def get(self, batch_id: str) -> BatchSnapshot:
+        """One batch as the API shows it now.
+
+        :raises BatchUnavailableError: when this connection cannot see it
+        """
+        import anthropic
+
+        try:
+            return snapshot(self.client.messages.batches.retrieve(batch_id))
+        except anthropic.NotFoundError as e:
+            raise unavailable(batch_id, e) from e
+
+    def recent(self, since: datetime) -> Iterator[BatchSnapshot]:
+        """Batches of the workspace created at or after ``since`` (aware), newest first; as many pages as that takes."""
+        for batch in self.client.messages.batches.list(limit=_PAGE):
+            if batch.created_at < since:
+                return
+            yield snapshot(batch)
+
+    def cancel(self, batch_id: str) -> BatchSnapshot:
+        """Ask the API to cancel a batch. Requests already answered stay answered and billed."""
+        return snapshot(self.client.messages.batches.cancel(batch_id))
+
+    def delete(self, batch_id: str) -> None:
+        """Delete an ended batch with its results."""
+        self.client.messages.batches.delete(batch_id)
+
+    def stream_results(self, batch_id: str) -> Generator[bytes, None, None]:
+        """Raw chunks of an ended batch's JSONL results, once, as they arrive.
+
+        :raises BatchNotEndedError: while the batch runs
+        :raises BatchUnavailableError: deleted, archived, or not of this workspace
+        :raises ResultStreamError: when the stream is cut
+        """
+        import anthropic
+        import httpx2
+
+        found = self.get(batch_id)
+        if found.processing_status != ENDED:
+            raise BatchNotEndedError(
+                f"Batch {batch_id} is {found.processing_status}: its results come when it has ended. Nothing is lost; wait for it."
+            )
+        if found.archived_at is not None:
+            raise BatchUnavailableError(
+                f"Batch {batch_id} was archived at {found.archived_at:%Y-%m-%d %H:%M} UTC: results can be read for 29 days after creation. "
+                "Its answers can no longer be had; what landed before is in your table and the ledger."
+            )
+        try:
+            with self.client.messages.batches.with_streaming_response.results(batch_id) as response:
+                yield from response.iter_bytes(_DOWNLOAD_CHUNK)
+        except anthropic.NotFoundError as e:
+            raise unavailable(batch_id, e) from e
+        except (anthropic.APIConnectionError, httpx2.TransportError, httpx2.StreamError) as e:
+            raise ResultStreamError(f"The results of batch {batch_id} were cut off: {e!r}. Nothing is lost: they can be read again.") from e
+
+
+class _Throttled(Exception):
+    """The create call was answered in a way that proves that nothing was accepted and that invites another try."""
+
+    def __init__(self, what: str, retry_after: float | None) -> None:
+        super().__init__(what)
+        self.retry_after = retry_after
+
+
+_ADVICE = {
+    400: "Change the request that the message names.",
+    401: "Check the API key of the connection.",
+    403: "The key may not use this model or workspace; check its permissions.",
+    404: "Check the model's name and the connection's base URL.",
+    413: "Lower max_bytes_per_batch.",
+}
+
+
+def _fenced_body(shard: Shard, fence: Callable[[], None]) -> Iterator[bytes]:
+    """The body in chunks, with ``fence`` called when only the last chunk is left."""
+    left = shard.bytes
+    with Path(shard.body_path).open("rb") as body:
+        while chunk := body.read(_UPLOAD_CHUNK):
+            left -= len(chunk)
+            if left <= 0:
+                fence()
+            yield chunk
+
+
+def _retry_after(error: anthropic.APIStatusError) -> float | None:
+    try:
+        return max(float(error.response.headers.get("retry-after", "")), 0.0)
+    except ValueError:
+        return None
+
+
+def poll_failure(error: anthropic.APIError) -> dict[str, Any]:
+    """How a failed look counts, as keywords of :meth:`PollState.failed`: 401, 403 and other 4xx will not mend, the rest may."""
+    import anthropic
+
+    if isinstance(error, anthropic.APIStatusError):
+        status = error.status_code
+        fatal = 400 <= status < 500 and status not in _THROTTLED | _AMBIGUOUS_4XX
+        return {"error": f"{status} {error.api_message or error.message}", "fatal": fatal, "retry_after": _retry_after(error)}
+    return {"error": f"{type(error).__name__}: {error.__cause__ or error}"}
+
+
+def unavailable(batch_id: str, error: Exception) -> BatchUnavailableError:
+    """The error for a batch that the API does not show."""
+    message = getattr(error, "api_message", None) or str(error)
+    return BatchUnavailableError(
+        f"Batch {batch_id} cannot be seen with this connection ({message}). It was deleted, or belongs to another workspace: check that "
+        "the connection's key is of the workspace that submitted it. What landed before is in your table and the ledger."
+    )
+
+
+def snapshot(batch: MessageBatch) -> BatchSnapshot:
+    """The SDK's batch object as plain values."""
+    c = batch.request_counts
+    return BatchSnapshot(
+        batch.id,
+        batch.processing_status,
+        BatchCounts(c.processing, c.succeeded, c.errored, c.canceled, c.expired),
+        _utc(batch.created_at),
+        _utc(batch.expires_at),
+        _utc(batch.ended_at) if batch.ended_at else None,
+        _utc(batch.archived_at) if batch.archived_at else None,
+    )
+
+
+def _utc(value: datetime) -> datetime:
+    return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)

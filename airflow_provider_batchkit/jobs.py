@@ -1,0 +1,152 @@
+"""A journaled submit: source items → requests → shards → ledger → API, in the order of writes that never pays twice.
+
+1. the job's lease is taken; whatever an earlier attempt left as ``sending`` is settled;
+2. the source is read to its end, rendered, checked and written to disk, so bad input costs nothing;
+3. for each shard: its requests and its batch row are committed as ``sending``, then the POST, then the batch id.
+
+An attempt after another skips every row that the ledger has in flight or landed: a row is known by its key.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from airflow_provider_batchkit.exceptions import RequestError, SubmitRefusedError, SubmitThrottledError
+from airflow_provider_batchkit.kit import BatchKit
+from airflow_provider_batchkit.ledger import BatchState, JobRecord, Ledger
+from airflow_provider_batchkit.model import MAX_BYTES_PER_BATCH, MAX_REQUESTS_PER_BATCH, PreparedRequest, Shard
+from airflow_provider_batchkit.progress import Progress
+from airflow_provider_batchkit.reconcile import SETTLE_S, Settler
+from airflow_provider_batchkit.shards import IndexEntry, ShardWriter, remove_shard_files
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class SubmitReport:
+    """What one attempt of a submit did, and all batches of its job."""
+
+    #: of the whole job, in the order of its shards
+    batch_ids: list[str] = field(default_factory=list)
+    #: rows of the source
+    rows: int = 0
+    #: requests sent by this attempt
+    asked: int = 0
+    #: rows that share another row's request
+    copies: int = 0
+    #: rows that an earlier attempt has in flight or landed
+    known: int = 0
+
+
+class _Seen:
+    """Keys and questions of the job so far, as 16-byte marks: about 100 bytes a row."""
+
+    def __init__(self) -> None:
+        self.known_keys: set[bytes] = set()
+        self.new_keys: set[bytes] = set()
+        #: question → the shard that asks it
+        self.questions: dict[bytes, int] = {}
+
+
+def submit_job(
+    kit: BatchKit,
+    ledger: Ledger,
+    job: JobRecord,
+    requests: Iterable[PreparedRequest],
+    *,
+    anthropic_conn_id: str,
+    max_requests: int = MAX_REQUESTS_PER_BATCH,
+    max_bytes: int = MAX_BYTES_PER_BATCH,
+    settle_seconds: float = SETTLE_S,
+    before_send: Callable[[], None] = lambda: None,
+) -> SubmitReport:
+    """Submit whatever of ``requests`` the job has not in flight or landed.
+
+    :param requests: built with the job's id; consumed once, to its end, before anything is sent
+    :param settle_seconds: how long a shard that an earlier attempt may have sent is looked for before it counts as never accepted
+    :param before_send: called once the source has been read and found good, before the first POST
+    :raises RequestError: bad input, a key that comes twice; nothing was sent by this attempt
+    :raises SubmitRefusedError: the API refused a shard; ``submitted`` lists the job's batches that run
+    :raises SubmitUncertainError: the next attempt settles it
+    :raises LeaseLostError: a newer attempt has begun
+    """
+    ledger.ensure()
+    lease = ledger.open_job(job)
+    Settler(kit, ledger, settle_seconds=settle_seconds).settle(job.job_id)
+    report = SubmitReport()
+    seen = _Seen()
+    for row in ledger.known(job.job_id):
+        seen.known_keys.add(_mark(row.key))
+        seen.questions[_mark(row.custom_id)] = row.shard
+    with tempfile.TemporaryDirectory(prefix="batchkit-") as folder:
+        first_new = ledger.next_shard(job.job_id)
+        writer = ShardWriter(folder, first_number=first_new, max_requests=max_requests, max_bytes=max_bytes)
+        old_copies = _spool(requests, seen, writer, first_new, report)
+        shards = writer.close()
+        before_send()
+        if old_copies:
+            ledger.add_copies(job.job_id, lease, old_copies)
+        for shard in shards:
+            _send(kit, ledger, job, lease, shard, anthropic_conn_id)
+            report.asked += shard.requests
+            remove_shard_files(shard)
+    report.batch_ids = running_ids(ledger, job.job_id)
+    return report
+
+
+def running_ids(ledger: Ledger, job_id: str) -> list[str]:
+    """Ids of the job's batches that run or have landed, by shard."""
+    return [b.batch_id for b in ledger.batches(job_id) if b.batch_id and b.state in (BatchState.SUBMITTED, BatchState.LANDED)]
+
+
+def _spool(
+    requests: Iterable[PreparedRequest], seen: _Seen, writer: ShardWriter, first_new: int, report: SubmitReport
+) -> list[tuple[int, IndexEntry]]:
+    """Write what is new into shards. Returns rows that share a request of an earlier attempt's shard."""
+    old_copies: list[tuple[int, IndexEntry]] = []
+    progress = Progress(log, "rendered")
+    for request in requests:
+        report.rows += 1
+        progress.add()
+        key = _mark(request.key)
+        if key in seen.new_keys:
+            raise RequestError(
+                f"row {report.rows - 1}: the key {request.key} came before. Keys must be unique, or one answer would overwrite another. "
+                "Nothing was sent by this attempt."
+            )
+        seen.new_keys.add(key)
+        if key in seen.known_keys:
+            report.known += 1
+            continue
+        question = _mark(request.custom_id)
+        shard = seen.questions.get(question)
+        if shard is None:
+            seen.questions[question] = writer.add(request)
+        elif shard >= first_new:
+            report.copies += 1
+            writer.add_copy(request, shard)
+        else:
+            report.copies += 1
+            old_copies.append((shard, IndexEntry(request.key, request.custom_id, request.digest, asked=False)))
+    progress.done()
+    return old_copies
+
+
+def _send(kit: BatchKit, ledger: Ledger, job: JobRecord, lease: int, shard: Shard, anthropic_conn_id: str) -> None:
+    ledger.intend(job.job_id, lease, shard, anthropic_conn_id)
+    try:
+        found = kit.send(shard, fence=lambda: ledger.check_lease(job.job_id, lease))
+    except (SubmitRefusedError, SubmitThrottledError) as e:
+        ledger.rejected(job.job_id, shard.number, str(e))
+        e.submitted = running_ids(ledger, job.job_id)
+        raise
+    ledger.submitted(job.job_id, shard.number, found)
+    log.info("Submitted %s with %s requests, %s bytes", found.batch_id, f"{shard.requests:,}", f"{shard.bytes:,}")
+
+
+def _mark(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()

@@ -1,0 +1,231 @@
+"""BatchKit: submit, wait, retrieve and run over an ``anthropic`` client. No Airflow, no database."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from airflow_provider_batchkit.api import BatchApi, poll_failure
+from airflow_provider_batchkit.exceptions import (
+    BatchUnavailableError,
+    BatchWaitTimeout,
+    PollError,
+    ResultStreamError,
+    SubmitRefusedError,
+    SubmitThrottledError,
+    SubmitUncertainError,
+)
+from airflow_provider_batchkit.model import (
+    MAX_BYTES_PER_BATCH,
+    MAX_REQUESTS_PER_BATCH,
+    BatchCounts,
+    BatchItem,
+    BatchSnapshot,
+    CostTally,
+    RequestStatus,
+)
+from airflow_provider_batchkit.polling import Ended, GaveUp, PollState, TimedOut, Wait
+from airflow_provider_batchkit.pricing import PriceBook, TallyBuilder
+from airflow_provider_batchkit.requests import RequestBuilder, RequestDefaults, refuse_repeated_ids
+from airflow_provider_batchkit.results import Reconciler, StreamFaults, parse_stream
+from airflow_provider_batchkit.shards import remove_shard_files, write_shards
+
+if TYPE_CHECKING:
+    import anthropic
+
+log = logging.getLogger(__name__)
+
+#: the API processes a batch within 24 hours or expires the rest (its documentation); an hour more for clocks and queues
+DEFAULT_TIMEOUT_S = 25 * 3600.0
+_STREAM_ATTEMPTS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Retrieval:
+    """Results of one or more batches: ``items`` in the order of the batches, what they cost, and what was wrong with the streams."""
+
+    items: list[BatchItem]
+    tally: CostTally
+    counts: BatchCounts
+    faults: StreamFaults
+
+
+class BatchKit(BatchApi):
+    """Message batches as a data engineer wants them, over a synchronous ``anthropic.Anthropic`` client.
+
+    ::
+
+        kit = BatchKit(api_key="…")
+        result = kit.run(["Name a river.", "Name a lake."], model="claude-haiku-5-5", max_tokens=50)
+        print(result.items[0].text, result.tally.batch_cost_usd)
+    """
+
+    def __init__(
+        self, client: anthropic.Anthropic | None = None, *, api_key: str | None = None, price_book: PriceBook | None = None
+    ) -> None:
+        """
+        :param client: any first-party client; without one, one is made from ``api_key`` or the environment
+        :param price_book: where prices come from; the bundled ones by default
+        """
+        if client is None:
+            import anthropic
+
+            client = anthropic.Anthropic(api_key=api_key)
+        super().__init__(client)
+        self.price_book = price_book or PriceBook()
+
+    def submit(
+        self,
+        requests: Iterable[Any],
+        *,
+        model: str | None = None,
+        max_tokens: int | None = None,
+        system: Any = None,
+        params: Mapping[str, Any] | None = None,
+        max_requests_per_batch: int = MAX_REQUESTS_PER_BATCH,
+        max_bytes_per_batch: int = MAX_BYTES_PER_BATCH,
+    ) -> list[str]:
+        """Submit any number of requests as one or more batches; returns their ids.
+
+        Everything is checked and written to a temporary folder first, so bad input costs nothing.
+
+        :param requests: native ``{"custom_id", "params"}`` mappings or prompt strings; a string is known as ``item-<position>``
+        :param model: for requests that name none; likewise ``max_tokens``, ``system`` and ``params``
+        :param max_bytes_per_batch: bytes of a batch's body
+        :raises RequestError: for input that the API would refuse, naming the item; nothing was sent
+        :raises SubmitRefusedError: the API refused; ``submitted`` on the error lists batches that were accepted before
+        :raises SubmitUncertainError: the connection broke at a moment when nobody can know whether the batch was accepted
+        """
+        builder = RequestBuilder(RequestDefaults(model, max_tokens, system, dict(params or {})))
+        built = refuse_repeated_ids(builder.build(item, position) for position, item in enumerate(requests))
+        with tempfile.TemporaryDirectory(prefix="batchkit-") as folder:
+            shards = write_shards(built, folder, max_requests=max_requests_per_batch, max_bytes=max_bytes_per_batch)
+            ids: list[str] = []
+            for shard in shards:
+                try:
+                    ids.append(self.send(shard).batch_id)
+                except (SubmitRefusedError, SubmitThrottledError, SubmitUncertainError) as e:
+                    if ids:
+                        e.add_note(f"Submitted before this: {', '.join(ids)}. They run and are billed; wait for them as usual.")
+                    e.submitted = list(ids)
+                    raise
+                remove_shard_files(shard)
+        return ids
+
+    def wait(
+        self,
+        batch_ids: str | Sequence[str],
+        *,
+        interval_s: float = 5.0,
+        max_interval_s: float = 120.0,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+        on_progress: Callable[[Mapping[str, BatchSnapshot]], None] | None = None,
+    ) -> dict[str, BatchSnapshot]:
+        """Wait until every batch has ended; blocks. Looks at growing intervals, from ``interval_s`` to ``max_interval_s`` seconds.
+
+        :param on_progress: called after each look with what is known of every batch
+        :raises BatchWaitTimeout: after ``timeout_s`` seconds; the batches keep running
+        :raises PollError: when looking keeps failing
+        """
+        ids = _as_ids(batch_ids)
+        state = PollState(ids, interval=interval_s, max_interval=max_interval_s, deadline=time.monotonic() + timeout_s)
+        while True:
+            self.look(state)
+            if on_progress is not None:
+                on_progress(state.seen)
+            decision = state.decide(time.monotonic())
+            if isinstance(decision, Ended):
+                return {b: state.seen[b] for b in ids}
+            if not isinstance(decision, Wait):
+                raise _over(decision)
+            time.sleep(decision.seconds)
+
+    def look(self, state: PollState) -> None:
+        """One look at every open batch of ``state``, which is told what was seen or why looking failed."""
+        import anthropic
+
+        try:
+            state.saw([self.get(batch_id) for batch_id in state.open_ids()])
+        except BatchUnavailableError as e:
+            state.failed(str(e), fatal=True)
+        except anthropic.APIError as e:
+            state.failed(**poll_failure(e))
+
+    def read_items(self, batch_id: str, reconciler: Reconciler, *, sleep: Callable[[float], None] = time.sleep) -> Iterator[BatchItem]:
+        """First answers of an ended batch, each once, also when the stream is cut: it is then read again and what was seen is passed over.
+
+        ``reconciler`` counts what does not belong. The broken end of a cut stream is not counted.
+
+        :raises ResultStreamError: when the stream was cut five times in a row without progress
+        """
+        failures = 0
+        while True:
+            done = len(reconciler.answered)
+            try:
+                for item in parse_stream(self.stream_results(batch_id)):
+                    if reconciler.accept(item):
+                        assert isinstance(item, BatchItem)
+                        yield item
+                return
+            except ResultStreamError as e:
+                failures = 1 if len(reconciler.answered) > done else failures + 1
+                if failures >= _STREAM_ATTEMPTS:
+                    raise
+                log.warning("%s Reading again (%d of %d).", e, failures, _STREAM_ATTEMPTS)
+                sleep(min(2.0**failures, 30.0))
+                reconciler.read_again()
+
+    def retrieve(self, batch_ids: str | Sequence[str]) -> Retrieval:
+        """Read the results of one or more ended batches into memory.
+
+        For results larger than memory, iterate :meth:`read_items`.
+
+        :raises BatchNotEndedError: when one is still running
+        """
+        items: list[BatchItem] = []
+        tally, counts, faults = CostTally(), BatchCounts(), StreamFaults()
+        for batch_id in _as_ids(batch_ids):
+            found = self.get(batch_id)
+            builder = TallyBuilder(self.price_book, found.created_at)
+            reconciler = Reconciler(None)
+            for item in self.read_items(batch_id, reconciler):
+                if item.status is RequestStatus.SUCCEEDED and item.usage is not None:
+                    builder.add(item.model or "", item.usage)
+                items.append(item)
+            tally, counts = tally + builder.tally(), counts + found.counts
+            faults = faults + reconciler.faults
+        return Retrieval(items, tally, counts, faults)
+
+    def run(
+        self,
+        requests: Iterable[Any],
+        *,
+        model: str | None = None,
+        max_tokens: int | None = None,
+        system: Any = None,
+        params: Mapping[str, Any] | None = None,
+        interval_s: float = 5.0,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+        on_progress: Callable[[Mapping[str, BatchSnapshot]], None] | None = None,
+    ) -> Retrieval:
+        """Submit, wait and retrieve. Blocks until the last batch has ended; see :meth:`submit` and :meth:`wait`."""
+        ids = self.submit(requests, model=model, max_tokens=max_tokens, system=system, params=params)
+        self.wait(ids, interval_s=interval_s, timeout_s=timeout_s, on_progress=on_progress)
+        return self.retrieve(ids)
+
+
+def _over(decision: TimedOut | GaveUp) -> BatchWaitTimeout | PollError:
+    if isinstance(decision, TimedOut):
+        return BatchWaitTimeout(
+            f"{len(decision.open_ids)} of the batches did not end in time: {', '.join(decision.open_ids)}. "
+            "They keep running and are billed as usual; waiting again costs nothing."
+        )
+    return PollError(f"Polling gave up: {decision.reason}. The batches are untouched; waiting again costs nothing.")
+
+
+def _as_ids(batch_ids: str | Sequence[str]) -> list[str]:
+    return [batch_ids] if isinstance(batch_ids, str) else list(batch_ids)

@@ -1,0 +1,122 @@
+"""What became of a shard whose POST nobody saw end: found and adopted, or proved never accepted. Only then is anything sent again.
+
+The API has no idempotency key, so the batch is looked for among those of the workspace: created since the intent, of the same size, and
+claimed by no row of the ledger. An ended candidate is proved by the first line of its results, whose ``custom_id`` is the shard's or is
+not. A running one is adopted unproved, and proved when it lands.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+
+from sqlalchemy.exc import IntegrityError
+
+from airflow_provider_batchkit.kit import BatchKit
+from airflow_provider_batchkit.ledger import BatchRecord, BatchState, Ledger
+from airflow_provider_batchkit.model import BatchItem, BatchSnapshot
+from airflow_provider_batchkit.polling import ENDED
+from airflow_provider_batchkit.results import parse_stream
+
+log = logging.getLogger(__name__)
+
+#: how long an accepted batch may take to show in the list
+SETTLE_S = 60.0
+#: how far the API's clock may be behind ours
+CLOCK_SKEW_S = 900.0
+_LOOK_EVERY_S = 5.0
+
+
+class Settler:
+    """Settles the ``sending`` rows of a job before anything of it is sent."""
+
+    def __init__(
+        self,
+        kit: BatchKit,
+        ledger: Ledger,
+        *,
+        settle_seconds: float = SETTLE_S,
+        clock_skew_seconds: float = CLOCK_SKEW_S,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        """
+        :param settle_seconds: how long a shard is looked for, from now, before it counts as never accepted
+        :param clock_skew_seconds: how far the API's clock may be behind ours
+        """
+        self._kit = kit
+        self._ledger = ledger
+        self._settle_s = settle_seconds
+        self._skew = timedelta(seconds=clock_skew_seconds)
+        self._sleep = sleep
+        #: candidates that proved to be somebody else's
+        self._disproved: set[str] = set()
+
+    def settle(self, job_id: str) -> None:
+        """Move every ``sending`` row of the job to ``submitted`` or ``void``."""
+        for record in self._ledger.batches(job_id):
+            if record.state is BatchState.SENDING:
+                self._settle_one(record)
+
+    def _settle_one(self, record: BatchRecord) -> None:
+        log.warning("An earlier attempt may have sent %s (%s requests); looking for it", record, f"{record.requests:,}")
+        deadline = time.monotonic() + self._settle_s
+        while True:
+            if self._adopt(record):
+                return
+            left = deadline - time.monotonic()
+            if left <= 0:
+                break
+            self._sleep(min(_LOOK_EVERY_S, left))
+        self._ledger.void(
+            record.job_id, record.shard, f"not among the workspace's batches {self._settle_s:.0f} s after {datetime.now(UTC):%H:%M:%S} UTC"
+        )
+        log.warning("No batch of %s exists: it was never accepted and nothing was billed. Its rows are sent anew", record)
+
+    def _adopt(self, record: BatchRecord) -> bool:
+        """Find the record's batch and note its id; false when there is none (yet)."""
+        for candidate in self._candidates(record):
+            if candidate.processing_status == ENDED and not self._proves(record, candidate):
+                continue
+            try:
+                self._ledger.submitted(record.job_id, record.shard, candidate)
+            except IntegrityError:
+                # another job's settling claimed it a moment ago
+                continue
+            how = "proved by its results" if candidate.processing_status == ENDED else "still running, proved when it lands"
+            log.warning("Found %s: %s was accepted as %s (%s)", candidate.batch_id, record, candidate.batch_id, how)
+            return True
+        return False
+
+    def _candidates(self, record: BatchRecord) -> list[BatchSnapshot]:
+        """Unclaimed batches of the record's size since its intent, the nearest to the intent first."""
+        same_size = [
+            s
+            for s in self._kit.recent(record.intended_at - self._skew)
+            if s.counts.total == record.requests and s.batch_id not in self._disproved
+        ]
+        claimed = self._ledger.claimed([s.batch_id for s in same_size])
+        return sorted(
+            (s for s in same_size if s.batch_id not in claimed), key=lambda s: abs((s.created_at - record.intended_at).total_seconds())
+        )
+
+    def _proves(self, record: BatchRecord, candidate: BatchSnapshot) -> bool:
+        """Whether the first line of an ended batch's results is of the record's shard. Reads no more than that line."""
+        custom_id = self.first_custom_id(candidate.batch_id)
+        if custom_id is not None and self._ledger.asks(record, custom_id):
+            return True
+        self._disproved.add(candidate.batch_id)
+        log.info("%s is not %s: its first result is %s", candidate.batch_id, record, custom_id)
+        return False
+
+    def first_custom_id(self, batch_id: str) -> str | None:
+        """The ``custom_id`` of the first readable result line."""
+        chunks = self._kit.stream_results(batch_id)
+        try:
+            for item in parse_stream(chunks):
+                if isinstance(item, BatchItem):
+                    return item.custom_id
+        finally:
+            chunks.close()
+        return None

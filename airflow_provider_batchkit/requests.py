@@ -1,0 +1,276 @@
+"""Row + template → request: params, digest and ``custom_id``, checked for all that the API would refuse.
+
+Identity: the digest is taken over the canonical JSON of the params, so the same row asks the same thing under the same
+``custom_id`` on every attempt. A ``custom_id`` of a journaled job is ``<job_id>-<digest>``: each result line names its owner.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import msgspec
+from jinja2 import StrictUndefined, TemplateError, UndefinedError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from airflow_provider_batchkit.exceptions import BatchInputError, RequestError
+from airflow_provider_batchkit.model import CUSTOM_ID_PATTERN, PreparedRequest
+
+_CUSTOM_ID = re.compile(CUSTOM_ID_PATTERN)
+_ENCODE = msgspec.json.Encoder(order="deterministic")
+_ENCODE_KEY = msgspec.json.Encoder(decimal_format="string")
+_DIGEST_CHARS = 40
+
+
+class Row(dict[str, Any]):
+    """A source row for templates: ``row.column`` and ``row["column"]`` are the column, also one called ``items`` or ``count``."""
+
+    __slots__ = ()
+
+    def __getattribute__(self, name: str) -> Any:
+        try:
+            return dict.__getitem__(self, name)
+        except KeyError:
+            if name.startswith("__"):
+                return dict.__getattribute__(self, name)
+            raise AttributeError(name) from None
+
+
+def _dumps(value: Any, **kwargs: Any) -> str:
+    return json.dumps({c: value[c] for c in value} if type(value) is Row else value, **kwargs)
+
+
+class RowTemplate:
+    """A compiled row template: Jinja, sandboxed and strict, over ``row`` and whatever ``context`` gives once per run.
+
+    A NULL renders as an empty string. A missing column raises :class:`RequestError` that names it.
+    """
+
+    def __init__(self, text: str, *, name: str, context: Mapping[str, Any] | None = None) -> None:
+        """:param name: what the template is called in errors, e.g. ``prompt``"""
+        environment = ImmutableSandboxedEnvironment(
+            undefined=StrictUndefined,
+            autoescape=False,
+            keep_trailing_newline=True,
+            finalize=lambda value: "" if value is None else value,
+        )
+        environment.policies["json.dumps_function"] = _dumps
+        self._name = name
+        try:
+            self._template = environment.from_string(text, globals=dict(context or {}))
+        except TemplateError as e:
+            raise BatchInputError(f"The {name} template is not valid Jinja: {e}. Nothing was sent.") from e
+
+    def render(self, row: Mapping[str, Any], where: str) -> str:
+        """Render for one row; ``where`` names the row in errors."""
+        try:
+            return self._template.render(row=row if type(row) is Row else Row(row))
+        except UndefinedError as e:
+            columns = ", ".join(map(str, row)) or "none"
+            raise RequestError(
+                f"{where}: the {self._name} template uses something that is not there: {e.message}. Columns of the row: {columns}. "
+                "Nothing was sent."
+            ) from e
+        except Exception as e:
+            raise RequestError(f"{where}: the {self._name} template failed: {type(e).__name__}: {e}. Nothing was sent.") from e
+
+
+def check_params(params: Any, where: str) -> None:
+    """Raise :class:`RequestError` for params that the API would refuse. ``where`` names the item."""
+    problem = _problem(params)
+    if problem:
+        raise RequestError(f"{where}: {problem}. Nothing was sent.")
+
+
+def _problem(params: Any) -> str | None:
+    if not isinstance(params, Mapping):
+        return f"params must be a mapping, not {type(params).__name__}"
+    problem = _problem_of_messages(params.get("messages"))
+    if problem:
+        return problem
+    max_tokens = params.get("max_tokens")
+    if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1:
+        return f"max_tokens must be a whole number of at least 1, not {max_tokens!r}"
+    model = params.get("model")
+    if not isinstance(model, str) or not model.strip():
+        return "no model"
+    if params.get("stream"):
+        return "'stream' is not possible in a batch"
+    if params.get("speed") == "fast":
+        return "speed 'fast' is not possible in a batch"
+    return None
+
+
+def _problem_of_messages(messages: Any) -> str | None:
+    if not isinstance(messages, Sequence) or isinstance(messages, str | bytes) or not messages:
+        return "no messages: params['messages'] must be a non-empty list"
+    for position, message in enumerate(messages):
+        if not isinstance(message, Mapping) or message.get("role") not in ("user", "assistant"):
+            return f"messages[{position}] needs a role, 'user' or 'assistant'"
+        content = message.get("content")
+        if not content or (isinstance(content, str) and not content.strip()):
+            return f"messages[{position}] has no content"
+    return None
+
+
+def check_custom_id(custom_id: Any, where: str) -> str:
+    """Return it when the API takes it, else raise :class:`RequestError`."""
+    if not isinstance(custom_id, str) or not _CUSTOM_ID.match(custom_id) or custom_id.endswith("\n"):
+        raise RequestError(
+            f"{where}: custom_id {custom_id!r} is not valid: 1 to 64 letters, digits, '_' or '-' ({CUSTOM_ID_PATTERN}). Nothing was sent."
+        )
+    return custom_id
+
+
+def encode_params(params: Mapping[str, Any], where: str) -> bytes:
+    """Canonical JSON: keys sorted, so equal params give equal bytes and digests."""
+    try:
+        return _ENCODE.encode(params)
+    except (TypeError, ValueError, msgspec.MsgspecError) as e:
+        raise RequestError(f"{where}: params cannot be written as JSON: {e}. Nothing was sent.") from e
+
+
+def params_digest(params_json: bytes) -> str:
+    """Hex digest of canonical params JSON, 160 bits."""
+    return hashlib.sha256(params_json).hexdigest()[:_DIGEST_CHARS]
+
+
+def encode_key(values: Sequence[Any], where: str) -> str:
+    """Key column values as a JSON array; NULL and values without a JSON form are refused."""
+    if any(value is None for value in values):
+        raise RequestError(f"{where}: a key column is NULL, so its answer could not be told apart. Nothing was sent.")
+    try:
+        return _ENCODE_KEY.encode(list(values)).decode()
+    except (TypeError, msgspec.MsgspecError) as e:
+        raise RequestError(f"{where}: a key column has a type that cannot be a key: {e}. Nothing was sent.") from e
+
+
+class RequestDefaults(msgspec.Struct, frozen=True):
+    """What every request of a job shares. A native request's own params win over these."""
+
+    model: str | None = None
+    max_tokens: int | None = None
+    #: a system prompt that is the same for all rows, text or content blocks
+    system: Any = None
+    #: any further Messages API parameters
+    params: dict[str, Any] = {}
+
+    def merged(self, own: Mapping[str, Any]) -> dict[str, Any]:
+        """Params of a request: the defaults, overlaid by its own."""
+        merged: dict[str, Any] = dict(self.params)
+        for name in ("model", "max_tokens", "system"):
+            value = getattr(self, name)
+            if value is not None:
+                merged[name] = value
+        merged.update(own)
+        return merged
+
+
+class RequestBuilder:
+    """Turns source items into :class:`PreparedRequest` one at a time, in any number; keeps nothing of them."""
+
+    def __init__(
+        self,
+        defaults: RequestDefaults,
+        *,
+        job_id: str | None = None,
+        key: Sequence[str] = (),
+        prompt: RowTemplate | None = None,
+        system: RowTemplate | None = None,
+        dedupe: bool = True,
+    ) -> None:
+        """
+        :param job_id: the journaled job; without one a request is sent under its own ``custom_id`` or position
+        :param key: key columns of row mappings; a row without key columns is known by its position
+        :param prompt: template of the user message of row mappings
+        :param system: template of the system prompt of row mappings
+        :param dedupe: rows that ask the same share one ``custom_id``; otherwise the key is part of it
+        """
+        self._defaults = defaults
+        self._job_id = job_id
+        self._key = tuple(key)
+        self._prompt = prompt
+        self._system = system
+        self._dedupe = dedupe
+
+    def build(self, item: Any, position: int) -> PreparedRequest:
+        """One request.
+
+        :param item: a native ``{"custom_id", "params"}`` mapping, a prompt string, or a row mapping
+        :param position: of the item in its source, from 0: names it in errors, and is its key when it has no other
+        :raises RequestError: naming the item, when the API would refuse it
+        """
+        if isinstance(item, str):
+            where = f"request {position}"
+            return self._finish(encode_key([position], where), None, {"messages": [{"role": "user", "content": item}]}, position, where)
+        if not isinstance(item, Mapping):
+            raise RequestError(f"request {position}: a request is a mapping or a string, not {type(item).__name__}. Nothing was sent.")
+        if self._prompt is None and "params" in item:
+            return self._native(item, position)
+        return self._row(item, position)
+
+    def _native(self, item: Mapping[str, Any], position: int) -> PreparedRequest:
+        where = f"request {position}"
+        extra = set(item) - {"custom_id", "params"}
+        if extra:
+            raise RequestError(f"{where}: unknown fields {sorted(map(str, extra))}; a request has custom_id and params. Nothing was sent.")
+        custom_id = item.get("custom_id")
+        if custom_id is not None:
+            where = f"request {position} ({custom_id!r})"
+            check_custom_id(custom_id, where)
+        if not isinstance(item["params"], Mapping):
+            check_params(item["params"], where)
+        key = encode_key([position if custom_id is None else custom_id], where)
+        return self._finish(key, custom_id, item["params"], position, where)
+
+    def _row(self, row: Mapping[str, Any], position: int) -> PreparedRequest:
+        if self._prompt is None:
+            raise BatchInputError(
+                f"request {position}: a row mapping needs the parameter prompt; a native request needs 'params'. Nothing was sent."
+            )
+        where = f"row {position}"
+        if self._key:
+            missing = [column for column in self._key if column not in row]
+            if missing:
+                raise RequestError(
+                    f"{where}: key column {', '.join(missing)} is not in the source. Columns: {', '.join(map(str, row))}. Nothing was sent."
+                )
+            values = [row[column] for column in self._key]
+            where = f"row {position} ({', '.join(f'{c}={v!r}' for c, v in zip(self._key, values, strict=True))})"
+        else:
+            values = [position]
+        own: dict[str, Any] = {"messages": [{"role": "user", "content": self._prompt.render(row, where)}]}
+        if self._system is not None:
+            own["system"] = self._system.render(row, where)
+        return self._finish(encode_key(values, where), None, own, position, where)
+
+    def _finish(self, key: str, own_id: str | None, own: Mapping[str, Any], position: int, where: str) -> PreparedRequest:
+        params = self._defaults.merged(own)
+        check_params(params, where)
+        encoded = encode_params(params, where)
+        digest = params_digest(encoded)
+        if self._job_id is not None:
+            salted = digest if self._dedupe else params_digest(f"{digest} {key}".encode())
+            custom_id = f"{self._job_id}-{salted}"
+        else:
+            custom_id = own_id if own_id is not None else f"item-{position}"
+        return PreparedRequest(custom_id, key, digest, b'{"custom_id":"' + custom_id.encode() + b'","params":' + encoded + b"}")
+
+
+def refuse_repeated_ids(requests: Iterable[PreparedRequest]) -> Iterator[PreparedRequest]:
+    """Pass requests through; raise :class:`RequestError` at the first ``custom_id`` that comes a second time."""
+    seen: set[str] = set()
+    for position, request in enumerate(requests):
+        if request.custom_id in seen:
+            raise RequestError(f"request {position}: custom_id {request.custom_id!r} came before; it must be unique. Nothing was sent.")
+        seen.add(request.custom_id)
+        yield request
+
+
+def key_values(key: str) -> list[Any]:
+    """The inverse of :func:`encode_key`, with JSON types: dates come back as ISO strings, decimals as decimal strings."""
+    values: list[Any] = json.loads(key)
+    return values

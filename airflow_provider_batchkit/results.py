@@ -1,0 +1,257 @@
+"""JSONL bytes → typed results, reconciled against what was asked.
+
+Lines are split on the byte ``\\n`` only: U+2028 and U+0085 are legal inside a JSON string, and splitting text on them breaks lines.
+A line that cannot be read is kept as :class:`BrokenLine`, never dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from airflow_provider_batchkit.model import BatchItem, RequestStatus, Usage
+
+_SAMPLE_CHARS = 200
+
+
+class _CacheCreation(msgspec.Struct, gc=False):
+    ephemeral_5m_input_tokens: int = 0
+    ephemeral_1h_input_tokens: int = 0
+
+
+class _ServerToolUse(msgspec.Struct, gc=False):
+    web_search_requests: int = 0
+
+
+class _WireUsage(msgspec.Struct, gc=False):
+    input_tokens: int
+    output_tokens: int
+    cache_creation_input_tokens: int | None = None
+    cache_read_input_tokens: int | None = None
+    cache_creation: _CacheCreation | None = None
+    server_tool_use: _ServerToolUse | None = None
+    inference_geo: str | None = None
+    speed: str | None = None
+
+
+class _Block(msgspec.Struct, gc=False):
+    type: str
+    text: str | None = None
+
+
+class _Message(msgspec.Struct, gc=False):
+    model: str
+    content: list[_Block]
+    usage: _WireUsage
+    stop_reason: str | None = None
+
+
+class _ErrorObject(msgspec.Struct, gc=False):
+    type: str
+    message: str = ""
+
+
+class _ErrorResponse(msgspec.Struct, gc=False):
+    error: _ErrorObject
+
+
+class _Result(msgspec.Struct, gc=False):
+    type: str
+    message: msgspec.Raw = msgspec.Raw()
+    error: _ErrorResponse | None = None
+
+
+class _Line(msgspec.Struct, gc=False):
+    custom_id: str
+    result: _Result
+
+
+_DECODE_LINE = msgspec.json.Decoder(_Line)
+_DECODE_MESSAGE = msgspec.json.Decoder(_Message)
+_STATUSES = {status.value: status for status in (RequestStatus.ERRORED, RequestStatus.EXPIRED, RequestStatus.CANCELED)}
+
+
+@dataclass(frozen=True, slots=True)
+class BrokenLine:
+    """A line of the results that is not what the API documents."""
+
+    #: from 1
+    number: int
+    reason: str
+    #: the beginning of the line
+    sample: str
+
+
+class LineSplitter:
+    """Splits a byte stream at ``\\n``. ``feed`` returns the complete lines so far, ``flush`` the rest without a newline."""
+
+    def __init__(self) -> None:
+        self._rest: list[bytes] = []
+
+    def feed(self, data: bytes) -> list[bytes]:
+        if b"\n" not in data:
+            if data:
+                self._rest.append(data)
+            return []
+        lines = data.split(b"\n")
+        if self._rest:
+            lines[0] = b"".join([*self._rest, lines[0]])
+        last = lines.pop()
+        self._rest = [last] if last else []
+        return lines
+
+    def flush(self) -> list[bytes]:
+        rest, self._rest = b"".join(self._rest), []
+        return [rest] if rest else []
+
+
+def _usage(wire: _WireUsage) -> Usage:
+    cache = wire.cache_creation
+    if cache is None:
+        # without the split, all cache writes are of the default five minutes (API documentation, "Prompt caching")
+        written_5m, written_1h = wire.cache_creation_input_tokens or 0, 0
+    else:
+        written_5m, written_1h = cache.ephemeral_5m_input_tokens, cache.ephemeral_1h_input_tokens
+    return Usage(
+        wire.input_tokens,
+        wire.output_tokens,
+        written_5m,
+        written_1h,
+        wire.cache_read_input_tokens or 0,
+        wire.server_tool_use.web_search_requests if wire.server_tool_use is not None else 0,
+        wire.inference_geo,
+        wire.speed,
+    )
+
+
+def parse_line(line: bytes, number: int) -> BatchItem | BrokenLine:
+    """One result line. Never raises: what cannot be read comes back as :class:`BrokenLine`."""
+    try:
+        decoded = _DECODE_LINE.decode(line)
+        result = decoded.result
+        if result.type == "succeeded":
+            message = _DECODE_MESSAGE.decode(result.message)
+            blocks = message.content
+            text = (
+                blocks[0].text
+                if len(blocks) == 1 and blocks[0].type == "text"
+                else "".join(block.text or "" for block in blocks if block.type == "text")
+            )
+            return BatchItem(
+                decoded.custom_id,
+                RequestStatus.SUCCEEDED,
+                text,
+                message.stop_reason,
+                message.model,
+                _usage(message.usage),
+                None,
+                None,
+                bytes(result.message),
+            )
+        status = _STATUSES.get(result.type)
+        if status is None:
+            return _broken(number, line, f"unknown result type {result.type!r}")
+        error = result.error.error if result.error is not None else None
+        return BatchItem(
+            decoded.custom_id, status, error_type=error.type if error else None, error_message=error.message if error else None
+        )
+    except (msgspec.MsgspecError, UnicodeDecodeError) as e:
+        return _broken(number, line, str(e))
+
+
+def _broken(number: int, line: bytes, reason: str) -> BrokenLine:
+    return BrokenLine(number, reason, line[:_SAMPLE_CHARS].decode("utf-8", "replace"))
+
+
+def parse_stream(chunks: Iterable[bytes]) -> Iterator[BatchItem | BrokenLine]:
+    """Raw chunks of a results stream → items, in the order of the stream. Blank lines are skipped."""
+    splitter = LineSplitter()
+    number = 0
+    for chunk in chunks:
+        for line in splitter.feed(chunk):
+            number += 1
+            if line.strip():
+                yield parse_line(line, number)
+    for line in splitter.flush():
+        yield parse_line(line, number + 1)
+
+
+@dataclass(slots=True)
+class StreamFaults:
+    """What was wrong with a result stream: counts, and a first sample of each kind for the log."""
+
+    broken: int = 0
+    duplicate: int = 0
+    foreign: int = 0
+    broken_sample: str | None = None
+    duplicate_sample: str | None = None
+    foreign_sample: str | None = None
+
+    def add_broken(self, line: BrokenLine) -> None:
+        self.broken += 1
+        self.broken_sample = self.broken_sample or f"line {line.number}: {line.reason}: {line.sample!r}"
+
+    def add_duplicate(self, item: BatchItem) -> None:
+        self.duplicate += 1
+        self.duplicate_sample = self.duplicate_sample or item.custom_id
+
+    def add_foreign(self, item: BatchItem) -> None:
+        self.foreign += 1
+        self.foreign_sample = self.foreign_sample or item.custom_id
+
+    def __bool__(self) -> bool:
+        return bool(self.broken or self.duplicate or self.foreign)
+
+    def __add__(self, other: StreamFaults) -> StreamFaults:
+        return StreamFaults(
+            self.broken + other.broken,
+            self.duplicate + other.duplicate,
+            self.foreign + other.foreign,
+            self.broken_sample or other.broken_sample,
+            self.duplicate_sample or other.duplicate_sample,
+            self.foreign_sample or other.foreign_sample,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return {"broken_lines": self.broken, "duplicate_lines": self.duplicate, "foreign_lines": self.foreign}
+
+
+class Reconciler:
+    """Gives every asked request exactly one outcome.
+
+    :meth:`accept` says whether an item is the first answer to something that was asked; duplicates, foreign ids and broken lines are
+    counted in ``faults``. Resident: the ids asked and the ids answered.
+    """
+
+    def __init__(self, asked: Container[str] | None) -> None:
+        """:param asked: every ``custom_id`` of the batch, or None when nobody knows (a batch submitted elsewhere)"""
+        self.faults = StreamFaults()
+        self.answered: set[str] = set()
+        self._asked = asked
+        self._this_read = self.answered
+
+    def read_again(self) -> None:
+        """The stream starts over: what was answered stays answered, and what is wrong with the stream is counted anew."""
+        self.faults = StreamFaults()
+        self._this_read = set()
+
+    def accept(self, item: BatchItem | BrokenLine) -> bool:
+        if isinstance(item, BrokenLine):
+            self.faults.add_broken(item)
+            return False
+        custom_id = item.custom_id
+        if custom_id in self._this_read:
+            self.faults.add_duplicate(item)
+            return False
+        if self._asked is not None and custom_id not in self._asked:
+            self.faults.add_foreign(item)
+            return False
+        self._this_read.add(custom_id)
+        if self._this_read is self.answered:
+            return True
+        first = custom_id not in self.answered
+        self.answered.add(custom_id)
+        return first

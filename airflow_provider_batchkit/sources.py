@@ -1,0 +1,76 @@
+"""Where rows come from: a list, or a SQL query read through a server-side cursor. Rows stream; none is kept."""
+
+from __future__ import annotations
+
+import datetime as dt
+import decimal
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from airflow_provider_batchkit.exceptions import BatchInputError
+
+if TYPE_CHECKING:
+    from sqlalchemy.engine import Engine
+
+_FETCH_ROWS = 2_000
+
+#: SQL-neutral names of key column types, from the narrowest Python type
+_TYPE_NAMES: dict[type, str] = {
+    bool: "boolean",
+    int: "integer",
+    decimal.Decimal: "numeric",
+    float: "float",
+    str: "text",
+    dt.datetime: "datetime",
+    dt.date: "date",
+    uuid.UUID: "uuid",
+}
+
+
+def read_sql(engine: Engine, sql: str, parameters: Any = None) -> Iterator[dict[str, Any]]:
+    """Rows of a query as dicts, column names as the database gives them.
+
+    Uses a server-side cursor where the driver has one (PostgreSQL, MySQL): memory stays flat for any number of rows.
+
+    :param parameters: passed to the driver in its own style; without any, ``%`` in the SQL is literal
+    :raises BatchInputError: when two columns have one name, or the statement returns no rows
+    """
+    with engine.connect() as connection:
+        connection = connection.execution_options(stream_results=True, max_row_buffer=_FETCH_ROWS, no_parameters=parameters is None)
+        result = connection.exec_driver_sql(sql, parameters)
+        if not result.returns_rows:
+            raise BatchInputError("The source's sql returns no rows: it must be a SELECT. Nothing was sent.")
+        columns = list(result.keys())
+        repeated = sorted({c for c in columns if columns.count(c) > 1})
+        if repeated:
+            raise BatchInputError(
+                f"The source's sql has more than one column named {', '.join(repeated)}; give them aliases. Nothing was sent."
+            )
+        for chunk in result.partitions(_FETCH_ROWS):
+            for row in chunk:
+                yield dict(zip(columns, row, strict=True))
+
+
+class KeyTypes:
+    """Learns the SQL type of each key column from the values that pass; a column of mixed types becomes text."""
+
+    def __init__(self, columns: Sequence[str]) -> None:
+        self._columns = tuple(columns)
+        self._types: list[set[type]] = [set() for _ in self._columns]
+
+    def see(self, row: Mapping[str, Any]) -> None:
+        for column, types in zip(self._columns, self._types, strict=True):
+            types.add(type(row.get(column)))
+
+    def result(self) -> list[tuple[str, str]]:
+        """(column, type name) of every key column, in order."""
+        return [(column, _type_name(types)) for column, types in zip(self._columns, self._types, strict=True)]
+
+
+def _type_name(types: set[type]) -> str:
+    if len(types) == 1:
+        return _TYPE_NAMES.get(next(iter(types)), "text")
+    if types <= {int, decimal.Decimal} and types:
+        return "numeric"
+    return "text"

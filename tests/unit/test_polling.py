@@ -1,0 +1,105 @@
+"""One decision class serves trigger, poke and kit; it has no clock of its own."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+
+from airflow_provider_batchkit.exceptions import PollError
+from airflow_provider_batchkit.model import BatchCounts, BatchSnapshot
+from airflow_provider_batchkit.polling import MAX_FAILURES, Ended, GaveUp, PollState, TimedOut, Wait, validate_event
+
+
+def seen(batch_id: str, status: str, **counts: int) -> BatchSnapshot:
+    return BatchSnapshot(batch_id, status, BatchCounts(**counts), datetime(2026, 1, 1, tzinfo=UTC))
+
+
+def test_it_waits_until_the_last_batch_has_ended() -> None:
+    """Only batches that have not ended are looked at again."""
+    state = PollState(["a", "b"], interval=10)
+    assert state.decide(0) == Wait(10)
+    state.saw([seen("a", "ended", succeeded=3), seen("b", "canceling", processing=2)])
+    assert state.open_ids() == ["b"]
+    assert state.decide(0) == Wait(10)
+    state.saw([seen("b", "ended", canceled=2)])
+    assert state.decide(0) == Ended()
+    assert state.counts() == BatchCounts(succeeded=3, canceled=2)
+
+
+def test_no_batches_have_ended_at_once() -> None:
+    """An empty source needs no waiting."""
+    assert PollState([], interval=10).decide(0) == Ended()
+
+
+def test_intervals_grow_to_their_bound() -> None:
+    """Young batches are looked at sooner, old ones later."""
+    state = PollState(["a"], interval=10, max_interval=30, factor=2)
+    waits = []
+    for _ in range(4):
+        state.saw([seen("a", "in_progress")])
+        waits.append(state.decide(0))
+    assert waits == [Wait(10), Wait(20), Wait(30), Wait(30)]
+
+
+def test_the_deadline_ends_the_wait_and_shortens_the_last_interval() -> None:
+    """The last look comes at the deadline, not an interval after it; a batch that ends there still counts."""
+    state = PollState(["a"], interval=10, deadline=25)
+    assert state.decide(20) == Wait(5)
+    assert state.decide(25) == TimedOut(("a",))
+    state.saw([seen("a", "ended")])
+    assert state.decide(25) == Ended()
+
+
+def test_failures_back_off_and_a_success_forgives_them() -> None:
+    """A blip does not end a wait of a day."""
+    state = PollState(["a"], interval=10)
+    state.failed("503")
+    state.failed("503")
+    assert state.decide(0) == Wait(20)
+    state.saw([seen("a", "in_progress")])
+    assert state.decide(0) == Wait(10)
+
+
+def test_retry_after_is_honoured() -> None:
+    """The API knows better than our interval."""
+    state = PollState(["a"], interval=10)
+    state.failed("429", retry_after=77)
+    assert state.decide(0) == Wait(77)
+
+
+def test_too_many_failures_in_a_row_give_up_with_the_last_reason() -> None:
+    """Somebody must be told in the end."""
+    state = PollState(["a"], interval=1)
+    for _ in range(MAX_FAILURES):
+        assert isinstance(state.decide(0), Wait)
+        state.failed("no route")
+    decision = state.decide(0)
+    assert isinstance(decision, GaveUp) and "no route" in decision.reason and str(MAX_FAILURES) in decision.reason
+
+
+def test_a_fatal_failure_gives_up_at_once() -> None:
+    """A revoked key does not come back by asking."""
+    state = PollState(["a"], interval=1)
+    state.failed("401 invalid x-api-key", fatal=True)
+    assert state.decide(0) == GaveUp("401 invalid x-api-key")
+
+
+def test_an_unknown_status_fails_loudly() -> None:
+    """Guessing could end a wait early, or never."""
+    with pytest.raises(PollError, match="unknown status 'paused'"):
+        PollState(["a"], interval=1).saw([seen("a", "paused")])
+
+
+@pytest.mark.parametrize("event", [None, {}, {"status": "success"}, "ended", {"status": None}])
+def test_a_malformed_event_fails_loudly(event: Any) -> None:
+    """An event that this version does not know must not count as success."""
+    with pytest.raises(PollError, match="an event that this version does not know"):
+        validate_event(event)
+
+
+@pytest.mark.parametrize("status", ["ended", "timeout", "error"])
+def test_known_events_pass(status: str) -> None:
+    """The three ends of a trigger."""
+    assert validate_event({"status": status})["status"] == status

@@ -1,0 +1,190 @@
+"""Rows and prompts become requests, and what the API would refuse is refused first."""
+
+from __future__ import annotations
+
+import datetime as dt
+import decimal
+import json
+from typing import Any
+
+import pytest
+
+from airflow_provider_batchkit.exceptions import BatchInputError, RequestError
+from airflow_provider_batchkit.model import PreparedRequest
+from airflow_provider_batchkit.requests import (
+    RequestBuilder,
+    RequestDefaults,
+    Row,
+    RowTemplate,
+    check_custom_id,
+    encode_key,
+    key_values,
+    refuse_repeated_ids,
+)
+
+DEFAULTS = RequestDefaults("claude-haiku-5-5", 100)
+HELLO = [{"role": "user", "content": "hello"}]
+
+
+def build(item: Any, position: int = 0, **kwargs: Any) -> PreparedRequest:
+    return RequestBuilder(kwargs.pop("defaults", DEFAULTS), **kwargs).build(item, position)
+
+
+def prompt(text: str, **context: Any) -> RowTemplate:
+    return RowTemplate(text, name="prompt", context=context)
+
+
+def test_a_bare_prompt_is_known_by_its_position() -> None:
+    """A string becomes one user message under item-<position>."""
+    request = build("Name a river.", 7)
+    body = json.loads(request.body)
+    assert body["custom_id"] == "item-7"
+    assert body["params"] == {"model": "claude-haiku-5-5", "max_tokens": 100, "messages": [{"role": "user", "content": "Name a river."}]}
+    assert key_values(request.key) == [7]
+
+
+def test_a_native_request_keeps_its_id_and_its_own_params_win() -> None:
+    """Defaults fill what a native request leaves out, and nothing else."""
+    request = build({"custom_id": "a-1", "params": {"messages": HELLO, "max_tokens": 5}})
+    body = json.loads(request.body)
+    assert body == {"custom_id": "a-1", "params": {"model": "claude-haiku-5-5", "max_tokens": 5, "messages": HELLO}}
+    assert key_values(request.key) == ["a-1"]
+
+
+def test_in_a_journaled_job_the_custom_id_names_job_and_question() -> None:
+    """The same question has the same custom_id whatever its row, and another question another one."""
+    builder = RequestBuilder(DEFAULTS, job_id="0123456789abcdef0123", key=["sku"], prompt=prompt("About {{ row.name }}"))
+    one, same, other = (builder.build({"sku": s, "name": n}, 0) for s, n in [("A", "tea"), ("B", "tea"), ("C", "cup")])
+    assert one.custom_id == same.custom_id != other.custom_id
+    assert one.key == '["A"]' and same.key == '["B"]'
+    assert one.custom_id.startswith("0123456789abcdef0123-") and len(one.custom_id) == 61
+
+
+def test_without_dedupe_each_key_asks_for_itself() -> None:
+    """dedupe=False gives equal questions of different rows different ids, and the same digest."""
+    builder = RequestBuilder(DEFAULTS, job_id="0" * 20, key=["sku"], prompt=prompt("About {{ row.name }}"), dedupe=False)
+    one, two = (builder.build({"sku": s, "name": "tea"}, 0) for s in "AB")
+    assert one.custom_id != two.custom_id
+    assert one.digest == two.digest
+
+
+def test_the_order_of_params_does_not_change_the_digest() -> None:
+    """Equal params are the same question however the mapping was made."""
+    one = build({"params": {"messages": HELLO, "temperature": 0.5, "top_k": 3}})
+    two = build({"params": {"top_k": 3, "temperature": 0.5, "messages": HELLO}})
+    assert one.digest == two.digest
+
+
+@pytest.mark.parametrize(
+    ("item", "message"),
+    [
+        ({"custom_id": "a b", "params": {"messages": HELLO}}, r"request 3 \('a b'\): custom_id 'a b' is not valid: 1 to 64 letters"),
+        ({"custom_id": "x" * 65, "params": {"messages": HELLO}}, "is not valid"),
+        ({"custom_id": "a\n", "params": {"messages": HELLO}}, "is not valid"),
+        ({"custom_id": "a", "params": {}}, r"request 3 \('a'\): no messages"),
+        ({"custom_id": "a", "params": {"messages": []}}, "no messages"),
+        ({"custom_id": "a", "params": {"messages": "hello"}}, "no messages"),
+        ({"custom_id": "a", "params": {"messages": [{"role": "user", "content": " "}]}}, r"messages\[0\] has no content"),
+        ({"custom_id": "a", "params": {"messages": [{"role": "robot", "content": "x"}]}}, r"messages\[0\] needs a role"),
+        ({"custom_id": "a", "params": {"messages": HELLO, "max_tokens": 0}}, "max_tokens must be a whole number of at least 1, not 0"),
+        (
+            {"custom_id": "a", "params": {"messages": HELLO, "max_tokens": True}},
+            "max_tokens must be a whole number of at least 1, not True",
+        ),
+        ({"custom_id": "a", "params": {"messages": HELLO, "stream": True}}, "'stream' is not possible in a batch"),
+        ({"custom_id": "a", "params": {"messages": HELLO, "speed": "fast"}}, "speed 'fast' is not possible in a batch"),
+        ({"custom_id": "a", "params": {"messages": HELLO, "model": ""}}, "no model"),
+        ({"custom_id": "a", "params": {"messages": HELLO, "metadata": object()}}, "params cannot be written as JSON"),
+        ({"custom_id": "a", "params": [], "x": 1}, "unknown fields"),
+        ({"custom_id": "a", "params": "x"}, "params must be a mapping, not str"),
+        ({"name": "tea"}, "a row mapping needs the parameter prompt"),
+        (5, "a request is a mapping or a string, not int"),
+        ("  ", r"messages\[0\] has no content"),
+    ],
+)
+def test_what_the_api_would_refuse_is_refused_with_the_item_named(item: Any, message: str) -> None:
+    """Each refusal names the item, says what is wrong, and that nothing was sent."""
+    with pytest.raises(BatchInputError, match=message) as error:
+        build(item, 3)
+    assert "Nothing was sent" in str(error.value)
+    assert "request 3" in str(error.value)
+
+
+def test_a_missing_max_tokens_is_refused() -> None:
+    """The API has no default for max_tokens, so neither have we."""
+    with pytest.raises(RequestError, match="max_tokens must be a whole number of at least 1, not None"):
+        build("hello", defaults=RequestDefaults("claude-haiku-5-5"))
+
+
+def test_a_repeated_custom_id_is_refused_by_name() -> None:
+    """One answer would overwrite the other."""
+    requests = [build({"custom_id": c, "params": {"messages": HELLO}}) for c in ("a", "b", "a")]
+    with pytest.raises(RequestError, match="request 2: custom_id 'a' came before"):
+        list(refuse_repeated_ids(requests))
+
+
+def test_a_missing_column_is_an_error_that_names_it() -> None:
+    """A template that asks for a column that the row has not must not send an empty hole."""
+    with pytest.raises(RequestError, match=r"row 4 \(sku='A'\): the prompt template .*'nam'.* Columns of the row: sku, name"):
+        build({"sku": "A", "name": "tea"}, 4, key=["sku"], prompt=prompt("About {{ row.nam }}"))
+
+
+def test_columns_hide_the_methods_of_a_mapping() -> None:
+    """Columns called items, keys or count are columns; without such a column the name is missing, not a method."""
+    row = Row({"items": 3, "count": "many"})
+    assert prompt("{{ row.items }} {{ row.count }} {{ row['items'] }}").render(row, "row 0") == "3 many 3"
+    with pytest.raises(RequestError, match="keys"):
+        prompt("{{ row.keys }}").render(row, "row 0")
+
+
+def test_null_renders_as_nothing_and_the_run_context_is_there() -> None:
+    """A NULL column is an empty string in the prompt; ds and friends come from the task's context."""
+    assert prompt("[{{ row.a }}] {{ ds }}", ds="2026-11-23").render({"a": None}, "row 0") == "[] 2026-11-23"
+
+
+def test_templates_are_sandboxed() -> None:
+    """A template cannot reach into Python."""
+    with pytest.raises(RequestError):
+        prompt("{{ row.a.__class__.__mro__ }}").render({"a": "x"}, "row 0")
+
+
+def test_a_broken_template_fails_before_any_row() -> None:
+    """Jinja syntax errors come at once and say where."""
+    with pytest.raises(BatchInputError, match="The prompt template is not valid Jinja"):
+        prompt("{{ row.a ")
+
+
+def test_row_templates_may_loop_over_columns() -> None:
+    """Iterating a row gives its columns."""
+    assert prompt("{% for c in row %}{{ c }}={{ row[c] }};{% endfor %}{{ row | tojson }}").render({"a": 1}, "") == 'a=1;{"a": 1}'
+
+
+def test_a_system_template_is_rendered_by_row() -> None:
+    """The system prompt may differ by row."""
+    system = RowTemplate("Speak {{ row.lang }}.", name="system")
+    request = build({"id": 1, "lang": "French"}, key=["id"], prompt=prompt("hi"), system=system)
+    assert json.loads(request.body)["params"]["system"] == "Speak French."
+
+
+def test_keys_of_every_usual_type_survive() -> None:
+    """Key values become JSON and come back in a form that the column's type reads."""
+    values = [1, "é\u2028", decimal.Decimal("1.10"), dt.date(2026, 1, 2), dt.datetime(2026, 1, 2, 3, tzinfo=dt.UTC), True]
+    assert key_values(encode_key(values, "row 0")) == [1, "é\u2028", "1.10", "2026-01-02", "2026-01-02T03:00:00Z", True]
+
+
+@pytest.mark.parametrize(("value", "message"), [(None, "a key column is NULL"), (object(), "a type that cannot be a key")])
+def test_a_key_that_cannot_tell_rows_apart_is_refused(value: Any, message: str) -> None:
+    """NULL and values without a JSON form are no keys."""
+    with pytest.raises(RequestError, match=message):
+        encode_key([value], "row 0")
+
+
+def test_a_key_column_that_is_not_in_the_source_is_named() -> None:
+    """A typo in key is found at the first row."""
+    with pytest.raises(RequestError, match=r"key column skU is not in the source\. Columns: sku"):
+        build({"sku": "A"}, key=["skU"], prompt=prompt("x"))
+
+
+def test_check_custom_id_takes_the_longest_that_the_api_takes() -> None:
+    """64 characters of the allowed set pass."""
+    assert check_custom_id("aZ0_-" + "x" * 59, "request 0") == "aZ0_-" + "x" * 59

@@ -1,0 +1,174 @@
+"""Result lines are read whole, in pieces, and broken; every request gets one outcome."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from airflow_provider_batchkit.model import BatchItem, RequestStatus, Usage
+from airflow_provider_batchkit.results import BrokenLine, LineSplitter, Reconciler, parse_line, parse_stream
+
+
+def succeeded(custom_id: str, text: str = "hi", **message: Any) -> dict[str, Any]:
+    body = {
+        "id": "msg_1",
+        "type": "message",
+        "role": "assistant",
+        "model": "claude-haiku-5-5",
+        "content": [{"type": "text", "text": text}],
+        "stop_reason": "end_turn",
+        "usage": {"input_tokens": 10, "output_tokens": 3},
+        **message,
+    }
+    return {"custom_id": custom_id, "result": {"type": "succeeded", "message": body}}
+
+
+def line(value: Any) -> bytes:
+    return json.dumps(value, ensure_ascii=False).encode() + b"\n"
+
+
+def item(value: Any) -> BatchItem:
+    parsed = parse_line(line(value), 1)
+    assert isinstance(parsed, BatchItem), parsed
+    return parsed
+
+
+def test_a_succeeded_line_gives_text_usage_and_stop_reason() -> None:
+    """What a pipeline needs of an answer is there."""
+    got = item(succeeded("a", stop_reason="max_tokens"))
+    assert (got.custom_id, got.status, got.text, got.stop_reason) == ("a", RequestStatus.SUCCEEDED, "hi", "max_tokens")
+    assert got.usage == Usage(10, 3)
+    assert got.model == "claude-haiku-5-5"
+    assert json.loads(got.message or b"")["id"] == "msg_1"
+
+
+def test_every_billed_dimension_of_usage_is_read() -> None:
+    """Cache writes by lifetime, reads, searches, region and speed: each is billed differently."""
+    usage = {
+        "input_tokens": 1,
+        "output_tokens": 2,
+        "cache_creation_input_tokens": 7,
+        "cache_creation": {"ephemeral_5m_input_tokens": 3, "ephemeral_1h_input_tokens": 4},
+        "cache_read_input_tokens": 5,
+        "server_tool_use": {"web_search_requests": 6, "web_fetch_requests": 1},
+        "inference_geo": "us",
+        "speed": "standard",
+        "service_tier": "batch",
+    }
+    got = item(succeeded("a", usage=usage)).usage
+    assert got == Usage(1, 2, 3, 4, 5, 6, "us", "standard")
+    assert got.prompt_tokens == 13
+
+
+def test_cache_writes_without_a_split_count_as_five_minutes() -> None:
+    """Older answers give only the sum; the default lifetime is five minutes."""
+    usage = {
+        "input_tokens": 1,
+        "output_tokens": 2,
+        "cache_creation_input_tokens": 7,
+        "cache_creation": None,
+        "cache_read_input_tokens": None,
+    }
+    assert item(succeeded("a", usage=usage)).usage == Usage(1, 2, 7, 0, 0)
+
+
+def test_text_blocks_are_joined_and_others_left_to_the_message() -> None:
+    """Thinking and tool blocks are not text."""
+    content = [{"type": "thinking", "thinking": "hm", "signature": "x"}, {"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    assert item(succeeded("a", content=content)).text == "ab"
+    assert item(succeeded("a", content=[])).text == ""
+
+
+def test_an_errored_line_gives_the_apis_type_and_message() -> None:
+    """The error is nested twice in the API's answer."""
+    error = {"type": "error", "error": {"type": "invalid_request_error", "message": "too long"}, "request_id": None}
+    got = item({"custom_id": "a", "result": {"type": "errored", "error": error}})
+    assert (got.status, got.error_type, got.error_message) == (RequestStatus.ERRORED, "invalid_request_error", "too long")
+
+
+@pytest.mark.parametrize("kind", ["expired", "canceled"])
+def test_expired_and_canceled_lines_have_a_status_only(kind: str) -> None:
+    """They were never processed."""
+    got = item({"custom_id": "a", "result": {"type": kind}})
+    assert (got.status.value, got.text, got.usage) == (kind, None, None)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        b"{",
+        b"[]",
+        b'{"custom_id": "a"}',
+        b'{"custom_id":"a","result":{"type":"new"}}',
+        b"\xff\xfe",
+        b'{"custom_id":"a","result":{"type":"succeeded"}}',
+    ],
+)
+def test_an_unreadable_line_is_kept_with_its_number_and_a_sample(bad: bytes) -> None:
+    """Nothing is dropped without a word."""
+    got = parse_line(bad, 12)
+    assert isinstance(got, BrokenLine)
+    assert got.number == 12 and got.reason
+
+
+STREAM = (
+    line(succeeded("a", "x\u2028y\u0085z")) + line(succeeded("b", "ü")) + b"\n" + line({"custom_id": "c", "result": {"type": "expired"}})
+)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 100, 10_000])
+def test_a_stream_reads_the_same_however_it_is_cut(size: int) -> None:
+    """Lines end at \\n bytes only: U+2028 and U+0085 inside an answer stay there, and cuts inside a character do no harm."""
+    chunks = [STREAM[i : i + size] for i in range(0, len(STREAM), size)]
+    got = list(parse_stream(chunks))
+    assert [i.custom_id if isinstance(i, BatchItem) else None for i in got] == ["a", "b", "c"]
+    assert isinstance(got[0], BatchItem) and got[0].text == "x\u2028y\u0085z"
+
+
+def test_a_last_line_without_a_newline_counts() -> None:
+    """Files need not end with one."""
+    assert len(list(parse_stream([STREAM.rstrip(b"\n")]))) == 3
+
+
+def test_the_splitter_holds_back_what_is_not_complete() -> None:
+    """Complete lines come from feed, the rest from flush."""
+    splitter = LineSplitter()
+    assert splitter.feed(b"ab") == []
+    assert splitter.feed(b"c\nd") == [b"abc"]
+    assert splitter.feed(b"") == []
+    assert splitter.flush() == [b"d"]
+    assert splitter.flush() == []
+
+
+def answers(*ids: str) -> list[BatchItem]:
+    return [BatchItem(i, RequestStatus.SUCCEEDED) for i in ids]
+
+
+def test_every_request_is_answered_once() -> None:
+    """The first answer counts; duplicates and foreign ids are counted with a sample."""
+    reconciler = Reconciler({"a", "b"})
+    assert [reconciler.accept(i) for i in answers("a", "a", "x", "b")] == [True, False, False, True]
+    assert reconciler.answered == {"a", "b"}
+    assert (reconciler.faults.duplicate, reconciler.faults.duplicate_sample) == (1, "a")
+    assert (reconciler.faults.foreign, reconciler.faults.foreign_sample) == (1, "x")
+    assert reconciler.accept(BrokenLine(3, "bad", "{")) is False
+    assert reconciler.faults.to_json() == {"broken_lines": 1, "duplicate_lines": 1, "foreign_lines": 1}
+
+
+def test_a_stream_that_is_read_again_gives_only_what_is_new_and_counts_faults_once() -> None:
+    """After a cut the same lines come again; they are neither answers nor duplicates."""
+    reconciler = Reconciler({"a", "b", "c"})
+    first = [reconciler.accept(i) for i in answers("a", "a", "b")]
+    reconciler.read_again()
+    second = [reconciler.accept(i) for i in answers("a", "a", "b", "c")]
+    assert (first, second) == ([True, False, True], [False, False, False, True])
+    assert reconciler.faults.duplicate == 1
+    assert reconciler.answered == {"a", "b", "c"}
+
+
+def test_of_an_unknown_batch_every_first_answer_is_taken() -> None:
+    """A batch submitted elsewhere has no list of what was asked."""
+    reconciler = Reconciler(None)
+    assert [reconciler.accept(i) for i in answers("a", "b", "a")] == [True, True, False]

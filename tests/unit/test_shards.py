@@ -1,0 +1,86 @@
+"""Bodies are cut exactly at the limits and hold what was put in."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from airflow_provider_batchkit.exceptions import BatchInputError, RequestError
+from airflow_provider_batchkit.model import PreparedRequest, Shard
+from airflow_provider_batchkit.shards import ShardWriter, read_index, remove_shard_files, write_shards
+
+ENVELOPE = len('{"requests":[]}')
+
+
+def request(number: int, size: int = 0) -> PreparedRequest:
+    body = json.dumps({"custom_id": f"id-{number}", "params": {}}).encode()
+    body += b" " * max(size - len(body), 0)
+    return PreparedRequest(f"id-{number}", f"[{number}]", "d" * 40, body)
+
+
+def ids(shard: Shard) -> list[str]:
+    return [r["custom_id"] for r in json.loads(Path(shard.body_path).read_bytes())["requests"]]
+
+
+@pytest.mark.parametrize(
+    ("count", "limit", "sizes"), [(0, 3, []), (1, 3, [1]), (3, 3, [3]), (4, 3, [3, 1]), (7, 3, [3, 3, 1]), (2, 1, [1, 1])]
+)
+def test_shards_are_cut_by_count(tmp_path: Path, count: int, limit: int, sizes: list[int]) -> None:
+    """Every shard but the last is full, and all requests are there in order."""
+    shards = write_shards((request(i) for i in range(count)), str(tmp_path), max_requests=limit)
+    assert [s.requests for s in shards] == sizes
+    assert [i for s in shards for i in ids(s)] == [f"id-{i}" for i in range(count)]
+
+
+def test_shards_are_cut_by_bytes_exactly_at_the_limit(tmp_path: Path) -> None:
+    """Three requests of 100 bytes fit into the envelope plus 300 and two commas; one byte less makes two shards."""
+    exact = ENVELOPE + 300 + 2
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    one = write_shards([request(i, 100) for i in range(3)], str(tmp_path / "a"), max_bytes=exact)
+    two = write_shards([request(i, 100) for i in range(3)], str(tmp_path / "b"), max_bytes=exact - 1)
+    assert [(s.requests, s.bytes) for s in one] == [(3, exact)]
+    assert [(s.requests, s.bytes) for s in two] == [(2, ENVELOPE + 201), (1, ENVELOPE + 100)]
+
+
+def test_the_stated_size_is_the_files_size(tmp_path: Path) -> None:
+    """Content-Length comes from it, so it must be right to the byte."""
+    for shard in write_shards((request(i, 50 + i) for i in range(20)), str(tmp_path), max_requests=7):
+        assert Path(shard.body_path).stat().st_size == shard.bytes
+
+
+def test_a_request_over_the_limit_is_refused_by_key(tmp_path: Path) -> None:
+    """A single request that no batch can take is named, with both sizes."""
+    with pytest.raises(RequestError, match=r"key \[5\]: the request is 115 bytes, over the limit of 114"):
+        write_shards([request(5, 100)], str(tmp_path), max_bytes=ENVELOPE + 99)
+
+
+@pytest.mark.parametrize("limits", [{"max_requests": 0}, {"max_requests": 100_001}, {"max_bytes": 256_000_001}, {"max_bytes": ENVELOPE}])
+def test_limits_beyond_the_apis_are_refused(tmp_path: Path, limits: dict[str, int]) -> None:
+    """The API's own limits cannot be raised."""
+    with pytest.raises(BatchInputError, match="must be"):
+        ShardWriter(str(tmp_path), **limits)
+
+
+def test_copies_are_listed_with_the_shard_that_asks_for_them(tmp_path: Path) -> None:
+    """A copy is in the index of its question's shard, not in any body, also when that shard is long closed."""
+    writer = ShardWriter(str(tmp_path), first_number=4, max_requests=2)
+    numbers = [writer.add(request(i)) for i in range(3)]
+    writer.add_copy(request(9), numbers[0])
+    first, second = writer.close()
+    assert numbers == [4, 4, 5]
+    assert [(e.key, e.asked) for e in read_index(first)] == [("[0]", True), ("[1]", True), ("[9]", False)]
+    assert [(e.key, e.asked) for e in read_index(second)] == [("[2]", True)]
+    assert ids(first) == ["id-0", "id-1"]
+
+
+def test_removing_a_shard_frees_its_files(tmp_path: Path) -> None:
+    """Nothing of a sent shard stays on disk."""
+    writer = ShardWriter(str(tmp_path))
+    writer.add_copy(request(1), writer.add(request(0)))
+    (shard,) = writer.close()
+    assert len(list(tmp_path.iterdir())) == 3
+    remove_shard_files(shard)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,88 @@
+"""A journaled job without Airflow: the same stages that the operators compose, on any database, against a simulator."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import anthropic
+import sqlalchemy as sa
+
+from airflow_provider_batchkit import BatchKit
+from airflow_provider_batchkit.jobs import SubmitReport, submit_job
+from airflow_provider_batchkit.landing import LandingReport, WriteDisposition, land_batches
+from airflow_provider_batchkit.ledger import JobRecord, Ledger, make_job_id, prepare_engine
+from airflow_provider_batchkit.model import PreparedRequest
+from airflow_provider_batchkit.requests import RequestBuilder, RequestDefaults, RowTemplate
+from airflow_provider_batchkit.sources import KeyTypes
+
+
+def kit_for(base_url: str, **client: Any) -> BatchKit:
+    """A kit on a simulator."""
+    return BatchKit(anthropic.Anthropic(api_key="test-key", base_url=base_url, max_retries=0, **client))
+
+
+class Warehouse:
+    """A database with a ledger, and a kit to fill it."""
+
+    def __init__(self, engine: sa.Engine, kit: BatchKit) -> None:
+        self.engine = prepare_engine(engine)
+        self.kit = kit
+        self.ledger = Ledger(engine)
+
+    def submit(
+        self,
+        rows: Iterable[Mapping[str, Any]],
+        *,
+        prompt: str = "About {{ row.name }}",
+        key: tuple[str, ...] = ("id",),
+        run_id: str = "run-1",
+        model: str = "claude-haiku-5-5",
+        max_tokens: int = 100,
+        dedupe: bool = True,
+        **limits: Any,
+    ) -> SubmitReport:
+        """Submit rows as the job of ``run_id``."""
+        job = JobRecord(make_job_id("dag", run_id, "submit"), "dag", run_id, "submit")
+        types = KeyTypes(key)
+        builder = RequestBuilder(
+            RequestDefaults(model, max_tokens), job_id=job.job_id, key=key, prompt=RowTemplate(prompt, name="prompt"), dedupe=dedupe
+        )
+
+        def requests() -> Iterator[PreparedRequest]:
+            for position, row in enumerate(rows):
+                yield builder.build(row, position)
+                types.see(row)
+
+        return submit_job(
+            self.kit,
+            self.ledger,
+            job,
+            requests(),
+            anthropic_conn_id="anthropic_default",
+            before_send=lambda: self.ledger.set_key_columns(job.job_id, types.result()),
+            **limits,
+        )
+
+    def fetch(self, batch_ids: Iterable[str], table: str = "answers", *, disposition: str = "merge", **options: Any) -> LandingReport:
+        """Land batches in a table."""
+        return land_batches(
+            self.ledger,
+            [self.kit.get(batch_id) for batch_id in batch_ids],
+            table,
+            self.kit.read_items,
+            self.kit.price_book,
+            disposition=WriteDisposition(disposition),
+            **options,
+        )
+
+    def rows(self, sql: str) -> list[dict[str, Any]]:
+        """Rows of a query."""
+        with self.engine.connect() as connection:
+            return [dict(row) for row in connection.exec_driver_sql(sql).mappings()]
+
+    def execute(self, *statements: str) -> None:
+        """Run statements in one transaction."""
+        with self.engine.begin() as connection:
+            for statement in statements:
+                connection.exec_driver_sql(statement)
