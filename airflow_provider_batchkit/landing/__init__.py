@@ -1,0 +1,8 @@
+"""Results → the table and the ledger, in one transaction."""
+
+from __future__ import annotations
+
+from airflow_provider_batchkit.landing.land import LandingReport, land_batches
+from airflow_provider_batchkit.landing.table import ResultTable, WriteDisposition
+
+__all__ = ["LandingReport", "ResultTable", "WriteDisposition", "land_batches"]

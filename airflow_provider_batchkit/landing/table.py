@@ -1,0 +1,163 @@
+"""The result table: its columns, and whether an existing table has them."""
+
+from __future__ import annotations
+
+import datetime as dt
+import uuid
+from collections.abc import Sequence
+from decimal import Decimal
+from enum import Enum
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.exc import NoSuchTableError
+from sqlalchemy.types import TypeDecorator
+
+from airflow_provider_batchkit.exceptions import BatchInputError, TableError
+from airflow_provider_batchkit.ledger.tables import UtcDateTime
+from airflow_provider_batchkit.model import format_usd_exact
+
+
+class WriteDisposition(str, Enum):
+    """How results meet what the table already holds."""
+
+    #: a row of the same key is updated, others are added; a failed request never overwrites an answer
+    MERGE = "merge"
+    #: rows are added; landing the same batch again replaces that batch's own rows
+    APPEND = "append"
+    #: the table holds these results and nothing else
+    REPLACE = "replace"
+
+    @classmethod
+    def parse(cls, value: str) -> WriteDisposition:
+        """:raises BatchInputError: for anything else"""
+        try:
+            return cls(value)
+        except ValueError:
+            raise BatchInputError(f"write_disposition must be one of {', '.join(d.value for d in cls)}, not {value!r}.") from None
+
+
+class ExactDecimal(TypeDecorator[Decimal]):
+    """A decimal without a detour through binary floats: NUMERIC, and TEXT on SQLite, which has no decimal type."""
+
+    impl = sa.Numeric(38, 12)
+    cache_ok = True
+
+    def load_dialect_impl(self, dialect: Any) -> Any:
+        return dialect.type_descriptor(sa.Text() if dialect.name == "sqlite" else sa.Numeric(38, 12))
+
+    def process_bind_param(self, value: Decimal | None, dialect: Any) -> Any:
+        return format_usd_exact(value) if dialect.name == "sqlite" else value
+
+    def process_result_value(self, value: Any, dialect: Any) -> Decimal | None:
+        return None if value is None else Decimal(value)
+
+
+_KEY_TYPES: dict[str, Any] = {
+    "boolean": sa.Boolean(),
+    "integer": sa.BigInteger(),
+    "numeric": ExactDecimal(),
+    "float": sa.Float(53),
+    "text": sa.Text().with_variant(sa.String(255), "mysql", "mariadb"),
+    "datetime": sa.DateTime(timezone=True),
+    "date": sa.Date(),
+    "uuid": sa.Uuid(),
+}
+_DECODE: dict[str, Any] = {
+    "numeric": lambda v: Decimal(str(v)),
+    "float": float,
+    "datetime": dt.datetime.fromisoformat,
+    "date": dt.date.fromisoformat,
+    "uuid": uuid.UUID,
+    "text": lambda v: v if isinstance(v, str) else str(v),
+}
+
+#: name, type; every result table has these beside the source's key
+RESULT_COLUMNS: tuple[tuple[str, Any], ...] = (
+    ("response", sa.Text()),
+    ("status", sa.String(16)),
+    ("stop_reason", sa.String(64)),
+    ("error_type", sa.String(100)),
+    ("error_message", sa.Text()),
+    ("model", sa.String(100)),
+    ("input_tokens", sa.BigInteger()),
+    ("output_tokens", sa.BigInteger()),
+    ("cost_usd", ExactDecimal()),
+    ("custom_id", sa.String(64)),
+    ("batch_id", sa.String(100)),
+    ("landed_at", UtcDateTime()),
+)
+RESULT_NAMES = tuple(name for name, _ in RESULT_COLUMNS)
+
+
+class ResultTable:
+    """A target table and the key that its rows are known by."""
+
+    def __init__(self, name: str, key_columns: Sequence[tuple[str, str]]) -> None:
+        """
+        :param name: ``table`` or ``schema.table``
+        :param key_columns: (column, type name) as the source gave them; none for a batch without a source: then ``custom_id`` is the key
+        :raises TableError: for a key column that has the name of a result column
+        """
+        schema, _, table_name = name.rpartition(".")
+        if not table_name:
+            raise TableError(f"The table name {name!r} is empty.")
+        clash = [column for column, _ in key_columns if column in RESULT_NAMES]
+        if clash:
+            raise TableError(
+                f"The key column {', '.join(clash)} has the name of a result column of {name}. Give it an alias in the source's sql "
+                f"(result columns: {', '.join(RESULT_NAMES)})."
+            )
+        self.name = name
+        self.key_columns = tuple(key_columns)
+        self.key_names = tuple(column for column, _ in key_columns) or ("custom_id",)
+        self._decoders = [_DECODE.get(type_name) for _, type_name in key_columns]
+        keys = [sa.Column(column, _KEY_TYPES[type_name], nullable=False) for column, type_name in key_columns]
+        results = [sa.Column(column, type_, nullable=column != "custom_id") for column, type_ in RESULT_COLUMNS]
+        self.table = sa.Table(
+            table_name,
+            sa.MetaData(),
+            *keys,
+            *results,
+            schema=schema or None,
+        )
+
+    @property
+    def column_names(self) -> tuple[str, ...]:
+        """Key columns, then result columns."""
+        return tuple(column.name for column in self.table.columns)
+
+    def key_of(self, values: Sequence[Any]) -> tuple[Any, ...]:
+        """A journaled key's JSON values as values of the key columns' types."""
+        if not self.key_columns:
+            return ()
+        return tuple(decode(v) if decode is not None else v for decode, v in zip(self._decoders, values, strict=True))
+
+    def missing_columns(self, engine: Engine) -> list[str] | None:
+        """Columns that an existing table lacks; None when there is no such table."""
+        try:
+            found = sa.inspect(engine).get_columns(self.table.name, schema=self.table.schema)
+        except NoSuchTableError:
+            return None
+        names = {column["name"].lower() for column in found}
+        return [name for name in self.column_names if name.lower() not in names]
+
+    def check(self, engine: Engine) -> bool:
+        """Whether the table exists.
+
+        :raises TableError: when it exists and lacks columns; the message lists them
+        """
+        missing = self.missing_columns(engine)
+        if missing:
+            raise TableError(
+                f"The table {self.name} exists and lacks the columns {', '.join(missing)}. Add them, or name another table. "
+                "Nothing was written; the results stay with the API for 29 days."
+            )
+        return missing is not None
+
+    def create(self, connection: Connection, *, unique_key: bool) -> None:
+        """Create the table; ``unique_key`` makes the key its primary key."""
+        columns = [sa.Column(c.name, c.type, nullable=c.nullable) for c in self.table.columns]
+        extra = [sa.PrimaryKeyConstraint(*self.key_names)] if unique_key else []
+        sa.Table(self.table.name, sa.MetaData(), *columns, *extra, schema=self.table.schema).create(connection, checkfirst=True)

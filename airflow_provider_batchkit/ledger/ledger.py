@@ -1,0 +1,300 @@
+"""Every statement on the ledger, each under a name. Each method that writes is one transaction unless it takes a connection."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from itertools import islice
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection, Engine, Row
+from sqlalchemy.exc import DBAPIError
+
+from airflow_provider_batchkit.exceptions import LeaseLostError, LedgerError
+from airflow_provider_batchkit.ledger.engine import prepare_engine, write_transaction
+from airflow_provider_batchkit.ledger.states import BatchState, check_move, sources_of
+from airflow_provider_batchkit.ledger.tables import VERSION, batch, job, metadata, request, version
+from airflow_provider_batchkit.model import BatchSnapshot, RequestStatus, Shard
+from airflow_provider_batchkit.shards import IndexEntry, read_index
+
+_CHUNK = 5_000
+
+
+def make_job_id(dag_id: str, run_id: str, task_id: str, map_index: int = -1) -> str:
+    """20 hex characters that name a task instance, the same on every attempt: the try number is not part of it."""
+    return hashlib.sha256(json.dumps([dag_id, run_id, task_id, map_index]).encode()).hexdigest()[:20]
+
+
+@dataclass(frozen=True, slots=True)
+class JobRecord:
+    """A job: one task instance of a DAG run."""
+
+    job_id: str
+    dag_id: str
+    run_id: str
+    task_id: str
+    map_index: int = -1
+
+
+@dataclass(frozen=True, slots=True)
+class BatchRecord:
+    """A row of ``batchkit_batch``. Times are aware and UTC."""
+
+    job_id: str
+    shard: int
+    batch_id: str | None
+    anthropic_conn_id: str
+    state: BatchState
+    requests: int
+    body_bytes: int
+    intended_at: datetime
+    created_at: datetime | None
+    ended_at: datetime | None
+    landed_at: datetime | None
+    landed_table: str | None
+    note: str | None
+
+    def __str__(self) -> str:
+        return f"shard {self.shard} of job {self.job_id} ({self.batch_id or 'no batch id yet'})"
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What the ledger knows of a source row from an earlier attempt of its job."""
+
+    key: str
+    custom_id: str
+    shard: int
+
+
+class Ledger:
+    """The door to the ``batchkit_*`` tables of one database."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = prepare_engine(engine)
+
+    def ensure(self) -> None:
+        """Create the tables where they are missing. Safe when several tasks do so at once.
+
+        :raises LedgerError: when the tables are of another version
+        """
+        for attempt in (1, 2, 3):
+            try:
+                with write_transaction(self.engine) as connection:
+                    metadata.create_all(connection)
+                    found = connection.execute(sa.select(version.c.version)).scalar()
+                    if found is None:
+                        connection.execute(sa.insert(version).values(version=VERSION))
+                        found = VERSION
+                break
+            except DBAPIError:
+                # another task created them between our look and our CREATE
+                if attempt == 3:
+                    raise
+        if found != VERSION:
+            raise LedgerError(f"The ledger's tables are of version {found}, this provider writes version {VERSION}. Nothing was sent.")
+
+    # --- jobs ---------------------------------------------------------------------------------------------------------------------
+
+    def open_job(self, record: JobRecord) -> int:
+        """Begin an attempt of a job: create its row or take over its lease. Returns the lease, to be shown at every intent."""
+        with write_transaction(self.engine) as connection:
+            taken = connection.execute(sa.update(job).where(job.c.job_id == record.job_id).values(lease=job.c.lease + 1))
+            if taken.rowcount == 0:
+                connection.execute(
+                    sa.insert(job).values(
+                        job_id=record.job_id,
+                        dag_id=record.dag_id,
+                        run_id=record.run_id,
+                        task_id=record.task_id,
+                        map_index=record.map_index,
+                        created_at=_now(),
+                        lease=1,
+                        key_columns="[]",
+                    )
+                )
+            return int(connection.execute(sa.select(job.c.lease).where(job.c.job_id == record.job_id)).scalar_one())
+
+    def set_key_columns(self, job_id: str, columns: Sequence[tuple[str, str]]) -> None:
+        """Note (column, type) of the source's key, which fetch needs for the result table."""
+        with write_transaction(self.engine) as connection:
+            connection.execute(sa.update(job).where(job.c.job_id == job_id).values(key_columns=json.dumps(columns)))
+
+    def key_columns(self, job_id: str) -> list[tuple[str, str]]:
+        """(column, type) of the source's key."""
+        with self.engine.connect() as connection:
+            text = connection.execute(sa.select(job.c.key_columns).where(job.c.job_id == job_id)).scalar_one()
+        return [(column, type_name) for column, type_name in json.loads(text)]
+
+    def check_lease(self, job_id: str, lease: int) -> None:
+        """:raises LeaseLostError: when another attempt of the job has begun"""
+        with self.engine.connect() as connection:
+            current = connection.execute(sa.select(job.c.lease).where(job.c.job_id == job_id)).scalar()
+        if current != lease:
+            raise _lease_lost(job_id, lease)
+
+    # --- requests -----------------------------------------------------------------------------------------------------------------
+
+    def known(self, job_id: str) -> Iterator[Known]:
+        """Rows of the job that earlier attempts have in flight or landed."""
+        statement = sa.select(request.c.key, request.c.custom_id, request.c.shard).where(request.c.job_id == job_id)
+        with self.engine.connect() as connection:
+            for row in connection.execution_options(stream_results=True, max_row_buffer=_CHUNK).execute(statement):
+                yield Known(row.key, row.custom_id, row.shard)
+
+    def rows_of(self, record: BatchRecord) -> Iterator[tuple[str, str, bool]]:
+        """(custom_id, key, asked) of every source row that the batch answers."""
+        statement = sa.select(request.c.custom_id, request.c.key, request.c.asked).where(
+            request.c.job_id == record.job_id, request.c.shard == record.shard
+        )
+        with self.engine.connect() as connection:
+            for row in connection.execution_options(stream_results=True, max_row_buffer=_CHUNK).execute(statement):
+                yield row.custom_id, row.key, row.asked
+
+    def asks(self, record: BatchRecord, custom_id: str) -> bool:
+        """Whether the batch's body has this request."""
+        statement = sa.select(sa.literal(1)).where(
+            request.c.job_id == record.job_id, request.c.shard == record.shard, request.c.custom_id == custom_id, request.c.asked
+        )
+        with self.engine.connect() as connection:
+            return connection.execute(statement.limit(1)).first() is not None
+
+    def add_copies(self, job_id: str, lease: int, copies: Iterable[tuple[int, IndexEntry]]) -> None:
+        """Journal rows that share a request which an earlier attempt has sent, as (its shard, entry)."""
+        with write_transaction(self.engine) as connection:
+            self._hold_lease(connection, job_id, lease)
+            rows = (_request_row(job_id, shard, entry) for shard, entry in copies)
+            while chunk := list(islice(rows, _CHUNK)):
+                connection.execute(sa.insert(request), chunk)
+
+    # --- batches ------------------------------------------------------------------------------------------------------------------
+
+    def next_shard(self, job_id: str) -> int:
+        """The number for the job's next shard."""
+        with self.engine.connect() as connection:
+            last = connection.execute(sa.select(sa.func.max(batch.c.shard)).where(batch.c.job_id == job_id)).scalar()
+        return 0 if last is None else last + 1
+
+    def intend(self, job_id: str, lease: int, shard: Shard, anthropic_conn_id: str) -> None:
+        """Journal a shard's requests and its batch as ``sending``. Must be committed before the POST.
+
+        :raises LeaseLostError: when another attempt of the job has begun
+        """
+        with write_transaction(self.engine) as connection:
+            self._hold_lease(connection, job_id, lease)
+            connection.execute(
+                sa.insert(batch).values(
+                    job_id=job_id,
+                    shard=shard.number,
+                    anthropic_conn_id=anthropic_conn_id,
+                    state=BatchState.SENDING.value,
+                    requests=shard.requests,
+                    body_bytes=shard.bytes,
+                    intended_at=_now(),
+                )
+            )
+            rows = (_request_row(job_id, shard.number, entry) for entry in read_index(shard))
+            while chunk := list(islice(rows, _CHUNK)):
+                connection.execute(sa.insert(request), chunk)
+
+    def submitted(self, job_id: str, shard: int, found: BatchSnapshot) -> None:
+        """The API accepted the shard under this id."""
+        with write_transaction(self.engine) as connection:
+            self._move(connection, job_id, shard, BatchState.SUBMITTED, batch_id=found.batch_id, created_at=found.created_at)
+
+    def rejected(self, job_id: str, shard: int, reason: str) -> None:
+        """The API refused the shard: its requests are free to be asked again."""
+        self._release(job_id, shard, BatchState.REJECTED, reason)
+
+    def void(self, job_id: str, shard: int, reason: str) -> None:
+        """The shard was never accepted, or was adopted wrongly: its requests are free to be asked again."""
+        self._release(job_id, shard, BatchState.VOID, reason)
+
+    def batches(self, job_id: str) -> list[BatchRecord]:
+        """Every batch row of a job, by shard."""
+        with self.engine.connect() as connection:
+            return [_record(row) for row in connection.execute(sa.select(batch).where(batch.c.job_id == job_id).order_by(batch.c.shard))]
+
+    def find(self, batch_id: str) -> BatchRecord | None:
+        """The row of a batch id; None for a batch that was submitted elsewhere."""
+        with self.engine.connect() as connection:
+            row = connection.execute(sa.select(batch).where(batch.c.batch_id == batch_id)).first()
+        return _record(row) if row is not None else None
+
+    def claimed(self, batch_ids: Sequence[str]) -> set[str]:
+        """Those of the ids that some ledger row has."""
+        with self.engine.connect() as connection:
+            return set(connection.execute(sa.select(batch.c.batch_id).where(batch.c.batch_id.in_(batch_ids))).scalars())
+
+    def landed(self, connection: Connection, record: BatchRecord, values: Mapping[str, Any]) -> None:
+        """Move a batch to ``landed`` inside the landing's own transaction. Also a lock: a second landing of the batch waits here."""
+        self._move(connection, record.job_id, record.shard, BatchState.LANDED, **values)
+
+    # --- inside -------------------------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def _hold_lease(connection: Connection, job_id: str, lease: int) -> None:
+        held = connection.execute(sa.update(job).where(job.c.job_id == job_id, job.c.lease == lease).values(lease=lease))
+        if held.rowcount == 0:
+            raise _lease_lost(job_id, lease)
+
+    def _move(self, connection: Connection, job_id: str, shard: int, target: BatchState, **values: Any) -> None:
+        here = (batch.c.job_id == job_id) & (batch.c.shard == shard)
+        allowed = [state.value for state in sources_of(target)]
+        moved = connection.execute(sa.update(batch).where(here, batch.c.state.in_(allowed)).values(state=target.value, **values))
+        if moved.rowcount == 0:
+            row = connection.execute(sa.select(batch).where(here)).first()
+            if row is None:
+                raise LedgerError(f"The ledger has no shard {shard} of job {job_id}.")
+            check_move(str(_record(row)), BatchState(row.state), target)
+            raise LedgerError(f"{_record(row)} changed while it was moved to {target.value}.")
+
+    def _release(self, job_id: str, shard: int, target: BatchState, reason: str) -> None:
+        with write_transaction(self.engine) as connection:
+            self._move(connection, job_id, shard, target, note=reason)
+            connection.execute(sa.delete(request).where(request.c.job_id == job_id, request.c.shard == shard))
+
+
+def _lease_lost(job_id: str, lease: int) -> LeaseLostError:
+    return LeaseLostError(
+        f"Another attempt of job {job_id} has begun (this one holds lease {lease}). This attempt stops before it sends anything more; "
+        "what it sent is in the ledger and belongs to the new attempt."
+    )
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)
+
+
+def _request_row(job_id: str, shard: int, entry: IndexEntry) -> dict[str, Any]:
+    return {
+        "job_id": job_id,
+        "key": entry.key,
+        "shard": shard,
+        "custom_id": entry.custom_id,
+        "digest": entry.digest,
+        "asked": entry.asked,
+        "status": RequestStatus.PENDING.value,
+    }
+
+
+def _record(row: Row[Any]) -> BatchRecord:
+    return BatchRecord(
+        row.job_id,
+        row.shard,
+        row.batch_id,
+        row.anthropic_conn_id,
+        BatchState(row.state),
+        row.requests,
+        row.body_bytes,
+        row.intended_at,
+        row.created_at,
+        row.ended_at,
+        row.landed_at,
+        row.landed_table,
+        row.note,
+    )

@@ -1,0 +1,257 @@
+"""Rows in, answers and the bill out: submit and fetch on real databases, against the simulator over HTTP."""
+
+from __future__ import annotations
+
+import datetime as dt
+import decimal
+import json
+from collections.abc import Iterator
+from decimal import Decimal
+from typing import Any
+
+import pytest
+
+from airflow_provider_batchkit.exceptions import BatchInputError, RequestError, TableError
+from airflow_provider_batchkit.simulator import Simulator, SimulatorSettings, answer_for
+from tests.databases import Database
+from tests.warehouse import Warehouse, kit_for
+
+
+@pytest.fixture
+def sim() -> Iterator[Simulator]:
+    with Simulator(SimulatorSettings()) as simulator:
+        yield simulator
+
+
+@pytest.fixture
+def warehouse(database: Database, sim: Simulator) -> Warehouse:
+    return Warehouse(database.engine(), kit_for(sim.base_url))
+
+
+def products(count: int, start: int = 0) -> list[dict[str, Any]]:
+    return [{"id": i, "name": f"product {i}"} for i in range(start, start + count)]
+
+
+def test_every_row_gets_its_own_answer_over_several_batches(warehouse: Warehouse, sim: Simulator) -> None:
+    """Ten rows in shards of four: three batches, ten rows, each with the answer to its own prompt."""
+    report = warehouse.submit(products(10), max_requests=4)
+    assert len(report.batch_ids) == 3
+    landed = warehouse.fetch(report.batch_ids)
+    assert (landed.rows, dict(landed.counts)) == (10, {"succeeded": 10})
+    rows = warehouse.rows("SELECT id, response, status, batch_id FROM answers ORDER BY id")
+    assert [(r["id"], r["response"]) for r in rows] == [(i, answer_for(f"About product {i}")) for i in range(10)]
+    assert {r["batch_id"] for r in rows} == set(report.batch_ids)
+    assert sim.stats()["requests_accepted"] == 10
+
+
+def test_the_bill_is_exact_in_the_table_the_ledger_and_the_tally(database: Database) -> None:
+    """Opus 4.8 at 2,700 and 100 tokens: $0.008 a row as a batch, $0.016 otherwise; all three places agree to the last digit."""
+    with Simulator(SimulatorSettings(input_tokens=2700, output_tokens=100)) as sim:
+        warehouse = Warehouse(database.engine(), kit_for(sim.base_url))
+        report = warehouse.submit(products(25), model="claude-opus-4-8", max_requests=10)
+        tally = warehouse.fetch(report.batch_ids).tally
+    assert (tally.batch_cost_usd, tally.standard_cost_usd, tally.savings_usd) == (Decimal("0.2"), Decimal("0.4"), Decimal("0.2"))
+    assert (tally.input_tokens, tally.output_tokens, tally.requests) == (67_500, 2_500, 25)
+    assert sum(Decimal(str(r["cost_usd"])) for r in warehouse.rows("SELECT cost_usd FROM answers")) == Decimal("0.2")
+    assert warehouse.rows("SELECT SUM(batch_cost_picousd) AS c, SUM(standard_cost_picousd) AS s FROM batchkit_request") == [
+        {"c": 200_000_000_000, "s": 400_000_000_000}
+    ]
+    booked = warehouse.rows("SELECT batch_cost_picousd AS c, state, tally FROM batchkit_batch")
+    assert sum(r["c"] for r in booked) == 200_000_000_000
+    assert {r["state"] for r in booked} == {"landed"}
+    assert sum(json.loads(r["tally"])["input_tokens"] for r in booked) == 67_500
+
+
+def test_fetching_twice_changes_nothing(warehouse: Warehouse) -> None:
+    """A cleared fetch writes the same rows and the same bill, in every disposition."""
+    ids = warehouse.submit(products(5)).batch_ids
+    for disposition in ("merge", "append", "replace"):
+        table = f"answers_{disposition}"
+        first = warehouse.fetch(ids, table, disposition=disposition)
+        before = warehouse.rows(f"SELECT id, response, cost_usd FROM {table} ORDER BY id")
+        second = warehouse.fetch(ids, table, disposition=disposition)
+        assert warehouse.rows(f"SELECT id, response, cost_usd FROM {table} ORDER BY id") == before
+        assert len(before) == 5
+        assert second.tally == first.tally
+    assert warehouse.rows("SELECT COUNT(*) AS n FROM batchkit_request") == [{"n": 5}]
+
+
+def test_clearing_submit_costs_nothing(warehouse: Warehouse, sim: Simulator) -> None:
+    """A second attempt over the same source sends nothing and gives the same batches."""
+    first = warehouse.submit(products(6), max_requests=4)
+    second = warehouse.submit(products(6), max_requests=4)
+    assert second.batch_ids == first.batch_ids
+    assert (second.asked, second.known) == (0, 6)
+    assert sim.stats()["posts"] == 2
+
+
+def test_a_source_that_grew_between_attempts_asks_only_what_is_new(warehouse: Warehouse, sim: Simulator) -> None:
+    """Rows in flight stay in flight, rows that went away still land, and one that changed is not asked twice."""
+    warehouse.submit(products(4))
+    changed = [{"id": 0, "name": "another name"}, *products(5, start=2)]
+    report = warehouse.submit(changed)
+    assert (report.asked, report.known) == (3, 3)
+    assert sim.stats()["requests_accepted"] == 7
+    warehouse.fetch(report.batch_ids)
+    assert [r["id"] for r in warehouse.rows("SELECT id FROM answers ORDER BY id")] == [0, 1, 2, 3, 4, 5, 6]
+
+
+def test_a_new_run_asks_anew_and_merges_by_key(warehouse: Warehouse, sim: Simulator) -> None:
+    """Another DAG run is another job; its answers replace those of the same keys and keep the others."""
+    warehouse.fetch(warehouse.submit(products(3), run_id="run-1").batch_ids)
+    warehouse.fetch(warehouse.submit(products(3, start=2), prompt="Again {{ row.name }}", run_id="run-2").batch_ids)
+    rows = warehouse.rows("SELECT id, response FROM answers ORDER BY id")
+    assert [r["id"] for r in rows] == [0, 1, 2, 3, 4]
+    assert rows[1]["response"] == answer_for("About product 1")
+    assert rows[2]["response"] == answer_for("Again product 2")
+
+
+def test_equal_questions_are_sent_and_billed_once_and_land_for_every_key(warehouse: Warehouse, sim: Simulator) -> None:
+    """Six rows with two different prompts: two requests, six rows, two costs above zero."""
+    rows = [{"id": i, "name": "tea" if i % 2 else "cup"} for i in range(6)]
+    report = warehouse.submit(rows)
+    assert (report.asked, report.copies) == (2, 4)
+    assert sim.stats()["requests_accepted"] == 2
+    landed = warehouse.fetch(report.batch_ids)
+    assert (landed.rows, landed.tally.requests) == (6, 2)
+    answers = warehouse.rows("SELECT id, response, cost_usd FROM answers ORDER BY id")
+    assert [a["response"] for a in answers] == [answer_for(f"About {'tea' if i % 2 else 'cup'}") for i in range(6)]
+    assert sum(Decimal(str(a["cost_usd"])) for a in answers) == landed.tally.batch_cost_usd
+    assert sum(Decimal(str(a["cost_usd"])) > 0 for a in answers) == 2
+
+
+def test_a_copy_of_a_question_that_an_earlier_attempt_sent_lands_too(warehouse: Warehouse, sim: Simulator) -> None:
+    """A new row that asks what is already in flight shares it."""
+    warehouse.submit([{"id": 1, "name": "tea"}])
+    report = warehouse.submit([{"id": 1, "name": "tea"}, {"id": 2, "name": "tea"}])
+    assert (report.asked, report.copies) == (0, 1)
+    warehouse.fetch(report.batch_ids)
+    assert warehouse.rows("SELECT id, response FROM answers ORDER BY id") == [
+        {"id": i, "response": answer_for("About tea")} for i in (1, 2)
+    ]
+
+
+def test_without_dedupe_every_row_is_asked(warehouse: Warehouse, sim: Simulator) -> None:
+    """dedupe=False sends equal questions as often as they come."""
+    report = warehouse.submit([{"id": i, "name": "tea"} for i in range(3)], dedupe=False)
+    assert (report.asked, sim.stats()["requests_accepted"]) == (3, 3)
+    assert warehouse.fetch(report.batch_ids).rows == 3
+
+
+def test_failed_rows_are_counted_journaled_and_cost_nothing(warehouse: Warehouse) -> None:
+    """Each outcome is told apart in the ledger; only answers land, and only they are billed."""
+    marks = ["", "[[sim:errored]]", "[[sim:expired]]", "[[sim:canceled]]"]
+    ids = warehouse.submit([{"id": i, "name": f"{i} {m}"} for i, m in enumerate(marks)]).batch_ids
+    landed = warehouse.fetch(ids)
+    assert dict(landed.counts) == {"succeeded": 1, "errored": 1, "expired": 1, "canceled": 1}
+    assert (landed.rows, landed.tally.requests) == (1, 1)
+    requests = warehouse.rows("SELECT key, status, error_type, batch_cost_picousd AS c FROM batchkit_request ORDER BY key")
+    assert [(r["key"], r["status"]) for r in requests] == [
+        ("[0]", "succeeded"),
+        ("[1]", "errored"),
+        ("[2]", "expired"),
+        ("[3]", "canceled"),
+    ]
+    assert requests[1]["error_type"]
+    assert [r["c"] for r in requests[1:]] == [0, 0, 0]
+
+
+def test_include_failed_writes_a_row_for_each_and_never_over_an_answer(warehouse: Warehouse) -> None:
+    """A failed request has a row with its error, but an answer of an earlier run stays."""
+    warehouse.fetch(warehouse.submit([{"id": 1, "name": "tea"}], run_id="run-1").batch_ids)
+    rows = [{"id": 1, "name": "tea [[sim:errored]]"}, {"id": 2, "name": "cup [[sim:errored]]"}]
+    warehouse.fetch(warehouse.submit(rows, run_id="run-2").batch_ids, include_failed=True)
+    one, two = warehouse.rows("SELECT id, response, status, error_message FROM answers ORDER BY id")
+    assert (one["response"], one["status"]) == (answer_for("About tea"), "succeeded")
+    assert (two["response"], two["status"]) == (None, "errored")
+    assert two["error_message"]
+
+
+def test_replace_leaves_nothing_of_before(warehouse: Warehouse) -> None:
+    """The table holds the results of all batches of this fetch and no others."""
+    warehouse.fetch(warehouse.submit(products(3), run_id="run-1").batch_ids)
+    warehouse.fetch(warehouse.submit(products(4, start=10), run_id="run-2", max_requests=3).batch_ids, disposition="replace")
+    assert [r["id"] for r in warehouse.rows("SELECT id FROM answers ORDER BY id")] == [10, 11, 12, 13]
+
+
+def test_keys_keep_their_types(warehouse: Warehouse) -> None:
+    """Text, number, date and decimal keys come back as what they were, as the table's primary key."""
+    key = {"sku": "a'b\u2028\t\\N", "n": 7, "day": dt.date(2026, 1, 2), "size": decimal.Decimal("1.50")}
+    warehouse.fetch(warehouse.submit([{**key, "name": "tea"}], key=("sku", "n", "day", "size")).batch_ids)
+    (row,) = warehouse.rows("SELECT sku, n, day, size FROM answers")
+    assert (row["sku"], row["n"], str(row["day"]), decimal.Decimal(str(row["size"]))) == (key["sku"], 7, "2026-01-02", key["size"])
+
+
+def test_odd_text_survives_the_way_to_the_table(warehouse: Warehouse) -> None:
+    """Tabs, newlines, backslashes, quotes, line separators and emoji in an answer arrive as they were sent."""
+    odd = "a\tb\\n\\N\"'\r\u2028\u0085 \N{TEACUP WITHOUT HANDLE}"
+    warehouse.fetch(warehouse.submit([{"id": 1, "name": odd}], prompt="{{ row.name }}").batch_ids)
+    assert warehouse.rows("SELECT response FROM answers")[0]["response"] == answer_for(odd)
+
+
+@pytest.mark.parametrize("bad", [{"id": 3}, {"id": None, "name": "x"}, {"id": 0, "name": "again"}, {"id": 4, "name": ""}])
+def test_bad_input_late_in_the_source_sends_nothing(warehouse: Warehouse, sim: Simulator, bad: dict[str, Any]) -> None:
+    """A missing column, a NULL key, a repeated key or an empty prompt in the last row stops the whole before anything is sent."""
+    with pytest.raises(RequestError, match="Nothing was sent"):
+        warehouse.submit([*products(3), bad], prompt="{{ row.name }}", max_requests=1)
+    assert sim.stats()["posts"] == 0
+    assert warehouse.rows("SELECT * FROM batchkit_batch") == []
+
+
+def test_a_table_without_the_columns_is_refused_with_the_difference(warehouse: Warehouse) -> None:
+    """The message lists what is missing; the batch stays as it was."""
+    warehouse.execute("CREATE TABLE answers (id BIGINT, response TEXT)")
+    ids = warehouse.submit(products(1)).batch_ids
+    with pytest.raises(TableError, match="lacks the columns status, stop_reason"):
+        warehouse.fetch(ids)
+    assert warehouse.rows("SELECT state FROM batchkit_batch") == [{"state": "submitted"}]
+
+
+def test_a_table_of_the_users_own_making_is_filled_and_its_other_columns_kept(warehouse: Warehouse) -> None:
+    """No unique constraint is needed to merge, and columns that are not ours are left alone."""
+    warehouse.fetch(warehouse.submit(products(2), run_id="run-1").batch_ids, "made")
+    warehouse.execute(
+        "CREATE TABLE own AS SELECT * FROM made WHERE id = 0", "ALTER TABLE own ADD COLUMN note TEXT", "UPDATE own SET note = 'x'"
+    )
+    warehouse.fetch(warehouse.submit(products(2), prompt="New {{ row.name }}", run_id="run-2").batch_ids, "own")
+    assert warehouse.rows("SELECT id, response, note FROM own ORDER BY id") == [
+        {"id": 0, "response": answer_for("New product 0"), "note": "x"},
+        {"id": 1, "response": answer_for("New product 1"), "note": None},
+    ]
+
+
+def test_a_key_with_a_result_columns_name_is_refused(warehouse: Warehouse) -> None:
+    """A source key called status would overwrite ours."""
+    ids = warehouse.submit([{"status": 1, "name": "x"}], key=("status",)).batch_ids
+    with pytest.raises(TableError, match="The key column status has the name of a result column"):
+        warehouse.fetch(ids)
+
+
+def test_a_batch_from_elsewhere_lands_by_custom_id(warehouse: Warehouse) -> None:
+    """Fetch works on ids that no ledger knows."""
+    ids = warehouse.kit.submit(["Name a river.", "Name a lake."], model="claude-haiku-5-5", max_tokens=20)
+    landed = warehouse.fetch(ids)
+    assert (landed.rows, landed.tally.requests) == (2, 2)
+    assert {r["custom_id"]: r["response"] for r in warehouse.rows("SELECT * FROM answers")} == {
+        "item-0": answer_for("Name a river."),
+        "item-1": answer_for("Name a lake."),
+    }
+
+
+def test_batches_of_different_keys_do_not_share_a_table(warehouse: Warehouse) -> None:
+    """Their rows could not be told apart."""
+    one = warehouse.submit(products(1), run_id="run-1").batch_ids
+    two = warehouse.submit([{"sku": "A", "name": "x"}], key=("sku",), run_id="run-2").batch_ids
+    with pytest.raises(BatchInputError, match="have different keys"):
+        warehouse.fetch([*one, *two])
+
+
+def test_the_portable_path_writes_the_same_rows(warehouse: Warehouse) -> None:
+    """Any database with a SQLAlchemy engine gets what the fast paths write."""
+    ids = warehouse.submit([{"id": i, "name": f"p{i}\t\\\u2028"} for i in range(7)]).batch_ids
+    warehouse.fetch(ids, "fast")
+    warehouse.fetch(ids, "portable", portable=True)
+    columns = "id, response, status, stop_reason, error_type, model, input_tokens, output_tokens, cost_usd, custom_id, batch_id"
+    fast, portable = (warehouse.rows(f"SELECT {columns} FROM {table} ORDER BY id") for table in ("fast", "portable"))
+    assert fast == portable
+    assert len(fast) == 7
