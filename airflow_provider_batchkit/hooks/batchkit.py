@@ -1,0 +1,81 @@
+"""The hook: the official Anthropic connection, and on it the batch engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from airflow.providers.anthropic.hooks.anthropic import AnthropicHook
+from airflow.providers.common.compat.connection import get_async_connection, get_async_extra_dejson
+from airflow.providers.common.compat.sdk import BaseHook
+
+from airflow_provider_batchkit.exceptions import BatchInputError
+
+if TYPE_CHECKING:
+    from airflow.providers.anthropic.hooks.anthropic import AsyncAnthropicClient
+    from sqlalchemy.engine import Engine
+
+    from airflow_provider_batchkit.kit import BatchKit
+
+
+@dataclass(frozen=True)
+class _ConnectionValues:
+    """The fields of a connection that the official hook reads, resolved beforehand."""
+
+    host: str | None
+    password: str | None
+    extra_dejson: dict[str, Any]
+
+
+class BatchKitHook(AnthropicHook):
+    """Message batches over an ``anthropic`` connection, with every way to authenticate that the official hook has.
+
+    ``hook.kit`` is a :class:`~airflow_provider_batchkit.kit.BatchKit`; everything of ``AnthropicHook`` works as well.
+
+    :param anthropic_conn_id: connection of type ``anthropic``; its ``extra["model"]`` is the default model
+    """
+
+    conn_name_attr = "anthropic_conn_id"
+
+    def __init__(self, anthropic_conn_id: str = AnthropicHook.default_conn_name, **kwargs: Any) -> None:
+        super().__init__(anthropic_conn_id, **kwargs)
+        self.anthropic_conn_id = anthropic_conn_id
+
+    @cached_property
+    def kit(self) -> BatchKit:
+        """The batch engine on this connection.
+
+        :raises AnthropicError: on a platform that does not serve the Message Batches API (Bedrock, Vertex, Foundry)
+        """
+        from airflow_provider_batchkit.kit import BatchKit
+
+        self._require_first_party("The Message Batches API")
+        return BatchKit(self._first_party_conn)
+
+    async def get_async_conn(self) -> AsyncAnthropicClient:
+        """The async client, with the connection and its extra read without blocking the event loop.
+
+        The official hook reads ``extra_dejson`` synchronously here, which on a busy triggerer may fail (common-compat documentation of
+        ``get_async_extra_dejson``).
+        """
+        if "_connection" not in self.__dict__:
+            connection = await get_async_connection(self.conn_id, hook=self)
+            self.__dict__["_connection"] = _ConnectionValues(connection.host, connection.password, await get_async_extra_dejson(connection))
+        return await super().get_async_conn()
+
+
+def sql_engine(conn_id: str) -> Engine:
+    """A SQLAlchemy engine of a SQL connection, without a pool: a task opens few connections and ends.
+
+    :raises BatchInputError: when the connection is not of a SQL database
+    """
+    from airflow.providers.common.sql.hooks.sql import DbApiHook
+    from sqlalchemy.pool import NullPool
+
+    from airflow_provider_batchkit.ledger import prepare_engine
+
+    hook = BaseHook.get_connection(conn_id).get_hook()
+    if not isinstance(hook, DbApiHook):
+        raise BatchInputError(f"The connection {conn_id!r} is a {type(hook).__name__}, not a SQL database. Nothing was sent.")
+    return prepare_engine(hook.get_sqlalchemy_engine({"poolclass": NullPool}))

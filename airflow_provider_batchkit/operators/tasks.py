@@ -1,0 +1,73 @@
+"""What the operators and the sensor share: the job's identity, the form of batch ids, errors, and where the summary goes."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from airflow.providers.common.compat.sdk import AirflowException, AirflowFailException
+
+from airflow_provider_batchkit.exceptions import BatchInputError, BatchKitError
+
+if TYPE_CHECKING:
+    from airflow.providers.common.compat.sdk import Context
+
+    from airflow_provider_batchkit.ledger import JobRecord
+
+
+@contextmanager
+def batchkit_errors() -> Iterator[None]:
+    """Tell Airflow which errors are worth a retry: a terminal one fails the task at once, whatever its ``retries``."""
+    try:
+        yield
+    except BatchKitError as e:
+        message = "\n".join([str(e), *getattr(e, "__notes__", ())])
+        if e.submitted:
+            message += f"\nBatches of this job that run and are billed: {', '.join(e.submitted)}."
+        raise (AirflowException if e.retryable else AirflowFailException)(message) from e
+
+
+def job_of(context: Context) -> JobRecord:
+    """The job of a task instance: the same on every attempt."""
+    from airflow_provider_batchkit.ledger import JobRecord, make_job_id
+
+    ti = context["ti"]
+    map_index = -1 if ti.map_index is None else ti.map_index
+    return JobRecord(make_job_id(ti.dag_id, ti.run_id, ti.task_id, map_index), ti.dag_id, ti.run_id, ti.task_id, map_index)
+
+
+def as_batch_ids(value: Any) -> list[str]:
+    """One id or many, as an XCom gives them or as Jinja renders a list, without repeats and in order.
+
+    :raises BatchInputError: for anything else
+    """
+    if isinstance(value, str) and value.startswith("["):
+        try:
+            value = ast.literal_eval(value)
+        except (ValueError, SyntaxError) as e:
+            raise BatchInputError(f"batch_id {value!r} is neither an id nor a list of ids.") from e
+    ids = [value] if isinstance(value, str) else value
+    if isinstance(ids, Mapping) or not isinstance(ids, Sequence):
+        try:
+            ids = list(ids)  # a lazy sequence of a mapped task's outputs
+        except TypeError:
+            raise BatchInputError(f"batch_id must be an id or a list of ids, not {value!r}.") from None
+    flat: list[str] = []
+    for item in ids:
+        flat.extend(as_batch_ids(item) if not isinstance(item, str) else [item])
+    bad = [item for item in flat if not item or item == "None"]
+    if bad:
+        raise BatchInputError("batch_id is empty. Did the submit task run, and is its output passed on?")
+    return list(dict.fromkeys(flat))
+
+
+def publish_summary(context: Context, summary: Mapping[str, Any]) -> None:
+    """Write the summary to the task's Storage tab (Airflow 3.3 and later), where it outlives retries and clears."""
+    store = context.get("task_state_store")
+    if store is None:
+        return
+    for name in ("batch_ids", "table", "rows", "counts", "cost_tally", "latency_s"):
+        if summary[name] is not None:
+            store.set(name, summary[name])

@@ -1,0 +1,115 @@
+"""A sensor for batches: no worker slot while it waits."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from airflow.providers.common.compat.sdk import AirflowException, AirflowSensorTimeout, BaseSensorOperator, PokeReturnValue
+
+from airflow_provider_batchkit.hooks.batchkit import BatchKitHook
+from airflow_provider_batchkit.operators.tasks import as_batch_ids, batchkit_errors
+from airflow_provider_batchkit.polling import Ended, GaveUp, PollState, validate_event
+
+if TYPE_CHECKING:
+    from airflow.providers.common.compat.sdk import Context
+
+#: how much later than the trigger's own deadline Airflow ends a deferral that never came back
+_GRACE_S = 300.0
+
+
+class BatchSensor(BaseSensorOperator):
+    """Wait until every batch has ended. Returns the requests per status that the API reports.
+
+    A batch that ended with errors is still a success here: what became of each row is the fetch's matter.
+
+    :param batch_id: a batch id or a list of them (templated)
+    :param anthropic_conn_id: connection of type ``anthropic``
+    :param deferrable: wait in the triggerer, without a worker slot; ``mode`` applies otherwise
+    :param cancel_on_kill: cancel the batches when the task is killed. Off by default: clearing a task counts as killing it on
+        Airflow 3.3, and paid work must survive that
+    """
+
+    template_fields: Sequence[str] = ("batch_id", "anthropic_conn_id")
+    ui_color = "#e6e8d2"
+
+    def __init__(
+        self,
+        *,
+        batch_id: Any,
+        anthropic_conn_id: str = BatchKitHook.default_conn_name,
+        deferrable: bool = True,
+        cancel_on_kill: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.batch_id = batch_id
+        self.anthropic_conn_id = anthropic_conn_id
+        self.deferrable = deferrable
+        self.cancel_on_kill = cancel_on_kill
+
+    @cached_property
+    def hook(self) -> BatchKitHook:
+        return BatchKitHook(self.anthropic_conn_id)
+
+    @cached_property
+    def _state(self) -> PollState:
+        with batchkit_errors():
+            return PollState(as_batch_ids(self.batch_id), interval=float(self.poke_interval))
+
+    def poke(self, context: Context) -> PokeReturnValue:
+        state = self._state
+        with batchkit_errors():
+            if state.open_ids():
+                self.hook.kit.look(state)
+        decision = state.decide(time.monotonic())
+        if isinstance(decision, GaveUp):
+            raise AirflowException(f"{decision.reason}. The batches are untouched; waiting again costs nothing.")
+        self.log.info("%d of %d batches have ended", len(state.batch_ids) - len(state.open_ids()), len(state.batch_ids))
+        return PokeReturnValue(isinstance(decision, Ended), _result(state))
+
+    def execute(self, context: Context) -> Any:
+        if not self.deferrable:
+            return super().execute(context)
+        first = self.poke(context)
+        if first.is_done:
+            return first.xcom_value
+        from airflow_provider_batchkit.triggers.batch import BatchTrigger
+
+        self.defer(
+            trigger=BatchTrigger(
+                batch_ids=list(self._state.batch_ids),
+                anthropic_conn_id=self.anthropic_conn_id,
+                poke_interval=float(self.poke_interval),
+                deadline=time.time() + self.timeout,
+                cancel_on_kill=self.cancel_on_kill,
+            ),
+            method_name="execute_complete",
+            timeout=timedelta(seconds=self.timeout + _GRACE_S),
+        )
+        return None
+
+    def execute_complete(self, context: Context, event: Any = None) -> Any:
+        """The trigger has ended: with every batch, with a time-out, or because looking kept failing."""
+        with batchkit_errors():
+            known = validate_event(event)
+        if known["status"] == "timeout":
+            raise AirflowSensorTimeout(str(known["message"]))
+        if known["status"] == "error":
+            raise AirflowException(str(known["message"]))
+        self.log.info("All batches have ended: %s", known["counts"])
+        return known["counts"]
+
+    def on_kill(self) -> None:
+        if self.cancel_on_kill:
+            for batch_id in as_batch_ids(self.batch_id):
+                self.log.info("The task was killed and cancel_on_kill is set: canceling %s", batch_id)
+                self.hook.kit.cancel(batch_id)
+
+
+def _result(state: PollState) -> dict[str, int]:
+    counts = state.counts()
+    return {"succeeded": counts.succeeded, "errored": counts.errored, "canceled": counts.canceled, "expired": counts.expired}

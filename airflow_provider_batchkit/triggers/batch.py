@@ -1,0 +1,121 @@
+"""The trigger: polls batches on the triggerer's event loop, and does nothing else."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING, Any, cast
+
+from airflow.triggers.base import BaseTrigger, TriggerEvent
+
+from airflow_provider_batchkit.exceptions import PollError
+from airflow_provider_batchkit.hooks.batchkit import BatchKitHook
+from airflow_provider_batchkit.polling import Ended, GaveUp, PollState, TimedOut
+
+if TYPE_CHECKING:
+    from anthropic import AsyncAnthropic
+
+
+class BatchTrigger(BaseTrigger):
+    """Fires once every batch has ended, the deadline has passed, or looking keeps failing.
+
+    :param batch_ids: the batches
+    :param anthropic_conn_id: connection of type ``anthropic``
+    :param poke_interval: seconds between looks
+    :param deadline: seconds since the epoch; wall-clock, since a trigger may resume in another process
+    :param cancel_on_kill: cancel the batches when a user kills or clears the deferred task (Airflow 3.3 and later)
+    """
+
+    def __init__(
+        self,
+        *,
+        batch_ids: list[str],
+        anthropic_conn_id: str,
+        poke_interval: float,
+        deadline: float | None = None,
+        cancel_on_kill: bool = False,
+    ) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # Airflow's own, without annotations
+        self.batch_ids = batch_ids
+        self.anthropic_conn_id = anthropic_conn_id
+        self.poke_interval = poke_interval
+        self.deadline = deadline
+        self.cancel_on_kill = cancel_on_kill
+
+    def serialize(self) -> tuple[str, dict[str, Any]]:
+        return (
+            f"{type(self).__module__}.{type(self).__qualname__}",
+            {
+                "batch_ids": self.batch_ids,
+                "anthropic_conn_id": self.anthropic_conn_id,
+                "poke_interval": self.poke_interval,
+                "deadline": self.deadline,
+                "cancel_on_kill": self.cancel_on_kill,
+            },
+        )
+
+    async def run(self) -> AsyncIterator[TriggerEvent]:
+        state = PollState(self.batch_ids, interval=self.poke_interval, deadline=self.deadline)
+        async with await self._client() as client:
+            while True:
+                await self._look(client, state)
+                decision = state.decide(time.time())
+                if isinstance(decision, Ended):
+                    counts = state.counts()
+                    yield self._event(
+                        "ended",
+                        counts={
+                            "succeeded": counts.succeeded,
+                            "errored": counts.errored,
+                            "canceled": counts.canceled,
+                            "expired": counts.expired,
+                        },
+                    )
+                    return
+                if isinstance(decision, TimedOut):
+                    yield self._event(
+                        "timeout",
+                        message=f"The batches {', '.join(decision.open_ids)} did not end in time. They keep running and are billed "
+                        "as usual; waiting again costs nothing.",
+                    )
+                    return
+                if isinstance(decision, GaveUp):
+                    yield self._event("error", message=f"{decision.reason}. The batches are untouched; waiting again costs nothing.")
+                    return
+                await asyncio.sleep(decision.seconds)
+
+    async def _client(self) -> AsyncAnthropic:
+        return cast("AsyncAnthropic", await BatchKitHook(self.anthropic_conn_id).get_async_conn())
+
+    @staticmethod
+    async def _look(client: AsyncAnthropic, state: PollState) -> None:
+        import anthropic
+
+        from airflow_provider_batchkit.api import poll_failure, snapshot, unavailable
+
+        batch_id = ""
+        try:
+            seen = []
+            for batch_id in state.open_ids():
+                seen.append(snapshot(await client.messages.batches.retrieve(batch_id)))
+            state.saw(seen)
+        except anthropic.NotFoundError as e:
+            state.failed(str(unavailable(batch_id, e)), fatal=True)
+        except anthropic.APIError as e:
+            state.failed(**poll_failure(e))
+        except PollError as e:
+            state.failed(str(e), fatal=True)
+
+    async def on_kill(self) -> None:
+        """A user killed or cleared the deferred task: cancel only where that was asked for."""
+        if not self.cancel_on_kill:
+            self.log.info("The task was killed; its batches %s go on (cancel_on_kill is off)", ", ".join(self.batch_ids))
+            return
+        async with await self._client() as client:
+            for batch_id in self.batch_ids:
+                await client.messages.batches.cancel(batch_id)
+                self.log.info("The task was killed and cancel_on_kill is set: canceled %s", batch_id)
+
+    def _event(self, status: str, **values: Any) -> TriggerEvent:
+        return TriggerEvent({"status": status, "batch_ids": self.batch_ids, **values})

@@ -1,0 +1,36 @@
+"""Every month, a short description for each product of a catalog, at half price.
+
+Needs two connections: ``anthropic_default`` and ``warehouse``, a SQL database with a table ``products (sku, name, attributes)``.
+``make demo`` runs this file against the simulator.
+"""
+
+from __future__ import annotations
+
+import pendulum
+from airflow.sdk import DAG
+
+from airflow_provider_batchkit.operators.batch import FetchBatchOperator, SubmitBatchOperator
+from airflow_provider_batchkit.sensors.batch import BatchSensor
+
+with DAG(
+    "catalog_enrichment",
+    schedule="@monthly",
+    start_date=pendulum.datetime(2026, 1, 1, tz="UTC"),
+    catchup=False,
+    default_args={"retries": 3},
+    doc_md=__doc__,
+    tags=["batchkit", "example"],
+):
+    submit = SubmitBatchOperator(
+        task_id="submit",
+        sql="SELECT sku, name, attributes FROM products",
+        key="sku",
+        prompt="Write a two-sentence description of {{ row.name }}: {{ row.attributes }}",
+        model="claude-opus-4-8",
+        max_tokens=200,
+        sql_conn_id="warehouse",
+    )
+    wait = BatchSensor(task_id="wait", batch_id=submit.output, poke_interval=5)
+    fetch = FetchBatchOperator(task_id="fetch", batch_id=submit.output, table="product_copy", sql_conn_id="warehouse")
+
+    submit >> wait >> fetch

@@ -1,0 +1,55 @@
+"""DAGs run through ``dag.test()``: Airflow's own task runner, XCom, templating and trigger, in this process."""
+
+from __future__ import annotations
+
+import itertools
+import textwrap
+from pathlib import Path
+from typing import Any
+
+_numbers = itertools.count()
+
+_HEAD = """
+import pendulum
+from airflow.sdk import DAG, task
+
+from airflow_provider_batchkit.operators.batch import FetchBatchOperator, SubmitBatchOperator
+from airflow_provider_batchkit.sensors.batch import BatchSensor
+
+with DAG({dag_id!r}, schedule=None, start_date=pendulum.datetime(2026, 1, 1, tz="UTC")) as dag:
+{body}
+"""
+
+
+class Run:
+    """An ended DAG run."""
+
+    def __init__(self, dag_run: Any) -> None:
+        self._run = dag_run
+        self.state = str(dag_run.state.value)
+
+    def states(self) -> dict[str, str]:
+        """State of every task; mapped ones as ``task[0]``."""
+        return {ti.task_id if ti.map_index < 0 else f"{ti.task_id}[{ti.map_index}]": str(ti.state) for ti in self._run.get_task_instances()}
+
+    def xcom(self, task_id: str, key: str = "return_value", map_index: int = -1) -> Any:
+        """A pushed value."""
+        from airflow.models.xcom import XComModel
+        from airflow.utils.session import create_session
+
+        with create_session() as session:
+            query = XComModel.get_many(run_id=self._run.run_id, key=key, task_ids=task_id, dag_ids=self._run.dag_id, map_indexes=map_index)
+            value = session.scalars(query.with_only_columns(XComModel.value)).first()
+        return XComModel.deserialize_value(type("Stored", (), {"value": value})())
+
+
+def run_dag(airflow_home: Path, *bodies: str) -> Run:
+    """Write a DAG file with ``bodies`` inside its ``with DAG`` block, and run it once."""
+    from airflow.dag_processing.dagbag import DagBag
+
+    dag_id = f"test_{next(_numbers)}"
+    path = airflow_home / "dags" / f"{dag_id}.py"
+    path.write_text(_HEAD.format(dag_id=dag_id, body="".join(textwrap.indent(textwrap.dedent(body), "    ") + "\n" for body in bodies)))
+    bag = DagBag(str(path))
+    assert bag.import_errors == {}
+    return Run(bag.dags[dag_id].test())
