@@ -65,6 +65,6 @@ def screenshot(
                 page.wait_for_timeout(settle_seconds * 1000)
             finally:
                 page.screenshot(path=str(path))  # also of the page that never showed it
-            return page.locator("body").inner_text()
+            return str(page.locator("body").inner_text())
         finally:
             context.close()

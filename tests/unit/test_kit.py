@@ -71,7 +71,8 @@ def test_failed_items_keep_the_apis_error(kit: BatchKit) -> None:
     assert {name: item.status for name, item in items.items()} == {o: RequestStatus(o) for o in outcomes}
     assert items["errored"].error_type
     assert items["errored"].error_message
-    assert (result.tally.requests, result.tally.batch_cost_usd) == (0, 0)
+    assert result.tally.requests == 0
+    assert result.tally.batch_cost_usd == Decimal(0)
 
 
 def test_a_repeated_custom_id_sends_nothing(kit: BatchKit, sim: Simulator) -> None:

@@ -175,10 +175,13 @@ def test_a_time_without_a_zone_is_refused() -> None:
 
 def test_costs_do_not_depend_on_the_callers_decimal_context() -> None:
     """Somebody else's three-digit context rounds neither a price nor a cost."""
-    usage = Usage(input_tokens=123_457, output_tokens=100_003)
-    expected = PriceBook().cost("claude-haiku-5-5", usage, NOW)
+    overrides = {"m": {"input_usd_per_mtok": "0.333333", "output_usd_per_mtok": "12.345678", "batch_discount": "0.123457"}}
+    usage = Usage(input_tokens=123_457, output_tokens=100_003, inference_geo="us")
+    expected = PriceBook(overrides).cost("m", usage, NOW)
     with localcontext(Context(prec=3)):
-        assert PriceBook().cost("claude-haiku-5-5", usage, NOW) == expected
+        rates = PriceBook(overrides).rates("m", NOW)
+        assert PriceBook(overrides).cost("m", usage, NOW) == expected
+    assert rates == PriceBook(overrides).rates("m", NOW)
 
 
 def test_importing_pricing_loads_no_price_data() -> None:
@@ -325,15 +328,16 @@ def price_url(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     thread.join()
 
 
-def live_file(input_mtok: float) -> bytes:
+def live_file(**prices: float | list[dict[str, Any]]) -> bytes:
     """A price file in the form that genai-prices publishes, with one Claude model."""
-    model = {"id": "claude-opus-4-8", "match": {"starts_with": "claude-opus-4-8"}, "prices": {"input_mtok": input_mtok, "output_mtok": 30}}
+    variants = prices.pop("price_variants", [])
+    model = {"id": "claude-opus-4-8", "match": {"starts_with": "claude-opus-4-8"}, "prices": prices, "price_variants": variants}
     return json.dumps([{"id": "anthropic", "name": "Anthropic", "api_pattern": "x", "models": [model]}]).encode()
 
 
 def test_live_prices_are_fetched_once_and_named(price_url: str, caplog: pytest.LogCaptureFixture) -> None:
     """The new price holds for this book only, the version says when it was fetched, and rows cost no further requests."""
-    PriceServer.answer = (200, live_file(6.5))
+    PriceServer.answer = (200, live_file(input_mtok=6.5, output_mtok=30))
     book = PriceBook(live=True, live_url=price_url)
     assert PriceServer.requests == 0
     costs = {book.cost("claude-opus-4-8", Usage(input_tokens=1_000_000), NOW + timedelta(days=day)) for day in range(3)}
@@ -346,6 +350,16 @@ def test_live_prices_are_fetched_once_and_named(price_url: str, caplog: pytest.L
     bundled = PriceBook().cost("claude-opus-4-8", Usage(input_tokens=1_000_000), NOW)
     assert bundled is not None
     assert bundled.standard_usd == 5
+
+
+def test_a_batch_price_in_the_data_wins_over_the_half(price_url: str) -> None:
+    """From its first day on the listed batch price holds, half or not; cache writes take the general write price where it is the only one."""
+    batch = {"when": {"processing": "batch"}, "constraint": {"start_date": "2026-11-01"}, "prices": {"input_mtok": 6}}
+    PriceServer.answer = (200, live_file(input_mtok=8, output_mtok=30, cache_write_mtok=10, price_variants=[batch]))
+    book = PriceBook(live=True, live_url=price_url)
+    fresh, written = Usage(input_tokens=1_000_000), Usage(cache_write_1h_tokens=1_000_000)
+    costs = [book.cost("claude-opus-4-8", usage, at) for at in (NOW, datetime(2026, 10, 31, tzinfo=UTC)) for usage in (fresh, written)]
+    assert [(cost.batch_usd, cost.standard_usd) for cost in costs if cost] == [(6, 8), (10, 10), (4, 8), (5, 10)]
 
 
 @pytest.mark.parametrize("answer", [(500, b""), (200, b"<html>"), (200, b"{}"), (200, b"[]"), (200, b'[{"id": 1}]'), None])
@@ -387,6 +401,7 @@ def test_the_table_shows_every_model_and_the_total() -> None:
         ("400", "$400.00"),
         ("1234567.895", "$1,234,567.90"),
         ("1", "$1.00"),
+        ("1.234567", "$1.23"),
         ("0.9999999", "$1.00"),
         ("0.5", "$0.50"),
         ("0.123456789", "$0.123457"),
