@@ -396,8 +396,13 @@ def format_tally(tally: CostTally) -> str:
         rows.append((name, *(f"{count:,}" for count in counts), *(_format_usd(usd) for usd in money)))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     form = "  ".join([f"{{:<{widths[0]}}}", *(f"{{:>{width}}}" for width in widths[1:])])
-    batch, standard, savings = map(_format_usd, (total.batch_cost_usd, total.standard_cost_usd, total.savings_usd))
-    return "\n".join([*(form.format(*row) for row in rows), f"batch {batch}  standard {standard}  savings {savings}"])
+    return "\n".join([*(form.format(*row) for row in rows), summary_line(tally)])
+
+
+def summary_line(tally: CostTally) -> str:
+    """``batch $400.00  standard $800.00  savings $400.00``; ``unknown`` where a model has no known price."""
+    batch, standard, savings = map(_format_usd, (tally.batch_cost_usd, tally.standard_cost_usd, tally.savings_usd))
+    return f"batch {batch}  standard {standard}  savings {savings}"
 
 
 def _format_usd(value: Decimal | None) -> str:

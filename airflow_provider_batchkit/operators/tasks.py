@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from airflow.providers.common.compat.sdk import AirflowException, AirflowFailException
 
 from airflow_provider_batchkit.exceptions import BatchInputError, BatchKitError
+from airflow_provider_batchkit.model import CostTally
+from airflow_provider_batchkit.pricing import summary_line
 
 if TYPE_CHECKING:
     from airflow.providers.common.compat.sdk import Context
@@ -68,6 +70,7 @@ def publish_summary(context: Context, summary: Mapping[str, Any]) -> None:
     store = context.get("task_state_store")
     if store is None:
         return
+    store.set("cost", summary_line(CostTally.from_json(summary["cost_tally"])))
     for name in ("batch_ids", "table", "rows", "counts", "cost_tally", "latency_s"):
         if summary[name] is not None:
             store.set(name, summary[name])

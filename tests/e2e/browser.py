@@ -34,7 +34,7 @@ def screenshot(
     password: str,
     wait_for: str | None = None,
     size: tuple[int, int] = (1400, 900),
-    settle_seconds: float = 2,
+    settle_seconds: float = 8,
 ) -> str:
     """Log in to Airflow through its login form, open ``url``, and write a PNG to ``path``; gives the page's visible text.
 

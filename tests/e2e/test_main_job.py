@@ -64,6 +64,7 @@ def test_a_table_in_the_answers_and_the_bill_out(tmp_path: Path, start_airflow: 
         stored = airflow.task_state_store(DAG_ID, run_id, "fetch")
         assert stored["cost_tally"] == summary["cost_tally"]
         assert stored["batch_ids"] == batch_ids
+        assert stored["cost"] == "batch $2.40  standard $4.80  savings $2.40"
         with engine.connect() as connection:
             costs = connection.exec_driver_sql("SELECT cost_usd FROM product_copy").scalars().all()
         assert sum(map(Decimal, costs)) == tally.batch_cost_usd

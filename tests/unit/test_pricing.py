@@ -353,7 +353,7 @@ def test_live_prices_are_fetched_once_and_named(price_url: str, caplog: pytest.L
 
 
 def test_a_batch_price_in_the_data_wins_over_the_half(price_url: str) -> None:
-    """From its first day on the listed batch price holds, half or not; cache writes take the general write price where it is the only one."""
+    """From its first day on the listed batch price holds, half or not; cache writes take the general write price where it is alone."""
     batch = {"when": {"processing": "batch"}, "constraint": {"start_date": "2026-11-01"}, "prices": {"input_mtok": 6}}
     PriceServer.answer = (200, live_file(input_mtok=8, output_mtok=30, cache_write_mtok=10, price_variants=[batch]))
     book = PriceBook(live=True, live_url=price_url)
