@@ -359,7 +359,8 @@ def test_a_batch_price_in_the_data_wins_over_the_half(price_url: str) -> None:
     book = PriceBook(live=True, live_url=price_url)
     fresh, written = Usage(input_tokens=1_000_000), Usage(cache_write_1h_tokens=1_000_000)
     costs = [book.cost("claude-opus-4-8", usage, at) for at in (NOW, datetime(2026, 10, 31, tzinfo=UTC)) for usage in (fresh, written)]
-    assert [(cost.batch_usd, cost.standard_usd) for cost in costs if cost] == [(6, 8), (10, 10), (4, 8), (5, 10)]
+    expected = [(6, 8), (10, 10), (4, 8), (5, 10)]
+    assert [(cost.batch_usd, cost.standard_usd) for cost in costs if cost] == [(Decimal(b), Decimal(s)) for b, s in expected]
 
 
 @pytest.mark.parametrize("answer", [(500, b""), (200, b"<html>"), (200, b"{}"), (200, b"[]"), (200, b'[{"id": 1}]'), None])
