@@ -12,6 +12,7 @@
     ├── LeaseLostError             terminal   another attempt of the same job has taken over; this one sent nothing more
     ├── LedgerError                terminal   the ledger does not allow this move, or is of another version
     ├── BatchUnavailableError      terminal   the batch is gone, archived or invisible to this key; says what can be recovered
+    ├── WrongBatchError            terminal   a batch that was adopted unproved is another job's; its own rows were never accepted
     ├── BatchNotEndedError         retry      results were asked of a batch that is still running
     ├── BatchWaitTimeout           retry      the batch did not end in the time allowed; it goes on and can be waited for again
     ├── PollError                  retry      the API kept failing while we polled; the batch itself is untouched
@@ -81,6 +82,15 @@ class LedgerError(BatchKitError):
 
 class BatchUnavailableError(BatchKitError):
     """The batch or its results cannot be had with this connection: deleted, archived, or in another workspace."""
+
+
+class WrongBatchError(BatchKitError):
+    """A batch that was adopted while it ran proved to be another job's. ``custom_id`` is the first of its results."""
+
+    def __init__(self, message: str, *, batch_id: str, custom_id: str) -> None:
+        super().__init__(message)
+        self.batch_id = batch_id
+        self.custom_id = custom_id
 
 
 class BatchNotEndedError(BatchKitError):

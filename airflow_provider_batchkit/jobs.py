@@ -1,4 +1,4 @@
-"""A journaled submit: source items → requests → shards → ledger → API, in the order of writes that never pays twice.
+"""Journaled jobs. A submit: source items → requests → shards → ledger → API, in the order of writes that never pays twice.
 
 1. the job's lease is taken; whatever an earlier attempt left as ``sending`` is settled;
 2. the source is read to its end, rendered, checked and written to disk, so bad input costs nothing;
@@ -12,18 +12,34 @@ from __future__ import annotations
 import hashlib
 import logging
 import tempfile
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
-from airflow_provider_batchkit.exceptions import RequestError, SubmitRefusedError, SubmitThrottledError
+from airflow_provider_batchkit.exceptions import (
+    BatchUnavailableError,
+    LedgerError,
+    RequestError,
+    SubmitRefusedError,
+    SubmitThrottledError,
+    SubmitUncertainError,
+    WrongBatchError,
+)
 from airflow_provider_batchkit.kit import BatchKit
+from airflow_provider_batchkit.landing import LandingReport, land_batches
 from airflow_provider_batchkit.ledger import BatchState, JobRecord, Ledger
 from airflow_provider_batchkit.model import MAX_BYTES_PER_BATCH, MAX_REQUESTS_PER_BATCH, PreparedRequest, Shard
 from airflow_provider_batchkit.progress import Progress
 from airflow_provider_batchkit.reconcile import SETTLE_S, Settler
-from airflow_provider_batchkit.shards import IndexEntry, ShardWriter, remove_shard_files
+from airflow_provider_batchkit.shards import IndexEntry, ShardWriter, remove_shard_files, split_shard
 
 log = logging.getLogger(__name__)
+
+#: POSTs of one shard, in one attempt, whose end nobody saw and that proved never to have been accepted
+_DOUBTS = 5
+#: exchanges of wrongly adopted batches in one fetch
+_EXCHANGES = 10
 
 
 @dataclass(slots=True)
@@ -76,7 +92,8 @@ def submit_job(
     """
     ledger.ensure()
     lease = ledger.open_job(job)
-    Settler(kit, ledger, settle_seconds=settle_seconds).settle(job.job_id)
+    settler = Settler(kit, ledger, settle_seconds=settle_seconds, fence=lambda: ledger.check_lease(job.job_id, lease))
+    settler.settle(job.job_id)
     report = SubmitReport()
     seen = _Seen()
     for row in ledger.known(job.job_id):
@@ -91,9 +108,8 @@ def submit_job(
         if old_copies:
             ledger.add_copies(job.job_id, lease, old_copies)
         for shard in shards:
-            _send(kit, ledger, job, lease, shard, anthropic_conn_id)
+            _send(kit, ledger, settler, job, lease, shard, anthropic_conn_id)
             report.asked += shard.requests
-            remove_shard_files(shard)
     report.batch_ids = running_ids(ledger, job.job_id)
     return report
 
@@ -131,21 +147,92 @@ def _spool(
             writer.add_copy(request, shard)
         else:
             report.copies += 1
-            old_copies.append((shard, IndexEntry(request.key, request.custom_id, request.digest, asked=False)))
+            old_copies.append((shard, IndexEntry(request.key, request.custom_id, request.digest, size=0)))
     progress.done()
     return old_copies
 
 
-def _send(kit: BatchKit, ledger: Ledger, job: JobRecord, lease: int, shard: Shard, anthropic_conn_id: str) -> None:
-    ledger.intend(job.job_id, lease, shard, anthropic_conn_id)
-    try:
-        found = kit.send(shard, fence=lambda: ledger.check_lease(job.job_id, lease))
-    except (SubmitRefusedError, SubmitThrottledError) as e:
-        ledger.rejected(job.job_id, shard.number, str(e))
-        e.submitted = running_ids(ledger, job.job_id)
-        raise
-    ledger.submitted(job.job_id, shard.number, found)
-    log.info("Submitted %s with %s requests, %s bytes", found.batch_id, f"{shard.requests:,}", f"{shard.bytes:,}")
+def _send(kit: BatchKit, ledger: Ledger, settler: Settler, job: JobRecord, lease: int, shard: Shard, anthropic_conn_id: str) -> None:
+    """Send a shard until the API has it: in two halves after a 413, and again after a POST that proved never to have been accepted."""
+    waiting = deque([shard])
+    doubts = 0
+    while waiting:
+        # shards that failed keep their numbers in the ledger
+        piece = replace(waiting.popleft(), number=ledger.next_shard(job.job_id))
+        ledger.intend(job.job_id, lease, piece, anthropic_conn_id)
+        try:
+            found = kit.send(piece, fence=lambda: ledger.check_lease(job.job_id, lease))
+        except SubmitUncertainError as e:
+            log.warning("%s", e)
+            doubts += 1
+            settler.settle(job.job_id)
+            if ledger.get(job.job_id, piece.number).state is not BatchState.VOID:
+                remove_shard_files(piece)
+            elif doubts < _DOUBTS:
+                waiting.appendleft(piece)
+            else:
+                e.submitted = running_ids(ledger, job.job_id)
+                raise
+        except (SubmitRefusedError, SubmitThrottledError) as e:
+            ledger.rejected(job.job_id, piece.number, str(e))
+            if isinstance(e, SubmitRefusedError) and e.status == 413 and piece.requests > 1:
+                log.warning("%s Cutting it in two.", e)
+                waiting.extendleft(reversed(split_shard(piece)))
+                continue
+            e.submitted = running_ids(ledger, job.job_id)
+            raise
+        else:
+            ledger.submitted(job.job_id, piece.number, found)
+            remove_shard_files(piece)
+            log.info("Submitted %s with %s requests, %s bytes", found.batch_id, f"{piece.requests:,}", f"{piece.bytes:,}")
+
+
+def fetch_job(
+    kit: BatchKit,
+    ledger: Ledger,
+    batch_ids: Sequence[str],
+    table: str,
+    *,
+    dag_id: str,
+    run_id: str,
+    settle_seconds: float = SETTLE_S,
+    **options: Any,
+) -> LandingReport:
+    """Land batches; a batch that an attempt adopted wrongly is exchanged for the job's own first.
+
+    :param dag_id: of the fetching task, with ``run_id``: tells whose batch is meant after an exchange
+    :param options: see :func:`~airflow_provider_batchkit.landing.land_batches`
+    :raises WrongBatchError: an adopted batch is another job's, and the job's own was never accepted
+    """
+    ledger.ensure()
+    for _ in range(_EXCHANGES):
+        ids = [_current_id(ledger, batch_id, dag_id, run_id) for batch_id in batch_ids]
+        try:
+            return land_batches(ledger, [kit.get(i) for i in ids], table, kit.read_items, kit.price_book, **options)
+        except WrongBatchError as e:
+            log.warning("%s", e)
+            record = ledger.find(e.batch_id)
+            assert record is not None, "only a journaled batch can be another job's"
+            fresh = ledger.disown(record, kit.get(e.batch_id), e.custom_id)
+            Settler(kit, ledger, settle_seconds=settle_seconds).settle(fresh.job_id)
+    raise LedgerError(f"The batches {', '.join(batch_ids)} could not be told apart. Nothing was written; run the task again.")
+
+
+def _current_id(ledger: Ledger, batch_id: str, dag_id: str, run_id: str) -> str:
+    """The id that stands for ``batch_id`` in this run's jobs, after any exchange."""
+    seen = set()
+    while batch_id not in seen:
+        seen.add(batch_id)
+        record = ledger.replacement(batch_id, dag_id, run_id)
+        if record is None:
+            return batch_id
+        if record.batch_id is None:
+            raise BatchUnavailableError(
+                f"{batch_id} was taken for {record} while it ran, and is another job's; it was given to that job. The rows of this one "
+                "were never accepted, and nothing was billed for them. Clear the submit task: it sends them and nothing else."
+            )
+        batch_id = record.batch_id
+    return batch_id
 
 
 def _mark(text: str) -> bytes:

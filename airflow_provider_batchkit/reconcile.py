@@ -14,6 +14,7 @@ from datetime import UTC, datetime, timedelta
 
 from sqlalchemy.exc import IntegrityError
 
+from airflow_provider_batchkit.exceptions import BatchUnavailableError, SubmitUncertainError
 from airflow_provider_batchkit.kit import BatchKit
 from airflow_provider_batchkit.ledger import BatchRecord, BatchState, Ledger
 from airflow_provider_batchkit.model import BatchItem, BatchSnapshot
@@ -40,16 +41,19 @@ class Settler:
         settle_seconds: float = SETTLE_S,
         clock_skew_seconds: float = CLOCK_SKEW_S,
         sleep: Callable[[float], None] = time.sleep,
+        fence: Callable[[], None] = lambda: None,
     ) -> None:
         """
         :param settle_seconds: how long a shard is looked for, from now, before it counts as never accepted
         :param clock_skew_seconds: how far the API's clock may be behind ours
+        :param fence: raises :class:`LeaseLostError` when another attempt of the job has begun; called before each move
         """
         self._kit = kit
         self._ledger = ledger
         self._settle_s = settle_seconds
         self._skew = timedelta(seconds=clock_skew_seconds)
         self._sleep = sleep
+        self._fence = fence
         #: candidates that proved to be somebody else's
         self._disproved: set[str] = set()
 
@@ -69,9 +73,9 @@ class Settler:
             if left <= 0:
                 break
             self._sleep(min(_LOOK_EVERY_S, left))
-        self._ledger.void(
-            record.job_id, record.shard, f"not among the workspace's batches {self._settle_s:.0f} s after {datetime.now(UTC):%H:%M:%S} UTC"
-        )
+        self._refuse_to_conclude_blindly(record)
+        self._fence()
+        self._ledger.void(record.job_id, record.shard, f"not among the workspace's batches at {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC")
         log.warning("No batch of %s exists: it was never accepted and nothing was billed. Its rows are sent anew", record)
 
     def _adopt(self, record: BatchRecord) -> bool:
@@ -79,6 +83,7 @@ class Settler:
         for candidate in self._candidates(record):
             if candidate.processing_status == ENDED and not self._proves(record, candidate):
                 continue
+            self._fence()
             try:
                 self._ledger.submitted(record.job_id, record.shard, candidate)
             except IntegrityError:
@@ -109,6 +114,23 @@ class Settler:
         self._disproved.add(candidate.batch_id)
         log.info("%s is not %s: its first result is %s", candidate.batch_id, record, custom_id)
         return False
+
+    def _refuse_to_conclude_blindly(self, record: BatchRecord) -> None:
+        """A key of another workspace sees none of our batches: with it, "not found" proves nothing.
+
+        :raises SubmitUncertainError: when a batch that this connection submitted before is not visible either
+        """
+        witness = self._ledger.witness(record.anthropic_conn_id)
+        if witness is None:
+            return
+        try:
+            self._kit.get(witness)
+        except BatchUnavailableError as e:
+            raise SubmitUncertainError(
+                f"{record} may have been accepted, and this connection cannot tell: it does not see {witness} either, which the connection "
+                f"{record.anthropic_conn_id!r} submitted before. Point it at the workspace of that batch and run the task again. "
+                "Nothing was sent."
+            ) from e
 
     def first_custom_id(self, batch_id: str) -> str | None:
         """The ``custom_id`` of the first readable result line."""

@@ -5,6 +5,7 @@ Memory: one request at a time. Disk: the bodies and, beside each, an index of it
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO
@@ -28,8 +29,12 @@ class IndexEntry(msgspec.Struct, array_like=True, frozen=True, gc=False):
     key: str
     custom_id: str
     digest: str
-    #: the request is in the body; False for a row that shares another row's request
-    asked: bool
+    #: bytes of the request in the body; 0 for a row that shares another row's request and is not asked
+    size: int
+
+    @property
+    def asked(self) -> bool:
+        return self.size > 0
 
 
 _DECODE_ENTRY = msgspec.json.Decoder(IndexEntry)
@@ -94,12 +99,12 @@ class ShardWriter:
         self._body.write(request.body)
         self._bytes += size
         self._requests += 1
-        self._index.write(_entry_line(request, asked=True))
+        self._index.write(_entry_line(request, len(request.body)))
         return self._number
 
     def add_copy(self, request: PreparedRequest, number: int) -> None:
         """Note a row that shares a request of shard ``number`` of this writer; it is journaled with it and not asked again."""
-        self._copies.setdefault(number, []).append(_entry_line(request, asked=False))
+        self._copies.setdefault(number, []).append(_entry_line(request, 0))
         self._copies_held += 1
         if self._copies_held >= _COPIES_HELD:
             self._write_copies()
@@ -141,8 +146,8 @@ class ShardWriter:
         self._body = self._index = None
 
 
-def _entry_line(request: PreparedRequest, *, asked: bool) -> bytes:
-    return _ENCODE.encode(IndexEntry(request.key, request.custom_id, request.digest, asked)) + b"\n"
+def _entry_line(request: PreparedRequest, size: int) -> bytes:
+    return _ENCODE.encode(IndexEntry(request.key, request.custom_id, request.digest, size)) + b"\n"
 
 
 def read_index(shard: Shard) -> Iterator[IndexEntry]:
@@ -152,6 +157,24 @@ def read_index(shard: Shard) -> Iterator[IndexEntry]:
             with path.open("rb") as lines:
                 for line in lines:
                     yield _DECODE_ENTRY.decode(line)
+
+
+def split_shard(shard: Shard) -> list[Shard]:
+    """Two shards of half the requests each, in a folder beside the shard's files; the shard's own files are removed."""
+    folder = Path(shard.body_path).with_suffix(".halves")
+    folder.mkdir()
+    writer = ShardWriter(str(folder), max_requests=(shard.requests + 1) // 2)
+    halves: dict[str, int] = {}
+    with Path(shard.body_path).open("rb") as body:
+        body.seek(len(_HEAD))
+        for entry in read_index(shard):
+            if entry.asked:
+                halves[entry.custom_id] = writer.add(PreparedRequest(entry.custom_id, entry.key, entry.digest, body.read(entry.size)))
+                body.seek(1, os.SEEK_CUR)
+            else:
+                writer.add_copy(PreparedRequest(entry.custom_id, entry.key, entry.digest, b""), halves[entry.custom_id])
+    remove_shard_files(shard)
+    return writer.close()
 
 
 def remove_shard_files(shard: Shard) -> None:

@@ -9,8 +9,8 @@ import anthropic
 import sqlalchemy as sa
 
 from airflow_provider_batchkit import BatchKit
-from airflow_provider_batchkit.jobs import SubmitReport, submit_job
-from airflow_provider_batchkit.landing import LandingReport, WriteDisposition, land_batches
+from airflow_provider_batchkit.jobs import SubmitReport, fetch_job, submit_job
+from airflow_provider_batchkit.landing import LandingReport, WriteDisposition
 from airflow_provider_batchkit.ledger import JobRecord, Ledger, make_job_id, prepare_engine
 from airflow_provider_batchkit.model import PreparedRequest
 from airflow_provider_batchkit.requests import RequestBuilder, RequestDefaults, RowTemplate
@@ -64,14 +64,17 @@ class Warehouse:
             **limits,
         )
 
-    def fetch(self, batch_ids: Iterable[str], table: str = "answers", *, disposition: str = "merge", **options: Any) -> LandingReport:
+    def fetch(
+        self, batch_ids: Iterable[str], table: str = "answers", *, disposition: str = "merge", run_id: str = "run-1", **options: Any
+    ) -> LandingReport:
         """Land batches in a table."""
-        return land_batches(
+        return fetch_job(
+            self.kit,
             self.ledger,
-            [self.kit.get(batch_id) for batch_id in batch_ids],
+            list(batch_ids),
             table,
-            self.kit.read_items,
-            self.kit.price_book,
+            dag_id="dag",
+            run_id=run_id,
             disposition=WriteDisposition(disposition),
             **options,
         )

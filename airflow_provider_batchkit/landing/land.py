@@ -19,7 +19,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from airflow_provider_batchkit.exceptions import BatchInputError
+from airflow_provider_batchkit.exceptions import BatchInputError, WrongBatchError
 from airflow_provider_batchkit.landing.stage import StagedRow, create_stage, loader_for
 from airflow_provider_batchkit.landing.table import RESULT_COLUMNS, ResultTable, WriteDisposition
 from airflow_provider_batchkit.ledger.engine import prepare_engine
@@ -231,11 +231,18 @@ class _Landing:
                 load(connection, stage, chunk)
                 chunk.clear()
 
-        for item in self.read_items(snapshot.batch_id, reconciler):
-            billed = item.status is RequestStatus.SUCCEEDED and item.usage is not None
-            put(item, tally.add(item.model or "", item.usage) if billed and item.usage is not None else _FREE)
-            progress.add()
-        missing = [c for c in keys if c not in reconciler.answered] if keys is not None else []
+        missing: list[str] = []
+        # a file that ended too early without an error is read once more before anything counts as missing
+        for reading in range(2):
+            for item in self.read_items(snapshot.batch_id, reconciler):
+                billed = item.status is RequestStatus.SUCCEEDED and item.usage is not None
+                put(item, tally.add(item.model or "", item.usage) if billed and item.usage is not None else _FREE)
+                progress.add()
+            _refuse_anothers(snapshot, reconciler)
+            missing = [c for c in keys if c not in reconciler.answered] if keys is not None else []
+            if not missing or reading:
+                break
+            reconciler.read_again()
         for custom_id in missing:
             put(BatchItem(custom_id, RequestStatus.MISSING), _FREE)
         if chunk:
@@ -305,6 +312,16 @@ class _Landing:
                 request_table.c.shard == record.shard,
                 request_table.c.key == stage.c.batchkit_key,
             )
+        )
+
+
+def _refuse_anothers(snapshot: BatchSnapshot, reconciler: Reconciler) -> None:
+    if reconciler.faults.foreign and not reconciler.answered:
+        raise WrongBatchError(
+            f"Not one result of {snapshot.batch_id} answers a request of the shard that adopted it; the first is "
+            f"{reconciler.faults.foreign_sample}. Nothing was written.",
+            batch_id=snapshot.batch_id,
+            custom_id=reconciler.faults.foreign_sample or "",
         )
 
 

@@ -230,6 +230,91 @@ class Ledger:
         with self.engine.connect() as connection:
             return set(connection.execute(sa.select(batch.c.batch_id).where(batch.c.batch_id.in_(batch_ids))).scalars())
 
+    def get(self, job_id: str, shard: int) -> BatchRecord:
+        """One batch row."""
+        with self.engine.connect() as connection:
+            return _record(connection.execute(sa.select(batch).where(batch.c.job_id == job_id, batch.c.shard == shard)).one())
+
+    def replacement(self, batch_id: str, dag_id: str, run_id: str) -> BatchRecord | None:
+        """The row that took over when a job of this DAG run had adopted ``batch_id`` wrongly; None when that never happened."""
+        statement = (
+            sa.select(batch.c.job_id, batch.c.replaced_by)
+            .join(job, job.c.job_id == batch.c.job_id)
+            .where(batch.c.adopted_id == batch_id, job.c.dag_id == dag_id, job.c.run_id == run_id)
+        )
+        with self.engine.connect() as connection:
+            row = connection.execute(statement).first()
+        return None if row is None else self.get(row.job_id, row.replaced_by)
+
+    def witness(self, anthropic_conn_id: str) -> str | None:
+        """The id of the youngest batch that this connection submitted and that has not landed: it must be visible with its key."""
+        statement = (
+            sa.select(batch.c.batch_id)
+            .where(batch.c.anthropic_conn_id == anthropic_conn_id, batch.c.state == BatchState.SUBMITTED.value)
+            .order_by(batch.c.created_at.desc())
+            .limit(1)
+        )
+        with self.engine.connect() as connection:
+            return connection.execute(statement).scalar()
+
+    def disown(self, record: BatchRecord, found: BatchSnapshot, custom_id: str) -> BatchRecord:
+        """``record`` had adopted ``found``, whose results (``custom_id``) are another's: give it to its owner.
+
+        The record becomes void, and its requests wait in a new ``sending`` row, which is returned, until they are looked for again. When
+        the owner had adopted another batch in its turn, so do the owner's requests, and that other batch is free to be found.
+        """
+        with write_transaction(self.engine) as connection:
+            fresh = self._requeue(connection, record, f"adopted {found.batch_id}, which is not its own")
+            owner = connection.execute(
+                sa.select(request.c.job_id, request.c.shard).where(request.c.job_id == custom_id[:20], request.c.custom_id == custom_id)
+            ).first()
+            if owner is not None:
+                rightful = _record(
+                    connection.execute(sa.select(batch).where(batch.c.job_id == owner.job_id, batch.c.shard == owner.shard)).one()
+                )
+                if rightful.state is BatchState.SUBMITTED:
+                    rightful = self._requeue(connection, rightful, f"adopted {rightful.batch_id} while {found.batch_id} is its own")
+                if rightful.state is BatchState.SENDING:
+                    self._move(
+                        connection,
+                        rightful.job_id,
+                        rightful.shard,
+                        BatchState.SUBMITTED,
+                        batch_id=found.batch_id,
+                        created_at=found.created_at,
+                    )
+        return fresh
+
+    def _requeue(self, connection: Connection, record: BatchRecord, note: str) -> BatchRecord:
+        """Void a wrongly adopted row and put its requests into a new ``sending`` row with the old intent."""
+        last = connection.execute(sa.select(sa.func.max(batch.c.shard)).where(batch.c.job_id == record.job_id)).scalar_one()
+        number = last + 1
+        self._move(
+            connection,
+            record.job_id,
+            record.shard,
+            BatchState.VOID,
+            batch_id=None,
+            adopted_id=record.batch_id,
+            replaced_by=number,
+            note=note,
+        )
+        connection.execute(
+            sa.insert(batch).values(
+                job_id=record.job_id,
+                shard=number,
+                anthropic_conn_id=record.anthropic_conn_id,
+                state=BatchState.SENDING.value,
+                requests=record.requests,
+                body_bytes=record.body_bytes,
+                intended_at=record.intended_at,
+            )
+        )
+        connection.execute(
+            sa.update(request).where(request.c.job_id == record.job_id, request.c.shard == record.shard).values(shard=number)
+        )
+        return _record(connection.execute(sa.select(batch).where(batch.c.job_id == record.job_id, batch.c.shard == number)).one())
+
     def landed(self, connection: Connection, record: BatchRecord, values: Mapping[str, Any]) -> None:
         """Move a batch to ``landed`` inside the landing's own transaction. Also a lock: a second landing of the batch waits here."""
         self._move(connection, record.job_id, record.shard, BatchState.LANDED, **values)

@@ -81,6 +81,9 @@ batch = sa.Table(
     sa.Column("standard_cost_picousd", sa.BigInteger),
     # why it was rejected or void
     sa.Column("note", sa.Text),
+    # of a void row: the id that it had adopted wrongly, and the shard that has its requests since
+    sa.Column("adopted_id", sa.String(100)),
+    sa.Column("replaced_by", sa.Integer),
 )
 
 request = sa.Table(

@@ -44,6 +44,7 @@ class SubmitBatchOperator(BaseOperator):
     :param max_bytes_per_batch: bytes of a batch's body, at most 256,000,000
     :param dedupe: rows that ask exactly the same share one request; the answer lands for each
     :param settle_seconds: how long a batch that a killed attempt may have sent is looked for, before its rows are sent anew
+    :param cancel_on_kill: cancel the job's batches when the running task is killed; otherwise they go on, and a retry re-attaches
     :param on_empty: a source without rows: ``"skip"`` the task, ``"succeed"`` with no batches, or ``"fail"``
     """
 
@@ -71,6 +72,7 @@ class SubmitBatchOperator(BaseOperator):
         max_bytes_per_batch: int = MAX_BYTES_PER_BATCH,
         dedupe: bool = True,
         settle_seconds: float = 60.0,
+        cancel_on_kill: bool = False,
         on_empty: str = "skip",
         **kwargs: Any,
     ) -> None:
@@ -92,6 +94,8 @@ class SubmitBatchOperator(BaseOperator):
         self.max_bytes_per_batch = max_bytes_per_batch
         self.dedupe = dedupe
         self.settle_seconds = settle_seconds
+        self.cancel_on_kill = cancel_on_kill
+        self._job_id: str | None = None
         self.on_empty = on_empty
         if (sql is None) == (requests is None):
             raise BatchInputError(f"Task {self.task_id}: give exactly one of sql and requests.")
@@ -127,6 +131,7 @@ class SubmitBatchOperator(BaseOperator):
         from airflow_provider_batchkit.sources import KeyTypes
 
         job = job_of(context)
+        self._job_id = job.job_id
         ledger = Ledger(sql_engine(self.sql_conn_id))
         key = [self.key] if isinstance(self.key, str) else list(self.key or ())
         types = KeyTypes(key)
@@ -167,6 +172,16 @@ class SubmitBatchOperator(BaseOperator):
         from airflow_provider_batchkit.sources import read_sql
 
         return read_sql(sql_engine(self.source_conn_id or self.sql_conn_id), self.sql, self.parameters)
+
+    def on_kill(self) -> None:
+        from airflow_provider_batchkit.jobs import running_ids
+        from airflow_provider_batchkit.ledger import Ledger
+
+        if not self.cancel_on_kill or self._job_id is None:
+            return
+        for batch_id in running_ids(Ledger(sql_engine(self.sql_conn_id)), self._job_id):
+            self.log.info("The task was killed and cancel_on_kill is set: canceling %s", batch_id)
+            self.hook.kit.cancel(batch_id)
 
     def _empty(self) -> list[str]:
         if self.on_empty == "fail":
@@ -230,19 +245,21 @@ class FetchBatchOperator(BaseOperator):
         return BatchKitHook(self.anthropic_conn_id)
 
     def execute(self, context: Context) -> dict[str, Any]:
-        from airflow_provider_batchkit.landing import WriteDisposition, land_batches
+        from airflow_provider_batchkit.jobs import fetch_job
+        from airflow_provider_batchkit.landing import WriteDisposition
         from airflow_provider_batchkit.ledger import Ledger
         from airflow_provider_batchkit.pricing import format_tally
 
         batch_ids = as_batch_ids(self.batch_id)
         kit = self.hook.kit
         with batchkit_errors():
-            report = land_batches(
+            report = fetch_job(
+                kit,
                 Ledger(sql_engine(self.sql_conn_id)),
-                [kit.get(batch_id) for batch_id in batch_ids],
+                batch_ids,
                 self.table,
-                kit.read_items,
-                kit.price_book,
+                dag_id=context["ti"].dag_id,
+                run_id=context["ti"].run_id,
                 disposition=WriteDisposition.parse(self.write_disposition),
                 include_failed=self.include_failed,
             )
