@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -128,19 +129,16 @@ class BatchApi:
 
         :raises BatchUnavailableError: when this connection cannot see it
         """
-        import anthropic
-
-        try:
+        with seeing(f"Batch {batch_id}"):
             return snapshot(self.client.messages.batches.retrieve(batch_id))
-        except anthropic.NotFoundError as e:
-            raise unavailable(batch_id, e) from e
 
     def recent(self, since: datetime) -> Iterator[BatchSnapshot]:
         """Batches of the workspace created at or after ``since`` (aware), newest first; as many pages as that takes."""
-        for batch in self.client.messages.batches.list(limit=_PAGE):
-            if batch.created_at < since:
-                return
-            yield snapshot(batch)
+        with seeing("The list of batches"):
+            for batch in self.client.messages.batches.list(limit=_PAGE):
+                if batch.created_at < since:
+                    return
+                yield snapshot(batch)
 
     def cancel(self, batch_id: str) -> BatchSnapshot:
         """Ask the API to cancel a batch. Requests already answered stay answered and billed."""
@@ -150,8 +148,8 @@ class BatchApi:
         """Delete an ended batch with its results."""
         self.client.messages.batches.delete(batch_id)
 
-    def stream_results(self, batch_id: str) -> Generator[bytes, None, None]:
-        """Raw chunks of an ended batch's JSONL results, once, as they arrive.
+    def stream_results(self, batch_id: str, *, chunk_bytes: int = _DOWNLOAD_CHUNK) -> Generator[bytes, None, None]:
+        """Raw chunks of an ended batch's JSONL results, once, as they arrive; closing the generator ends the download.
 
         :raises BatchNotEndedError: while the batch runs
         :raises BatchUnavailableError: deleted, archived, or not of this workspace
@@ -171,10 +169,11 @@ class BatchApi:
                 "Its answers can no longer be had; what landed before is in your table and the ledger."
             )
         try:
-            with self.client.messages.batches.with_streaming_response.results(batch_id) as response:
-                yield from response.iter_bytes(_DOWNLOAD_CHUNK)
-        except anthropic.NotFoundError as e:
-            raise unavailable(batch_id, e) from e
+            with (
+                seeing(f"Batch {batch_id}"),
+                self.client.messages.batches.with_streaming_response.results(batch_id) as response,
+            ):
+                yield from response.iter_bytes(chunk_bytes)
         except (anthropic.APIConnectionError, httpx2.TransportError, httpx2.StreamError) as e:
             raise ResultStreamError(f"The results of batch {batch_id} were cut off: {e!r}. Nothing is lost: they can be read again.") from e
 
@@ -225,12 +224,29 @@ def poll_failure(error: anthropic.APIError) -> dict[str, Any]:
     return {"error": f"{type(error).__name__}: {error.__cause__ or error}"}
 
 
-def unavailable(batch_id: str, error: Exception) -> BatchUnavailableError:
-    """The error for a batch that the API does not show."""
-    message = getattr(error, "api_message", None) or str(error)
+@contextmanager
+def seeing(what: str) -> Iterator[None]:
+    """Turn the API's refusal to show something into :class:`BatchUnavailableError`, which says what can still be had."""
+    import anthropic
+
+    try:
+        yield
+    except (anthropic.NotFoundError, anthropic.AuthenticationError, anthropic.PermissionDeniedError) as e:
+        raise unavailable(what, e) from e
+
+
+def unavailable(what: str, error: anthropic.APIStatusError) -> BatchUnavailableError:
+    """The error for something that the API does not show, by the status of its refusal."""
+    message = error.api_message or str(error)
+    if error.status_code == 404:
+        return BatchUnavailableError(
+            f"{what} cannot be seen with this connection ({message}). It was deleted, or belongs to another workspace: check that "
+            "the connection's key is of the workspace that submitted it. What landed before is in your table and the ledger."
+        )
     return BatchUnavailableError(
-        f"Batch {batch_id} cannot be seen with this connection ({message}). It was deleted, or belongs to another workspace: check that "
-        "the connection's key is of the workspace that submitted it. What landed before is in your table and the ledger."
+        f"{what} cannot be seen: the API refuses the connection's key with {error.status_code} ({message}). It was revoked, or lacks the "
+        "permission. Batches go on without it, and their results stay for 29 days: give the connection another key of the same workspace "
+        "and run the task again."
     )
 
 

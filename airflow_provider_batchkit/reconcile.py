@@ -28,6 +28,8 @@ SETTLE_S = 60.0
 #: how far the API's clock may be behind ours
 CLOCK_SKEW_S = 900.0
 _LOOK_EVERY_S = 5.0
+#: results are read in pieces of this size until the first line is whole
+_PROOF_BYTES = 1 << 10
 
 
 class Settler:
@@ -134,7 +136,7 @@ class Settler:
 
     def first_custom_id(self, batch_id: str) -> str | None:
         """The ``custom_id`` of the first readable result line."""
-        chunks = self._kit.stream_results(batch_id)
+        chunks = self._kit.stream_results(batch_id, chunk_bytes=_PROOF_BYTES)
         try:
             for item in parse_stream(chunks):
                 if isinstance(item, BatchItem):

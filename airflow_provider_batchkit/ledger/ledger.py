@@ -12,7 +12,7 @@ from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine, Row
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, IntegrityError
 
 from airflow_provider_batchkit.exceptions import LeaseLostError, LedgerError
 from airflow_provider_batchkit.ledger.engine import prepare_engine, write_transaction
@@ -102,6 +102,13 @@ class Ledger:
 
     def open_job(self, record: JobRecord) -> int:
         """Begin an attempt of a job: create its row or take over its lease. Returns the lease, to be shown at every intent."""
+        try:
+            return self._take_lease(record)
+        except IntegrityError:
+            # another first attempt created the row between our look and our INSERT
+            return self._take_lease(record)
+
+    def _take_lease(self, record: JobRecord) -> int:
         with write_transaction(self.engine) as connection:
             taken = connection.execute(sa.update(job).where(job.c.job_id == record.job_id).values(lease=job.c.lease + 1))
             if taken.rowcount == 0:

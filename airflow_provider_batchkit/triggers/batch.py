@@ -100,8 +100,8 @@ class BatchTrigger(BaseTrigger):
             for batch_id in state.open_ids():
                 seen.append(snapshot(await client.messages.batches.retrieve(batch_id)))
             state.saw(seen)
-        except anthropic.NotFoundError as e:
-            state.failed(str(unavailable(batch_id, e)), fatal=True)
+        except (anthropic.NotFoundError, anthropic.AuthenticationError, anthropic.PermissionDeniedError) as e:
+            state.failed(str(unavailable(f"Batch {batch_id}", e)), fatal=True)
         except anthropic.APIError as e:
             state.failed(**poll_failure(e))
         except PollError as e:
