@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,7 @@ from airflow_provider_batchkit.polling import ENDED
 
 if TYPE_CHECKING:
     import anthropic
+    from anthropic._types import RequestOptions
     from anthropic.types.messages import MessageBatch
 
 log = logging.getLogger(__name__)
@@ -55,12 +56,14 @@ class BatchApi:
         shard: Shard,
         *,
         fence: Callable[[], None] = lambda: None,
+        answer_timeout_s: float | None = None,
         sleep: Callable[[float], None] = time.sleep,
     ) -> BatchSnapshot:
         """POST one shard, at most once accepted. 429 and 529 are retried for up to ``throttle_wait_s`` seconds, honouring ``retry-after``.
 
         :param fence: called just before the last bytes of the body go out; raising :class:`LeaseLostError` there aborts the upload,
             and a body that is not complete is never accepted
+        :param answer_timeout_s: seconds to wait for the answer once the body is sent; by default what the client is set to
         :raises SubmitRefusedError: a definite 4xx
         :raises SubmitThrottledError: still throttled after the bound
         :raises SubmitUncertainError: anything that does not prove whether the batch was accepted
@@ -68,7 +71,7 @@ class BatchApi:
         waited, delay = 0.0, 1.0
         while True:
             try:
-                return self._post(shard, fence)
+                return self._post(shard, fence, answer_timeout_s)
             except _Throttled as e:
                 pause = max(e.retry_after or 0.0, delay)
                 if waited + pause > self.throttle_wait_s:
@@ -82,18 +85,19 @@ class BatchApi:
                 waited += pause
                 delay = min(delay * 2, 60.0)
 
-    def _post(self, shard: Shard, fence: Callable[[], None]) -> BatchSnapshot:
+    def _post(self, shard: Shard, fence: Callable[[], None], answer_timeout_s: float | None) -> BatchSnapshot:
         import anthropic
         import httpx2
         from anthropic.types.messages import MessageBatch
 
+        options: RequestOptions = {
+            "max_retries": 0,
+            "headers": {"Content-Type": "application/json", "Content-Length": str(shard.bytes)},
+        }
+        if answer_timeout_s is not None:
+            options["timeout"] = _bounded(self.client.timeout, answer_timeout_s)
         try:
-            batch = self.client.post(
-                "/v1/messages/batches",
-                content=_fenced_body(shard, fence),
-                cast_to=MessageBatch,
-                options={"max_retries": 0, "headers": {"Content-Type": "application/json", "Content-Length": str(shard.bytes)}},
-            )
+            batch = self.client.post("/v1/messages/batches", content=_fenced_body(shard, fence), cast_to=MessageBatch, options=options)
         except anthropic.APIStatusError as e:
             status = e.status_code
             if status in _THROTTLED:
@@ -145,8 +149,11 @@ class BatchApi:
         return snapshot(self.client.messages.batches.cancel(batch_id))
 
     def delete(self, batch_id: str) -> None:
-        """Delete an ended batch with its results."""
-        self.client.messages.batches.delete(batch_id)
+        """Delete an ended batch with its results; one that is gone already is fine."""
+        import anthropic
+
+        with suppress(anthropic.NotFoundError):
+            self.client.messages.batches.delete(batch_id)
 
     def stream_results(self, batch_id: str, *, chunk_bytes: int = _DOWNLOAD_CHUNK) -> Generator[bytes, None, None]:
         """Raw chunks of an ended batch's JSONL results, once, as they arrive; closing the generator ends the download.
@@ -193,6 +200,16 @@ _ADVICE = {
     404: "Check the model's name and the connection's base URL.",
     413: "Lower max_bytes_per_batch.",
 }
+
+
+def _bounded(timeout: Any, answer_s: float) -> Any:
+    """The client's own timeout with reading bounded to ``answer_s`` seconds."""
+    import httpx2
+
+    own = httpx2.Timeout(timeout)
+    return httpx2.Timeout(
+        connect=own.connect, write=own.write, pool=own.pool, read=answer_s if own.read is None else min(own.read, answer_s)
+    )
 
 
 def _fenced_body(shard: Shard, fence: Callable[[], None]) -> Iterator[bytes]:

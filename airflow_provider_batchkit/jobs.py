@@ -32,6 +32,7 @@ from airflow_provider_batchkit.ledger import BatchState, JobRecord, Ledger
 from airflow_provider_batchkit.model import MAX_BYTES_PER_BATCH, MAX_REQUESTS_PER_BATCH, PreparedRequest, Shard
 from airflow_provider_batchkit.progress import Progress
 from airflow_provider_batchkit.reconcile import SETTLE_S, Settler
+from airflow_provider_batchkit.requests import key_values
 from airflow_provider_batchkit.shards import IndexEntry, ShardWriter, remove_shard_files, split_shard
 
 log = logging.getLogger(__name__)
@@ -56,13 +57,16 @@ class SubmitReport:
     copies: int = 0
     #: rows that an earlier attempt has in flight or landed
     known: int = 0
+    #: of those, rows whose request would be another one now; they are not asked again
+    changed: int = 0
 
 
 class _Seen:
     """Keys and questions of the job so far, as 16-byte marks: about 100 bytes a row."""
 
     def __init__(self) -> None:
-        self.known_keys: set[bytes] = set()
+        #: key → question
+        self.known_keys: dict[bytes, bytes] = {}
         self.new_keys: set[bytes] = set()
         #: question → the shard that asks it
         self.questions: dict[bytes, int] = {}
@@ -97,8 +101,9 @@ def submit_job(
     report = SubmitReport()
     seen = _Seen()
     for row in ledger.known(job.job_id):
-        seen.known_keys.add(_mark(row.key))
-        seen.questions[_mark(row.custom_id)] = row.shard
+        question = _mark(row.custom_id)
+        seen.known_keys[_key_mark(row.key)] = question
+        seen.questions[question] = row.shard
     with tempfile.TemporaryDirectory(prefix="batchkit-") as folder:
         first_new = ledger.next_shard(job.job_id)
         writer = ShardWriter(folder, first_number=first_new, max_requests=max_requests, max_bytes=max_bytes)
@@ -128,7 +133,8 @@ def _spool(
     for request in requests:
         report.rows += 1
         progress.add()
-        key = _mark(request.key)
+        key = _key_mark(request.key)
+        question = _mark(request.custom_id)
         if key in seen.new_keys:
             raise RequestError(
                 f"row {report.rows - 1}: the key {request.key} came before. Keys must be unique, or one answer would overwrite another. "
@@ -137,8 +143,8 @@ def _spool(
         seen.new_keys.add(key)
         if key in seen.known_keys:
             report.known += 1
+            report.changed += seen.known_keys[key] != question
             continue
-        question = _mark(request.custom_id)
         shard = seen.questions.get(question)
         if shard is None:
             seen.questions[question] = writer.add(request)
@@ -149,6 +155,12 @@ def _spool(
             report.copies += 1
             old_copies.append((shard, IndexEntry(request.key, request.custom_id, request.digest, size=0)))
     progress.done()
+    if report.changed:
+        log.warning(
+            "%s rows have changed, or their prompt has, since an earlier attempt of this task asked about them. They are not asked again: "
+            "within one DAG run a key is asked once.",
+            f"{report.changed:,}",
+        )
     return old_copies
 
 
@@ -161,7 +173,7 @@ def _send(kit: BatchKit, ledger: Ledger, settler: Settler, job: JobRecord, lease
         piece = replace(waiting.popleft(), number=ledger.next_shard(job.job_id))
         ledger.intend(job.job_id, lease, piece, anthropic_conn_id)
         try:
-            found = kit.send(piece, fence=lambda: ledger.check_lease(job.job_id, lease))
+            found = kit.send(piece, fence=lambda: ledger.check_lease(job.job_id, lease), answer_timeout_s=settler.answer_timeout_s)
         except SubmitUncertainError as e:
             log.warning("%s", e)
             doubts += 1
@@ -182,7 +194,11 @@ def _send(kit: BatchKit, ledger: Ledger, settler: Settler, job: JobRecord, lease
             e.submitted = running_ids(ledger, job.job_id)
             raise
         else:
-            ledger.submitted(job.job_id, piece.number, found)
+            try:
+                ledger.submitted(job.job_id, piece.number, found)
+            except LedgerError as e:
+                e.add_note(f"The API accepted {found.batch_id} for it, which runs and is billed; fetch it by its id to keep its answers.")
+                raise
             remove_shard_files(piece)
             log.info("Submitted %s with %s requests, %s bytes", found.batch_id, f"{piece.requests:,}", f"{piece.bytes:,}")
 
@@ -233,6 +249,11 @@ def _current_id(ledger: Ledger, batch_id: str, dag_id: str, run_id: str) -> str:
             )
         batch_id = record.batch_id
     return batch_id
+
+
+def _key_mark(key: str) -> bytes:
+    """Keys that a text column could not tell apart, such as 1 and "1", have one mark."""
+    return _mark("\x1f".join(map(str, key_values(key))))
 
 
 def _mark(text: str) -> bytes:

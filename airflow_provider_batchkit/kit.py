@@ -30,7 +30,7 @@ from airflow_provider_batchkit.model import (
 )
 from airflow_provider_batchkit.polling import Ended, GaveUp, PollState, TimedOut, Wait
 from airflow_provider_batchkit.pricing import PriceBook, TallyBuilder
-from airflow_provider_batchkit.requests import RequestBuilder, RequestDefaults, refuse_repeated_ids
+from airflow_provider_batchkit.requests import RequestBuilder, RequestDefaults, items_of, refuse_repeated_ids
 from airflow_provider_batchkit.results import Reconciler, StreamFaults, parse_stream
 from airflow_provider_batchkit.shards import remove_shard_files, write_shards
 
@@ -101,7 +101,7 @@ class BatchKit(BatchApi):
         :raises SubmitUncertainError: the connection broke at a moment when nobody can know whether the batch was accepted
         """
         builder = RequestBuilder(RequestDefaults(model, max_tokens, system, dict(params or {})))
-        built = refuse_repeated_ids(builder.build(item, position) for position, item in enumerate(requests))
+        built = refuse_repeated_ids(builder.build(item, position) for position, item in enumerate(items_of(requests)))
         with tempfile.TemporaryDirectory(prefix="batchkit-") as folder:
             shards = write_shards(built, folder, max_requests=max_requests_per_batch, max_bytes=max_bytes_per_batch)
             ids: list[str] = []
@@ -228,4 +228,4 @@ def _over(decision: TimedOut | GaveUp) -> BatchWaitTimeout | PollError:
 
 
 def _as_ids(batch_ids: str | Sequence[str]) -> list[str]:
-    return [batch_ids] if isinstance(batch_ids, str) else list(batch_ids)
+    return [batch_ids] if isinstance(batch_ids, str) else list(dict.fromkeys(batch_ids))

@@ -24,7 +24,7 @@ from airflow_provider_batchkit.results import parse_stream
 log = logging.getLogger(__name__)
 
 #: how long an accepted batch may take to show in the list
-SETTLE_S = 60.0
+SETTLE_S = 120.0
 #: how far the API's clock may be behind ours
 CLOCK_SKEW_S = 900.0
 _LOOK_EVERY_S = 5.0
@@ -59,6 +59,11 @@ class Settler:
         #: candidates that proved to be somebody else's
         self._disproved: set[str] = set()
 
+    @property
+    def answer_timeout_s(self) -> float:
+        """How long a POST may wait for its answer: less than another attempt looks for its batch."""
+        return 0.75 * self._settle_s
+
     def settle(self, job_id: str) -> None:
         """Move every ``sending`` row of the job to ``submitted`` or ``void``."""
         for record in self._ledger.batches(job_id):
@@ -87,7 +92,7 @@ class Settler:
                 continue
             self._fence()
             try:
-                self._ledger.submitted(record.job_id, record.shard, candidate)
+                self._ledger.submitted(record.job_id, record.shard, candidate, proved=candidate.processing_status == ENDED)
             except IntegrityError:
                 # another job's settling claimed it a moment ago
                 continue

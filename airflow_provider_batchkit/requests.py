@@ -6,10 +6,13 @@ Identity: the digest is taken over the canonical JSON of the params, so the same
 
 from __future__ import annotations
 
+import datetime as dt
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from decimal import Decimal
 from typing import Any
 
 import msgspec
@@ -22,6 +25,9 @@ from airflow_provider_batchkit.model import CUSTOM_ID_PATTERN, PreparedRequest
 _CUSTOM_ID = re.compile(CUSTOM_ID_PATTERN)
 _ENCODE = msgspec.json.Encoder(order="deterministic")
 _ENCODE_KEY = msgspec.json.Encoder(decimal_format="string")
+#: a key is part of an index of the ledger and of the result table; PostgreSQL's take 2,700 bytes
+_MAX_KEY_BYTES = 2_000
+_INT64 = 2**63
 _DIGEST_CHARS = 40
 
 
@@ -46,7 +52,8 @@ def _dumps(value: Any, **kwargs: Any) -> str:
 class RowTemplate:
     """A compiled row template: Jinja, sandboxed and strict, over ``row`` and whatever ``context`` gives once per run.
 
-    A NULL renders as an empty string. A missing column raises :class:`RequestError` that names it.
+    A NULL prints as nothing; in an expression it is Jinja's none: ``row.a | default("", true) | upper``. A missing column raises
+    :class:`RequestError` that names it.
     """
 
     def __init__(self, text: str, *, name: str, context: Mapping[str, Any] | None = None) -> None:
@@ -139,13 +146,35 @@ def params_digest(params_json: bytes) -> str:
 
 
 def encode_key(values: Sequence[Any], where: str) -> str:
-    """Key column values as a JSON array; NULL and values without a JSON form are refused."""
-    if any(value is None for value in values):
-        raise RequestError(f"{where}: a key column is NULL, so its answer could not be told apart. Nothing was sent.")
+    """Key column values as a JSON array, the same for equal values: times in UTC, decimals without trailing zeros.
+
+    :raises RequestError: for NULL, and for values that cannot be told apart or found again as a key
+    """
     try:
-        return _ENCODE_KEY.encode(list(values)).decode()
-    except (TypeError, msgspec.MsgspecError) as e:
-        raise RequestError(f"{where}: a key column has a type that cannot be a key: {e}. Nothing was sent.") from e
+        key = _ENCODE_KEY.encode([_key_value(value) for value in values])
+    except (TypeError, ValueError, msgspec.MsgspecError) as e:
+        raise RequestError(f"{where}: a key column cannot be a key: {e}. Nothing was sent.") from e
+    if len(key) > _MAX_KEY_BYTES:
+        raise RequestError(f"{where}: the key is {len(key):,} bytes long, over the limit of {_MAX_KEY_BYTES:,}. Nothing was sent.")
+    return key.decode()
+
+
+def _key_value(value: Any) -> Any:
+    if value is None:
+        raise ValueError("it is NULL, so its answer could not be told apart")
+    if isinstance(value, dt.datetime) and value.tzinfo is not None:
+        return value.astimezone(dt.UTC)
+    if isinstance(value, Decimal):
+        if not value.is_finite():
+            raise ValueError(f"{value} is not a number")
+        return Decimal(f"{value.normalize():f}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{value} is not a number")
+    if isinstance(value, int) and not -_INT64 <= value < _INT64:
+        raise ValueError(f"{value} does not fit into 64 bits")
+    if isinstance(value, bytes | bytearray | memoryview | list | tuple | dict | dt.time | dt.timedelta):
+        raise TypeError(f"a {type(value).__name__} is not supported; cast it to text in the sql")
+    return value
 
 
 class RequestDefaults(msgspec.Struct, frozen=True):
@@ -205,7 +234,11 @@ class RequestBuilder:
         """
         if isinstance(item, str):
             where = f"request {position}"
-            return self._finish(encode_key([position], where), None, {"messages": [{"role": "user", "content": item}]}, position, where)
+            if self._key:
+                raise RequestError(f"{where}: a prompt string has no columns, and key asks for {', '.join(self._key)}. Nothing was sent.")
+            return self._finish(
+                encode_key([str(position)], where), None, {"messages": [{"role": "user", "content": item}]}, position, where
+            )
         if not isinstance(item, Mapping):
             raise RequestError(f"request {position}: a request is a mapping or a string, not {type(item).__name__}. Nothing was sent.")
         if self._prompt is None and "params" in item:
@@ -223,7 +256,7 @@ class RequestBuilder:
             check_custom_id(custom_id, where)
         if not isinstance(item["params"], Mapping):
             check_params(item["params"], where)
-        key = encode_key([position if custom_id is None else custom_id], where)
+        key = encode_key([str(position) if custom_id is None else custom_id], where)
         return self._finish(key, custom_id, item["params"], position, where)
 
     def _row(self, row: Mapping[str, Any], position: int) -> PreparedRequest:
@@ -241,7 +274,7 @@ class RequestBuilder:
             values = [row[column] for column in self._key]
             where = f"row {position} ({', '.join(f'{c}={v!r}' for c, v in zip(self._key, values, strict=True))})"
         else:
-            values = [position]
+            values = [str(position)]
         own: dict[str, Any] = {"messages": [{"role": "user", "content": self._prompt.render(row, where)}]}
         if self._system is not None:
             own["system"] = self._system.render(row, where)
@@ -268,6 +301,19 @@ def refuse_repeated_ids(requests: Iterable[PreparedRequest]) -> Iterator[Prepare
             raise RequestError(f"request {position}: custom_id {request.custom_id!r} came before; it must be unique. Nothing was sent.")
         seen.add(request.custom_id)
         yield request
+
+
+def items_of(requests: Any) -> Iterable[Any]:
+    """``requests`` as given by a user, unless iterating it would ask about its letters or its keys.
+
+    :raises BatchInputError: for a string, bytes, a mapping, or something that is not iterable
+    """
+    if isinstance(requests, str | bytes | Mapping) or not isinstance(requests, Iterable):
+        raise BatchInputError(
+            f"requests must be a list (or another iterable) of requests, not a {type(requests).__name__}. For one request "
+            "give a list of one; for another task's output give task.output, not a template string. Nothing was sent."
+        )
+    return requests
 
 
 def key_values(key: str) -> list[Any]:

@@ -22,7 +22,7 @@ _TYPE_NAMES: dict[type, str] = {
     decimal.Decimal: "numeric",
     float: "float",
     str: "text",
-    dt.datetime: "datetime",
+    dt.datetime: "timestamp",
     dt.date: "date",
     uuid.UUID: "uuid",
 }
@@ -38,7 +38,7 @@ def read_sql(engine: Engine, sql: str, parameters: Any = None) -> Iterator[dict[
     """
     with engine.connect() as connection:
         connection = connection.execution_options(stream_results=True, max_row_buffer=_FETCH_ROWS, no_parameters=parameters is None)
-        result = connection.exec_driver_sql(sql, parameters)
+        result = connection.exec_driver_sql(sql, tuple(parameters) if isinstance(parameters, list) else parameters)
         if not result.returns_rows:
             raise BatchInputError("The source's sql returns no rows: it must be a SELECT. Nothing was sent.")
         columns = list(result.keys())
@@ -57,20 +57,39 @@ class KeyTypes:
 
     def __init__(self, columns: Sequence[str]) -> None:
         self._columns = tuple(columns)
-        self._types: list[set[type]] = [set() for _ in self._columns]
+        self._types: list[set[str]] = [set() for _ in self._columns]
 
     def see(self, row: Mapping[str, Any]) -> None:
         for column, types in zip(self._columns, self._types, strict=True):
-            types.add(type(row.get(column)))
+            # a native request's own id is its key, whatever the key column is called
+            types.add(_type_name(row.get(column, "")))
 
-    def result(self) -> list[tuple[str, str]]:
-        """(column, type name) of every key column, in order."""
-        return [(column, _type_name(types)) for column, types in zip(self._columns, self._types, strict=True)]
+    def result(self, before: Sequence[tuple[str, str]] = ()) -> list[tuple[str, str]]:
+        """(column, type name) of every key column, in order; ``before`` is what earlier attempts saw.
+
+        Without a key the rows are known by their ``request_id``: a native request's own id, or the position.
+        """
+        if not self._columns:
+            return [("request_id", "text")]
+        known = dict(before)
+        return [
+            (column, _widest({*types, known[column]} if column in known else types))
+            for column, types in zip(self._columns, self._types, strict=True)
+        ]
+
+    @property
+    def rows_seen(self) -> bool:
+        """Whether any row has passed."""
+        return not self._columns or any(self._types)
 
 
-def _type_name(types: set[type]) -> str:
-    if len(types) == 1:
-        return _TYPE_NAMES.get(next(iter(types)), "text")
-    if types <= {int, decimal.Decimal} and types:
-        return "numeric"
-    return "text"
+def _type_name(value: Any) -> str:
+    if isinstance(value, dt.datetime) and value.tzinfo is not None:
+        return "timestamptz"
+    return _TYPE_NAMES.get(type(value), "text")
+
+
+def _widest(names: set[str]) -> str:
+    if len(names) == 1:
+        return next(iter(names))
+    return "numeric" if names == {"integer", "numeric"} else "text"

@@ -13,7 +13,7 @@ from airflow_provider_batchkit.jobs import SubmitReport, fetch_job, submit_job
 from airflow_provider_batchkit.landing import LandingReport, WriteDisposition
 from airflow_provider_batchkit.ledger import JobRecord, Ledger, make_job_id, prepare_engine
 from airflow_provider_batchkit.model import PreparedRequest
-from airflow_provider_batchkit.requests import RequestBuilder, RequestDefaults, RowTemplate
+from airflow_provider_batchkit.requests import RequestBuilder, RequestDefaults, RowTemplate, items_of
 from airflow_provider_batchkit.sources import KeyTypes
 
 
@@ -49,6 +49,10 @@ class Warehouse:
             RequestDefaults(model, max_tokens), job_id=job.job_id, key=key, prompt=RowTemplate(prompt, name="prompt"), dedupe=dedupe
         )
 
+        def note_key() -> None:
+            if types.rows_seen:
+                self.ledger.set_key_columns(job.job_id, types.result(self.ledger.key_columns(job.job_id)))
+
         def requests() -> Iterator[PreparedRequest]:
             for position, row in enumerate(rows):
                 yield builder.build(row, position)
@@ -60,7 +64,21 @@ class Warehouse:
             job,
             requests(),
             anthropic_conn_id="anthropic_default",
-            before_send=lambda: self.ledger.set_key_columns(job.job_id, types.result()),
+            before_send=note_key,
+            **limits,
+        )
+
+    def submit_requests(self, requests: Any, *, run_id: str = "run-1", **limits: Any) -> SubmitReport:
+        """Submit requests without rows, as the job of ``run_id``."""
+        job = JobRecord(make_job_id("dag", run_id, "submit"), "dag", run_id, "submit")
+        builder = RequestBuilder(RequestDefaults("claude-haiku-5-5", 100), job_id=job.job_id)
+        return submit_job(
+            self.kit,
+            self.ledger,
+            job,
+            (builder.build(item, position) for position, item in enumerate(items_of(requests))),
+            anthropic_conn_id="anthropic_default",
+            before_send=lambda: self.ledger.set_key_columns(job.job_id, KeyTypes(()).result()),
             **limits,
         )
 

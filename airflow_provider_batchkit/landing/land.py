@@ -63,6 +63,11 @@ class LandingReport:
     ended_at: datetime | None = None
 
     @property
+    def complete(self) -> bool:
+        """Every request has a readable result line: nothing more could be had from the API."""
+        return not self.missing and not self.faults.broken
+
+    @property
     def latency_s(self) -> float | None:
         """Seconds from the first batch's creation to the last one's end, by the API's clock."""
         if self.created_at is None or self.ended_at is None:
@@ -125,7 +130,8 @@ def land_batches(
     ledger.ensure()
     records = [ledger.find(s.batch_id) for s in snapshots]
     table = ResultTable(table_name, _common_key(ledger, records, snapshots))
-    exists = table.check(ledger.engine)
+    if not table.check(ledger.engine):
+        table.create(ledger.engine, unique_key=disposition is not WriteDisposition.APPEND)
     report = LandingReport(table=table_name)
     landing = _Landing(ledger, table, read_items, price_book, disposition, include_failed, portable)
     engine = prepare_engine(ledger.engine)
@@ -133,13 +139,12 @@ def land_batches(
         maps = [_key_map(ledger, record) for record in records]
         with engine.begin() as connection:
             for i, (snapshot, record, keys) in enumerate(zip(snapshots, records, maps, strict=True)):
-                report.include(landing.land(connection, snapshot, record, keys, exists=exists or i > 0, empty_first=i == 0), snapshot)
+                report.include(landing.land(connection, snapshot, record, keys, empty_first=i == 0), snapshot)
         return report
     for snapshot, record in zip(snapshots, records, strict=True):
         keys = _key_map(ledger, record)
         with engine.begin() as connection:
-            report.include(landing.land(connection, snapshot, record, keys, exists=exists), snapshot)
-        exists = True
+            report.include(landing.land(connection, snapshot, record, keys), snapshot)
     return report
 
 
@@ -182,7 +187,6 @@ class _Landing:
         record: BatchRecord | None,
         keys: dict[str, list[str]] | None,
         *,
-        exists: bool,
         empty_first: bool = False,
     ) -> _Landed:
         now = datetime.now(UTC)
@@ -204,8 +208,6 @@ class _Landing:
                     "standard_cost_picousd": _pico(total.standard_cost_usd),
                 },
             )
-        if not exists:
-            self.table.create(connection, unique_key=self.disposition is not WriteDisposition.APPEND)
         landed.rows = self._write(connection, stage, snapshot.batch_id, empty_first=empty_first)
         if record is not None:
             self._settle_requests(connection, stage, record)

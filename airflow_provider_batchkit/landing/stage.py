@@ -23,7 +23,7 @@ def create_stage(connection: Connection, columns: Sequence[tuple[str, Any]]) -> 
     stage = sa.Table(
         f"batchkit_stage_{secrets.token_hex(6)}",
         sa.MetaData(),
-        *(sa.Column(name, type_, nullable=True) for name, type_ in columns),
+        *(sa.Column(name, type_, nullable=True, autoincrement=False) for name, type_ in columns),
         prefixes=["TEMPORARY"],
         postgresql_on_commit="DROP",
     )
@@ -86,7 +86,8 @@ def _copy_text(value: Any) -> str:
 
 def _load_copy(connection: Connection, stage: sa.Table, rows: Sequence[StagedRow]) -> None:
     columns = ", ".join(connection.dialect.identifier_preparer.quote(c.name) for c in stage.columns)
-    statement = f"COPY {stage.name} ({columns}) FROM STDIN"
+    # no parameters, so a percent sign in a name is not doubled
+    statement = f"COPY {stage.name} ({columns}) FROM STDIN".replace("%%", "%")
     data = "".join("\t".join(map(_copy_text, row)) + "\n" for row in rows).encode()
     cursor: Any = connection.connection.cursor()
     try:

@@ -10,11 +10,12 @@ from enum import Enum
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.engine import Connection, Engine
-from sqlalchemy.exc import NoSuchTableError
+from sqlalchemy.engine import Engine
+from sqlalchemy.exc import DBAPIError, NoSuchTableError
 from sqlalchemy.types import TypeDecorator
 
 from airflow_provider_batchkit.exceptions import BatchInputError, TableError
+from airflow_provider_batchkit.ledger.engine import write_transaction
 from airflow_provider_batchkit.ledger.tables import UtcDateTime
 from airflow_provider_batchkit.model import format_usd_exact
 
@@ -41,11 +42,20 @@ class WriteDisposition(str, Enum):
 class ExactDecimal(TypeDecorator[Decimal]):
     """A decimal without a detour through binary floats: NUMERIC, and TEXT on SQLite, which has no decimal type."""
 
-    impl = sa.Numeric(38, 12)
+    impl = sa.Numeric
     cache_ok = True
 
+    def __init__(self, scale: int | None) -> None:
+        """:param scale: digits after the point; None for as many as there are, where the database can"""
+        super().__init__()
+        self.scale = scale
+
     def load_dialect_impl(self, dialect: Any) -> Any:
-        return dialect.type_descriptor(sa.Text() if dialect.name == "sqlite" else sa.Numeric(38, 12))
+        if dialect.name == "sqlite":
+            return dialect.type_descriptor(sa.Text())
+        if self.scale is None and dialect.name == "postgresql":
+            return dialect.type_descriptor(sa.Numeric())
+        return dialect.type_descriptor(sa.Numeric(38, self.scale or 12))
 
     def process_bind_param(self, value: Decimal | None, dialect: Any) -> Any:
         return format_usd_exact(value) if dialect.name == "sqlite" else value
@@ -57,17 +67,19 @@ class ExactDecimal(TypeDecorator[Decimal]):
 _KEY_TYPES: dict[str, Any] = {
     "boolean": sa.Boolean(),
     "integer": sa.BigInteger(),
-    "numeric": ExactDecimal(),
+    "numeric": ExactDecimal(None),
     "float": sa.Float(53),
     "text": sa.Text().with_variant(sa.String(255), "mysql", "mariadb"),
-    "datetime": sa.DateTime(timezone=True),
+    "timestamp": sa.DateTime(),
+    "timestamptz": UtcDateTime(),
     "date": sa.Date(),
     "uuid": sa.Uuid(),
 }
 _DECODE: dict[str, Any] = {
     "numeric": lambda v: Decimal(str(v)),
     "float": float,
-    "datetime": dt.datetime.fromisoformat,
+    "timestamp": dt.datetime.fromisoformat,
+    "timestamptz": dt.datetime.fromisoformat,
     "date": dt.date.fromisoformat,
     "uuid": uuid.UUID,
     "text": lambda v: v if isinstance(v, str) else str(v),
@@ -83,7 +95,7 @@ RESULT_COLUMNS: tuple[tuple[str, Any], ...] = (
     ("model", sa.String(100)),
     ("input_tokens", sa.BigInteger()),
     ("output_tokens", sa.BigInteger()),
-    ("cost_usd", ExactDecimal()),
+    ("cost_usd", ExactDecimal(12)),
     ("custom_id", sa.String(64)),
     ("batch_id", sa.String(100)),
     ("landed_at", UtcDateTime()),
@@ -103,7 +115,10 @@ class ResultTable:
         schema, _, table_name = name.rpartition(".")
         if not table_name:
             raise TableError(f"The table name {name!r} is empty.")
-        clash = [column for column, _ in key_columns if column in RESULT_NAMES]
+        names = [column.lower() for column, _ in key_columns]
+        if len(set(names)) < len(names):
+            raise TableError(f"The key has a column twice: {', '.join(column for column, _ in key_columns)}.")
+        clash = [column for column, _ in key_columns if column.lower() in RESULT_NAMES]
         if clash:
             raise TableError(
                 f"The key column {', '.join(clash)} has the name of a result column of {name}. Give it an alias in the source's sql "
@@ -113,7 +128,7 @@ class ResultTable:
         self.key_columns = tuple(key_columns)
         self.key_names = tuple(column for column, _ in key_columns) or ("custom_id",)
         self._decoders = [_DECODE.get(type_name) for _, type_name in key_columns]
-        keys = [sa.Column(column, _KEY_TYPES[type_name], nullable=False) for column, type_name in key_columns]
+        keys = [sa.Column(column, _KEY_TYPES[type_name], nullable=False, autoincrement=False) for column, type_name in key_columns]
         results = [sa.Column(column, type_, nullable=column != "custom_id") for column, type_ in RESULT_COLUMNS]
         self.table = sa.Table(
             table_name,
@@ -140,8 +155,8 @@ class ResultTable:
             found = sa.inspect(engine).get_columns(self.table.name, schema=self.table.schema)
         except NoSuchTableError:
             return None
-        names = {column["name"].lower() for column in found}
-        return [name for name in self.column_names if name.lower() not in names]
+        names = {column["name"] for column in found}
+        return [name for name in self.column_names if name not in names]
 
     def check(self, engine: Engine) -> bool:
         """Whether the table exists.
@@ -156,8 +171,14 @@ class ResultTable:
             )
         return missing is not None
 
-    def create(self, connection: Connection, *, unique_key: bool) -> None:
-        """Create the table; ``unique_key`` makes the key its primary key."""
-        columns = [sa.Column(c.name, c.type, nullable=c.nullable) for c in self.table.columns]
+    def create(self, engine: Engine, *, unique_key: bool) -> None:
+        """Create the table unless somebody just did; ``unique_key`` makes the key its primary key."""
+        columns = [sa.Column(c.name, c.type, nullable=c.nullable, autoincrement=False) for c in self.table.columns]
         extra = [sa.PrimaryKeyConstraint(*self.key_names)] if unique_key else []
-        sa.Table(self.table.name, sa.MetaData(), *columns, *extra, schema=self.table.schema).create(connection, checkfirst=True)
+        table = sa.Table(self.table.name, sa.MetaData(), *columns, *extra, schema=self.table.schema)
+        try:
+            with write_transaction(engine) as connection:
+                table.create(connection, checkfirst=True)
+        except DBAPIError as e:
+            if not self.check(engine):
+                raise TableError(f"The table {self.name} could not be created: {e.orig}. The results stay with the API for 29 days.") from e

@@ -208,9 +208,17 @@ class Ledger:
             while chunk := list(islice(rows, _CHUNK)):
                 connection.execute(sa.insert(request), chunk)
 
-    def submitted(self, job_id: str, shard: int, found: BatchSnapshot) -> None:
-        """The API accepted the shard under this id."""
+    def submitted(self, job_id: str, shard: int, found: BatchSnapshot, *, proved: bool = True) -> None:
+        """The API accepted the shard under this id.
+
+        :param proved: by the API's answer or by the batch's results; then another row that had adopted the batch unproved gives it up
+        :raises IntegrityError: when it is not proved and another row has the batch
+        """
         with write_transaction(self.engine) as connection:
+            if proved:
+                other = connection.execute(sa.select(batch).where(batch.c.batch_id == found.batch_id)).first()
+                if other is not None and (other.job_id, other.shard) != (job_id, shard):
+                    self._requeue(connection, _record(other), f"adopted {found.batch_id}, which is of shard {shard} of job {job_id}")
             self._move(connection, job_id, shard, BatchState.SUBMITTED, batch_id=found.batch_id, created_at=found.created_at)
 
     def rejected(self, job_id: str, shard: int, reason: str) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
-from airflow.providers.common.compat.sdk import AirflowSkipException, BaseOperator, XComArg, literal
+from airflow.providers.common.compat.sdk import AirflowFailException, AirflowSkipException, BaseOperator, XComArg, literal
 
 from airflow_provider_batchkit.exceptions import BatchInputError, ErrorRateError
 from airflow_provider_batchkit.hooks.batchkit import BatchKitHook, sql_engine
@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from airflow.providers.common.compat.sdk import Context
 
     from airflow_provider_batchkit.jobs import SubmitReport
+    from airflow_provider_batchkit.ledger import Ledger
     from airflow_provider_batchkit.model import PreparedRequest
+    from airflow_provider_batchkit.sources import KeyTypes
 
 
 class SubmitBatchOperator(BaseOperator):
@@ -71,7 +73,7 @@ class SubmitBatchOperator(BaseOperator):
         max_requests_per_batch: int = MAX_REQUESTS_PER_BATCH,
         max_bytes_per_batch: int = MAX_BYTES_PER_BATCH,
         dedupe: bool = True,
-        settle_seconds: float = 60.0,
+        settle_seconds: float = 120.0,
         cancel_on_kill: bool = False,
         on_empty: str = "skip",
         **kwargs: Any,
@@ -144,10 +146,20 @@ class SubmitBatchOperator(BaseOperator):
             max_requests=self.max_requests_per_batch,
             max_bytes=self.max_bytes_per_batch,
             settle_seconds=self.settle_seconds,
-            before_send=lambda: ledger.set_key_columns(job.job_id, types.result()),
+            before_send=lambda: self._note_key(ledger, job.job_id, types),
         )
 
-    def _requests(self, context: Context, job_id: str, key: list[str], types: Any) -> Iterator[PreparedRequest]:
+    @staticmethod
+    def _note_key(ledger: Ledger, job_id: str, types: KeyTypes) -> None:
+        """Journal the key's columns and types for the result table, and refuse now what no table could hold later."""
+        from airflow_provider_batchkit.landing import ResultTable
+
+        if types.rows_seen:
+            columns = types.result(ledger.key_columns(job_id))
+            ResultTable("results", columns)
+            ledger.set_key_columns(job_id, columns)
+
+    def _requests(self, context: Context, job_id: str, key: list[str], types: KeyTypes) -> Iterator[PreparedRequest]:
         from airflow_provider_batchkit.requests import RequestBuilder, RequestDefaults, RowTemplate
 
         per_run = dict(context)
@@ -161,14 +173,15 @@ class SubmitBatchOperator(BaseOperator):
         )
         for position, item in enumerate(self._items()):
             request = builder.build(item, position)
-            if key:
-                types.see(item)
+            types.see(item)
             yield request
 
     def _items(self) -> Iterator[Any]:
         if self.sql is None:
+            from airflow_provider_batchkit.requests import items_of
+
             # resolved by now: rendering replaces the literal wrapper and a task's output by their values
-            return iter(cast("Iterable[Any]", self.requests))
+            return iter(items_of(self.requests))
         from airflow_provider_batchkit.sources import read_sql
 
         return read_sql(sql_engine(self.source_conn_id or self.sql_conn_id), self.sql, self.parameters)
@@ -251,6 +264,10 @@ class FetchBatchOperator(BaseOperator):
         from airflow_provider_batchkit.pricing import format_tally
 
         batch_ids = as_batch_ids(self.batch_id)
+        if self.write_disposition == "replace" and (context["ti"].map_index or 0) >= 0 and context["ti"].map_index is not None:
+            raise AirflowFailException(
+                "write_disposition='replace' in a mapped fetch: each would replace the others' rows. Nothing was written."
+            )
         kit = self.hook.kit
         with batchkit_errors():
             report = fetch_job(
@@ -267,7 +284,9 @@ class FetchBatchOperator(BaseOperator):
         self.log.info("Cost of %s:\n%s", ", ".join(batch_ids) or "no batches", format_tally(report.tally))
         summary = report.to_json()
         publish_summary(context, summary)
-        if self.delete_after_fetch:
+        if self.delete_after_fetch and not report.complete:
+            self.log.warning("Not every request has a readable result; the batches are not deleted")
+        elif self.delete_after_fetch:
             for batch_id in batch_ids:
                 kit.delete(batch_id)
         with batchkit_errors():

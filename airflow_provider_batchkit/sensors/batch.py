@@ -8,7 +8,13 @@ from datetime import timedelta
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from airflow.providers.common.compat.sdk import AirflowException, AirflowSensorTimeout, BaseSensorOperator, PokeReturnValue
+from airflow.providers.common.compat.sdk import (
+    AirflowException,
+    AirflowSensorTimeout,
+    AirflowSkipException,
+    BaseSensorOperator,
+    PokeReturnValue,
+)
 
 from airflow_provider_batchkit.hooks.batchkit import BatchKitHook
 from airflow_provider_batchkit.operators.tasks import as_batch_ids, batchkit_errors
@@ -74,7 +80,12 @@ class BatchSensor(BaseSensorOperator):
     def execute(self, context: Context) -> Any:
         if not self.deferrable:
             return super().execute(context)
-        first = self.poke(context)
+        try:
+            first = self.poke(context)
+        except AirflowException as e:
+            if self.soft_fail or self.never_fail:
+                raise AirflowSkipException(f"Skipping, as soft_fail or never_fail says: {e}") from e
+            raise
         if first.is_done:
             return first.xcom_value
         from airflow_provider_batchkit.triggers.batch import BatchTrigger

@@ -6,6 +6,7 @@ import datetime as dt
 import decimal
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 from typing import Any
 
@@ -255,3 +256,92 @@ def test_the_portable_path_writes_the_same_rows(warehouse: Warehouse) -> None:
     fast, portable = (warehouse.rows(f"SELECT {columns} FROM {table} ORDER BY id") for table in ("fast", "portable"))
     assert fast == portable
     assert len(fast) == 7
+
+
+def test_requests_without_a_key_are_known_by_their_request_id(warehouse: Warehouse) -> None:
+    """Equal prompts are asked once and land for each position; a native id is kept in the table."""
+    report = warehouse.submit_requests(
+        ["Name a river.", "Name a river.", {"custom_id": "n-1", "params": {"messages": [{"role": "user", "content": "hi"}]}}]
+    )
+    assert (report.asked, report.copies) == (2, 1)
+    warehouse.fetch(report.batch_ids)
+    answers = {r["request_id"]: r["response"] for r in warehouse.rows("SELECT request_id, response FROM answers")}
+    assert answers == {"0": answer_for("Name a river."), "1": answer_for("Name a river."), "n-1": answer_for("hi")}
+
+
+def test_rows_that_changed_between_attempts_are_named_in_the_log(warehouse: Warehouse, caplog: pytest.LogCaptureFixture) -> None:
+    """A corrected prompt is not asked again within the run, and nobody has to guess that."""
+    warehouse.submit(products(3))
+    report = warehouse.submit(products(3), prompt="Better {{ row.name }}")
+    assert (report.asked, report.changed) == (0, 3)
+    assert "3 rows have changed" in caplog.text
+
+
+@pytest.mark.parametrize("bad", ["Name a river.", {"a": 1}, b"x", 5])
+def test_a_source_that_is_no_list_is_refused(warehouse: Warehouse, sim: Simulator, bad: Any) -> None:
+    """Iterating a string would ask about its letters."""
+    with pytest.raises(BatchInputError, match=r"requests must be a list .* Nothing was sent"):
+        warehouse.submit_requests(bad)
+    assert sim.stats()["posts"] == 0
+
+
+def test_a_stream_that_ends_early_without_an_error_is_read_again(warehouse: Warehouse, sim: Simulator) -> None:
+    """A clean end after three of ten lines is no end."""
+    ids = warehouse.submit(products(10)).batch_ids
+    sim.faults.add("cut_results", line=4, clean=True)
+    landed = warehouse.fetch(ids)
+    assert (landed.rows, landed.missing) == (10, [])
+
+
+def test_lines_that_never_come_are_missing_by_name(warehouse: Warehouse, sim: Simulator) -> None:
+    """A line that stays away is an outcome of its own, with its key in the summary; faulty lines are counted once each."""
+    ids = warehouse.submit(products(10)).batch_ids
+    sim.faults.add("missing_line", line=3, times=None)
+    sim.faults.add("broken_line", line=1, times=None)
+    sim.faults.add("duplicate_line", line=5, times=None)
+    sim.faults.add("foreign_line", line=6, times=None)
+    landed = warehouse.fetch(ids)
+    assert dict(landed.counts) == {"succeeded": 9, "missing": 1}
+    assert len(landed.missing) == 1
+    assert landed.faults.to_json() == {"broken_lines": 1, "duplicate_lines": 1, "foreign_lines": 1}
+    assert not landed.complete
+    (row,) = warehouse.rows("SELECT key FROM batchkit_request WHERE status = 'missing'")
+    assert [row["key"]] == landed.missing
+
+
+def test_an_attempt_without_rows_keeps_the_keys_types(warehouse: Warehouse) -> None:
+    """A source that has run dry by the retry does not turn number keys into text."""
+    ids = warehouse.submit(products(2)).batch_ids
+    assert warehouse.submit([]).batch_ids == ids
+    warehouse.fetch(ids)
+    assert [r["id"] for r in warehouse.rows("SELECT id FROM answers ORDER BY id")] == [0, 1]
+
+
+def test_keys_that_only_their_types_tell_apart_are_refused(warehouse: Warehouse, sim: Simulator) -> None:
+    """1 and "1" would meet in one row of the table."""
+    with pytest.raises(RequestError, match="came before"):
+        warehouse.submit([{"id": 1, "name": "a"}, {"id": "1", "name": "b"}])
+    assert sim.stats()["posts"] == 0
+
+
+def test_equal_decimals_and_times_are_one_key(warehouse: Warehouse) -> None:
+    """1.0 and 1.00, and one moment in two time zones, are the same key on every attempt."""
+    berlin = dt.timezone(dt.timedelta(hours=1))
+    one = {"n": decimal.Decimal("1.0"), "at": dt.datetime(2026, 1, 1, 12, tzinfo=dt.UTC), "name": "x"}
+    two = {"n": decimal.Decimal("1.00"), "at": dt.datetime(2026, 1, 1, 13, tzinfo=berlin), "name": "x"}
+    warehouse.submit([one], key=("n", "at"))
+    report = warehouse.submit([two], key=("n", "at"))
+    assert (report.asked, report.known) == (0, 1)
+    assert warehouse.fetch(report.batch_ids).rows == 1
+
+
+def test_fetches_that_begin_at_once_make_the_table_once(warehouse: Warehouse, database: Database) -> None:
+    """Eight fetches of eight batches into a table that does not exist yet."""
+    ids = warehouse.submit(products(16), max_requests=2).batch_ids
+
+    def fetch(batch_id: str) -> int:
+        return Warehouse(database.engine(), warehouse.kit).fetch([batch_id]).rows
+
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(fetch, ids)) == [2] * 8
+    assert warehouse.rows("SELECT COUNT(*) AS n FROM answers") == [{"n": 16}]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import csv
 import json
 from collections.abc import Iterator
@@ -99,7 +100,7 @@ def test_prompts_from_another_task_are_sent_as_they_are(home: Path, database: Da
     answers = {r[0] for r in rows(database, "SELECT response FROM answers")}
     assert answers == {answer_for("What does {{ x }} mean?"), answer_for("And {% y %}?")}
     keys = rows(database, "SELECT key FROM batchkit_request ORDER BY key")
-    assert keys == [("[0]",), ("[1]",)]
+    assert keys == [('["0"]',), ('["1"]',)]
 
 
 def test_native_requests_and_row_mappings_are_sources_too(home: Path, database: Database) -> None:
@@ -268,3 +269,92 @@ def test_the_hook_tests_its_connection(home: Path) -> None:
     from airflow_provider_batchkit.hooks.batchkit import BatchKitHook
 
     assert BatchKitHook().test_connection() == (True, "Connection established!")
+
+
+def test_a_mapped_fetch_that_would_replace_its_siblings_is_refused(home: Path, database: Database) -> None:
+    """Replacing in a mapped fetch would leave the last batch only."""
+    run = run_dag(
+        home,
+        """
+        submit = SubmitBatchOperator(
+            task_id="submit", requests=["a", "b"], max_tokens=100, max_requests_per_batch=1, sql_conn_id="warehouse",
+        )
+        FetchBatchOperator.partial(
+            task_id="fetch", table="answers", sql_conn_id="warehouse", write_disposition="replace", retries=3,
+        ).expand(batch_id=submit.output)
+        """,
+    )
+    assert run.states() == {"submit": "success", "fetch[0]": "failed", "fetch[1]": "failed"}
+
+
+def test_a_refused_batch_fails_the_task_at_once_whatever_its_retries(home: Path, sim: SimulatorProcess) -> None:
+    """A 400 is the same on every try: no retry is burned, one POST goes out."""
+    posts = sim.stats()["posts"]
+    sim.faults.add("status", endpoint="create", status=400)
+    run = run_dag(
+        home,
+        'submit = SubmitBatchOperator(task_id="submit", requests=["a"], max_tokens=100, sql_conn_id="warehouse", retries=5)',
+    )
+    assert run.states() == {"submit": "failed"}
+    assert sim.stats()["posts"] == posts + 1
+
+
+def test_a_key_that_no_result_table_can_hold_is_refused_before_anything_is_sent(
+    home: Path, sim: SimulatorProcess, database: Database
+) -> None:
+    """A key column called status would clash with a result column: found at submit, not after the bill."""
+    fill(database, "CREATE TABLE things (status TEXT)", "INSERT INTO things VALUES ('x')")
+    posts = sim.stats()["posts"]
+    run = run_dag(
+        home,
+        """
+        submit = SubmitBatchOperator(
+            task_id="submit", sql="SELECT * FROM things", key="status", prompt="{{ row.status }}", max_tokens=100, sql_conn_id="warehouse",
+        )
+        """,
+    )
+    assert run.states() == {"submit": "failed"}
+    assert sim.stats()["posts"] == posts
+
+
+@pytest.mark.parametrize("cancel", [True, False])
+def test_killing_submit_cancels_its_batches_only_where_that_is_asked_for(home: Path, sim: SimulatorProcess, cancel: bool) -> None:
+    """on_kill of a running submit: cancel_on_kill decides, and paid work survives by default."""
+    from airflow_provider_batchkit.operators.batch import SubmitBatchOperator
+
+    sim.set(clock="manual")
+    operator = SubmitBatchOperator(task_id="submit", requests=["a"], max_tokens=100, sql_conn_id="warehouse", cancel_on_kill=cancel)
+    pushed: dict[str, Any] = {}
+    ti = type(
+        "TI",
+        (),
+        {
+            "dag_id": "d",
+            "run_id": "r",
+            "task_id": "submit",
+            "map_index": -1,
+            "xcom_push": lambda _, key, value: pushed.update({key: value}),
+        },
+    )
+    operator.requests = ["a"]  # type: ignore[assignment]  # as rendering leaves it
+    (batch_id,) = operator.execute({"ti": ti()})
+    operator.on_kill()
+    status = {b["id"]: b["status"] for b in sim.stats()["batches"]}[batch_id]
+    sim.set(clock="instant")
+    assert status == ("canceling" if cancel else "in_progress")
+    assert pushed == {"batch_id": batch_id}
+
+
+@pytest.mark.parametrize("cancel", [True, False])
+def test_killing_the_deferred_sensor_cancels_only_where_that_is_asked_for(home: Path, sim: SimulatorProcess, cancel: bool) -> None:
+    """The trigger's on_kill, which Airflow 3.3 also calls at a Clear, leaves the batch alone by default."""
+    from airflow_provider_batchkit.hooks.batchkit import BatchKitHook
+    from airflow_provider_batchkit.triggers.batch import BatchTrigger
+
+    sim.set(clock="manual")
+    (batch_id,) = BatchKitHook().kit.submit(["a"], model="claude-haiku-5-5", max_tokens=9)
+    trigger = BatchTrigger(batch_ids=[batch_id], anthropic_conn_id="anthropic_default", poke_interval=1, cancel_on_kill=cancel)
+    asyncio.run(trigger.on_kill())
+    status = {b["id"]: b["status"] for b in sim.stats()["batches"]}[batch_id]
+    sim.set(clock="instant")
+    assert status == ("canceling" if cancel else "in_progress")
