@@ -1,0 +1,166 @@
+"""One measurement of one side, in a process of its own; prints a JSON line.
+
+``submit``: batchkit reads a SQL table, renders, digests, journals and sends; the official operator sends a list that lies in memory.
+``fetch``: results into a SQLite table; batchkit with costs and ledger, the official provider through its iterator and ``insert_rows``.
+``cut``: one small batch while the simulator cuts connections after acceptance, with one retry of the task.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import os
+import resource
+import sqlite3
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import psutil
+
+PROMPT = "Write a two-sentence description of product {} " + "x" * 900
+
+
+def context(task_id: str) -> Any:
+    """As much of a task's context as the operators read."""
+    ti = type(
+        "TI", (), {"dag_id": "bench", "run_id": "r", "task_id": task_id, "map_index": -1, "xcom_push": staticmethod(lambda **_: None)}
+    )
+    return {"ti": ti()}
+
+
+class Bench:
+    """Both sides' work on one database file and one simulator."""
+
+    def __init__(self, simulator: str, folder: Path, rows: int) -> None:
+        self.rows = rows
+        self.database = folder / "warehouse.db"
+        extra = json.dumps({"anthropic_client_kwargs": {"base_url": simulator}})
+        os.environ["AIRFLOW_CONN_ANTHROPIC_DEFAULT"] = f"anthropic://:test-key@/?__extra__={quote(extra)}"
+        os.environ["AIRFLOW_CONN_WAREHOUSE"] = f"sqlite://{quote(str(self.database), safe='')}"
+        with contextlib.closing(sqlite3.connect(self.database)) as connection:
+            connection.execute("CREATE TABLE products (id INTEGER PRIMARY KEY, name TEXT)")
+            connection.executemany("INSERT INTO products VALUES (?, ?)", ((i, f"product {i} " + "x" * 900) for i in range(rows)))
+            connection.execute("CREATE TABLE official (custom_id TEXT, response TEXT, input_tokens INTEGER, output_tokens INTEGER)")
+            connection.commit()
+
+    def batchkit_submit(self) -> list[str]:
+        from airflow_provider_batchkit.operators.batch import SubmitBatchOperator
+
+        return SubmitBatchOperator(
+            task_id="submit",
+            sql="SELECT id, name FROM products",
+            key="id",
+            prompt="Write a two-sentence description of {{ row.name }}",
+            model="claude-opus-4-8",
+            max_tokens=200,
+            sql_conn_id="warehouse",
+            settle_seconds=2,
+        ).execute(context("submit"))
+
+    def batchkit_fetch(self, ids: list[str]) -> None:
+        from airflow_provider_batchkit.operators.batch import FetchBatchOperator
+
+        FetchBatchOperator(task_id="fetch", batch_id=ids, table="answers", sql_conn_id="warehouse").execute(context("fetch"))
+
+    def requests(self) -> list[dict[str, Any]]:
+        """The list that the official operator is given."""
+        return [
+            {
+                "custom_id": f"p-{i}",
+                "params": {
+                    "model": "claude-opus-4-8",
+                    "max_tokens": 200,
+                    "messages": [{"role": "user", "content": PROMPT.format(i)}],
+                },
+            }
+            for i in range(self.rows)
+        ]
+
+    def official_submit(self, requests: list[dict[str, Any]]) -> list[str]:
+        from airflow.providers.anthropic.operators.batch import AnthropicBatchOperator
+
+        submit = AnthropicBatchOperator(task_id="submit", requests=requests, conn_id="anthropic_default", wait_for_completion=False)
+        return [str(submit.execute(context("submit")))]
+
+    def official_fetch(self, ids: list[str]) -> None:
+        from airflow.providers.anthropic.hooks.anthropic import AnthropicHook
+        from airflow.providers.sqlite.hooks.sqlite import SqliteHook
+
+        hook = AnthropicHook("anthropic_default")
+
+        def rows() -> Any:
+            for line in hook.stream_batch_results(ids[0]):
+                message: Any = line.result.message  # type: ignore[union-attr]  # all succeed here
+                yield line.custom_id, message.content[0].text, message.usage.input_tokens, message.usage.output_tokens
+
+        columns = ["custom_id", "response", "input_tokens", "output_tokens"]
+        SqliteHook(sqlite_conn_id="warehouse").insert_rows("official", rows(), columns, commit_every=1000, executemany=True)
+
+
+def watched(work: Callable[[], Any]) -> dict[str, float]:
+    """Seconds, CPU seconds and peak memory over what the process held before."""
+    process = psutil.Process()
+    base = peak = process.memory_info().rss
+    stop = threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not stop.wait(0.02):
+            peak = max(peak, process.memory_info().rss)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    cpu, started = resource.getrusage(resource.RUSAGE_SELF), time.monotonic()
+    work()
+    seconds, after = time.monotonic() - started, resource.getrusage(resource.RUSAGE_SELF)
+    stop.set()
+    thread.join()
+    used = after.ru_utime + after.ru_stime - cpu.ru_utime - cpu.ru_stime
+    return {"seconds": seconds, "cpu_seconds": used, "peak_mb_over_base": (peak - base) / 1e6}
+
+
+def main() -> None:
+    """Prepare, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("side", choices=("batchkit", "official"))
+    parser.add_argument("what", choices=("submit", "fetch", "cut"))
+    parser.add_argument("--simulator", required=True)
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--rows", type=int, required=True)
+    args = parser.parse_args()
+    logging.disable(logging.WARNING)
+    bench = Bench(args.simulator, args.folder, args.rows)
+    # imports and first connections are not what is measured
+    import airflow.providers.anthropic.operators.batch
+    import airflow.providers.sqlite.hooks.sqlite  # noqa: F401
+
+    import airflow_provider_batchkit.jobs
+    import airflow_provider_batchkit.operators.batch  # noqa: F401
+
+    figures: dict[str, float] = {}
+    if args.what == "cut":
+        for _ in range(2):  # the task and one retry
+            with contextlib.suppress(Exception):
+                bench.batchkit_submit() if args.side == "batchkit" else bench.official_submit(bench.requests())
+                break
+    elif args.side == "batchkit":
+        ids: list[str] = []
+        submitted = watched(lambda: ids.extend(bench.batchkit_submit()))
+        figures = submitted if args.what == "submit" else watched(lambda: bench.batchkit_fetch(ids))
+    else:
+        requests = bench.requests()
+        ids = []
+        submitted = watched(lambda: ids.extend(bench.official_submit(requests)))
+        requests.clear()
+        figures = submitted if args.what == "submit" else watched(lambda: bench.official_fetch(ids))
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()
