@@ -145,8 +145,20 @@ def test_others_batches_are_left_alone(warehouse: Warehouse, sim: Simulator) -> 
     sim.faults.add("cut_before_accept")
     report = warehouse.submit(products(3), run_id="run-1", settle_seconds=SETTLE)
     assert not set(report.batch_ids) & {*claimed, *foreign}
+    # of the two candidates only the unclaimed one was read, once
+    assert sim.stats()["calls"]["results"] == 1
     assert sim.stats()["requests_accepted"] == 9
     assert warehouse.rows("SELECT state FROM batchkit_batch WHERE state = 'void'") == [{"state": "void"}]
+
+
+def test_a_running_batch_of_another_size_is_not_adopted(warehouse: Warehouse, sim: Simulator) -> None:
+    """What cannot be ours by its size is not guessed to be."""
+    sim.set(clock="manual")
+    foreign = warehouse.kit.submit(["a", "b"], model="claude-haiku-5-5", max_tokens=5)
+    sim.faults.add("cut_before_accept")
+    report = warehouse.submit(products(3), settle_seconds=SETTLE)
+    assert not set(report.batch_ids) & set(foreign)
+    assert sim.stats()["requests_accepted"] == 5
 
 
 def test_proving_a_batch_reads_its_first_line_only(warehouse: Warehouse, sim: Simulator) -> None:
