@@ -27,9 +27,9 @@ from airflow_provider_batchkit.exceptions import (
     WrongBatchError,
 )
 from airflow_provider_batchkit.kit import BatchKit
-from airflow_provider_batchkit.landing import LandingReport, land_batches
-from airflow_provider_batchkit.ledger import BatchState, JobRecord, Ledger
-from airflow_provider_batchkit.model import MAX_BYTES_PER_BATCH, MAX_REQUESTS_PER_BATCH, PreparedRequest, Shard
+from airflow_provider_batchkit.landing import LandingReport, WriteDisposition, land_batches
+from airflow_provider_batchkit.ledger import BatchState, JobRecord, Landed, Ledger
+from airflow_provider_batchkit.model import MAX_BYTES_PER_BATCH, MAX_REQUESTS_PER_BATCH, BatchSnapshot, PreparedRequest, Shard
 from airflow_provider_batchkit.progress import Progress
 from airflow_provider_batchkit.reconcile import SETTLE_S, Settler
 from airflow_provider_batchkit.requests import key_values
@@ -223,15 +223,43 @@ def fetch_job(
     ledger.ensure()
     for _ in range(_EXCHANGES):
         ids = [_current_id(ledger, batch_id, dag_id, run_id) for batch_id in batch_ids]
+        snapshots, gone = _readable(kit, ledger, ids, table, may_recall=options.get("disposition") is not WriteDisposition.REPLACE)
         try:
-            return land_batches(ledger, [kit.get(i) for i in ids], table, kit.read_items, kit.price_book, **options)
+            report = land_batches(ledger, snapshots, table, kit.read_items, kit.price_book, **options)
         except WrongBatchError as e:
             log.warning("%s", e)
             record = ledger.find(e.batch_id)
             assert record is not None, "only a journaled batch can be another job's"
             fresh = ledger.disown(record, kit.get(e.batch_id), e.custom_id)
             Settler(kit, ledger, settle_seconds=settle_seconds).settle(fresh.job_id)
+        else:
+            for landed in gone:
+                log.info("%s has landed in %s before, and its results are gone; nothing is written for it", landed.batch_id, table)
+                report.recall(landed)
+            return report
     raise LedgerError(f"The batches {', '.join(batch_ids)} could not be told apart. Nothing was written; run the task again.")
+
+
+def _readable(
+    kit: BatchKit, ledger: Ledger, batch_ids: Iterable[str], table: str, *, may_recall: bool
+) -> tuple[list[BatchSnapshot], list[Landed]]:
+    """Batches whose results can be read, and those that are gone but have landed in the table before."""
+    snapshots: list[BatchSnapshot] = []
+    gone: list[Landed] = []
+    for batch_id in batch_ids:
+        landed = ledger.landed_in(batch_id, table) if may_recall else None
+        try:
+            found = kit.get(batch_id)
+        except BatchUnavailableError:
+            if landed is None:
+                raise
+            gone.append(landed)
+        else:
+            if landed is not None and found.archived_at is not None:
+                gone.append(landed)
+            else:
+                snapshots.append(found)
+    return snapshots, gone
 
 
 def _current_id(ledger: Ledger, batch_id: str, dag_id: str, run_id: str) -> str:

@@ -23,7 +23,7 @@ from airflow_provider_batchkit.exceptions import BatchInputError, WrongBatchErro
 from airflow_provider_batchkit.landing.stage import StagedRow, create_stage, loader_for
 from airflow_provider_batchkit.landing.table import RESULT_COLUMNS, ResultTable, WriteDisposition
 from airflow_provider_batchkit.ledger.engine import prepare_engine
-from airflow_provider_batchkit.ledger.ledger import BatchRecord, Ledger
+from airflow_provider_batchkit.ledger.ledger import BatchRecord, Landed, Ledger
 from airflow_provider_batchkit.ledger.tables import request as request_table
 from airflow_provider_batchkit.model import PICO_PER_USD, BatchItem, BatchSnapshot, Cost, CostTally, RequestStatus
 from airflow_provider_batchkit.pricing import PriceBook, TallyBuilder
@@ -86,6 +86,15 @@ class LandingReport:
             "stream": self.faults.to_json(),
             "missing": self.missing,
         }
+
+    def recall(self, landed: Landed) -> None:
+        """Add a batch that landed before and whose results are gone: nothing is written, its counts and its bill are in the ledger."""
+        self.batch_ids.append(landed.batch_id)
+        self.rows += landed.counts.get(RequestStatus.SUCCEEDED.value, 0)
+        self.counts.update(landed.counts)
+        self.tally = self.tally + CostTally.from_json(landed.tally)
+        self.created_at = min(filter(None, (self.created_at, landed.created_at)), default=None)
+        self.ended_at = max(filter(None, (self.ended_at, landed.ended_at)), default=None)
 
     def include(self, batch: _Landed, snapshot: BatchSnapshot) -> None:
         self.batch_ids.append(snapshot.batch_id)

@@ -63,6 +63,17 @@ class BatchRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class Landed:
+    """What the ledger keeps of a landing: rows per outcome, and the tally as JSON."""
+
+    batch_id: str
+    counts: dict[str, int]
+    tally: dict[str, Any]
+    created_at: datetime | None
+    ended_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
 class Known:
     """What the ledger knows of a source row from an earlier attempt of its job."""
 
@@ -239,6 +250,15 @@ class Ledger:
         with self.engine.connect() as connection:
             row = connection.execute(sa.select(batch).where(batch.c.batch_id == batch_id)).first()
         return _record(row) if row is not None else None
+
+    def landed_in(self, batch_id: str, table: str) -> Landed | None:
+        """What landed of a batch in ``table``; None when it has not landed there."""
+        statement = sa.select(batch.c.counts, batch.c.tally, batch.c.created_at, batch.c.ended_at).where(
+            batch.c.batch_id == batch_id, batch.c.state == BatchState.LANDED.value, batch.c.landed_table == table
+        )
+        with self.engine.connect() as connection:
+            row = connection.execute(statement).first()
+        return None if row is None else Landed(batch_id, json.loads(row.counts), json.loads(row.tally), row.created_at, row.ended_at)
 
     def claimed(self, batch_ids: Sequence[str]) -> set[str]:
         """Those of the ids that some ledger row has."""

@@ -209,7 +209,8 @@ class FetchBatchOperator(BaseOperator):
     """Write the results of ended batches to a table, with their costs. Returns a summary with the cost tally.
 
     The rows, each request's outcome and the batch's bill are written in one transaction per batch: killed anywhere, it can run again.
-    Fetching twice changes nothing. Works on any batch id, also one that was submitted elsewhere: its rows are keyed by ``custom_id``.
+    Fetching twice changes nothing; fetching an older run again writes that run's answers over newer ones of the same keys. Works on any
+    batch id, also one that was submitted elsewhere: its rows are keyed by ``custom_id``.
 
     :param batch_id: a batch id or a list of them, usually the output of submit (templated)
     :param table: result table, ``table`` or ``schema.table`` (templated); created when it does not exist, keyed by the source's key
@@ -218,7 +219,7 @@ class FetchBatchOperator(BaseOperator):
     :param write_disposition: ``"merge"`` by key, ``"append"``, or ``"replace"`` the table's content
     :param include_failed: also write a row for each request that has no answer
     :param fail_on_error_rate: fail the task, after the results have landed, when a greater share of rows has no answer, 0.0 to 1.0
-    :param delete_after_fetch: delete the batches from the API once their results have landed
+    :param delete_after_fetch: delete the batches from the API once every request's result has landed
     """
 
     template_fields: Sequence[str] = ("batch_id", "table", "anthropic_conn_id", "sql_conn_id")

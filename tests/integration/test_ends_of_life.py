@@ -142,10 +142,24 @@ def test_archived_and_deleted_batches_say_what_is_left(warehouse: Warehouse, sim
     assert warehouse.fetch([two]).rows == 2
     warehouse.kit.delete(two)
     with pytest.raises(BatchUnavailableError, match="was deleted, or belongs to another workspace"):
-        warehouse.fetch([two])
+        warehouse.fetch([two], "another_table")
     assert [r["response"] for r in warehouse.rows("SELECT response FROM answers ORDER BY id")] == [
         answer_for(f"About product {i}") for i in (2, 3)
     ]
+
+
+def test_a_fetch_that_deleted_its_batches_can_be_cleared(warehouse: Warehouse, sim: Simulator) -> None:
+    """What has landed and is gone from the API is recalled from the ledger: same counts, same bill, nothing written."""
+    ids = warehouse.submit(products(4), max_requests=2).batch_ids
+    for batch_id in ids:
+        sim.end(batch_id)
+    first = warehouse.fetch(ids)
+    warehouse.kit.delete(ids[0])
+    sim.archive(ids[1])
+    again = warehouse.fetch(ids)
+    assert (again.rows, again.counts, again.tally, again.latency_s) == (first.rows, first.counts, first.tally, first.latency_s)
+    with pytest.raises(BatchUnavailableError):
+        warehouse.fetch(ids, "another_table")
 
 
 def test_deleting_twice_is_no_error(warehouse: Warehouse, sim: Simulator) -> None:
