@@ -155,14 +155,17 @@ class BatchKit(BatchApi):
         except anthropic.APIError as e:
             state.failed(**poll_failure(e))
 
-    def read_items(self, batch_id: str, reconciler: Reconciler, *, sleep: Callable[[float], None] = time.sleep) -> Iterator[BatchItem]:
+    def read_items(
+        self, batch_id: str, reconciler: Reconciler, expected: int, *, sleep: Callable[[float], None] = time.sleep
+    ) -> Iterator[BatchItem]:
         """First answers of an ended batch, each once, also when the stream is cut: it is then read again and what was seen is passed over.
 
-        ``reconciler`` counts what does not belong. The broken end of a cut stream is not counted.
+        ``reconciler`` counts what does not belong, and what is missing of the ``expected`` results that the API counts: a stream that ends
+        too early without an error is read once more. The broken end of a cut stream is not counted.
 
         :raises ResultStreamError: when the stream was cut five times in a row without progress
         """
-        failures = 0
+        failures, read_whole = 0, False
         while True:
             done = len(reconciler.answered)
             try:
@@ -170,14 +173,20 @@ class BatchKit(BatchApi):
                     if reconciler.accept(item):
                         assert isinstance(item, BatchItem)
                         yield item
-                return
             except ResultStreamError as e:
                 failures = 1 if len(reconciler.answered) > done else failures + 1
                 if failures >= _STREAM_ATTEMPTS:
                     raise
                 log.warning("%s Reading again (%d of %d).", e, failures, _STREAM_ATTEMPTS)
                 sleep(min(2.0**failures, 30.0))
-                reconciler.read_again()
+            else:
+                short = reconciler.short_of(expected)
+                if not short or read_whole:
+                    reconciler.faults.short = short
+                    return
+                log.warning("The results of batch %s ended %d lines too early, without an error. Reading again.", batch_id, short)
+                read_whole = True
+            reconciler.read_again()
 
     def retrieve(self, batch_ids: str | Sequence[str]) -> Retrieval:
         """Read the results of one or more ended batches into memory.
@@ -192,7 +201,7 @@ class BatchKit(BatchApi):
             found = self.get(batch_id)
             builder = TallyBuilder(self.price_book, found.created_at)
             reconciler = Reconciler(None)
-            for item in self.read_items(batch_id, reconciler):
+            for item in self.read_items(batch_id, reconciler, found.counts.total):
                 if item.status is RequestStatus.SUCCEEDED and item.usage is not None:
                     builder.add(item.model or "", item.usage)
                 items.append(item)

@@ -186,6 +186,8 @@ class StreamFaults:
     broken: int = 0
     duplicate: int = 0
     foreign: int = 0
+    #: results that the API counts and the stream did not hold, also when read a second time
+    short: int = 0
     broken_sample: str | None = None
     duplicate_sample: str | None = None
     foreign_sample: str | None = None
@@ -203,20 +205,21 @@ class StreamFaults:
         self.foreign_sample = self.foreign_sample or item.custom_id
 
     def __bool__(self) -> bool:
-        return bool(self.broken or self.duplicate or self.foreign)
+        return bool(self.broken or self.duplicate or self.foreign or self.short)
 
     def __add__(self, other: StreamFaults) -> StreamFaults:
         return StreamFaults(
             self.broken + other.broken,
             self.duplicate + other.duplicate,
             self.foreign + other.foreign,
+            self.short + other.short,
             self.broken_sample or other.broken_sample,
             self.duplicate_sample or other.duplicate_sample,
             self.foreign_sample or other.foreign_sample,
         )
 
     def to_json(self) -> dict[str, Any]:
-        return {"broken_lines": self.broken, "duplicate_lines": self.duplicate, "foreign_lines": self.foreign}
+        return {"broken_lines": self.broken, "duplicate_lines": self.duplicate, "foreign_lines": self.foreign, "short_by": self.short}
 
 
 class Reconciler:
@@ -237,6 +240,10 @@ class Reconciler:
         """The stream starts over: what was answered stays answered, and what is wrong with the stream is counted anew."""
         self.faults = StreamFaults()
         self._this_read = set()
+
+    def short_of(self, expected: int) -> int:
+        """How many lines fewer than ``expected`` the stream has held so far."""
+        return max(expected - len(self.answered) - self.faults.broken - self.faults.foreign, 0)
 
     def accept(self, item: BatchItem | BrokenLine) -> bool:
         if isinstance(item, BrokenLine):

@@ -42,8 +42,8 @@ _LEDGER_COLUMNS: tuple[tuple[str, Any], ...] = (
     ("batchkit_standard_cost", sa.BigInteger()),
 )
 
-#: reads a batch's first answers, each once, into a reconciler
-ReadItems = Callable[[str, Reconciler], Iterator[BatchItem]]
+#: reads a batch's first answers, each once, through a reconciler; told how many results the API counts
+ReadItems = Callable[[str, Reconciler, int], Iterator[BatchItem]]
 
 
 @dataclass(slots=True)
@@ -65,7 +65,7 @@ class LandingReport:
     @property
     def complete(self) -> bool:
         """Every request has a readable result line: nothing more could be had from the API."""
-        return not self.missing and not self.faults.broken
+        return not self.missing and not self.faults.broken and not self.faults.short
 
     @property
     def latency_s(self) -> float | None:
@@ -242,18 +242,12 @@ class _Landing:
                 load(connection, stage, chunk)
                 chunk.clear()
 
-        missing: list[str] = []
-        # a file that ended too early without an error is read once more before anything counts as missing
-        for reading in range(2):
-            for item in self.read_items(snapshot.batch_id, reconciler):
-                billed = item.status is RequestStatus.SUCCEEDED and item.usage is not None
-                put(item, tally.add(item.model or "", item.usage) if billed and item.usage is not None else _FREE)
-                progress.add()
-            _refuse_anothers(snapshot, reconciler)
-            missing = [c for c in keys if c not in reconciler.answered] if keys is not None else []
-            if not missing or reading:
-                break
-            reconciler.read_again()
+        for item in self.read_items(snapshot.batch_id, reconciler, snapshot.counts.total):
+            billed = item.status is RequestStatus.SUCCEEDED and item.usage is not None
+            put(item, tally.add(item.model or "", item.usage) if billed and item.usage is not None else _FREE)
+            progress.add()
+        _refuse_anothers(snapshot, reconciler)
+        missing = [c for c in keys if c not in reconciler.answered] if keys is not None else []
         for custom_id in missing:
             put(BatchItem(custom_id, RequestStatus.MISSING), _FREE)
         if chunk:
@@ -357,5 +351,7 @@ def _report_faults(snapshot: BatchSnapshot, faults: StreamFaults, missing: int, 
         log.warning(
             "Batch %s: %d results that nobody asked for, left out; first: %s", snapshot.batch_id, faults.foreign, faults.foreign_sample
         )
+    if faults.short:
+        log.warning("Batch %s: the API counts %d results more than it gave; the bill above lacks them", snapshot.batch_id, faults.short)
     if missing:
         log.warning("Batch %s: %d requests have no result line; first keys: %s", snapshot.batch_id, missing, ", ".join(names))

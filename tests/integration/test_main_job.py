@@ -290,7 +290,16 @@ def test_a_stream_that_ends_early_without_an_error_is_read_again(warehouse: Ware
     ids = warehouse.submit(products(10)).batch_ids
     sim.faults.add("cut_results", line=4, clean=True)
     landed = warehouse.fetch(ids)
-    assert (landed.rows, landed.missing) == (10, [])
+    assert (landed.rows, landed.missing, landed.complete) == (10, [], True)
+
+
+def test_a_stream_that_stays_short_is_reported_with_the_number(warehouse: Warehouse, sim: Simulator) -> None:
+    """Two of ten lines never come: they are missing by name, and the summary says by how much the file is short of the API's count."""
+    ids = warehouse.submit(products(10)).batch_ids
+    sim.faults.add("cut_results", line=9, clean=True, times=None)
+    landed = warehouse.fetch(ids)
+    assert dict(landed.counts) == {"succeeded": 8, "missing": 2}
+    assert (landed.faults.short, len(landed.missing), landed.complete) == (2, 2, False)
 
 
 def test_lines_that_never_come_are_missing_by_name(warehouse: Warehouse, sim: Simulator) -> None:
@@ -303,7 +312,7 @@ def test_lines_that_never_come_are_missing_by_name(warehouse: Warehouse, sim: Si
     landed = warehouse.fetch(ids)
     assert dict(landed.counts) == {"succeeded": 9, "missing": 1}
     assert len(landed.missing) == 1
-    assert landed.faults.to_json() == {"broken_lines": 1, "duplicate_lines": 1, "foreign_lines": 1}
+    assert landed.faults.to_json() == {"broken_lines": 1, "duplicate_lines": 1, "foreign_lines": 1, "short_by": 0}
     assert not landed.complete
     (row,) = warehouse.rows("SELECT key FROM batchkit_request WHERE status = 'missing'")
     assert [row["key"]] == landed.missing

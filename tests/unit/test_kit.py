@@ -181,6 +181,17 @@ def test_results_that_are_cut_are_read_again(kit: BatchKit, sim: Simulator) -> N
     assert sorted(item.custom_id for item in items) == sorted(f"r-{i}" for i in range(20))
 
 
+@pytest.mark.parametrize(("times", "items", "short"), [(1, 5, 0), (None, 2, 3)])
+def test_results_that_end_too_early_are_read_once_more_and_then_told(
+    kit: BatchKit, sim: Simulator, times: int | None, items: int, short: int
+) -> None:
+    """A stream that ends cleanly before the API's count is not the whole; when it stays so, the number is there."""
+    ids = kit.submit([native(f"r-{i}") for i in range(5)])
+    sim.faults.add("cut_results", line=3, clean=True, times=times)
+    result = kit.retrieve(ids)
+    assert (len(result.items), result.faults.short) == (items, short)
+
+
 def test_lines_that_do_not_belong_are_counted(kit: BatchKit, sim: Simulator) -> None:
     """Broken and repeated lines do not become items, and are not hidden."""
     ids = kit.submit([native(f"r-{i}") for i in range(5)])

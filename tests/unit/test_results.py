@@ -154,7 +154,7 @@ def test_every_request_is_answered_once() -> None:
     assert (reconciler.faults.duplicate, reconciler.faults.duplicate_sample) == (1, "a")
     assert (reconciler.faults.foreign, reconciler.faults.foreign_sample) == (1, "x")
     assert reconciler.accept(BrokenLine(3, "bad", "{")) is False
-    assert reconciler.faults.to_json() == {"broken_lines": 1, "duplicate_lines": 1, "foreign_lines": 1}
+    assert reconciler.faults.to_json() == {"broken_lines": 1, "duplicate_lines": 1, "foreign_lines": 1, "short_by": 0}
 
 
 def test_a_stream_that_is_read_again_gives_only_what_is_new_and_counts_faults_once() -> None:
