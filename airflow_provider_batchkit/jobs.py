@@ -115,6 +115,12 @@ def submit_job(
         for shard in shards:
             _send(kit, ledger, settler, job, lease, shard, anthropic_conn_id)
             report.asked += shard.requests
+    doubtful = [b for b in ledger.batches(job.job_id) if b.state is BatchState.SENDING]
+    if doubtful:
+        raise SubmitUncertainError(
+            f"{len(doubtful)} shards of job {job.job_id} had taken batches for their own that proved to be other jobs'. The next attempt "
+            "looks for their own, and sends them if they were never accepted."
+        )
     report.batch_ids = running_ids(ledger, job.job_id)
     return report
 
@@ -221,8 +227,9 @@ def fetch_job(
     :raises WrongBatchError: an adopted batch is another job's, and the job's own was never accepted
     """
     ledger.ensure()
+    settler = Settler(kit, ledger, settle_seconds=settle_seconds)
     for _ in range(_EXCHANGES):
-        ids = [_current_id(ledger, batch_id, dag_id, run_id) for batch_id in batch_ids]
+        ids = [_current_id(ledger, settler, batch_id, dag_id, run_id) for batch_id in batch_ids]
         snapshots, gone = _readable(kit, ledger, ids, table, may_recall=options.get("disposition") is not WriteDisposition.REPLACE)
         try:
             report = land_batches(ledger, snapshots, table, kit.read_items, kit.price_book, **options)
@@ -231,7 +238,7 @@ def fetch_job(
             record = ledger.find(e.batch_id)
             assert record is not None, "only a journaled batch can be another job's"
             fresh = ledger.disown(record, kit.get(e.batch_id), e.custom_id)
-            Settler(kit, ledger, settle_seconds=settle_seconds).settle(fresh.job_id)
+            settler.settle(fresh.job_id)
         else:
             for landed in gone:
                 log.info("%s has landed in %s before, and its results are gone; nothing is written for it", landed.batch_id, table)
@@ -262,7 +269,7 @@ def _readable(
     return snapshots, gone
 
 
-def _current_id(ledger: Ledger, batch_id: str, dag_id: str, run_id: str) -> str:
+def _current_id(ledger: Ledger, settler: Settler, batch_id: str, dag_id: str, run_id: str) -> str:
     """The id that stands for ``batch_id`` in this run's jobs, after any exchange."""
     seen = set()
     while batch_id not in seen:
@@ -270,6 +277,9 @@ def _current_id(ledger: Ledger, batch_id: str, dag_id: str, run_id: str) -> str:
         record = ledger.replacement(batch_id, dag_id, run_id)
         if record is None:
             return batch_id
+        if record.state is BatchState.SENDING:
+            settler.settle(record.job_id)
+            record = ledger.get(record.job_id, record.shard)
         if record.batch_id is None:
             raise BatchUnavailableError(
                 f"{batch_id} was taken for {record} while it ran, and is another job's; it was given to that job. The rows of this one "

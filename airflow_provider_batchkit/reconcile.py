@@ -14,7 +14,7 @@ from datetime import UTC, datetime, timedelta
 
 from sqlalchemy.exc import IntegrityError
 
-from airflow_provider_batchkit.exceptions import BatchUnavailableError, SubmitUncertainError
+from airflow_provider_batchkit.exceptions import BatchUnavailableError, LedgerError, SubmitUncertainError
 from airflow_provider_batchkit.kit import BatchKit
 from airflow_provider_batchkit.ledger import BatchRecord, BatchState, Ledger
 from airflow_provider_batchkit.model import BatchItem, BatchSnapshot
@@ -74,44 +74,64 @@ class Settler:
         log.warning("An earlier attempt may have sent %s (%s requests); looking for it", record, f"{record.requests:,}")
         deadline = time.monotonic() + self._settle_s
         while True:
-            if self._adopt(record):
+            self._fence()
+            if self._ledger.get(record.job_id, record.shard).state is not BatchState.SENDING:
+                # its sender is alive after all, and has noted the API's answer
                 return
+            candidates = self._candidates(record)
+            for candidate in candidates:
+                if candidate.processing_status == ENDED and self._proves(record, candidate):
+                    self._ledger.submitted(record.job_id, record.shard, candidate)
+                    log.warning("Found %s: %s was accepted, as its results prove", candidate.batch_id, record)
+                    return
             left = deadline - time.monotonic()
             if left <= 0:
                 break
             self._sleep(min(_LOOK_EVERY_S, left))
-        self._refuse_to_conclude_blindly(record)
-        self._fence()
-        self._ledger.void(record.job_id, record.shard, f"not among the workspace's batches at {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC")
-        log.warning("No batch of %s exists: it was never accepted and nothing was billed. Its rows are sent anew", record)
+        self._conclude(record, [c for c in candidates if c.processing_status != ENDED])
 
-    def _adopt(self, record: BatchRecord) -> bool:
-        """Find the record's batch and note its id; false when there is none (yet)."""
-        for candidate in self._candidates(record):
-            if candidate.processing_status == ENDED and not self._proves(record, candidate):
+    def _conclude(self, record: BatchRecord, running: list[BatchSnapshot]) -> None:
+        """The time is over. Only now is a running batch adopted: a sender that is alive has noted its own by now."""
+        claims = self._ledger.claims([c.batch_id for c in running])
+        for candidate in running:
+            if candidate.batch_id in claims:
                 continue
             self._fence()
             try:
-                self._ledger.submitted(record.job_id, record.shard, candidate, proved=candidate.processing_status == ENDED)
+                self._ledger.adopt(record.job_id, record.shard, candidate)
             except IntegrityError:
-                # another job's settling claimed it a moment ago
+                # another job's settling took it a moment ago
+                claims[candidate.batch_id] = record
                 continue
-            how = "proved by its results" if candidate.processing_status == ENDED else "still running, proved when it lands"
-            log.warning("Found %s: %s was accepted as %s (%s)", candidate.batch_id, record, candidate.batch_id, how)
-            return True
-        return False
+            log.warning("Took %s for %s: it is still running, and proved when it lands", candidate.batch_id, record)
+            return
+        if claims:
+            raise SubmitUncertainError(
+                f"{record} may be {' or '.join(sorted(claims))}, which another job has taken for its own and which still runs. Its results "
+                "will tell: run the task again when it has ended. Nothing was sent."
+            )
+        self._refuse_to_conclude_blindly(record)
+        self._fence()
+        try:
+            self._ledger.void(
+                record.job_id, record.shard, f"not among the workspace's batches at {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"
+            )
+        except LedgerError:
+            if self._ledger.get(record.job_id, record.shard).state is BatchState.SUBMITTED:
+                return
+            raise
+        log.warning("No batch of %s exists: it was never accepted and nothing was billed. Its rows are sent anew", record)
 
     def _candidates(self, record: BatchRecord) -> list[BatchSnapshot]:
-        """Unclaimed batches of the record's size since its intent, the nearest to the intent first."""
+        """Batches of the record's size since its intent that nobody has proved to be his, the nearest to the intent first."""
         same_size = [
             s
             for s in self._kit.recent(record.intended_at - self._skew)
             if s.counts.total == record.requests and s.batch_id not in self._disproved
         ]
-        claimed = self._ledger.claimed([s.batch_id for s in same_size])
-        return sorted(
-            (s for s in same_size if s.batch_id not in claimed), key=lambda s: abs((s.created_at - record.intended_at).total_seconds())
-        )
+        claims = self._ledger.claims([s.batch_id for s in same_size])
+        open_ = (s for s in same_size if s.batch_id not in claims or claims[s.batch_id].adopted)
+        return sorted(open_, key=lambda s: abs((s.created_at - record.intended_at).total_seconds()))
 
     def _proves(self, record: BatchRecord, candidate: BatchSnapshot) -> bool:
         """Whether the first line of an ended batch's results is of the record's shard. Reads no more than that line."""

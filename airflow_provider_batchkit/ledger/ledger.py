@@ -49,6 +49,8 @@ class BatchRecord:
     batch_id: str | None
     anthropic_conn_id: str
     state: BatchState
+    #: its id is a guess
+    adopted: bool
     requests: int
     body_bytes: int
     intended_at: datetime
@@ -219,25 +221,34 @@ class Ledger:
             while chunk := list(islice(rows, _CHUNK)):
                 connection.execute(sa.insert(request), chunk)
 
-    def submitted(self, job_id: str, shard: int, found: BatchSnapshot, *, proved: bool = True) -> None:
-        """The API accepted the shard under this id.
+    def submitted(self, job_id: str, shard: int, found: BatchSnapshot) -> None:
+        """The API accepted the shard under this id: proved, by its answer or by the batch's results.
 
-        :param proved: by the API's answer or by the batch's results; then another row that had adopted the batch unproved gives it up
-        :raises IntegrityError: when it is not proved and another row has the batch
+        Another row that had adopted the batch as a guess gives it up: its requests wait in a new ``sending`` row to be looked for again.
         """
         with write_transaction(self.engine) as connection:
-            if proved:
-                other = connection.execute(sa.select(batch).where(batch.c.batch_id == found.batch_id)).first()
-                if other is not None and (other.job_id, other.shard) != (job_id, shard):
-                    self._requeue(connection, _record(other), f"adopted {found.batch_id}, which is of shard {shard} of job {job_id}")
+            other = connection.execute(sa.select(batch).where(batch.c.batch_id == found.batch_id, batch.c.adopted)).first()
+            if other is not None and (other.job_id, other.shard) != (job_id, shard):
+                self._requeue(connection, _record(other), f"adopted {found.batch_id}, which is of shard {shard} of job {job_id}")
             self._move(connection, job_id, shard, BatchState.SUBMITTED, batch_id=found.batch_id, created_at=found.created_at)
+
+    def adopt(self, job_id: str, shard: int, found: BatchSnapshot) -> None:
+        """Take a running batch for the shard's own, as a guess.
+
+        :raises IntegrityError: when another row has it
+        """
+        with write_transaction(self.engine) as connection:
+            self._move(connection, job_id, shard, BatchState.SUBMITTED, batch_id=found.batch_id, created_at=found.created_at, adopted=True)
 
     def rejected(self, job_id: str, shard: int, reason: str) -> None:
         """The API refused the shard: its requests are free to be asked again."""
         self._release(job_id, shard, BatchState.REJECTED, reason)
 
     def void(self, job_id: str, shard: int, reason: str) -> None:
-        """The shard was never accepted, or was adopted wrongly: its requests are free to be asked again."""
+        """The shard was never accepted: its requests are free to be asked again.
+
+        :raises LedgerError: when it is not ``sending`` any more
+        """
         self._release(job_id, shard, BatchState.VOID, reason)
 
     def batches(self, job_id: str) -> list[BatchRecord]:
@@ -260,10 +271,11 @@ class Ledger:
             row = connection.execute(statement).first()
         return None if row is None else Landed(batch_id, json.loads(row.counts), json.loads(row.tally), row.created_at, row.ended_at)
 
-    def claimed(self, batch_ids: Sequence[str]) -> set[str]:
-        """Those of the ids that some ledger row has."""
+    def claims(self, batch_ids: Sequence[str]) -> dict[str, BatchRecord]:
+        """Those of the ids that some row has, with the row."""
         with self.engine.connect() as connection:
-            return set(connection.execute(sa.select(batch.c.batch_id).where(batch.c.batch_id.in_(batch_ids))).scalars())
+            rows = connection.execute(sa.select(batch).where(batch.c.batch_id.in_(batch_ids)))
+            return {row.batch_id: _record(row) for row in rows}
 
     def get(self, job_id: str, shard: int) -> BatchRecord:
         """One batch row."""
@@ -307,7 +319,7 @@ class Ledger:
                 rightful = _record(
                     connection.execute(sa.select(batch).where(batch.c.job_id == owner.job_id, batch.c.shard == owner.shard)).one()
                 )
-                if rightful.state is BatchState.SUBMITTED:
+                if rightful.state is BatchState.SUBMITTED and rightful.adopted:
                     rightful = self._requeue(connection, rightful, f"adopted {rightful.batch_id} while {found.batch_id} is its own")
                 if rightful.state is BatchState.SENDING:
                     self._move(
@@ -330,6 +342,7 @@ class Ledger:
             record.shard,
             BatchState.VOID,
             batch_id=None,
+            adopted=False,
             adopted_id=record.batch_id,
             replaced_by=number,
             note=note,
@@ -340,6 +353,7 @@ class Ledger:
                 shard=number,
                 anthropic_conn_id=record.anthropic_conn_id,
                 state=BatchState.SENDING.value,
+                adopted=False,
                 requests=record.requests,
                 body_bytes=record.body_bytes,
                 intended_at=record.intended_at,
@@ -352,7 +366,7 @@ class Ledger:
 
     def landed(self, connection: Connection, record: BatchRecord, values: Mapping[str, Any]) -> None:
         """Move a batch to ``landed`` inside the landing's own transaction. Also a lock: a second landing of the batch waits here."""
-        self._move(connection, record.job_id, record.shard, BatchState.LANDED, **values)
+        self._move(connection, record.job_id, record.shard, BatchState.LANDED, adopted=False, **values)
 
     # --- inside -------------------------------------------------------------------------------------------------------------------
 
@@ -362,20 +376,23 @@ class Ledger:
         if held.rowcount == 0:
             raise _lease_lost(job_id, lease)
 
-    def _move(self, connection: Connection, job_id: str, shard: int, target: BatchState, **values: Any) -> None:
+    def _move(
+        self, connection: Connection, job_id: str, shard: int, target: BatchState, *, source: BatchState | None = None, **values: Any
+    ) -> None:
+        """Move a row, from ``source`` where that is given, else from any state that the table allows."""
         here = (batch.c.job_id == job_id) & (batch.c.shard == shard)
-        allowed = [state.value for state in sources_of(target)]
+        allowed = [state.value for state in sources_of(target) if source in (None, state)]
         moved = connection.execute(sa.update(batch).where(here, batch.c.state.in_(allowed)).values(state=target.value, **values))
         if moved.rowcount == 0:
             row = connection.execute(sa.select(batch).where(here)).first()
             if row is None:
                 raise LedgerError(f"The ledger has no shard {shard} of job {job_id}.")
             check_move(str(_record(row)), BatchState(row.state), target)
-            raise LedgerError(f"{_record(row)} changed while it was moved to {target.value}.")
+            raise LedgerError(f"{_record(row)} is {row.state} by now and was not moved to {target.value}.")
 
     def _release(self, job_id: str, shard: int, target: BatchState, reason: str) -> None:
         with write_transaction(self.engine) as connection:
-            self._move(connection, job_id, shard, target, note=reason)
+            self._move(connection, job_id, shard, target, source=BatchState.SENDING, note=reason)
             connection.execute(sa.delete(request).where(request.c.job_id == job_id, request.c.shard == shard))
 
 
@@ -409,6 +426,7 @@ def _record(row: Row[Any]) -> BatchRecord:
         row.batch_id,
         row.anthropic_conn_id,
         BatchState(row.state),
+        row.adopted,
         row.requests,
         row.body_bytes,
         row.intended_at,

@@ -64,6 +64,8 @@ batch = sa.Table(
     sa.Column("batch_id", sa.String(100), unique=True),
     sa.Column("anthropic_conn_id", sa.String(250), nullable=False),
     sa.Column("state", sa.String(10), nullable=False),
+    # the id was taken by a settling while the batch ran: a guess, until its results prove it
+    sa.Column("adopted", sa.Boolean, nullable=False, default=False),
     sa.Column("requests", sa.Integer, nullable=False),
     sa.Column("body_bytes", sa.BigInteger, nullable=False),
     sa.Column("intended_at", UtcDateTime, nullable=False),

@@ -194,8 +194,8 @@ def test_two_jobs_that_adopted_each_others_running_batch_are_sorted_out_at_landi
     first, second = (b["id"] for b in sorted(sim.stats()["batches"], key=lambda b: b["created_at"]))
     one, two = (make_job_id("dag", run, "submit") for run in ("run-1", "run-2"))
     # each takes the other's
-    warehouse.ledger.submitted(one, 0, warehouse.kit.get(second))
-    warehouse.ledger.submitted(two, 0, warehouse.kit.get(first))
+    warehouse.ledger.adopt(one, 0, warehouse.kit.get(second))
+    warehouse.ledger.adopt(two, 0, warehouse.kit.get(first))
     for batch_id in (first, second):
         sim.end(batch_id)
     warehouse.fetch([second], "answers_one", run_id="run-1", settle_seconds=SETTLE)
@@ -229,6 +229,55 @@ def test_an_adopted_batch_of_a_job_that_still_looks_for_it_is_handed_over(wareho
     warehouse.fetch(again.batch_ids, run_id="run-2")
     assert warehouse.fetch([batch["id"]], "answers_one", run_id="run-1").rows == 3
     assert sim.stats()["requests_accepted"] == 6
+
+
+def test_a_sender_that_is_alive_after_all_keeps_its_batch(warehouse: Warehouse, sim: Simulator) -> None:
+    """While the retry looks, the first attempt's answer arrives and is noted: nothing is void, nothing is sent again."""
+    sim.set(clock="manual")
+    _sending(warehouse, sim, "run-1", 3, prompt="About {{ row.name }}")
+    (batch,) = sim.stats()["batches"]
+    job = make_job_id("dag", "run-1", "submit")
+
+    def note_while_looking(_: float) -> None:
+        warehouse.ledger.submitted(job, 0, warehouse.kit.get(batch["id"]))
+
+    Settler(warehouse.kit, warehouse.ledger, settle_seconds=SETTLE, sleep=note_while_looking).settle(job)
+    record = warehouse.ledger.get(job, 0)
+    assert (record.state, record.batch_id, record.adopted) == (BatchState.SUBMITTED, batch["id"], False)
+    with pytest.raises(LedgerError, match="is submitted by now and was not moved to void"):
+        warehouse.ledger.void(job, 0, "too late")
+
+
+def test_a_batch_that_was_taken_by_guess_goes_back_to_its_living_sender(warehouse: Warehouse, sim: Simulator) -> None:
+    """The sender's own note beats the guess; the guesser's rows are looked for again and sent once."""
+    sim.set(clock="manual")
+    _sending(warehouse, sim, "run-1", 3, prompt="One {{ row.name }}")
+    (batch,) = sim.stats()["batches"]
+    sim.faults.add("cut_before_accept")
+    assert warehouse.submit(products(3), run_id="run-2", settle_seconds=SETTLE).batch_ids == [batch["id"]]
+    warehouse.ledger.submitted(make_job_id("dag", "run-1", "submit"), 0, warehouse.kit.get(batch["id"]))
+    two = make_job_id("dag", "run-2", "submit")
+    assert [b.state.value for b in warehouse.ledger.batches(two)] == ["void", "sending"]
+    sim.set(clock="instant")
+    report = warehouse.submit(products(3), run_id="run-2", settle_seconds=SETTLE)
+    sim.end(batch["id"])
+    assert warehouse.fetch(report.batch_ids, run_id="run-2", settle_seconds=SETTLE).rows == 3
+    assert warehouse.fetch([batch["id"]], "answers_one", run_id="run-1").rows == 3
+    assert sim.stats()["requests_accepted"] == 6
+
+
+def test_a_batch_that_another_job_took_by_guess_is_not_given_up(warehouse: Warehouse, sim: Simulator) -> None:
+    """What may be ours was taken by another job and still runs: we neither send nor conclude, and find it when it has ended."""
+    sim.set(clock="manual")
+    _sending(warehouse, sim, "run-1", 3, prompt="One {{ row.name }}")
+    (batch,) = sim.stats()["batches"]
+    sim.faults.add("cut_before_accept")
+    warehouse.submit(products(3), run_id="run-2", settle_seconds=SETTLE)
+    with pytest.raises(SubmitUncertainError, match=f"may be {batch['id']}.* Nothing was sent"):
+        warehouse.submit(products(3), run_id="run-1", prompt="One {{ row.name }}", settle_seconds=SETTLE)
+    sim.end(batch["id"])
+    assert warehouse.submit(products(3), run_id="run-1", prompt="One {{ row.name }}", settle_seconds=SETTLE).batch_ids == [batch["id"]]
+    assert sim.stats()["requests_accepted"] == 3
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------------------
