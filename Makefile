@@ -53,6 +53,10 @@ check: $(VENV)/.dev ## lint, format, types, and what may import what
 bench: $(VENV)/.bench ## the measurements beside the official provider and common.ai
 	@$(BIN)/python -m tests.bench $(ARGS)
 
+.PHONY: crash
+crash: $(VENV)/.dev ## a real Airflow whose processes are killed at random: make crash ARGS='--seed 1 --kills 100 --database postgres'
+	@$(BIN)/python -m tests.crash.chaos $(ARGS)
+
 .PHONY: constraints
 constraints: ## constraints.txt anew, from the newest versions that fit
 	@dir=$$(mktemp -d) && trap 'rm -rf "$$dir"' EXIT \
