@@ -238,7 +238,8 @@ def fetch_job(
             record = ledger.find(e.batch_id)
             assert record is not None, "only a journaled batch can be another job's"
             fresh = ledger.disown(record, kit.get(e.batch_id), e.custom_id)
-            settler.settle(fresh.job_id)
+            # this row alone: others of the job may be a living submit's
+            settler.settle_shard(fresh)
         else:
             for landed in gone:
                 log.info("%s has landed in %s before, and its results are gone; nothing is written for it", landed.batch_id, table)
@@ -278,7 +279,7 @@ def _current_id(ledger: Ledger, settler: Settler, batch_id: str, dag_id: str, ru
         if record is None:
             return batch_id
         if record.state is BatchState.SENDING:
-            settler.settle(record.job_id)
+            settler.settle_shard(record)
             record = ledger.get(record.job_id, record.shard)
         if record.batch_id is None:
             raise BatchUnavailableError(

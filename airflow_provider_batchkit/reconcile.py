@@ -68,9 +68,13 @@ class Settler:
         """Move every ``sending`` row of the job to ``submitted`` or ``void``."""
         for record in self._ledger.batches(job_id):
             if record.state is BatchState.SENDING:
-                self._settle_one(record)
+                self.settle_shard(record)
 
-    def _settle_one(self, record: BatchRecord) -> None:
+    def settle_shard(self, record: BatchRecord) -> None:
+        """Move one ``sending`` row to ``submitted`` or ``void``.
+
+        :raises SubmitUncertainError: when a batch that may be it still runs and another job has taken it, or the connection sees none of ours
+        """
         log.warning("An earlier attempt may have sent %s (%s requests); looking for it", record, f"{record.requests:,}")
         deadline = time.monotonic() + self._settle_s
         while True:
