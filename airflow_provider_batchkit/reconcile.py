@@ -73,7 +73,8 @@ class Settler:
     def settle_shard(self, record: BatchRecord) -> None:
         """Move one ``sending`` row to ``submitted`` or ``void``.
 
-        :raises SubmitUncertainError: when a batch that may be it still runs and another job has taken it, or the connection sees none of ours
+        :raises SubmitUncertainError: when a batch that may be it still runs and another job has taken it, or the connection sees none
+            of ours
         """
         log.warning("An earlier attempt may have sent %s (%s requests); looking for it", record, f"{record.requests:,}")
         deadline = time.monotonic() + self._settle_s
