@@ -358,3 +358,17 @@ def test_killing_the_deferred_sensor_cancels_only_where_that_is_asked_for(home: 
     status = {b["id"]: b["status"] for b in sim.stats()["batches"]}[batch_id]
     sim.set(clock="instant")
     assert status == ("canceling" if cancel else "in_progress")
+
+
+@pytest.mark.parametrize("cancel", [True, False])
+def test_killing_a_poking_sensor_cancels_only_where_that_is_asked_for(home: Path, sim: SimulatorProcess, cancel: bool) -> None:
+    """The sensor's own on_kill, on a worker, follows cancel_on_kill too."""
+    from airflow_provider_batchkit.hooks.batchkit import BatchKitHook
+    from airflow_provider_batchkit.sensors.batch import BatchSensor
+
+    sim.set(clock="manual")
+    (batch_id,) = BatchKitHook().kit.submit(["a"], model="claude-haiku-5-5", max_tokens=9)
+    BatchSensor(task_id="wait", batch_id=batch_id, deferrable=False, cancel_on_kill=cancel).on_kill()
+    status = {b["id"]: b["status"] for b in sim.stats()["batches"]}[batch_id]
+    sim.set(clock="instant")
+    assert status == ("canceling" if cancel else "in_progress")
