@@ -293,7 +293,7 @@ def test_a_refused_batch_fails_the_task_at_once_whatever_its_retries(home: Path,
     sim.faults.add("status", endpoint="create", status=400)
     run = run_dag(
         home,
-        'submit = SubmitBatchOperator(task_id="submit", requests=["a"], max_tokens=100, sql_conn_id="warehouse", retries=5)',
+        'submit = SubmitBatchOperator(task_id="submit", requests=["a"], max_tokens=100, sql_conn_id="warehouse", retries=2, retry_delay=0)',
     )
     assert run.states() == {"submit": "failed"}
     assert sim.stats()["posts"] == posts + 1
