@@ -20,8 +20,9 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from airflow_provider_batchkit.exceptions import BatchInputError, WrongBatchError
-from airflow_provider_batchkit.landing.stage import StagedRow, create_stage, loader_for
+from airflow_provider_batchkit.landing.stage import create_stage
 from airflow_provider_batchkit.landing.table import RESULT_COLUMNS, ResultTable, WriteDisposition
+from airflow_provider_batchkit.ledger.bulk import BulkRow, loader_for
 from airflow_provider_batchkit.ledger.engine import prepare_engine
 from airflow_provider_batchkit.ledger.ledger import BatchRecord, Landed, Ledger
 from airflow_provider_batchkit.ledger.tables import request as request_table
@@ -232,7 +233,7 @@ class _Landing:
         reconciler = Reconciler(keys)
         progress = Progress(log, f"landing {snapshot.batch_id}", snapshot.counts.total)
         counts: Counter[str] = Counter()
-        chunk: list[StagedRow] = []
+        chunk: list[BulkRow] = []
 
         def put(item: BatchItem, cost: Cost | None) -> None:
             for copy, key in enumerate(keys[item.custom_id] if keys is not None else ("",)):
@@ -257,7 +258,7 @@ class _Landing:
         _report_faults(snapshot, reconciler.faults, len(missing), names)
         return _Landed(0, counts, tally.tally(), reconciler.faults, names)
 
-    def _staged(self, item: BatchItem, key: str, cost: Cost | None, batch_id: str, now: datetime, *, copy: bool) -> StagedRow:
+    def _staged(self, item: BatchItem, key: str, cost: Cost | None, batch_id: str, now: datetime, *, copy: bool) -> BulkRow:
         if copy and cost is not None:
             cost = _FREE
         usage = item.usage

@@ -1,21 +1,13 @@
-"""Bulk loading of a stage: a temporary table that holds a batch's rows until one set of statements moves them.
-
-Three loaders write the same rows: PostgreSQL's COPY (psycopg 2 and 3), SQLite's executemany on the driver, and SQLAlchemy Core anywhere.
-"""
+"""The stage: a temporary table that holds a batch's rows until one set of statements moves them."""
 
 from __future__ import annotations
 
-import io
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
-
-#: one staged row: values in the order of the stage's columns
-StagedRow = tuple[Any, ...]
-Loader = Callable[[Connection, sa.Table, Sequence[StagedRow]], None]
 
 
 def create_stage(connection: Connection, columns: Sequence[tuple[str, Any]]) -> sa.Table:
@@ -29,72 +21,3 @@ def create_stage(connection: Connection, columns: Sequence[tuple[str, Any]]) -> 
     )
     stage.create(connection, checkfirst=False)
     return stage
-
-
-def loader_for(connection: Connection, *, portable: bool = False) -> Loader:
-    """The fastest loader that the connection's database has; ``portable`` asks for the one that works anywhere."""
-    dialect = connection.dialect
-    if not portable and dialect.name == "sqlite":
-        return _load_driver
-    if not portable and dialect.name == "postgresql" and dialect.driver in ("psycopg", "psycopg2"):
-        return _load_copy
-    return _load_core
-
-
-def _load_core(connection: Connection, stage: sa.Table, rows: Sequence[StagedRow]) -> None:
-    names = [column.name for column in stage.columns]
-    connection.execute(sa.insert(stage), [dict(zip(names, row, strict=True)) for row in rows])
-
-
-def _binders(connection: Connection, stage: sa.Table) -> list[tuple[int, Callable[[Any], Any]]]:
-    """The columns whose values the dialect converts before the driver sees them."""
-    dialect = connection.dialect
-    processors = ((i, column.type.dialect_impl(dialect).bind_processor(dialect)) for i, column in enumerate(stage.columns))
-    return [(i, process) for i, process in processors if process is not None]
-
-
-def _bind(rows: Sequence[StagedRow], binders: list[tuple[int, Callable[[Any], Any]]]) -> Sequence[StagedRow]:
-    if not binders:
-        return rows
-    bound = []
-    for row in rows:
-        values = list(row)
-        for i, process in binders:
-            values[i] = process(values[i])
-        bound.append(tuple(values))
-    return bound
-
-
-def _load_driver(connection: Connection, stage: sa.Table, rows: Sequence[StagedRow]) -> None:
-    columns = ", ".join(connection.dialect.identifier_preparer.quote(c.name) for c in stage.columns)
-    marks = ", ".join("?" * len(stage.columns))
-    connection.exec_driver_sql(f"INSERT INTO {stage.name} ({columns}) VALUES ({marks})", list(_bind(rows, _binders(connection, stage))))
-
-
-_COPY_ESCAPES = str.maketrans({"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r", "\0": "\ufffd"})
-
-
-def _copy_text(value: Any) -> str:
-    if value is None:
-        return "\\N"
-    if isinstance(value, str):
-        return value.translate(_COPY_ESCAPES)
-    if isinstance(value, bool):
-        return "t" if value else "f"
-    return str(value)
-
-
-def _load_copy(connection: Connection, stage: sa.Table, rows: Sequence[StagedRow]) -> None:
-    columns = ", ".join(connection.dialect.identifier_preparer.quote(c.name) for c in stage.columns)
-    # no parameters, so a percent sign in a name is not doubled
-    statement = f"COPY {stage.name} ({columns}) FROM STDIN".replace("%%", "%")
-    data = "".join("\t".join(map(_copy_text, row)) + "\n" for row in rows).encode()
-    cursor: Any = connection.connection.cursor()
-    try:
-        if connection.dialect.driver == "psycopg":
-            with cursor.copy(statement) as copy:
-                copy.write(data)
-        else:
-            cursor.copy_expert(statement, io.BytesIO(data))
-    finally:
-        cursor.close()

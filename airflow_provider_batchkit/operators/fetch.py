@@ -1,0 +1,116 @@
+"""Fetch: the results of ended batches into a table, with their bill."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from airflow.providers.common.compat.sdk import AirflowFailException, BaseOperator
+
+from airflow_provider_batchkit.exceptions import BatchInputError, ErrorRateError
+from airflow_provider_batchkit.hooks.batchkit import BatchKitHook, sql_engine
+from airflow_provider_batchkit.model import RequestStatus
+from airflow_provider_batchkit.operators.tasks import as_batch_ids, batchkit_errors, publish_summary
+
+if TYPE_CHECKING:
+    from airflow.providers.common.compat.sdk import Context
+
+
+class FetchBatchOperator(BaseOperator):
+    """Write the results of ended batches to a table, with their costs. Returns a summary with the cost tally.
+
+    The rows, each request's outcome and the batch's bill are written in one transaction per batch: killed anywhere, it can run again.
+    Fetching twice changes nothing; fetching an older run again writes that run's answers over newer ones of the same keys. Works on any
+    batch id, also one that was submitted elsewhere: its rows are keyed by ``custom_id``.
+
+    :param batch_id: a batch id or a list of them, usually the output of submit (templated)
+    :param table: result table, ``table`` or ``schema.table`` (templated); created when it does not exist, keyed by the source's key
+    :param anthropic_conn_id: connection of type ``anthropic``
+    :param sql_conn_id: SQL connection of the table and the ledger
+    :param write_disposition: ``"merge"`` by key, ``"append"``, or ``"replace"`` the table's content
+    :param include_failed: also write a row for each request that has no answer
+    :param fail_on_error_rate: fail the task, after the results have landed, when a greater share of rows has no answer, 0.0 to 1.0
+    :param delete_after_fetch: delete the batches from the API once every request's result has landed
+    """
+
+    template_fields: Sequence[str] = ("batch_id", "table", "anthropic_conn_id", "sql_conn_id")
+    ui_color = "#d2e3e8"
+
+    def __init__(
+        self,
+        *,
+        batch_id: Any,
+        table: str,
+        anthropic_conn_id: str = BatchKitHook.default_conn_name,
+        sql_conn_id: str,
+        write_disposition: str = "merge",
+        include_failed: bool = False,
+        fail_on_error_rate: float | None = None,
+        delete_after_fetch: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.batch_id = batch_id
+        self.table = table
+        self.anthropic_conn_id = anthropic_conn_id
+        self.sql_conn_id = sql_conn_id
+        self.write_disposition = write_disposition
+        self.include_failed = include_failed
+        self.fail_on_error_rate = fail_on_error_rate
+        self.delete_after_fetch = delete_after_fetch
+        if write_disposition not in ("merge", "append", "replace"):
+            raise BatchInputError(
+                f"Task {self.task_id}: write_disposition must be 'merge', 'append' or 'replace', not {write_disposition!r}."
+            )
+        if fail_on_error_rate is not None and not 0 <= fail_on_error_rate <= 1:
+            raise BatchInputError(f"Task {self.task_id}: fail_on_error_rate must be 0.0 to 1.0, not {fail_on_error_rate!r}.")
+
+    @cached_property
+    def hook(self) -> BatchKitHook:
+        return BatchKitHook(self.anthropic_conn_id)
+
+    def execute(self, context: Context) -> dict[str, Any]:
+        from airflow_provider_batchkit.jobs import fetch_job
+        from airflow_provider_batchkit.landing import WriteDisposition
+        from airflow_provider_batchkit.ledger import Ledger
+        from airflow_provider_batchkit.pricing import format_tally
+
+        batch_ids = as_batch_ids(self.batch_id)
+        if self.write_disposition == "replace" and (context["ti"].map_index or 0) >= 0 and context["ti"].map_index is not None:
+            raise AirflowFailException(
+                "write_disposition='replace' in a mapped fetch: each would replace the others' rows. Nothing was written."
+            )
+        kit = self.hook.kit
+        with batchkit_errors():
+            report = fetch_job(
+                kit,
+                Ledger(sql_engine(self.sql_conn_id)),
+                batch_ids,
+                self.table,
+                dag_id=context["ti"].dag_id,
+                run_id=context["ti"].run_id,
+                disposition=WriteDisposition.parse(self.write_disposition),
+                include_failed=self.include_failed,
+            )
+        self.log.info("Landed %s rows in %s; outcomes: %s", f"{report.rows:,}", self.table, dict(report.counts))
+        self.log.info("Cost of %s:\n%s", ", ".join(batch_ids) or "no batches", format_tally(report.tally))
+        summary = report.to_json()
+        publish_summary(context, summary)
+        if self.delete_after_fetch and not report.complete:
+            self.log.warning("Not every request has a readable result; the batches are not deleted")
+        elif self.delete_after_fetch:
+            for batch_id in batch_ids:
+                kit.delete(batch_id)
+        with batchkit_errors():
+            self._check_error_rate(report.counts)
+        return summary
+
+    def _check_error_rate(self, counts: Mapping[str, int]) -> None:
+        total = sum(counts.values())
+        failed = total - counts.get(RequestStatus.SUCCEEDED.value, 0)
+        if self.fail_on_error_rate is not None and total and failed / total > self.fail_on_error_rate:
+            raise ErrorRateError(
+                f"{failed:,} of {total:,} rows have no answer ({failed / total:.2%}), above fail_on_error_rate="
+                f"{self.fail_on_error_rate:.2%}: {dict(counts)}. The answers that came have landed in {self.table}."
+            )

@@ -1,0 +1,205 @@
+"""Submit: a source's rows as message batches, journaled before they are sent."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from airflow.providers.common.compat.sdk import AirflowSkipException, BaseOperator, XComArg, literal
+
+from airflow_provider_batchkit.exceptions import BatchInputError
+from airflow_provider_batchkit.hooks.batchkit import BatchKitHook, sql_engine
+from airflow_provider_batchkit.model import MAX_BYTES_PER_BATCH, MAX_REQUESTS_PER_BATCH
+from airflow_provider_batchkit.operators.tasks import batchkit_errors, job_of
+
+if TYPE_CHECKING:
+    from airflow.providers.common.compat.sdk import Context
+
+    from airflow_provider_batchkit.jobs import SubmitReport
+    from airflow_provider_batchkit.ledger import Ledger
+    from airflow_provider_batchkit.model import PreparedRequest
+    from airflow_provider_batchkit.sources import KeyTypes
+
+
+class SubmitBatchOperator(BaseOperator):
+    """Ask Claude about every row of a source, as message batches at half price. Returns the list of batch ids.
+
+    Every request is journaled in the ``batchkit_*`` tables of ``sql_conn_id`` before it is sent, so a retry, a cleared task or a killed
+    worker never pays for a row twice.
+
+    Give exactly one source, ``sql`` or ``requests``.
+
+    :param sql: a SELECT; each row is ``row`` in the templates (templated, ``.sql`` files too)
+    :param requests: native ``{"custom_id", "params"}`` mappings, prompt strings, or row mappings; may be another task's output
+    :param key: column or columns that identify a row; the result table is keyed by them. Needed with ``sql``
+    :param prompt: Jinja template of the user message over ``row`` and the task's context. A missing column is an error
+    :param system: template of the system prompt
+    :param model: model id; else the connection's default
+    :param max_tokens: bound on an answer's length, in tokens
+    :param params: any further Messages API parameters
+    :param anthropic_conn_id: connection of type ``anthropic``
+    :param sql_conn_id: SQL connection of the ledger, and of the source unless ``source_conn_id`` names another
+    :param source_conn_id: SQL connection to read ``sql`` from
+    :param parameters: parameters of ``sql``, in the driver's own style
+    :param max_requests_per_batch: 1 to 100,000
+    :param max_bytes_per_batch: bytes of a batch's body, at most 256,000,000
+    :param dedupe: rows that ask exactly the same share one request; the answer lands for each
+    :param settle_seconds: how long a batch that a killed attempt may have sent is looked for, before its rows are sent anew
+    :param cancel_on_kill: cancel the job's batches when the running task is killed; otherwise they go on, and a retry re-attaches
+    :param on_empty: a source without rows: ``"skip"`` the task, ``"succeed"`` with no batches, or ``"fail"``
+    """
+
+    template_fields: Sequence[str] = ("sql", "requests", "parameters", "model", "anthropic_conn_id", "sql_conn_id", "source_conn_id")
+    template_ext: Sequence[str] = (".sql",)
+    template_fields_renderers = {"sql": "sql", "requests": "json"}  # noqa: RUF012 - Airflow's own attribute
+    ui_color = "#e8ded2"
+
+    def __init__(
+        self,
+        *,
+        sql: str | None = None,
+        requests: Any = None,
+        key: str | Sequence[str] | None = None,
+        prompt: str | None = None,
+        system: str | None = None,
+        model: str | None = None,
+        max_tokens: int | None = None,
+        params: Mapping[str, Any] | None = None,
+        anthropic_conn_id: str = BatchKitHook.default_conn_name,
+        sql_conn_id: str,
+        source_conn_id: str | None = None,
+        parameters: Any = None,
+        max_requests_per_batch: int = MAX_REQUESTS_PER_BATCH,
+        max_bytes_per_batch: int = MAX_BYTES_PER_BATCH,
+        dedupe: bool = True,
+        settle_seconds: float = 120.0,
+        cancel_on_kill: bool = False,
+        on_empty: str = "skip",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.sql = sql
+        # what the user asks is sent as it is: only a task's output is resolved, no Jinja runs over it
+        self.requests = requests if requests is None or isinstance(requests, XComArg) else literal(requests)
+        self.key = key
+        self.prompt = prompt
+        self.system = system
+        self.model = model
+        self.max_tokens = max_tokens
+        self.request_params = params
+        self.anthropic_conn_id = anthropic_conn_id
+        self.sql_conn_id = sql_conn_id
+        self.source_conn_id = source_conn_id
+        self.parameters = parameters
+        self.max_requests_per_batch = max_requests_per_batch
+        self.max_bytes_per_batch = max_bytes_per_batch
+        self.dedupe = dedupe
+        self.settle_seconds = settle_seconds
+        self.cancel_on_kill = cancel_on_kill
+        self._job_id: str | None = None
+        self.on_empty = on_empty
+        if (sql is None) == (requests is None):
+            raise BatchInputError(f"Task {self.task_id}: give exactly one of sql and requests.")
+        if sql is not None and (not key or prompt is None):
+            raise BatchInputError(f"Task {self.task_id}: sql needs key (the columns that identify a row) and prompt.")
+        if on_empty not in ("skip", "succeed", "fail"):
+            raise BatchInputError(f"Task {self.task_id}: on_empty must be 'skip', 'succeed' or 'fail', not {on_empty!r}.")
+
+    @cached_property
+    def hook(self) -> BatchKitHook:
+        return BatchKitHook(self.anthropic_conn_id)
+
+    def execute(self, context: Context) -> list[str]:
+        with batchkit_errors():
+            report = self._submit(context)
+        if not report.batch_ids:
+            return self._empty()
+        context["ti"].xcom_push(key="batch_id", value=report.batch_ids[0])
+        self.log.info(
+            "%s rows: %s asked now, %s share a request, %s were asked by an earlier attempt; %d batches: %s",
+            f"{report.rows:,}",
+            f"{report.asked:,}",
+            f"{report.copies:,}",
+            f"{report.known:,}",
+            len(report.batch_ids),
+            ", ".join(report.batch_ids),
+        )
+        return report.batch_ids
+
+    def _submit(self, context: Context) -> SubmitReport:
+        from airflow_provider_batchkit.jobs import submit_job
+        from airflow_provider_batchkit.ledger import Ledger
+        from airflow_provider_batchkit.sources import KeyTypes
+
+        job = job_of(context)
+        self._job_id = job.job_id
+        ledger = Ledger(sql_engine(self.sql_conn_id))
+        key = [self.key] if isinstance(self.key, str) else list(self.key or ())
+        types = KeyTypes(key)
+        return submit_job(
+            self.hook.kit,
+            ledger,
+            job,
+            self._requests(context, job.job_id, key, types),
+            anthropic_conn_id=self.anthropic_conn_id,
+            max_requests=self.max_requests_per_batch,
+            max_bytes=self.max_bytes_per_batch,
+            settle_seconds=self.settle_seconds,
+            before_send=lambda: self._note_key(ledger, job.job_id, types),
+        )
+
+    @staticmethod
+    def _note_key(ledger: Ledger, job_id: str, types: KeyTypes) -> None:
+        """Journal the key's columns and types for the result table, and refuse now what no table could hold later."""
+        from airflow_provider_batchkit.landing import ResultTable
+
+        if types.rows_seen:
+            columns = types.result(ledger.key_columns(job_id))
+            ResultTable("results", columns)
+            ledger.set_key_columns(job_id, columns)
+
+    def _requests(self, context: Context, job_id: str, key: list[str], types: KeyTypes) -> Iterator[PreparedRequest]:
+        from airflow_provider_batchkit.requests import RequestBuilder, RequestDefaults, RowTemplate
+
+        per_run = dict(context)
+        builder = RequestBuilder(
+            RequestDefaults(self.model or self.hook.default_model, self.max_tokens, None, dict(self.request_params or {})),
+            job_id=job_id,
+            key=key,
+            prompt=None if self.prompt is None else RowTemplate(self.prompt, name="prompt", context=per_run),
+            system=None if self.system is None else RowTemplate(self.system, name="system", context=per_run),
+            dedupe=self.dedupe,
+        )
+        for position, item in enumerate(self._items()):
+            request = builder.build(item, position)
+            types.see(item)
+            yield request
+
+    def _items(self) -> Iterator[Any]:
+        if self.sql is None:
+            from airflow_provider_batchkit.requests import items_of
+
+            # resolved by now: rendering replaces the literal wrapper and a task's output by their values
+            return iter(items_of(self.requests))
+        from airflow_provider_batchkit.sources import read_sql
+
+        return read_sql(sql_engine(self.source_conn_id or self.sql_conn_id), self.sql, self.parameters)
+
+    def on_kill(self) -> None:
+        from airflow_provider_batchkit.jobs import running_ids
+        from airflow_provider_batchkit.ledger import Ledger
+
+        if not self.cancel_on_kill or self._job_id is None:
+            return
+        for batch_id in running_ids(Ledger(sql_engine(self.sql_conn_id)), self._job_id):
+            self.log.info("The task was killed and cancel_on_kill is set: canceling %s", batch_id)
+            self.hook.kit.cancel(batch_id)
+
+    def _empty(self) -> list[str]:
+        if self.on_empty == "fail":
+            raise BatchInputError("The source has no rows, and on_empty is 'fail'. Nothing was sent.")
+        if self.on_empty == "skip":
+            raise AirflowSkipException("The source has no rows; nothing was sent.")
+        self.log.info("The source has no rows; nothing was sent.")
+        return []
