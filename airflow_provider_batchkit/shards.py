@@ -6,6 +6,7 @@ Memory: one request at a time. Disk: the bodies and, beside each, an index of it
 from __future__ import annotations
 
 import os
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO
@@ -76,9 +77,12 @@ class ShardWriter:
         self._bytes = 0
         self._copies: dict[int, list[bytes]] = {}
         self._copies_held = 0
+        self._earlier: set[int] = set()
+        #: per shard how many requests are in the shards before it
+        self._firsts: list[int] = []
 
-    def add(self, request: PreparedRequest) -> int:
-        """Append a request to the open shard, or to a new one when it would not fit; returns the shard's number.
+    def add(self, request: PreparedRequest) -> None:
+        """Append a request to the open shard, or to a new one when it would not fit.
 
         :raises RequestError: when the request alone is over the byte limit
         """
@@ -99,11 +103,19 @@ class ShardWriter:
         self._body.write(request.body)
         self._bytes += size
         self._requests += 1
-        self._index.write(_entry_line(request, len(request.body)))
-        return self._number
+        self._index.write(_entry_line(request, size))
+
+    def shard_of(self, added: int) -> int:
+        """Number of the shard that took the request which was added after ``added`` others."""
+        return self._first_number - 1 + bisect_right(self._firsts, added)
 
     def add_copy(self, request: PreparedRequest, number: int) -> None:
-        """Note a row that shares a request of shard ``number`` of this writer; it is journaled with it and not asked again."""
+        """Note a row that shares a request of shard ``number``; it is journaled with it and not asked again.
+
+        The shard may be one of this writer, or an earlier one: see :meth:`earlier_copies`.
+        """
+        if number < self._first_number:
+            self._earlier.add(number)
         self._copies.setdefault(number, []).append(_entry_line(request, 0))
         self._copies_held += 1
         if self._copies_held >= _COPIES_HELD:
@@ -115,6 +127,12 @@ class ShardWriter:
             self._finish()
         self._write_copies()
         return self._shards
+
+    def earlier_copies(self) -> Iterator[tuple[int, IndexEntry]]:
+        """After :meth:`close`: the copies of shards before ``first_number``, each with its shard's number."""
+        for number in sorted(self._earlier):
+            for entry in _entries(self._path(number, "copies")):
+                yield number, entry
 
     @property
     def _number(self) -> int:
@@ -134,6 +152,7 @@ class ShardWriter:
         self._body = self._path(self._number, "json").open("wb", buffering=1 << 20)
         self._index = self._path(self._number, "index").open("wb", buffering=1 << 18)
         self._body.write(_HEAD)
+        self._firsts.append(sum(shard.requests for shard in self._shards))
         self._requests = 0
         self._bytes = _ENVELOPE
 
@@ -147,16 +166,20 @@ class ShardWriter:
 
 
 def _entry_line(request: PreparedRequest, size: int) -> bytes:
-    return _ENCODE.encode(IndexEntry(request.key, request.custom_id, request.digest, size)) + b"\n"
+    # as IndexEntry decodes it
+    return _ENCODE.encode((request.key, request.custom_id, request.digest, size)) + b"\n"
 
 
 def read_index(shard: Shard) -> Iterator[IndexEntry]:
     """The entries of a shard: its requests in the order of its body, then the copies."""
-    for path in (Path(shard.index_path), _copies_path(shard)):
-        if path.exists():
-            with path.open("rb") as lines:
-                for line in lines:
-                    yield _DECODE_ENTRY.decode(line)
+    yield from _entries(Path(shard.index_path))
+    if (copies := _copies_path(shard)).exists():
+        yield from _entries(copies)
+
+
+def _entries(path: Path) -> Iterator[IndexEntry]:
+    with path.open("rb") as lines:
+        yield from map(_DECODE_ENTRY.decode, lines)
 
 
 def split_shard(shard: Shard) -> list[Shard]:
@@ -169,7 +192,8 @@ def split_shard(shard: Shard) -> list[Shard]:
         body.seek(len(_HEAD))
         for entry in read_index(shard):
             if entry.asked:
-                halves[entry.custom_id] = writer.add(PreparedRequest(entry.custom_id, entry.key, entry.digest, body.read(entry.size)))
+                writer.add(PreparedRequest(entry.custom_id, entry.key, entry.digest, body.read(entry.size)))
+                halves[entry.custom_id] = writer.shard_of(len(halves))
                 body.seek(1, os.SEEK_CUR)
             else:
                 writer.add_copy(PreparedRequest(entry.custom_id, entry.key, entry.digest, b""), halves[entry.custom_id])

@@ -15,6 +15,7 @@ from sqlalchemy.engine import Connection, Engine, Row
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
 from airflow_provider_batchkit.exceptions import LeaseLostError, LedgerError
+from airflow_provider_batchkit.ledger.bulk import BulkRow, loader_for
 from airflow_provider_batchkit.ledger.engine import prepare_engine, write_transaction
 from airflow_provider_batchkit.ledger.states import BatchState, check_move, sources_of
 from airflow_provider_batchkit.ledger.tables import VERSION, batch, job, metadata, request, version
@@ -187,9 +188,7 @@ class Ledger:
         """Journal rows that share a request which an earlier attempt has sent, as (its shard, entry)."""
         with write_transaction(self.engine) as connection:
             self._hold_lease(connection, job_id, lease)
-            rows = (_request_row(job_id, shard, entry) for shard, entry in copies)
-            while chunk := list(islice(rows, _CHUNK)):
-                connection.execute(sa.insert(request), chunk)
+            _add_requests(connection, (_pending(job_id, shard, entry) for shard, entry in copies))
 
     # --- batches ------------------------------------------------------------------------------------------------------------------
 
@@ -217,9 +216,7 @@ class Ledger:
                     intended_at=_now(),
                 )
             )
-            rows = (_request_row(job_id, shard.number, entry) for entry in read_index(shard))
-            while chunk := list(islice(rows, _CHUNK)):
-                connection.execute(sa.insert(request), chunk)
+            _add_requests(connection, (_pending(job_id, shard.number, entry) for entry in read_index(shard)))
 
     def submitted(self, job_id: str, shard: int, found: BatchSnapshot) -> None:
         """The API accepted the shard under this id: proved, by its answer or by the batch's results.
@@ -407,16 +404,22 @@ def _now() -> datetime:
     return datetime.now(UTC)
 
 
-def _request_row(job_id: str, shard: int, entry: IndexEntry) -> dict[str, Any]:
-    return {
-        "job_id": job_id,
-        "key": entry.key,
-        "shard": shard,
-        "custom_id": entry.custom_id,
-        "digest": entry.digest,
-        "asked": entry.asked,
-        "status": RequestStatus.PENDING.value,
-    }
+#: what is known of a request before it is sent
+_PENDING = sa.Table(
+    request.name,
+    sa.MetaData(),
+    *(sa.Column(n, request.c[n].type) for n in ("job_id", "key", "shard", "custom_id", "digest", "asked", "status")),
+)
+
+
+def _pending(job_id: str, shard: int, entry: IndexEntry) -> BulkRow:
+    return job_id, entry.key, shard, entry.custom_id, entry.digest, entry.size > 0, RequestStatus.PENDING.value
+
+
+def _add_requests(connection: Connection, rows: Iterator[BulkRow]) -> None:
+    load = loader_for(connection)
+    while chunk := list(islice(rows, _CHUNK)):
+        load(connection, _PENDING, chunk)
 
 
 def _record(row: Row[Any]) -> BatchRecord:
