@@ -272,13 +272,14 @@ class RequestBuilder:
         return self._finish(key, None, self._row_frame.fill(self._prompt.render(row), system), position)
 
     def _finish(self, key: str, own_id: str | None, params: bytes, position: int) -> PreparedRequest:
-        digest = params_digest(params)
         if self._job_id is not None:
-            salted = digest if self._dedupe else params_digest(f"{digest} {key}".encode())
-            custom_id = f"{self._job_id}-{salted}"
+            digest = params_digest(params)
+            if not self._dedupe:
+                digest = params_digest(f"{digest} {key}".encode())
+            custom_id = f"{self._job_id}-{digest}"
         else:
             custom_id = own_id if own_id is not None else f"item-{position}"
-        return PreparedRequest(custom_id, key, digest, b'{"custom_id":"%b","params":%b}' % (custom_id.encode(), params))
+        return PreparedRequest(custom_id, key, b'{"custom_id":"%b","params":%b}' % (custom_id.encode(), params))
 
 
 def _check_mapping(item: Any) -> None:

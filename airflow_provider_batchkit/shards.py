@@ -22,6 +22,8 @@ _ENVELOPE = len(_HEAD) + len(_TAIL)
 _ENCODE = msgspec.json.Encoder()
 #: copies are appended to their shards' files this many at a time
 _COPIES_HELD = 1_000
+#: of an index, read at a time
+_PART_BYTES = 1 << 20
 
 
 class IndexEntry(msgspec.Struct, array_like=True, frozen=True, gc=False):
@@ -29,7 +31,6 @@ class IndexEntry(msgspec.Struct, array_like=True, frozen=True, gc=False):
 
     key: str
     custom_id: str
-    digest: str
     #: bytes of the request in the body; 0 for a row that shares another row's request and is not asked
     size: int
 
@@ -38,7 +39,7 @@ class IndexEntry(msgspec.Struct, array_like=True, frozen=True, gc=False):
         return self.size > 0
 
 
-_DECODE_ENTRY = msgspec.json.Decoder(IndexEntry)
+_ENTRY = msgspec.json.Decoder(IndexEntry)
 
 
 class ShardWriter:
@@ -128,11 +129,11 @@ class ShardWriter:
         self._write_copies()
         return self._shards
 
-    def earlier_copies(self) -> Iterator[tuple[int, IndexEntry]]:
-        """After :meth:`close`: the copies of shards before ``first_number``, each with its shard's number."""
+    def earlier_copies(self) -> Iterator[tuple[int, bytes]]:
+        """After :meth:`close`: the index lines of copies of shards before ``first_number``, each piece with its shard's number."""
         for number in sorted(self._earlier):
-            for entry in _entries(self._path(number, "copies")):
-                yield number, entry
+            for part in _parts(self._path(number, "copies")):
+                yield number, part
 
     @property
     def _number(self) -> int:
@@ -167,19 +168,31 @@ class ShardWriter:
 
 def _entry_line(request: PreparedRequest, size: int) -> bytes:
     # as IndexEntry decodes it
-    return _ENCODE.encode((request.key, request.custom_id, request.digest, size)) + b"\n"
+    return _ENCODE.encode((request.key, request.custom_id, size)) + b"\n"
+
+
+def decode_entries(part: bytes) -> list[IndexEntry]:
+    """The entries of a piece of an index."""
+    return _ENTRY.decode_lines(part)
+
+
+def index_parts(shard: Shard) -> Iterator[bytes]:
+    """The index of a shard in pieces of about a megabyte, each of whole lines: its requests in the order of its body, then the copies."""
+    for path in (Path(shard.index_path), _copies_path(shard)):
+        if path.exists():
+            yield from _parts(path)
+
+
+def _parts(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as lines:
+        while part := lines.read(_PART_BYTES):
+            yield part + (b"" if part.endswith(b"\n") else lines.readline())
 
 
 def read_index(shard: Shard) -> Iterator[IndexEntry]:
     """The entries of a shard: its requests in the order of its body, then the copies."""
-    yield from _entries(Path(shard.index_path))
-    if (copies := _copies_path(shard)).exists():
-        yield from _entries(copies)
-
-
-def _entries(path: Path) -> Iterator[IndexEntry]:
-    with path.open("rb") as lines:
-        yield from map(_DECODE_ENTRY.decode, lines)
+    for part in index_parts(shard):
+        yield from decode_entries(part)
 
 
 def split_shard(shard: Shard) -> list[Shard]:
@@ -192,11 +205,11 @@ def split_shard(shard: Shard) -> list[Shard]:
         body.seek(len(_HEAD))
         for entry in read_index(shard):
             if entry.asked:
-                writer.add(PreparedRequest(entry.custom_id, entry.key, entry.digest, body.read(entry.size)))
+                writer.add(PreparedRequest(entry.custom_id, entry.key, body.read(entry.size)))
                 halves[entry.custom_id] = writer.shard_of(len(halves))
                 body.seek(1, os.SEEK_CUR)
             else:
-                writer.add_copy(PreparedRequest(entry.custom_id, entry.key, entry.digest, b""), halves[entry.custom_id])
+                writer.add_copy(PreparedRequest(entry.custom_id, entry.key, b""), halves[entry.custom_id])
     remove_shard_files(shard)
     return writer.close()
 
