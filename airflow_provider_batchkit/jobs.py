@@ -336,7 +336,9 @@ def _chunks(requests: Iterable[PreparedRequest]) -> Iterator[list[PreparedReques
 
 def _key_mark(key: str) -> bytes:
     """Keys that a text column could not tell apart, such as 1 and "1", have one mark."""
-    return hashlib.sha256("\x1f".join(map(str, key_values(key))).encode()).digest()[:MARK_BYTES]
+    several = "," in key
+    text = "\x1f".join(map(str, key_values(key))) if several else key[1:-1].strip('"')
+    return hashlib.sha256(text.encode()).digest()[:MARK_BYTES]
 
 
 def _question_mark(custom_id: str) -> bytes:

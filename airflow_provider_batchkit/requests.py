@@ -11,7 +11,7 @@ import hashlib
 import math
 import re
 import secrets
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from decimal import Decimal
 from functools import cached_property
 from typing import Any, Protocol
@@ -169,12 +169,12 @@ class _Frame:
         # keys are sorted: the messages come before the system prompt
         self._middle, self._tail = rest.split(f'"{system_mark}"'.encode()) if system else (b"", rest)
 
-    def fill(self, content: str, system: str | None) -> bytes:
+    def fill(self, content: str, system: str | None = None) -> bytes:
         """Params with these texts, as :func:`encode_params` would write them."""
         if not content or content.isspace():
             raise RequestError("messages[0] has no content. Nothing was sent.")
         if system is None:
-            return self._head + encode_params(content) + self._tail
+            return b"".join((self._head, encode_params(content), self._tail))
         return self._head + encode_params(content) + self._middle + encode_params(system) + self._tail
 
 
@@ -226,6 +226,26 @@ class RequestBuilder:
             return self._native(item, position) if self._prompt is None else self._row(item, position)
         except RequestError as e:
             raise RequestError(f"{self._place(item, position)}: {e}") from e.__cause__
+
+    def build_all(self, items: Sequence[Any], position: int) -> list[PreparedRequest]:
+        """:meth:`build` for items that follow each other from ``position`` on; faster, for rows of a job."""
+        if self._prompt is not None and self._system is None and self._key and self._job_id is not None and self._dedupe:
+            try:
+                return self._rows(items, self._prompt.render, f"{self._job_id}-")
+            except (RequestError, KeyError, TypeError, ValueError):
+                pass  # one of them is bad: the slow way names it
+        return [self.build(item, number) for number, item in enumerate(items, start=position)]
+
+    def _rows(self, rows: Sequence[Mapping[str, Any]], render: Callable[[Mapping[str, Any]], str], job: str) -> list[PreparedRequest]:
+        """What :meth:`_row` does, without its calls: a million rows pay for each of them."""
+        fill, columns, sha256 = self._row_frame.fill, self._key, hashlib.sha256
+        requests = []
+        for row in rows:
+            params = fill(render(row))
+            custom_id = job + sha256(params).hexdigest()[:_DIGEST_CHARS]
+            body = b'{"custom_id":"%b","params":%b}' % (custom_id.encode(), params)
+            requests.append(PreparedRequest(custom_id, encode_key([row[column] for column in columns]), body))
+        return requests
 
     def _place(self, item: Any, position: int) -> str:
         if self._prompt is not None and isinstance(item, Mapping):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import decimal
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from airflow_provider_batchkit.exceptions import BatchInputError
@@ -13,7 +13,7 @@ from airflow_provider_batchkit.exceptions import BatchInputError
 if TYPE_CHECKING:
     from sqlalchemy.engine import Engine
 
-_FETCH_ROWS = 2_000
+_FETCH_ROWS = 500
 
 #: SQL-neutral names of key column types, from the narrowest Python type
 _TYPE_NAMES: dict[type, str] = {
@@ -47,11 +47,9 @@ def read_sql(engine: Engine, sql: str, parameters: Any = None) -> Iterator[dict[
             raise BatchInputError(
                 f"The source's sql has more than one column named {', '.join(repeated)}; give them aliases. Nothing was sent."
             )
-        # the driver's own rows: SQLAlchemy has no types to convert in a statement that it did not write
-        assert result.cursor is not None
-        while chunk := result.cursor.fetchmany(_FETCH_ROWS):
+        for chunk in result.partitions(_FETCH_ROWS):
             for row in chunk:
-                yield dict(zip(columns, row))  # noqa: B905 - the driver gives as many values as columns
+                yield dict(zip(columns, row))  # noqa: B905 - a row has as many values as the result has columns
 
 
 class KeyTypes:
@@ -61,11 +59,11 @@ class KeyTypes:
         #: Python types, and for an aware time the name of its SQL type
         self._seen: list[tuple[str, set[type | str]]] = [(column, set()) for column in columns]
 
-    def see(self, row: Mapping[str, Any]) -> None:
+    def see(self, rows: Iterable[Mapping[str, Any]]) -> None:
         for column, seen in self._seen:
             # a native request's own id is its key, whatever the key column is called
-            value = row.get(column, "")
-            seen.add("timestamptz" if isinstance(value, dt.datetime) and value.tzinfo is not None else type(value))
+            for value in [row.get(column, "") for row in rows]:
+                seen.add("timestamptz" if isinstance(value, dt.datetime) and value.tzinfo is not None else type(value))
 
     def result(self, before: Sequence[tuple[str, str]] = ()) -> list[tuple[str, str]]:
         """(column, type name) of every key column, in order; ``before`` is what earlier attempts saw.

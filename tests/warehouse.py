@@ -57,7 +57,7 @@ class Warehouse:
         def requests() -> Iterator[PreparedRequest]:
             for position, row in enumerate(rows):
                 yield builder.build(row, position)
-                types.see(row)
+                types.see([row])
 
         return submit_job(
             self.kit,

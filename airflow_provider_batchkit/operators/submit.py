@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from airflow.providers.common.compat.sdk import AirflowSkipException, BaseOperator, XComArg, literal
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from airflow_provider_batchkit.ledger import Ledger
     from airflow_provider_batchkit.model import PreparedRequest
     from airflow_provider_batchkit.sources import KeyTypes
+
+_ROWS_AT_A_TIME = 500
 
 
 class SubmitBatchOperator(BaseOperator):
@@ -172,10 +175,12 @@ class SubmitBatchOperator(BaseOperator):
             system=None if self.system is None else RowTemplate(self.system, name="system", context=per_run),
             dedupe=self.dedupe,
         )
-        for position, item in enumerate(self._items()):
-            request = builder.build(item, position)
-            types.see(item)
-            yield request
+        items, position = self._items(), 0
+        while chunk := list(islice(items, _ROWS_AT_A_TIME)):
+            requests = builder.build_all(chunk, position)
+            types.see(chunk)
+            position += len(chunk)
+            yield from requests
 
     def _items(self) -> Iterator[Any]:
         if self.sql is None:

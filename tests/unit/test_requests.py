@@ -197,3 +197,40 @@ def test_a_key_column_that_is_not_in_the_source_is_named() -> None:
 def test_check_custom_id_takes_the_longest_that_the_api_takes() -> None:
     """64 characters of the allowed set pass."""
     assert check_custom_id("aZ0_-" + "x" * 59) == "aZ0_-" + "x" * 59
+
+
+def test_rows_built_together_are_the_same_requests() -> None:
+    """The fast way for many rows and the careful one for a single row give the same bytes."""
+    builder = RequestBuilder(DEFAULTS, job_id="0" * 20, key=["sku", "n"], prompt=prompt("{{ row.name }} 100% {{ row['n'] }}"))
+    rows = [{"sku": "A", "n": 1, "name": 't\u2028 "é'}, {"sku": "B", "n": decimal.Decimal("2.50"), "name": None}]
+    assert builder.build_all(rows, 7) == [builder.build(row, 7 + i) for i, row in enumerate(rows)]
+    assert json.loads(builder.build(rows[1], 0).body)["params"]["messages"][0]["content"] == " 100% 2.50"
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"sku": None, "name": "tea"}, r"row 8 \(sku=None\): a key column cannot be a key: it is NULL"),
+        ({"sku": "B"}, r"row 8 \(sku='B'\): the prompt template .*'name'"),
+        ({"sku": "B", "name": ""}, r"row 8 \(sku='B'\): messages\[0\] has no content"),
+        ({"sku": "B", "name": "\ud800"}, r"row 8 \(sku='B'\): params cannot be written as JSON"),
+        ({"name": "tea"}, "row 8: key column sku is not in the source"),
+        ("tea", "request 8: a prompt string has no columns"),
+        (5, "request 8: a request is a mapping or a string, not int"),
+    ],
+)
+def test_a_bad_row_among_many_is_named(row: Any, message: str) -> None:
+    """Rows are built some hundred at a time; the error is about the one."""
+    builder = RequestBuilder(DEFAULTS, job_id="0" * 20, key=["sku"], prompt=prompt("{{ row.name }}"))
+    with pytest.raises(RequestError, match=message):
+        builder.build_all([{"sku": "A", "name": "tea"}, row, {"sku": "C", "name": "cup"}], 7)
+
+
+@pytest.mark.parametrize(
+    "text", ["{{ row.a }}-{{ row['b'] }}%s", "{% raw %}{{ x }}{% endraw %}{{ row.a }}\n", "plain 100%", "{{ row.items }}"]
+)
+def test_a_simple_template_gives_what_jinja_gives(text: str) -> None:
+    """Text and columns are put together without Jinja, to the same letter."""
+    row = {"a": 1.50, "b": None, "items": [1, "x"]}
+    slow = RowTemplate("{% if true %}" + text + "{% endif %}", name="prompt").render(row)
+    assert prompt(text).render(row) == slow
