@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import tempfile
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -29,6 +30,7 @@ from airflow_provider_batchkit.exceptions import (
 from airflow_provider_batchkit.kit import BatchKit
 from airflow_provider_batchkit.landing import LandingReport, WriteDisposition, land_batches
 from airflow_provider_batchkit.ledger import BatchState, JobRecord, Landed, Ledger
+from airflow_provider_batchkit.ledger.account import note_rendering
 from airflow_provider_batchkit.model import MAX_BYTES_PER_BATCH, MAX_REQUESTS_PER_BATCH, BatchSnapshot, PreparedRequest, Shard
 from airflow_provider_batchkit.progress import Progress
 from airflow_provider_batchkit.reconcile import SETTLE_S, Settler
@@ -107,9 +109,13 @@ def submit_job(
     with tempfile.TemporaryDirectory(prefix="batchkit-") as folder:
         first_new = ledger.next_shard(job.job_id)
         writer = ShardWriter(folder, first_number=first_new, max_requests=max_requests, max_bytes=max_bytes)
+        started = time.monotonic()
         old_copies = _spool(requests, seen, writer, first_new, report)
         shards = writer.close()
+        rendering_s = time.monotonic() - started
         before_send()
+        if shards:
+            note_rendering(ledger.engine, job.job_id, rendering_s)
         if old_copies:
             ledger.add_copies(job.job_id, lease, old_copies)
         for shard in shards:
