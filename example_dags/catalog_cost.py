@@ -23,15 +23,14 @@ with DAG(
 
     @task
     def report(**context: Any) -> str:
-        """Add up the bills of the runs that wrote the table; money is text in them, exact to the last digit."""
-        total = Decimal(0)
-        for events in context["triggering_asset_events"].values():
-            for event in events:
-                tally = event.extra["cost_tally"]
-                if tally["batch_cost_usd"] is None:
-                    raise ValueError(f"{event.source_run_id}: no price is known for one of {', '.join(tally['models'])}")
-                print(f"{event.source_run_id}: {event.extra['rows']} rows, ${tally['batch_cost_usd']}, saved ${tally['savings_usd']}")
-                total += Decimal(tally["batch_cost_usd"])
+        """Add up the bills of the runs that wrote the table, each once; money is text in them, exact to the last digit."""
+        bills = {e.source_run_id: e.extra for events in context["triggering_asset_events"].values() for e in events}
+        for run_id, bill in bills.items():
+            tally = bill["cost_tally"]
+            if tally["batch_cost_usd"] is None:
+                raise ValueError(f"{run_id}: no price is known for one of {', '.join(tally['models'])}")
+            print(f"{run_id}: {bill['rows']} rows, ${tally['batch_cost_usd']}, saved ${tally['savings_usd']}")
+        total = sum(Decimal(bill["cost_tally"]["batch_cost_usd"]) for bill in bills.values())
         budget = Decimal(context["params"]["budget_usd"])
         if total > budget:
             raise ValueError(f"The descriptions cost ${total}, above ${budget}")

@@ -130,7 +130,8 @@ def summary() -> sa.Select[Any]:
 
     ``rendering_s`` reads and renders the source, ``submitting_s`` goes from the journaled intent to the journaled batch id, added up over
     the batches, ``waiting_s`` from the first batch's creation to the last one's end, ``landing_s`` writes the results. ``shared_rows``
-    were answered by another row's request. All but ``open_batches`` is of what has landed.
+    were answered by another row's request; ``dedupe_hit_ratio`` is their share of all rows, 0 to 1. All but ``open_batches`` is of what
+    has landed.
     """
     is_landed = batch.c.state == BatchState.LANDED.value
 
@@ -148,6 +149,7 @@ def summary() -> sa.Select[Any]:
             rows.label("source_rows"),
             requests.label("requests"),
             (rows - requests).label("shared_rows"),
+            (sa.cast(rows - requests, sa.Double()) / sa.func.nullif(rows, 0)).label("dedupe_hit_ratio"),
             _seconds(job.c.rendering_ms).label("rendering_s"),
             sa.func.sum(landed(seconds_between(batch.c.intended_at, batch.c.submitted_at))).label("submitting_s"),
             waited.label("waiting_s"),

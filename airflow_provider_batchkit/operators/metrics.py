@@ -39,7 +39,8 @@ log = logging.getLogger(__name__)
 def count_submitted(ti: Any, requests: int) -> None:
     """Count the requests that an attempt sent."""
     try:
-        Stats.incr("batchkit.submitted_requests", requests, tags=_tags(ti))
+        if requests:
+            Stats.incr("batchkit.submitted_requests", requests, tags=_tags(ti))
     except Exception:  # the requests are sent and journaled; a metrics backend has no say in that
         log.warning("The metrics of this submit could not be sent", exc_info=True)
 

@@ -127,6 +127,7 @@ def test_sums_are_exact_for_random_usages(warehouse: Warehouse, answers: list[An
     assert Decimal(summary["standard_cost_usd"]) == tally.standard_cost_usd
     assert Decimal(summary["savings_usd"]) == tally.savings_usd
     assert (summary["source_rows"], summary["requests"], summary["shared_rows"]) == (len(rows), len(answers), copies)
+    assert summary["dedupe_hit_ratio"] == pytest.approx(copies / len(rows))
     spend = warehouse.rows("SELECT * FROM batchkit_spend")
     every = warehouse.rows("SELECT SUM(batch_cost_picousd) AS b FROM batchkit_batch")[0]["b"]
     assert money(spend, "batch_cost_usd") == Decimal(int(every)).scaleb(-12)
