@@ -217,17 +217,17 @@ def test_a_run_notes_its_own_times(warehouse: Warehouse) -> None:
 
 
 def test_latency_percentiles_are_by_nearest_rank(warehouse: Warehouse) -> None:
-    """Latencies of 1 to 21 s: the 11th is the median, the 20th the 95th percentile; a day ends at midnight UTC."""
-    warehouse.fetch(warehouse.submit(products(22), max_requests=1).batch_ids)
+    """Latencies of 1 to 20 s: the 10th is the median, the 19th the 95th percentile; a day ends at midnight UTC."""
+    warehouse.fetch(warehouse.submit(products(21), max_requests=1).batch_ids)
     midnight = datetime(2026, 11, 24, tzinfo=UTC)
     with warehouse.engine.begin() as connection:
-        for shard in range(22):
-            created = midnight if shard == 21 else midnight - timedelta(seconds=1)
+        for shard in range(21):
+            created = midnight if shard == 20 else midnight - timedelta(seconds=1)
             values = {"created_at": created, "ended_at": created + timedelta(seconds=shard + 1)}
             connection.execute(sa.update(batch).where(batch.c.shard == shard).values(**values))
     days = warehouse.rows("SELECT * FROM batchkit_latency ORDER BY day")
-    assert [(str(d["day"]), d["dag_id"], d["batches"]) for d in days] == [("2026-11-23", "dag", 21), ("2026-11-24", "dag", 1)]
+    assert [(str(d["day"]), d["dag_id"], d["batches"]) for d in days] == [("2026-11-23", "dag", 20), ("2026-11-24", "dag", 1)]
     assert [(d["p50_s"], d["p95_s"], d["max_s"]) for d in days] == [
-        pytest.approx((11, 20, 21), abs=0.002),
-        pytest.approx((22, 22, 22), abs=0.002),
+        pytest.approx((10, 19, 20), abs=0.002),
+        pytest.approx((21, 21, 21), abs=0.002),
     ]
