@@ -13,9 +13,13 @@ import hashlib
 import logging
 import tempfile
 import time
+from array import array
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from airflow_provider_batchkit.exceptions import (
@@ -29,18 +33,22 @@ from airflow_provider_batchkit.exceptions import (
 )
 from airflow_provider_batchkit.kit import BatchKit
 from airflow_provider_batchkit.landing import LandingReport, WriteDisposition, land_batches
-from airflow_provider_batchkit.ledger import BatchState, JobRecord, Landed, Ledger
+from airflow_provider_batchkit.ledger import BatchState, JobRecord, Known, Landed, Ledger
 from airflow_provider_batchkit.ledger.account import note_rendering
+from airflow_provider_batchkit.marks import MARK_BYTES, MarkTable
 from airflow_provider_batchkit.model import MAX_BYTES_PER_BATCH, MAX_REQUESTS_PER_BATCH, BatchSnapshot, PreparedRequest, Shard
 from airflow_provider_batchkit.progress import Progress
 from airflow_provider_batchkit.reconcile import SETTLE_S, Settler
 from airflow_provider_batchkit.requests import key_values
-from airflow_provider_batchkit.shards import IndexEntry, ShardWriter, remove_shard_files, split_shard
+from airflow_provider_batchkit.shards import ShardWriter, remove_shard_files, split_shard
 
 log = logging.getLogger(__name__)
 
 #: POSTs of one shard, in one attempt, whose end nobody saw and that proved never to have been accepted
 _DOUBTS = 5
+#: rows and bytes that are looked up and written at a time
+_CHUNK_ROWS = 512
+_CHUNK_BYTES = 4 << 20
 #: exchanges of wrongly adopted batches in one fetch
 _EXCHANGES = 10
 
@@ -64,14 +72,51 @@ class SubmitReport:
 
 
 class _Seen:
-    """Keys and questions of the job so far, as 16-byte marks: about 100 bytes a row."""
+    """Keys and questions of the job so far; memory: 32 bytes a row, 64 for rows of earlier attempts."""
 
-    def __init__(self) -> None:
-        #: key → question
-        self.known_keys: dict[bytes, bytes] = {}
-        self.new_keys: set[bytes] = set()
-        #: question → the shard that asks it
-        self.questions: dict[bytes, int] = {}
+    def __init__(self, folder: str, known: Iterable[Known]) -> None:
+        """
+        :param folder: for the tables' files
+        :param known: rows of earlier attempts
+        """
+        self.new_keys = MarkTable(Path(folder, "new-keys"))
+        self.questions = MarkTable(Path(folder, "questions"))
+        self._known_keys = MarkTable(Path(folder, "known-keys"))
+        #: by number of the known key, the number of its question
+        self._asked = array("I")
+        #: by number of the question, the shard that asks it
+        self._shards = array("I")
+        rows = iter(known)
+        while chunk := list(islice(rows, _CHUNK_ROWS)):
+            self._known_keys.add_all([_key_mark(row.key) for row in chunk])
+            for row, asked in zip(chunk, self.questions.add_all([_question_mark(row.custom_id) for row in chunk]), strict=True):
+                self._asked.append(len(self._shards) if asked is None else asked)
+                if asked is None:
+                    self._shards.append(row.shard)
+
+    def unknown(self, chunk: list[PreparedRequest], keys: list[bytes], report: SubmitReport) -> list[PreparedRequest]:
+        """Those requests whose keys no earlier attempt has in flight or landed; the others are counted."""
+        if not self._asked:
+            return chunk
+        fresh = []
+        known = self._known_keys.find_all(keys)
+        questions = self.questions.find_all([_question_mark(request.custom_id) for request in chunk])
+        for request, key, question in zip(chunk, known, questions, strict=True):
+            if key is None:
+                fresh.append(request)
+            else:
+                report.known += 1
+                report.changed += question != self._asked[key]
+        return fresh
+
+    def shard_of(self, question: int, writer: ShardWriter) -> int:
+        """The shard that asks a question: of an earlier attempt, or of this one's ``writer``."""
+        earlier = len(self._shards)
+        return self._shards[question] if question < earlier else writer.shard_of(question - earlier)
+
+    def close(self) -> None:
+        for table in (self.new_keys, self.questions, self._known_keys):
+            table.close()
 
 
 def submit_job(
@@ -101,23 +146,18 @@ def submit_job(
     settler = Settler(kit, ledger, settle_seconds=settle_seconds, fence=lambda: ledger.check_lease(job.job_id, lease))
     settler.settle(job.job_id)
     report = SubmitReport()
-    seen = _Seen()
-    for row in ledger.known(job.job_id):
-        question = _mark(row.custom_id)
-        seen.known_keys[_key_mark(row.key)] = question
-        seen.questions[question] = row.shard
     with tempfile.TemporaryDirectory(prefix="batchkit-") as folder:
         first_new = ledger.next_shard(job.job_id)
         writer = ShardWriter(folder, first_number=first_new, max_requests=max_requests, max_bytes=max_bytes)
         started = time.monotonic()
-        old_copies = _spool(requests, seen, writer, first_new, report)
+        with closing(_Seen(folder, ledger.known(job.job_id))) as seen:
+            _spool(requests, seen, writer, report)
         shards = writer.close()
         rendering_s = time.monotonic() - started
         before_send()
         if shards:
             note_rendering(ledger.engine, job.job_id, rendering_s)
-        if old_copies:
-            ledger.add_copies(job.job_id, lease, old_copies)
+        ledger.add_copies(job.job_id, lease, writer.earlier_copies())
         for shard in shards:
             _send(kit, ledger, settler, job, lease, shard, anthropic_conn_id)
             report.asked += shard.requests
@@ -136,36 +176,27 @@ def running_ids(ledger: Ledger, job_id: str) -> list[str]:
     return [b.batch_id for b in ledger.batches(job_id) if b.batch_id and b.state in (BatchState.SUBMITTED, BatchState.LANDED)]
 
 
-def _spool(
-    requests: Iterable[PreparedRequest], seen: _Seen, writer: ShardWriter, first_new: int, report: SubmitReport
-) -> list[tuple[int, IndexEntry]]:
-    """Write what is new into shards. Returns rows that share a request of an earlier attempt's shard."""
-    old_copies: list[tuple[int, IndexEntry]] = []
+def _spool(requests: Iterable[PreparedRequest], seen: _Seen, writer: ShardWriter, report: SubmitReport) -> None:
+    """Write what is new into shards."""
     progress = Progress(log, "rendered")
-    for request in requests:
-        report.rows += 1
-        progress.add()
-        key = _key_mark(request.key)
-        question = _mark(request.custom_id)
-        if key in seen.new_keys:
-            raise RequestError(
-                f"row {report.rows - 1}: the key {request.key} came before. Keys must be unique, or one answer would overwrite another. "
-                "Nothing was sent by this attempt."
-            )
-        seen.new_keys.add(key)
-        if key in seen.known_keys:
-            report.known += 1
-            report.changed += seen.known_keys[key] != question
-            continue
-        shard = seen.questions.get(question)
-        if shard is None:
-            seen.questions[question] = writer.add(request)
-        elif shard >= first_new:
-            report.copies += 1
-            writer.add_copy(request, shard)
-        else:
-            report.copies += 1
-            old_copies.append((shard, IndexEntry(request.key, request.custom_id, request.digest, size=0)))
+    for chunk in _chunks(requests):
+        keys = [_key_mark(request.key) for request in chunk]
+        for position, before in enumerate(seen.new_keys.add_all(keys), start=report.rows):
+            if before is not None:
+                raise RequestError(
+                    f"row {position}: the key {chunk[position - report.rows].key} came before, in row {before}. Keys must be unique, or "
+                    "one answer would overwrite another. Nothing was sent by this attempt."
+                )
+        report.rows += len(chunk)
+        fresh = seen.unknown(chunk, keys, report)
+        asked = seen.questions.add_all([_question_mark(request.custom_id) for request in fresh])
+        for request, question in zip(fresh, asked, strict=True):
+            if question is None:
+                writer.add(request)
+            else:
+                report.copies += 1
+                writer.add_copy(request, seen.shard_of(question, writer))
+        progress.add(len(chunk))
     progress.done()
     if report.changed:
         log.warning(
@@ -173,7 +204,6 @@ def _spool(
             "within one DAG run a key is asked once.",
             f"{report.changed:,}",
         )
-    return old_copies
 
 
 def _send(kit: BatchKit, ledger: Ledger, settler: Settler, job: JobRecord, lease: int, shard: Shard, anthropic_conn_id: str) -> None:
@@ -296,10 +326,25 @@ def _current_id(ledger: Ledger, settler: Settler, batch_id: str, dag_id: str, ru
     return batch_id
 
 
+def _chunks(requests: Iterable[PreparedRequest]) -> Iterator[list[PreparedRequest]]:
+    """Requests some hundred at a time, and no more than some megabytes."""
+    chunk: list[PreparedRequest] = []
+    held = 0
+    for request in requests:
+        chunk.append(request)
+        held += len(request.body)
+        if len(chunk) == _CHUNK_ROWS or held > _CHUNK_BYTES:
+            yield chunk
+            chunk, held = [], 0
+    if chunk:
+        yield chunk
+
+
 def _key_mark(key: str) -> bytes:
     """Keys that a text column could not tell apart, such as 1 and "1", have one mark."""
-    return _mark("\x1f".join(map(str, key_values(key))))
+    return hashlib.sha256("\x1f".join(map(str, key_values(key))).encode()).digest()[:MARK_BYTES]
 
 
-def _mark(text: str) -> bytes:
-    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+def _question_mark(custom_id: str) -> bytes:
+    """The beginning of the digest that a journaled job's ``custom_id`` ends with."""
+    return bytes.fromhex(custom_id[-40 : 2 * MARK_BYTES - 40])

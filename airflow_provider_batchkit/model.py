@@ -22,9 +22,8 @@ PICO_PER_USD = 10**12
 
 
 class RequestStatus(str, Enum):
-    """The one outcome that every request gets. ``PENDING`` until its batch has landed."""
+    """The one outcome that every request gets when its batch lands."""
 
-    PENDING = "pending"
     SUCCEEDED = "succeeded"
     ERRORED = "errored"
     EXPIRED = "expired"
@@ -73,8 +72,6 @@ class PreparedRequest(msgspec.Struct, frozen=True, gc=False):
     custom_id: str
     #: the row's key columns as a JSON array, or for a request without a row its own ``custom_id`` or position
     key: str
-    #: hex digest of the request's params: equal digests ask the same thing
-    digest: str
     #: ``{"custom_id": …, "params": {…}}`` as JSON bytes
     body: bytes
 

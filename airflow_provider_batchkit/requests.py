@@ -8,22 +8,22 @@ from __future__ import annotations
 
 import datetime as dt
 import hashlib
-import json
 import math
 import re
+import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from decimal import Decimal
-from typing import Any
+from functools import cached_property
+from typing import Any, Protocol
 
 import msgspec
-from jinja2 import StrictUndefined, TemplateError, UndefinedError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from airflow_provider_batchkit.exceptions import BatchInputError, RequestError
 from airflow_provider_batchkit.model import CUSTOM_ID_PATTERN, PreparedRequest
 
 _CUSTOM_ID = re.compile(CUSTOM_ID_PATTERN)
 _ENCODE = msgspec.json.Encoder(order="deterministic")
+_DECODE_KEY = msgspec.json.Decoder(list[Any])
 _ENCODE_KEY = msgspec.json.Encoder(decimal_format="string")
 #: a key is part of an index of the ledger and of the result table; PostgreSQL's take 2,700 bytes
 _MAX_KEY_BYTES = 2_000
@@ -31,65 +31,18 @@ _INT64 = 2**63
 _DIGEST_CHARS = 40
 
 
-class Row(dict[str, Any]):
-    """A source row for templates: ``row.column`` and ``row["column"]`` are the column, also one called ``items`` or ``count``."""
+class Template(Protocol):
+    """What turns a row into a text; see :class:`~airflow_provider_batchkit.templates.RowTemplate`."""
 
-    __slots__ = ()
-
-    def __getattribute__(self, name: str) -> Any:
-        try:
-            return dict.__getitem__(self, name)
-        except KeyError:
-            if name.startswith("__"):
-                return dict.__getattribute__(self, name)
-            raise AttributeError(name) from None
+    def render(self, row: Mapping[str, Any]) -> str:
+        """:raises RequestError: when the row does not give one"""
 
 
-def _dumps(value: Any, **kwargs: Any) -> str:
-    return json.dumps({c: value[c] for c in value} if type(value) is Row else value, **kwargs)
-
-
-class RowTemplate:
-    """A compiled row template: Jinja, sandboxed and strict, over ``row`` and whatever ``context`` gives once per run.
-
-    A NULL prints as nothing; in an expression it is Jinja's none: ``row.a | default("", true) | upper``. A missing column raises
-    :class:`RequestError` that names it.
-    """
-
-    def __init__(self, text: str, *, name: str, context: Mapping[str, Any] | None = None) -> None:
-        """:param name: what the template is called in errors, e.g. ``prompt``"""
-        environment = ImmutableSandboxedEnvironment(
-            undefined=StrictUndefined,
-            autoescape=False,
-            keep_trailing_newline=True,
-            finalize=lambda value: "" if value is None else value,
-        )
-        environment.policies["json.dumps_function"] = _dumps
-        self._name = name
-        try:
-            self._template = environment.from_string(text, globals=dict(context or {}))
-        except TemplateError as e:
-            raise BatchInputError(f"The {name} template is not valid Jinja: {e}. Nothing was sent.") from e
-
-    def render(self, row: Mapping[str, Any], where: str) -> str:
-        """Render for one row; ``where`` names the row in errors."""
-        try:
-            return self._template.render(row=row if type(row) is Row else Row(row))
-        except UndefinedError as e:
-            columns = ", ".join(map(str, row)) or "none"
-            raise RequestError(
-                f"{where}: the {self._name} template uses something that is not there: {e.message}. Columns of the row: {columns}. "
-                "Nothing was sent."
-            ) from e
-        except Exception as e:
-            raise RequestError(f"{where}: the {self._name} template failed: {type(e).__name__}: {e}. Nothing was sent.") from e
-
-
-def check_params(params: Any, where: str) -> None:
-    """Raise :class:`RequestError` for params that the API would refuse. ``where`` names the item."""
+def check_params(params: Any) -> None:
+    """Raise :class:`RequestError` for params that the API would refuse."""
     problem = _problem(params)
     if problem:
-        raise RequestError(f"{where}: {problem}. Nothing was sent.")
+        raise RequestError(f"{problem}. Nothing was sent.")
 
 
 def _problem(params: Any) -> str | None:
@@ -118,26 +71,26 @@ def _problem_of_messages(messages: Any) -> str | None:
         if not isinstance(message, Mapping) or message.get("role") not in ("user", "assistant"):
             return f"messages[{position}] needs a role, 'user' or 'assistant'"
         content = message.get("content")
-        if not content or (isinstance(content, str) and not content.strip()):
+        if not content or (isinstance(content, str) and content.isspace()):
             return f"messages[{position}] has no content"
     return None
 
 
-def check_custom_id(custom_id: Any, where: str) -> str:
+def check_custom_id(custom_id: Any) -> str:
     """Return it when the API takes it, else raise :class:`RequestError`."""
     if not isinstance(custom_id, str) or not _CUSTOM_ID.match(custom_id) or custom_id.endswith("\n"):
         raise RequestError(
-            f"{where}: custom_id {custom_id!r} is not valid: 1 to 64 letters, digits, '_' or '-' ({CUSTOM_ID_PATTERN}). Nothing was sent."
+            f"custom_id {custom_id!r} is not valid: 1 to 64 letters, digits, '_' or '-' ({CUSTOM_ID_PATTERN}). Nothing was sent."
         )
     return custom_id
 
 
-def encode_params(params: Mapping[str, Any], where: str) -> bytes:
+def encode_params(params: Any) -> bytes:
     """Canonical JSON: keys sorted, so equal params give equal bytes and digests."""
     try:
         return _ENCODE.encode(params)
     except (TypeError, ValueError, msgspec.MsgspecError) as e:
-        raise RequestError(f"{where}: params cannot be written as JSON: {e}. Nothing was sent.") from e
+        raise RequestError(f"params cannot be written as JSON: {e}. Nothing was sent.") from e
 
 
 def params_digest(params_json: bytes) -> str:
@@ -145,23 +98,27 @@ def params_digest(params_json: bytes) -> str:
     return hashlib.sha256(params_json).hexdigest()[:_DIGEST_CHARS]
 
 
-def encode_key(values: Sequence[Any], where: str) -> str:
+def encode_key(values: Sequence[Any]) -> str:
     """Key column values as a JSON array, the same for equal values: times in UTC, decimals without trailing zeros.
 
     :raises RequestError: for NULL, and for values that cannot be told apart or found again as a key
     """
     try:
-        key = _ENCODE_KEY.encode([_key_value(value) for value in values])
+        key = _ENCODE_KEY.encode([value if type(value) is str else _key_value(value) for value in values])
     except (TypeError, ValueError, msgspec.MsgspecError) as e:
-        raise RequestError(f"{where}: a key column cannot be a key: {e}. Nothing was sent.") from e
+        raise RequestError(f"a key column cannot be a key: {e}. Nothing was sent.") from e
     if len(key) > _MAX_KEY_BYTES:
-        raise RequestError(f"{where}: the key is {len(key):,} bytes long, over the limit of {_MAX_KEY_BYTES:,}. Nothing was sent.")
+        raise RequestError(f"the key is {len(key):,} bytes long, over the limit of {_MAX_KEY_BYTES:,}. Nothing was sent.")
     return key.decode()
 
 
 def _key_value(value: Any) -> Any:
     if value is None:
         raise ValueError("it is NULL, so its answer could not be told apart")
+    if isinstance(value, int):
+        if not -_INT64 <= value < _INT64:
+            raise ValueError(f"{value} does not fit into 64 bits")
+        return value
     if isinstance(value, dt.datetime) and value.tzinfo is not None:
         return value.astimezone(dt.UTC)
     if isinstance(value, Decimal):
@@ -170,8 +127,6 @@ def _key_value(value: Any) -> Any:
         return Decimal(f"{value.normalize():f}")
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{value} is not a number")
-    if isinstance(value, int) and not -_INT64 <= value < _INT64:
-        raise ValueError(f"{value} does not fit into 64 bits")
     if isinstance(value, bytes | bytearray | memoryview | list | tuple | dict | dt.time | dt.timedelta):
         raise TypeError(f"a {type(value).__name__} is not supported; cast it to text in the sql")
     return value
@@ -198,6 +153,31 @@ class RequestDefaults(msgspec.Struct, frozen=True):
         return merged
 
 
+class _Frame:
+    """The canonical JSON of params that differ from row to row in their texts alone: checked and encoded once, around the texts."""
+
+    def __init__(self, defaults: RequestDefaults, *, system: bool) -> None:
+        """:raises RequestError: when no text could make these params good"""
+        content_mark, system_mark = secrets.token_hex(16), secrets.token_hex(16)
+        own: dict[str, Any] = {"messages": [{"role": "user", "content": content_mark}]}
+        if system:
+            own["system"] = system_mark
+        params = defaults.merged(own)
+        check_params(params)
+        encoded = encode_params(params)
+        self._head, rest = encoded.split(f'"{content_mark}"'.encode())
+        # keys are sorted: the messages come before the system prompt
+        self._middle, self._tail = rest.split(f'"{system_mark}"'.encode()) if system else (b"", rest)
+
+    def fill(self, content: str, system: str | None) -> bytes:
+        """Params with these texts, as :func:`encode_params` would write them."""
+        if not content or content.isspace():
+            raise RequestError("messages[0] has no content. Nothing was sent.")
+        if system is None:
+            return self._head + encode_params(content) + self._tail
+        return self._head + encode_params(content) + self._middle + encode_params(system) + self._tail
+
+
 class RequestBuilder:
     """Turns source items into :class:`PreparedRequest` one at a time, in any number; keeps nothing of them."""
 
@@ -207,8 +187,8 @@ class RequestBuilder:
         *,
         job_id: str | None = None,
         key: Sequence[str] = (),
-        prompt: RowTemplate | None = None,
-        system: RowTemplate | None = None,
+        prompt: Template | None = None,
+        system: Template | None = None,
         dedupe: bool = True,
     ) -> None:
         """
@@ -225,6 +205,14 @@ class RequestBuilder:
         self._system = system
         self._dedupe = dedupe
 
+    @cached_property
+    def _text_frame(self) -> _Frame:
+        return _Frame(self._defaults, system=False)
+
+    @cached_property
+    def _row_frame(self) -> _Frame:
+        return _Frame(self._defaults, system=self._system is not None)
+
     def build(self, item: Any, position: int) -> PreparedRequest:
         """One request.
 
@@ -232,65 +220,71 @@ class RequestBuilder:
         :param position: of the item in its source, from 0: names it in errors, and is its key when it has no other
         :raises RequestError: naming the item, when the API would refuse it
         """
-        if isinstance(item, str):
-            where = f"request {position}"
-            if self._key:
-                raise RequestError(f"{where}: a prompt string has no columns, and key asks for {', '.join(self._key)}. Nothing was sent.")
-            return self._finish(
-                encode_key([str(position)], where), None, {"messages": [{"role": "user", "content": item}]}, position, where
-            )
-        if not isinstance(item, Mapping):
-            raise RequestError(f"request {position}: a request is a mapping or a string, not {type(item).__name__}. Nothing was sent.")
-        if self._prompt is None and "params" in item:
-            return self._native(item, position)
-        return self._row(item, position)
+        try:
+            if isinstance(item, str):
+                return self._text(item, position)
+            return self._native(item, position) if self._prompt is None else self._row(item, position)
+        except RequestError as e:
+            raise RequestError(f"{self._place(item, position)}: {e}") from e.__cause__
 
-    def _native(self, item: Mapping[str, Any], position: int) -> PreparedRequest:
-        where = f"request {position}"
+    def _place(self, item: Any, position: int) -> str:
+        if self._prompt is not None and isinstance(item, Mapping):
+            known = ", ".join(f"{column}={item[column]!r}" for column in self._key if column in item)
+            return f"row {position} ({known})" if known else f"row {position}"
+        custom_id = item.get("custom_id") if isinstance(item, Mapping) else None
+        return f"request {position}" if custom_id is None else f"request {position} ({custom_id!r})"
+
+    def _text(self, prompt: str, position: int) -> PreparedRequest:
+        if self._key:
+            raise RequestError(f"a prompt string has no columns, and key asks for {', '.join(self._key)}. Nothing was sent.")
+        return self._finish(encode_key([str(position)]), None, self._text_frame.fill(prompt, None), position)
+
+    def _native(self, item: Any, position: int) -> PreparedRequest:
+        _check_mapping(item)
+        if "params" not in item:
+            raise RequestError("a row mapping needs the parameter prompt; a native request needs 'params'. Nothing was sent.")
         extra = set(item) - {"custom_id", "params"}
         if extra:
-            raise RequestError(f"{where}: unknown fields {sorted(map(str, extra))}; a request has custom_id and params. Nothing was sent.")
+            raise RequestError(f"unknown fields {sorted(map(str, extra))}; a request has custom_id and params. Nothing was sent.")
         custom_id = item.get("custom_id")
         if custom_id is not None:
-            where = f"request {position} ({custom_id!r})"
-            check_custom_id(custom_id, where)
-        if not isinstance(item["params"], Mapping):
-            check_params(item["params"], where)
-        key = encode_key([str(position) if custom_id is None else custom_id], where)
-        return self._finish(key, custom_id, item["params"], position, where)
+            check_custom_id(custom_id)
+        params = item["params"]
+        if isinstance(params, Mapping):
+            params = self._defaults.merged(params)
+        check_params(params)
+        return self._finish(encode_key([str(position) if custom_id is None else custom_id]), custom_id, encode_params(params), position)
 
-    def _row(self, row: Mapping[str, Any], position: int) -> PreparedRequest:
-        if self._prompt is None:
-            raise BatchInputError(
-                f"request {position}: a row mapping needs the parameter prompt; a native request needs 'params'. Nothing was sent."
-            )
-        where = f"row {position}"
+    def _row(self, row: Any, position: int) -> PreparedRequest:
+        assert self._prompt is not None
+        _check_mapping(row)
         if self._key:
-            missing = [column for column in self._key if column not in row]
-            if missing:
+            try:
+                key = encode_key([row[column] for column in self._key])
+            except KeyError:
+                missing = ", ".join(column for column in self._key if column not in row)
                 raise RequestError(
-                    f"{where}: key column {', '.join(missing)} is not in the source. Columns: {', '.join(map(str, row))}. Nothing was sent."
-                )
-            values = [row[column] for column in self._key]
-            where = f"row {position} ({', '.join(f'{c}={v!r}' for c, v in zip(self._key, values, strict=True))})"
+                    f"key column {missing} is not in the source. Columns: {', '.join(map(str, row))}. Nothing was sent."
+                ) from None
         else:
-            values = [str(position)]
-        own: dict[str, Any] = {"messages": [{"role": "user", "content": self._prompt.render(row, where)}]}
-        if self._system is not None:
-            own["system"] = self._system.render(row, where)
-        return self._finish(encode_key(values, where), None, own, position, where)
+            key = encode_key([str(position)])
+        system = None if self._system is None else self._system.render(row)
+        return self._finish(key, None, self._row_frame.fill(self._prompt.render(row), system), position)
 
-    def _finish(self, key: str, own_id: str | None, own: Mapping[str, Any], position: int, where: str) -> PreparedRequest:
-        params = self._defaults.merged(own)
-        check_params(params, where)
-        encoded = encode_params(params, where)
-        digest = params_digest(encoded)
+    def _finish(self, key: str, own_id: str | None, params: bytes, position: int) -> PreparedRequest:
         if self._job_id is not None:
-            salted = digest if self._dedupe else params_digest(f"{digest} {key}".encode())
-            custom_id = f"{self._job_id}-{salted}"
+            digest = params_digest(params)
+            if not self._dedupe:
+                digest = params_digest(f"{digest} {key}".encode())
+            custom_id = f"{self._job_id}-{digest}"
         else:
             custom_id = own_id if own_id is not None else f"item-{position}"
-        return PreparedRequest(custom_id, key, digest, b'{"custom_id":"' + custom_id.encode() + b'","params":' + encoded + b"}")
+        return PreparedRequest(custom_id, key, b'{"custom_id":"%b","params":%b}' % (custom_id.encode(), params))
+
+
+def _check_mapping(item: Any) -> None:
+    if not isinstance(item, Mapping):
+        raise RequestError(f"a request is a mapping or a string, not {type(item).__name__}. Nothing was sent.")
 
 
 def refuse_repeated_ids(requests: Iterable[PreparedRequest]) -> Iterator[PreparedRequest]:
@@ -318,5 +312,5 @@ def items_of(requests: Any) -> Iterable[Any]:
 
 def key_values(key: str) -> list[Any]:
     """The inverse of :func:`encode_key`, with JSON types: dates come back as ISO strings, decimals as decimal strings."""
-    values: list[Any] = json.loads(key)
+    values: list[Any] = _DECODE_KEY.decode(key)
     return values

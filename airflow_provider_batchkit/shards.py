@@ -6,6 +6,7 @@ Memory: one request at a time. Disk: the bodies and, beside each, an index of it
 from __future__ import annotations
 
 import os
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO
@@ -21,6 +22,8 @@ _ENVELOPE = len(_HEAD) + len(_TAIL)
 _ENCODE = msgspec.json.Encoder()
 #: copies are appended to their shards' files this many at a time
 _COPIES_HELD = 1_000
+#: of an index, read at a time
+_PART_BYTES = 1 << 20
 
 
 class IndexEntry(msgspec.Struct, array_like=True, frozen=True, gc=False):
@@ -28,7 +31,6 @@ class IndexEntry(msgspec.Struct, array_like=True, frozen=True, gc=False):
 
     key: str
     custom_id: str
-    digest: str
     #: bytes of the request in the body; 0 for a row that shares another row's request and is not asked
     size: int
 
@@ -37,7 +39,7 @@ class IndexEntry(msgspec.Struct, array_like=True, frozen=True, gc=False):
         return self.size > 0
 
 
-_DECODE_ENTRY = msgspec.json.Decoder(IndexEntry)
+_ENTRY = msgspec.json.Decoder(IndexEntry)
 
 
 class ShardWriter:
@@ -76,9 +78,12 @@ class ShardWriter:
         self._bytes = 0
         self._copies: dict[int, list[bytes]] = {}
         self._copies_held = 0
+        self._earlier: set[int] = set()
+        #: per shard how many requests are in the shards before it
+        self._firsts: list[int] = []
 
-    def add(self, request: PreparedRequest) -> int:
-        """Append a request to the open shard, or to a new one when it would not fit; returns the shard's number.
+    def add(self, request: PreparedRequest) -> None:
+        """Append a request to the open shard, or to a new one when it would not fit.
 
         :raises RequestError: when the request alone is over the byte limit
         """
@@ -99,11 +104,19 @@ class ShardWriter:
         self._body.write(request.body)
         self._bytes += size
         self._requests += 1
-        self._index.write(_entry_line(request, len(request.body)))
-        return self._number
+        self._index.write(_entry_line(request, size))
+
+    def shard_of(self, added: int) -> int:
+        """Number of the shard that took the request which was added after ``added`` others."""
+        return self._first_number - 1 + bisect_right(self._firsts, added)
 
     def add_copy(self, request: PreparedRequest, number: int) -> None:
-        """Note a row that shares a request of shard ``number`` of this writer; it is journaled with it and not asked again."""
+        """Note a row that shares a request of shard ``number``; it is journaled with it and not asked again.
+
+        The shard may be one of this writer, or an earlier one: see :meth:`earlier_copies`.
+        """
+        if number < self._first_number:
+            self._earlier.add(number)
         self._copies.setdefault(number, []).append(_entry_line(request, 0))
         self._copies_held += 1
         if self._copies_held >= _COPIES_HELD:
@@ -115,6 +128,12 @@ class ShardWriter:
             self._finish()
         self._write_copies()
         return self._shards
+
+    def earlier_copies(self) -> Iterator[tuple[int, bytes]]:
+        """After :meth:`close`: the index lines of copies of shards before ``first_number``, each piece with its shard's number."""
+        for number in sorted(self._earlier):
+            for part in _parts(self._path(number, "copies")):
+                yield number, part
 
     @property
     def _number(self) -> int:
@@ -134,6 +153,7 @@ class ShardWriter:
         self._body = self._path(self._number, "json").open("wb", buffering=1 << 20)
         self._index = self._path(self._number, "index").open("wb", buffering=1 << 18)
         self._body.write(_HEAD)
+        self._firsts.append(sum(shard.requests for shard in self._shards))
         self._requests = 0
         self._bytes = _ENVELOPE
 
@@ -147,16 +167,32 @@ class ShardWriter:
 
 
 def _entry_line(request: PreparedRequest, size: int) -> bytes:
-    return _ENCODE.encode(IndexEntry(request.key, request.custom_id, request.digest, size)) + b"\n"
+    # as IndexEntry decodes it
+    return _ENCODE.encode((request.key, request.custom_id, size)) + b"\n"
+
+
+def decode_entries(part: bytes) -> list[IndexEntry]:
+    """The entries of a piece of an index."""
+    return _ENTRY.decode_lines(part)
+
+
+def index_parts(shard: Shard) -> Iterator[bytes]:
+    """The index of a shard in pieces of about a megabyte, each of whole lines: its requests in the order of its body, then the copies."""
+    for path in (Path(shard.index_path), _copies_path(shard)):
+        if path.exists():
+            yield from _parts(path)
+
+
+def _parts(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as lines:
+        while part := lines.read(_PART_BYTES):
+            yield part + (b"" if part.endswith(b"\n") else lines.readline())
 
 
 def read_index(shard: Shard) -> Iterator[IndexEntry]:
     """The entries of a shard: its requests in the order of its body, then the copies."""
-    for path in (Path(shard.index_path), _copies_path(shard)):
-        if path.exists():
-            with path.open("rb") as lines:
-                for line in lines:
-                    yield _DECODE_ENTRY.decode(line)
+    for part in index_parts(shard):
+        yield from decode_entries(part)
 
 
 def split_shard(shard: Shard) -> list[Shard]:
@@ -169,10 +205,11 @@ def split_shard(shard: Shard) -> list[Shard]:
         body.seek(len(_HEAD))
         for entry in read_index(shard):
             if entry.asked:
-                halves[entry.custom_id] = writer.add(PreparedRequest(entry.custom_id, entry.key, entry.digest, body.read(entry.size)))
+                writer.add(PreparedRequest(entry.custom_id, entry.key, body.read(entry.size)))
+                halves[entry.custom_id] = writer.shard_of(len(halves))
                 body.seek(1, os.SEEK_CUR)
             else:
-                writer.add_copy(PreparedRequest(entry.custom_id, entry.key, entry.digest, b""), halves[entry.custom_id])
+                writer.add_copy(PreparedRequest(entry.custom_id, entry.key, b""), halves[entry.custom_id])
     remove_shard_files(shard)
     return writer.close()
 

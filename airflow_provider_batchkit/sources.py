@@ -47,46 +47,47 @@ def read_sql(engine: Engine, sql: str, parameters: Any = None) -> Iterator[dict[
             raise BatchInputError(
                 f"The source's sql has more than one column named {', '.join(repeated)}; give them aliases. Nothing was sent."
             )
-        for chunk in result.partitions(_FETCH_ROWS):
+        # the driver's own rows: SQLAlchemy has no types to convert in a statement that it did not write
+        assert result.cursor is not None
+        while chunk := result.cursor.fetchmany(_FETCH_ROWS):
             for row in chunk:
-                yield dict(zip(columns, row, strict=True))
+                yield dict(zip(columns, row))  # noqa: B905 - the driver gives as many values as columns
 
 
 class KeyTypes:
     """Learns the SQL type of each key column from the values that pass; a column of mixed types becomes text."""
 
     def __init__(self, columns: Sequence[str]) -> None:
-        self._columns = tuple(columns)
-        self._types: list[set[str]] = [set() for _ in self._columns]
+        #: Python types, and for an aware time the name of its SQL type
+        self._seen: list[tuple[str, set[type | str]]] = [(column, set()) for column in columns]
 
     def see(self, row: Mapping[str, Any]) -> None:
-        for column, types in zip(self._columns, self._types, strict=True):
+        for column, seen in self._seen:
             # a native request's own id is its key, whatever the key column is called
-            types.add(_type_name(row.get(column, "")))
+            value = row.get(column, "")
+            seen.add("timestamptz" if isinstance(value, dt.datetime) and value.tzinfo is not None else type(value))
 
     def result(self, before: Sequence[tuple[str, str]] = ()) -> list[tuple[str, str]]:
         """(column, type name) of every key column, in order; ``before`` is what earlier attempts saw.
 
         Without a key the rows are known by their ``request_id``: a native request's own id, or the position.
         """
-        if not self._columns:
+        if not self._seen:
             return [("request_id", "text")]
         known = dict(before)
         return [
-            (column, _widest({*types, known[column]} if column in known else types))
-            for column, types in zip(self._columns, self._types, strict=True)
+            (column, _widest({_type_name(type_) for type_ in seen} | ({known[column]} if column in known else set())))
+            for column, seen in self._seen
         ]
 
     @property
     def rows_seen(self) -> bool:
         """Whether any row has passed."""
-        return not self._columns or any(self._types)
+        return not self._seen or any(seen for _, seen in self._seen)
 
 
-def _type_name(value: Any) -> str:
-    if isinstance(value, dt.datetime) and value.tzinfo is not None:
-        return "timestamptz"
-    return _TYPE_NAMES.get(type(value), "text")
+def _type_name(seen: type | str) -> str:
+    return seen if isinstance(seen, str) else _TYPE_NAMES.get(seen, "text")
 
 
 def _widest(names: set[str]) -> str:

@@ -13,8 +13,9 @@ from airflow_provider_batchkit.jobs import SubmitReport, fetch_job, submit_job
 from airflow_provider_batchkit.landing import LandingReport, WriteDisposition
 from airflow_provider_batchkit.ledger import JobRecord, Ledger, make_job_id, prepare_engine
 from airflow_provider_batchkit.model import PreparedRequest
-from airflow_provider_batchkit.requests import RequestBuilder, RequestDefaults, RowTemplate, items_of
+from airflow_provider_batchkit.requests import RequestBuilder, RequestDefaults, items_of
 from airflow_provider_batchkit.sources import KeyTypes
+from airflow_provider_batchkit.templates import RowTemplate
 
 
 def kit_for(base_url: str, **client: Any) -> BatchKit:

@@ -44,6 +44,7 @@ _LEDGER_COLUMNS: tuple[tuple[str, Any], ...] = (
     ("batchkit_key", sa.Text()),
     ("batchkit_batch_cost", sa.BigInteger()),
     ("batchkit_standard_cost", sa.BigInteger()),
+    ("batchkit_asked", sa.Boolean()),
 )
 
 #: reads a batch's first answers, each once, through a reconciler; told how many results the API counts
@@ -297,6 +298,7 @@ class _Landing:
             key,
             None if cost is None else pico(cost.batch_usd),
             None if cost is None else pico(cost.standard_usd),
+            not copy,
         )
 
     def _write(self, connection: Connection, stage: sa.Table, batch_id: str, *, empty_first: bool) -> int:
@@ -322,21 +324,24 @@ class _Landing:
 
     @staticmethod
     def _settle_requests(connection: Connection, stage: sa.Table, record: BatchRecord) -> None:
-        connection.execute(
-            sa.update(request_table)
-            .values(
-                status=stage.c.status,
-                error_type=stage.c.error_type,
-                error_message=stage.c.error_message,
-                batch_cost_picousd=stage.c.batchkit_batch_cost,
-                standard_cost_picousd=stage.c.batchkit_standard_cost,
-            )
-            .where(
-                request_table.c.job_id == record.job_id,
-                request_table.c.shard == record.shard,
-                request_table.c.key == stage.c.batchkit_key,
-            )
-        )
+        """Write each source row's outcome to the ledger, anew when the batch has landed before."""
+        here = (request_table.c.job_id == record.job_id) & (request_table.c.shard == record.shard)
+        connection.execute(sa.delete(request_table).where(here))
+        values: dict[str, Any] = {
+            "job_id": sa.literal(record.job_id),
+            "key": stage.c.batchkit_key,
+            "shard": sa.literal(record.shard),
+            "custom_id": stage.c.custom_id,
+            # behind the job's id and a dash
+            "digest": sa.func.substr(stage.c.custom_id, len(record.job_id) + 2),
+            "asked": stage.c.batchkit_asked,
+            "status": stage.c.status,
+            "error_type": stage.c.error_type,
+            "error_message": stage.c.error_message,
+            "batch_cost_picousd": stage.c.batchkit_batch_cost,
+            "standard_cost_picousd": stage.c.batchkit_standard_cost,
+        }
+        connection.execute(sa.insert(request_table).from_select(list(values), sa.select(*values.values())))
 
 
 def _refuse_anothers(snapshot: BatchSnapshot, reconciler: Reconciler) -> None:

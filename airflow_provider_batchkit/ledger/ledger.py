@@ -7,7 +7,6 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from itertools import islice
 from typing import Any
 
 import sqlalchemy as sa
@@ -15,15 +14,14 @@ from sqlalchemy.engine import Connection, Engine, Row
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
 from airflow_provider_batchkit.exceptions import LeaseLostError, LedgerError
+from airflow_provider_batchkit.ledger import journal
 from airflow_provider_batchkit.ledger.account import bill_columns, write_bill
 from airflow_provider_batchkit.ledger.engine import prepare_engine, write_transaction
 from airflow_provider_batchkit.ledger.rollup import create_views
 from airflow_provider_batchkit.ledger.states import BatchState, check_move, sources_of
-from airflow_provider_batchkit.ledger.tables import VERSION, batch, job, metadata, request, version
-from airflow_provider_batchkit.model import BatchSnapshot, CostTally, RequestStatus, Shard
-from airflow_provider_batchkit.shards import IndexEntry, read_index
-
-_CHUNK = 5_000
+from airflow_provider_batchkit.ledger.tables import VERSION, batch, job, metadata, version
+from airflow_provider_batchkit.model import BatchSnapshot, CostTally, Shard
+from airflow_provider_batchkit.shards import index_parts
 
 
 def make_job_id(dag_id: str, run_id: str, task_id: str, map_index: int = -1) -> str:
@@ -164,35 +162,28 @@ class Ledger:
 
     def known(self, job_id: str) -> Iterator[Known]:
         """Rows of the job that earlier attempts have in flight or landed."""
-        statement = sa.select(request.c.key, request.c.custom_id, request.c.shard).where(request.c.job_id == job_id)
         with self.engine.connect() as connection:
-            for row in connection.execution_options(stream_results=True, max_row_buffer=_CHUNK).execute(statement):
-                yield Known(row.key, row.custom_id, row.shard)
+            for shard in journal.shards(connection, job_id):
+                for entry in journal.entries(connection, job_id, shard):
+                    yield Known(entry.key, entry.custom_id, shard)
 
     def rows_of(self, record: BatchRecord) -> Iterator[tuple[str, str, bool]]:
         """(custom_id, key, asked) of every source row that the batch answers."""
-        statement = sa.select(request.c.custom_id, request.c.key, request.c.asked).where(
-            request.c.job_id == record.job_id, request.c.shard == record.shard
-        )
         with self.engine.connect() as connection:
-            for row in connection.execution_options(stream_results=True, max_row_buffer=_CHUNK).execute(statement):
-                yield row.custom_id, row.key, row.asked
+            for entry in journal.entries(connection, record.job_id, record.shard):
+                yield entry.custom_id, entry.key, entry.asked
 
     def asks(self, record: BatchRecord, custom_id: str) -> bool:
         """Whether the batch's body has this request."""
-        statement = sa.select(sa.literal(1)).where(
-            request.c.job_id == record.job_id, request.c.shard == record.shard, request.c.custom_id == custom_id, request.c.asked
-        )
         with self.engine.connect() as connection:
-            return connection.execute(statement.limit(1)).first() is not None
+            return journal.asks(connection, record.job_id, record.shard, custom_id)
 
-    def add_copies(self, job_id: str, lease: int, copies: Iterable[tuple[int, IndexEntry]]) -> None:
-        """Journal rows that share a request which an earlier attempt has sent, as (its shard, entry)."""
+    def add_copies(self, job_id: str, lease: int, copies: Iterable[tuple[int, bytes]]) -> None:
+        """Journal rows that share a request which an earlier attempt has sent, as (its shard, index lines)."""
         with write_transaction(self.engine) as connection:
             self._hold_lease(connection, job_id, lease)
-            rows = (_request_row(job_id, shard, entry) for shard, entry in copies)
-            while chunk := list(islice(rows, _CHUNK)):
-                connection.execute(sa.insert(request), chunk)
+            for shard, part in copies:
+                journal.write(connection, job_id, shard, [part])
 
     # --- batches ------------------------------------------------------------------------------------------------------------------
 
@@ -220,9 +211,7 @@ class Ledger:
                     intended_at=_now(),
                 )
             )
-            rows = (_request_row(job_id, shard.number, entry) for entry in read_index(shard))
-            while chunk := list(islice(rows, _CHUNK)):
-                connection.execute(sa.insert(request), chunk)
+            journal.write(connection, job_id, shard.number, index_parts(shard))
 
     def submitted(self, job_id: str, shard: int, found: BatchSnapshot) -> None:
         """The API accepted the shard under this id: proved, by its answer or by the batch's results.
@@ -315,13 +304,10 @@ class Ledger:
         """
         with write_transaction(self.engine) as connection:
             fresh = self._requeue(connection, record, f"adopted {found.batch_id}, which is not its own")
-            owner = connection.execute(
-                sa.select(request.c.job_id, request.c.shard).where(request.c.job_id == custom_id[:20], request.c.custom_id == custom_id)
-            ).first()
+            job_id = custom_id[:20]
+            owner = next((n for n in journal.shards(connection, job_id) if journal.asks(connection, job_id, n, custom_id)), None)
             if owner is not None:
-                rightful = _record(
-                    connection.execute(sa.select(batch).where(batch.c.job_id == owner.job_id, batch.c.shard == owner.shard)).one()
-                )
+                rightful = _record(connection.execute(sa.select(batch).where(batch.c.job_id == job_id, batch.c.shard == owner)).one())
                 if rightful.state is BatchState.SUBMITTED and rightful.adopted:
                     rightful = self._requeue(connection, rightful, f"adopted {rightful.batch_id} while {found.batch_id} is its own")
                 if rightful.state is BatchState.SENDING:
@@ -362,9 +348,7 @@ class Ledger:
                 intended_at=record.intended_at,
             )
         )
-        connection.execute(
-            sa.update(request).where(request.c.job_id == record.job_id, request.c.shard == record.shard).values(shard=number)
-        )
+        journal.move(connection, record.job_id, record.shard, number)
         return _record(connection.execute(sa.select(batch).where(batch.c.job_id == record.job_id, batch.c.shard == number)).one())
 
     def landed(self, connection: Connection, record: BatchRecord, tally: CostTally, values: Mapping[str, Any]) -> None:
@@ -402,7 +386,7 @@ class Ledger:
     def _release(self, job_id: str, shard: int, target: BatchState, reason: str) -> None:
         with write_transaction(self.engine) as connection:
             self._move(connection, job_id, shard, target, source=BatchState.SENDING, note=reason)
-            connection.execute(sa.delete(request).where(request.c.job_id == job_id, request.c.shard == shard))
+            journal.remove(connection, job_id, shard)
 
 
 def _lease_lost(job_id: str, lease: int) -> LeaseLostError:
@@ -414,18 +398,6 @@ def _lease_lost(job_id: str, lease: int) -> LeaseLostError:
 
 def _now() -> datetime:
     return datetime.now(UTC)
-
-
-def _request_row(job_id: str, shard: int, entry: IndexEntry) -> dict[str, Any]:
-    return {
-        "job_id": job_id,
-        "key": entry.key,
-        "shard": shard,
-        "custom_id": entry.custom_id,
-        "digest": entry.digest,
-        "asked": entry.asked,
-        "status": RequestStatus.PENDING.value,
-    }
 
 
 def _record(row: Row[Any]) -> BatchRecord:

@@ -2,7 +2,8 @@
 
 ``batchkit_job``       one row per task instance of a DAG run
 ``batchkit_batch``     one row per attempt to create a batch, with its state and, once landed, its bill
-``batchkit_request``   one row per source row: its key, the request that asks for it, and the outcome
+``batchkit_journal``   what each batch asks, written before it is sent: some thousand source rows in a row
+``batchkit_request``   one row per source row that has landed: its key, the request that asked for it, and the outcome
 ``batchkit_bill``      one row per landed batch and model: its tokens and what they cost
 """
 
@@ -35,6 +36,9 @@ class UtcDateTime(TypeDecorator[datetime]):
             return None
         return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
 
+
+#: room for a piece of the journal, whose last line may be long
+_PART_BYTES = 1 << 22
 
 metadata = sa.MetaData()
 
@@ -94,6 +98,16 @@ batch = sa.Table(
     sa.Column("replaced_by", sa.Integer),
 )
 
+journal = sa.Table(
+    "batchkit_journal",
+    metadata,
+    sa.Column("job_id", sa.String(20), primary_key=True),
+    sa.Column("shard", sa.Integer, primary_key=True),
+    sa.Column("part", sa.Integer, primary_key=True),
+    # JSON lines [key, custom_id, bytes in the body]; 0 bytes for a row that shares another row's request
+    sa.Column("entries", sa.LargeBinary(_PART_BYTES), nullable=False),
+)
+
 request = sa.Table(
     "batchkit_request",
     metadata,
@@ -101,13 +115,14 @@ request = sa.Table(
     sa.Column("key", _KEY, primary_key=True),
     sa.Column("shard", sa.Integer, nullable=False),
     sa.Column("custom_id", sa.String(64), nullable=False),
+    # of the request's params, and without dedupe of its key too: equal digests have asked the same
     sa.Column("digest", sa.String(40), nullable=False),
     # true when this row's request is in the batch's body, false when it shares another row's
     sa.Column("asked", sa.Boolean, nullable=False),
     sa.Column("status", sa.String(16), nullable=False),
     sa.Column("error_type", sa.String(100)),
     sa.Column("error_message", sa.Text),
-    # null while pending, and where the model has no known price; zero for a row that shares another row's request
+    # null where the model has no known price; zero for a row that shares another row's request
     sa.Column("batch_cost_picousd", sa.BigInteger),
     sa.Column("standard_cost_picousd", sa.BigInteger),
     sa.Index("batchkit_request_shard", "job_id", "shard"),

@@ -171,7 +171,8 @@ class SubmitBatchOperator(BatchLineage, BaseOperator):
             ledger.set_key_columns(job_id, columns)
 
     def _requests(self, context: Context, job_id: str, key: list[str], types: KeyTypes) -> Iterator[PreparedRequest]:
-        from airflow_provider_batchkit.requests import RequestBuilder, RequestDefaults, RowTemplate
+        from airflow_provider_batchkit.requests import RequestBuilder, RequestDefaults
+        from airflow_provider_batchkit.templates import RowTemplate
 
         per_run = dict(context)
         builder = RequestBuilder(

@@ -94,7 +94,9 @@ def test_sums_are_exact_for_random_usages(warehouse: Warehouse, answers: list[An
     said = iter(answers)
 
     def read(batch_id: str, reconciler: Reconciler, expected: int) -> Iterator[BatchItem]:
-        ids = [r["custom_id"] for r in warehouse.rows(_ASKED.format(batch_id))]
+        record = warehouse.ledger.find(batch_id)
+        assert record is not None
+        ids = sorted(custom_id for custom_id, _, asked in warehouse.ledger.rows_of(record) if asked)
         lines = [result_line(custom_id, answer) for custom_id, answer in zip(ids, said, strict=False) if answer != "no line"]
         for item in parse_stream(iter(lines)):
             if reconciler.accept(item):
@@ -133,12 +135,6 @@ def test_sums_are_exact_for_random_usages(warehouse: Warehouse, answers: list[An
     assert money(spend, "batch_cost_usd") == Decimal(int(every)).scaleb(-12)
     (counted,) = warehouse.rows("SELECT COALESCE(SUM(requests), 0) AS n FROM batchkit_bill")
     assert sum(row["requests"] for row in spend) == counted["n"]
-
-
-_ASKED = (
-    "SELECT r.custom_id FROM batchkit_request r JOIN batchkit_batch b ON r.job_id = b.job_id AND r.shard = b.shard "
-    "WHERE b.batch_id = '{}' AND r.asked ORDER BY r.custom_id"
-)
 
 
 def pico(usd: Decimal | None) -> int:

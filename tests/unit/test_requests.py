@@ -14,13 +14,12 @@ from airflow_provider_batchkit.model import PreparedRequest
 from airflow_provider_batchkit.requests import (
     RequestBuilder,
     RequestDefaults,
-    Row,
-    RowTemplate,
     check_custom_id,
     encode_key,
     key_values,
     refuse_repeated_ids,
 )
+from airflow_provider_batchkit.templates import Row, RowTemplate
 
 DEFAULTS = RequestDefaults("claude-haiku-5-5", 100)
 HELLO = [{"role": "user", "content": "hello"}]
@@ -61,18 +60,18 @@ def test_in_a_journaled_job_the_custom_id_names_job_and_question() -> None:
 
 
 def test_without_dedupe_each_key_asks_for_itself() -> None:
-    """dedupe=False gives equal questions of different rows different ids, and the same digest."""
+    """dedupe=False gives equal questions of different rows different ids."""
     builder = RequestBuilder(DEFAULTS, job_id="0" * 20, key=["sku"], prompt=prompt("About {{ row.name }}"), dedupe=False)
     one, two = (builder.build({"sku": s, "name": "tea"}, 0) for s in "AB")
     assert one.custom_id != two.custom_id
-    assert one.digest == two.digest
+    assert json.loads(one.body)["params"] == json.loads(two.body)["params"]
 
 
 def test_the_order_of_params_does_not_change_the_digest() -> None:
     """Equal params are the same question however the mapping was made."""
-    one = build({"params": {"messages": HELLO, "temperature": 0.5, "top_k": 3}})
-    two = build({"params": {"top_k": 3, "temperature": 0.5, "messages": HELLO}})
-    assert one.digest == two.digest
+    one = build({"params": {"messages": HELLO, "temperature": 0.5, "top_k": 3}}, job_id="0" * 20)
+    two = build({"params": {"top_k": 3, "temperature": 0.5, "messages": HELLO}}, job_id="0" * 20)
+    assert one.custom_id == two.custom_id
 
 
 @pytest.mark.parametrize(
@@ -132,20 +131,20 @@ def test_a_missing_column_is_an_error_that_names_it() -> None:
 def test_columns_hide_the_methods_of_a_mapping() -> None:
     """Columns called items, keys or count are columns; without such a column the name is missing, not a method."""
     row = Row({"items": 3, "count": "many"})
-    assert prompt("{{ row.items }} {{ row.count }} {{ row['items'] }}").render(row, "row 0") == "3 many 3"
+    assert prompt("{{ row.items }} {{ row.count }} {{ row['items'] }}").render(row) == "3 many 3"
     with pytest.raises(RequestError, match="keys"):
-        prompt("{{ row.keys }}").render(row, "row 0")
+        prompt("{{ row.keys }}").render(row)
 
 
 def test_null_renders_as_nothing_and_the_run_context_is_there() -> None:
     """A NULL column is an empty string in the prompt; ds and friends come from the task's context."""
-    assert prompt("[{{ row.a }}] {{ ds }}", ds="2026-11-23").render({"a": None}, "row 0") == "[] 2026-11-23"
+    assert prompt("[{{ row.a }}] {{ ds }}", ds="2026-11-23").render({"a": None}) == "[] 2026-11-23"
 
 
 def test_templates_are_sandboxed() -> None:
     """A template cannot reach into Python."""
     with pytest.raises(RequestError):
-        prompt("{{ row.a.__class__.__mro__ }}").render({"a": "x"}, "row 0")
+        prompt("{{ row.a.__class__.__mro__ }}").render({"a": "x"})
 
 
 def test_a_broken_template_fails_before_any_row() -> None:
@@ -156,7 +155,7 @@ def test_a_broken_template_fails_before_any_row() -> None:
 
 def test_row_templates_may_loop_over_columns() -> None:
     """Iterating a row gives its columns."""
-    assert prompt("{% for c in row %}{{ c }}={{ row[c] }};{% endfor %}{{ row | tojson }}").render({"a": 1}, "") == 'a=1;{"a": 1}'
+    assert prompt("{% for c in row %}{{ c }}={{ row[c] }};{% endfor %}{{ row | tojson }}").render({"a": 1}) == 'a=1;{"a": 1}'
 
 
 def test_a_system_template_is_rendered_by_row() -> None:
@@ -169,7 +168,7 @@ def test_a_system_template_is_rendered_by_row() -> None:
 def test_keys_of_every_usual_type_survive() -> None:
     """Key values become JSON and come back in a form that the column's type reads."""
     values = [1, "é\u2028", decimal.Decimal("1.10"), dt.date(2026, 1, 2), dt.datetime(2026, 1, 2, 3, tzinfo=dt.UTC), True]
-    assert key_values(encode_key(values, "row 0")) == [1, "é\u2028", "1.1", "2026-01-02", "2026-01-02T03:00:00Z", True]
+    assert key_values(encode_key(values)) == [1, "é\u2028", "1.1", "2026-01-02", "2026-01-02T03:00:00Z", True]
 
 
 @pytest.mark.parametrize(
@@ -186,7 +185,7 @@ def test_keys_of_every_usual_type_survive() -> None:
 def test_a_key_that_cannot_tell_rows_apart_is_refused(value: Any, message: str) -> None:
     """NULL and values without a JSON form are no keys."""
     with pytest.raises(RequestError, match=message):
-        encode_key([value], "row 0")
+        encode_key([value])
 
 
 def test_a_key_column_that_is_not_in_the_source_is_named() -> None:
@@ -197,4 +196,4 @@ def test_a_key_column_that_is_not_in_the_source_is_named() -> None:
 
 def test_check_custom_id_takes_the_longest_that_the_api_takes() -> None:
     """64 characters of the allowed set pass."""
-    assert check_custom_id("aZ0_-" + "x" * 59, "request 0") == "aZ0_-" + "x" * 59
+    assert check_custom_id("aZ0_-" + "x" * 59) == "aZ0_-" + "x" * 59

@@ -9,7 +9,7 @@ import pytest
 
 from airflow_provider_batchkit.exceptions import BatchInputError, RequestError
 from airflow_provider_batchkit.model import PreparedRequest, Shard
-from airflow_provider_batchkit.shards import ShardWriter, read_index, remove_shard_files, write_shards
+from airflow_provider_batchkit.shards import ShardWriter, decode_entries, read_index, remove_shard_files, write_shards
 
 ENVELOPE = len('{"requests":[]}')
 
@@ -17,7 +17,7 @@ ENVELOPE = len('{"requests":[]}')
 def request(number: int, size: int = 0) -> PreparedRequest:
     body = json.dumps({"custom_id": f"id-{number}", "params": {}}).encode()
     body += b" " * max(size - len(body), 0)
-    return PreparedRequest(f"id-{number}", f"[{number}]", "d" * 40, body)
+    return PreparedRequest(f"id-{number}", f"[{number}]", body)
 
 
 def ids(shard: Shard) -> list[str]:
@@ -65,21 +65,26 @@ def test_limits_beyond_the_apis_are_refused(tmp_path: Path, limits: dict[str, in
 
 
 def test_copies_are_listed_with_the_shard_that_asks_for_them(tmp_path: Path) -> None:
-    """A copy is in the index of its question's shard, not in any body, also when that shard is long closed."""
+    """A copy is in the index of its question's shard, not in any body, also when that shard is closed or an earlier attempt's."""
     writer = ShardWriter(str(tmp_path), first_number=4, max_requests=2)
-    numbers = [writer.add(request(i)) for i in range(3)]
+    for i in range(3):
+        writer.add(request(i))
+    numbers = [writer.shard_of(added) for added in range(3)]
     writer.add_copy(request(9), numbers[0])
+    writer.add_copy(request(8), 2)
     first, second = writer.close()
     assert numbers == [4, 4, 5]
     assert [(e.key, e.asked) for e in read_index(first)] == [("[0]", True), ("[1]", True), ("[9]", False)]
     assert [(e.key, e.asked) for e in read_index(second)] == [("[2]", True)]
     assert ids(first) == ["id-0", "id-1"]
+    assert [(number, e.key) for number, part in writer.earlier_copies() for e in decode_entries(part)] == [(2, "[8]")]
 
 
 def test_removing_a_shard_frees_its_files(tmp_path: Path) -> None:
     """Nothing of a sent shard stays on disk."""
     writer = ShardWriter(str(tmp_path))
-    writer.add_copy(request(1), writer.add(request(0)))
+    writer.add(request(0))
+    writer.add_copy(request(1), writer.shard_of(0))
     (shard,) = writer.close()
     assert len(list(tmp_path.iterdir())) == 3
     remove_shard_files(shard)

@@ -1,0 +1,54 @@
+"""What each batch asks, as it was written before the POST: the index of its shard, in pieces of whole lines.
+
+A million rows are journaled as bytes in a hundred statements, not as a million rows that the landing would have to find and change one
+by one. The landing writes them to ``batchkit_request``, each once, with its outcome.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection
+
+from airflow_provider_batchkit.ledger.tables import journal
+from airflow_provider_batchkit.shards import IndexEntry, decode_entries
+
+
+def write(connection: Connection, job_id: str, shard: int, parts: Iterable[bytes]) -> None:
+    """Journal index lines of a shard, behind what is journaled of it already."""
+    here = (journal.c.job_id == job_id) & (journal.c.shard == shard)
+    last = connection.execute(sa.select(sa.func.max(journal.c.part)).where(here)).scalar()
+    for number, part in enumerate(parts, start=0 if last is None else last + 1):
+        connection.execute(sa.insert(journal).values(job_id=job_id, shard=shard, part=number, entries=part))
+
+
+def entries(connection: Connection, job_id: str, shard: int) -> Iterator[IndexEntry]:
+    """Every source row that a shard answers, in the order in which they were written."""
+    statement = sa.select(journal.c.part).where(journal.c.job_id == job_id, journal.c.shard == shard).order_by(journal.c.part)
+    # one piece at a time, on every driver
+    for number in connection.execute(statement).scalars().all():
+        piece = sa.select(journal.c.entries).where(journal.c.job_id == job_id, journal.c.shard == shard, journal.c.part == number)
+        yield from decode_entries(connection.execute(piece).scalar_one())
+
+
+def shards(connection: Connection, job_id: str) -> list[int]:
+    """Numbers of the job's shards that are journaled."""
+    return list(
+        connection.execute(sa.select(journal.c.shard).where(journal.c.job_id == job_id).distinct().order_by(journal.c.shard)).scalars()
+    )
+
+
+def asks(connection: Connection, job_id: str, shard: int, custom_id: str) -> bool:
+    """Whether the shard's body has this request."""
+    return any(entry.custom_id == custom_id and entry.asked for entry in entries(connection, job_id, shard))
+
+
+def move(connection: Connection, job_id: str, shard: int, target: int) -> None:
+    """Give what is journaled of a shard to another number."""
+    connection.execute(sa.update(journal).where(journal.c.job_id == job_id, journal.c.shard == shard).values(shard=target))
+
+
+def remove(connection: Connection, job_id: str, shard: int) -> None:
+    """Forget what a shard asks: nothing of it was accepted."""
+    connection.execute(sa.delete(journal).where(journal.c.job_id == job_id, journal.c.shard == shard))

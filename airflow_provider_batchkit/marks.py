@@ -1,0 +1,104 @@
+"""An exact table of what a job has seen, small enough for any number of rows.
+
+Telling whether one of a million rows came before takes more than a set: a Python set of digests needs 100 bytes a row. Here the digests
+lie in a file, and memory holds an open-addressing index over it: 8 to 16 bytes a row, half as much again while it grows. A look-up reads
+the file only where the index says that the row may have come before.
+"""
+
+from __future__ import annotations
+
+import os
+from array import array
+from collections.abc import Sequence
+from pathlib import Path
+
+#: of a mark: as much of a cryptographic digest
+MARK_BYTES = 16
+_FIRST_SLOTS = 1 << 12
+_BUFFER_BYTES = MARK_BYTES * 4096
+_NUMBER = (1 << 32) - 1
+
+
+class MarkTable:
+    """Up to four billion different marks, numbered from 0 in the order in which they came."""
+
+    def __init__(self, path: Path) -> None:
+        """:param path: of a file that does not exist yet; it goes with the folder that it lies in"""
+        #: upper half: the mark's first four bytes; lower half: its number plus one; 0 for a free slot
+        self._slots = array("Q", [0]) * _FIRST_SLOTS
+        self._count = 0
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        self._buffer = bytearray()
+        self._flushed = 0
+
+    def add_all(self, marks: Sequence[bytes]) -> list[int | None]:
+        """For each mark the number that it has from an earlier coming, or None when it is new and gets the next number."""
+        while 2 * (self._count + len(marks)) > len(self._slots):
+            self._grow()
+        slots, mask = self._slots, len(self._slots) - 1
+        found: list[int | None] = []
+        for mark, beginning in zip(marks, _beginnings(marks), strict=True):
+            slot = beginning & mask
+            while taken := slots[slot]:
+                if taken >> 32 == beginning and self._is(taken & _NUMBER, mark):
+                    found.append((taken & _NUMBER) - 1)
+                    break
+                slot = (slot + 1) & mask
+            else:
+                self._count += 1
+                slots[slot] = beginning << 32 | self._count
+                self._buffer += mark
+                found.append(None)
+        if len(self._buffer) >= _BUFFER_BYTES:
+            self._flush()
+        return found
+
+    def find_all(self, marks: Sequence[bytes]) -> list[int | None]:
+        """For each mark its number, or None when it did not come."""
+        slots, mask = self._slots, len(self._slots) - 1
+        found: list[int | None] = []
+        for mark, beginning in zip(marks, _beginnings(marks), strict=True):
+            slot = beginning & mask
+            while (taken := slots[slot]) and not (taken >> 32 == beginning and self._is(taken & _NUMBER, mark)):
+                slot = (slot + 1) & mask
+            found.append((taken & _NUMBER) - 1 if taken else None)
+        return found
+
+    def __len__(self) -> int:
+        return self._count
+
+    def close(self) -> None:
+        """Free the file's handle."""
+        os.close(self._file)
+
+    def _is(self, number: int, mark: bytes) -> bool:
+        """Whether the mark of that number, counted from 1, is ``mark``."""
+        start = (number - 1) * MARK_BYTES
+        if start < self._flushed:
+            return os.pread(self._file, MARK_BYTES, start) == mark
+        start -= self._flushed
+        return self._buffer[start : start + MARK_BYTES] == mark
+
+    def _flush(self) -> None:
+        with memoryview(self._buffer) as data:
+            written = 0
+            while written < len(data):
+                written += os.write(self._file, data[written:])
+        self._flushed += len(self._buffer)
+        self._buffer.clear()
+
+    def _grow(self) -> None:
+        old = self._slots
+        slots = self._slots = array("Q", [0]) * (2 * len(old))
+        mask = len(slots) - 1
+        for taken in old:
+            if taken:
+                slot = taken >> 32 & mask
+                while slots[slot]:
+                    slot = (slot + 1) & mask
+                slots[slot] = taken
+
+
+def _beginnings(marks: Sequence[bytes]) -> memoryview:
+    """The first four bytes of each mark as a number."""
+    return memoryview(b"".join(marks)).cast("I")[:: MARK_BYTES // 4]
