@@ -24,4 +24,38 @@ def get_provider_info() -> dict[str, Any]:
         "operators": [{"integration-name": integration, "python-modules": [f"{package}.operators.batch"]}],
         "sensors": [{"integration-name": integration, "python-modules": [f"{package}.sensors.batch"]}],
         "triggers": [{"integration-name": integration, "python-modules": [f"{package}.triggers.batch"]}],
+        "extra-links": [f"{package}.links.ConsoleLink"],
+        "config": {"batchkit": {"description": "Message batches: prices and the Console's address.", "options": _OPTIONS}},
     }
+
+
+_OPTIONS: dict[str, Any] = {
+    "price_overrides": {
+        "description": "Absolute path of a .json or .toml file with negotiated prices: a table per model, in USD per million tokens.",
+        "version_added": "0.1.0",
+        "type": "string",
+        "example": "/opt/airflow/prices.toml",
+        "default": None,
+    },
+    "live_prices": {
+        "description": "Fetch the newest prices (HTTPS) where a task needs some. The bundled ones are used when that fails.",
+        "version_added": "0.1.0",
+        "type": "boolean",
+        "example": None,
+        "default": "False",
+    },
+    "live_prices_url": {
+        "description": "Where the newest prices are; genai-prices' own address when it is not set.",
+        "version_added": "0.1.0",
+        "type": "string",
+        "example": None,
+        "default": None,
+    },
+    "console_url": {
+        "description": "The Claude Console's page of batches that tasks link to. Put your workspace's id in the place of default.",
+        "version_added": "0.1.0",
+        "type": "string",
+        "example": None,
+        "default": "https://platform.claude.com/settings/workspaces/default/batches",
+    },
+}

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import tempfile
+import time
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -33,6 +34,7 @@ from airflow_provider_batchkit.exceptions import (
 from airflow_provider_batchkit.kit import BatchKit
 from airflow_provider_batchkit.landing import LandingReport, WriteDisposition, land_batches
 from airflow_provider_batchkit.ledger import BatchState, JobRecord, Known, Landed, Ledger
+from airflow_provider_batchkit.ledger.account import note_rendering
 from airflow_provider_batchkit.marks import MARK_BYTES, MarkTable
 from airflow_provider_batchkit.model import MAX_BYTES_PER_BATCH, MAX_REQUESTS_PER_BATCH, BatchSnapshot, PreparedRequest, Shard
 from airflow_provider_batchkit.progress import Progress
@@ -147,10 +149,14 @@ def submit_job(
     with tempfile.TemporaryDirectory(prefix="batchkit-") as folder:
         first_new = ledger.next_shard(job.job_id)
         writer = ShardWriter(folder, first_number=first_new, max_requests=max_requests, max_bytes=max_bytes)
+        started = time.monotonic()
         with closing(_Seen(folder, ledger.known(job.job_id))) as seen:
             _spool(requests, seen, writer, report)
         shards = writer.close()
+        rendering_s = time.monotonic() - started
         before_send()
+        if shards:
+            note_rendering(ledger.engine, job.job_id, rendering_s)
         ledger.add_copies(job.job_id, lease, writer.earlier_copies())
         for shard in shards:
             _send(kit, ledger, settler, job, lease, shard, anthropic_conn_id)

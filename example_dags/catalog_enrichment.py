@@ -1,13 +1,13 @@
 """Every month, a short description for each product of a catalog, at half price.
 
 Needs two connections: ``anthropic_default`` and ``warehouse``, a SQL database with a table ``products (sku, name, attributes)``.
-``make demo`` runs this file against the simulator.
+The asset ``product_copy`` tells other DAGs what a run cost, see ``catalog_cost.py``. ``make demo`` runs this file against the simulator.
 """
 
 from __future__ import annotations
 
 import pendulum
-from airflow.sdk import DAG
+from airflow.sdk import DAG, Asset
 
 from airflow_provider_batchkit.operators.batch import FetchBatchOperator, SubmitBatchOperator
 from airflow_provider_batchkit.sensors.batch import BatchSensor
@@ -31,6 +31,8 @@ with DAG(
         sql_conn_id="warehouse",
     )
     wait = BatchSensor(task_id="wait", batch_id=submit.output, poke_interval=5)
-    fetch = FetchBatchOperator(task_id="fetch", batch_id=submit.output, table="product_copy", sql_conn_id="warehouse")
+    fetch = FetchBatchOperator(
+        task_id="fetch", batch_id=submit.output, table="product_copy", sql_conn_id="warehouse", outlets=[Asset("product_copy")]
+    )
 
     submit >> wait >> fetch

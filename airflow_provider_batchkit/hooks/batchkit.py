@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from airflow.providers.anthropic.hooks.anthropic import AnthropicHook
 from airflow.providers.common.compat.connection import get_async_connection, get_async_extra_dejson
-from airflow.providers.common.compat.sdk import BaseHook
+from airflow.providers.common.compat.sdk import BaseHook, conf
 
 from airflow_provider_batchkit.exceptions import BatchInputError
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import Engine
 
     from airflow_provider_batchkit.kit import BatchKit
+    from airflow_provider_batchkit.pricing import PriceBook
 
 
 @dataclass(frozen=True)
@@ -44,14 +46,15 @@ class BatchKitHook(AnthropicHook):
 
     @cached_property
     def kit(self) -> BatchKit:
-        """The batch engine on this connection.
+        """The batch engine on this connection, with the prices of Airflow's configuration.
 
+        :raises BatchInputError: when ``[batchkit] price_overrides`` names a file that cannot be used
         :raises AnthropicError: on a platform that does not serve the Message Batches API (Bedrock, Vertex, Foundry)
         """
         from airflow_provider_batchkit.kit import BatchKit
 
         self._require_first_party("The Message Batches API")
-        return BatchKit(self._first_party_conn)
+        return BatchKit(self._first_party_conn, price_book=configured_prices())
 
     async def get_async_conn(self) -> AsyncAnthropicClient:
         """The async client, with the connection and its extra read without blocking the event loop.
@@ -63,6 +66,23 @@ class BatchKitHook(AnthropicHook):
             connection = await get_async_connection(self.conn_id, hook=self)
             self.__dict__["_connection"] = _ConnectionValues(connection.host, connection.password, await get_async_extra_dejson(connection))
         return await super().get_async_conn()
+
+
+def configured_prices() -> PriceBook:
+    """The price book of Airflow's configuration, section ``batchkit``.
+
+    :raises BatchInputError: for an override file that cannot be used
+    """
+    from airflow_provider_batchkit.pricing import PriceBook, load_price_overrides
+
+    path = conf.get("batchkit", "price_overrides", fallback=None)
+    if path and not Path(path).is_absolute():
+        raise BatchInputError(f"[batchkit] price_overrides must be an absolute path, not {path!r}. Nothing was sent or written.")
+    return PriceBook(
+        load_price_overrides(path) if path else None,
+        live=conf.getboolean("batchkit", "live_prices", fallback=False),
+        live_url=conf.get("batchkit", "live_prices_url", fallback=None) or None,
+    )
 
 
 def sql_engine(conn_id: str) -> Engine:

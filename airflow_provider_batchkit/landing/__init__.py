@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from airflow_provider_batchkit.landing.land import LandingReport, land_batches
+from airflow_provider_batchkit.landing.land import BatchFigures, LandingReport, land_batches
 from airflow_provider_batchkit.landing.table import ResultTable, WriteDisposition
 
-__all__ = ["LandingReport", "ResultTable", "WriteDisposition", "land_batches"]
+__all__ = ["BatchFigures", "LandingReport", "ResultTable", "WriteDisposition", "land_batches"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -22,11 +23,13 @@ from sqlalchemy.engine import Connection
 from airflow_provider_batchkit.exceptions import BatchInputError, WrongBatchError
 from airflow_provider_batchkit.landing.stage import create_stage
 from airflow_provider_batchkit.landing.table import RESULT_COLUMNS, ResultTable, WriteDisposition
+from airflow_provider_batchkit.ledger.account import note_landing, pico
 from airflow_provider_batchkit.ledger.bulk import BulkRow, loader_for
 from airflow_provider_batchkit.ledger.engine import prepare_engine
 from airflow_provider_batchkit.ledger.ledger import BatchRecord, Landed, Ledger
+from airflow_provider_batchkit.ledger.states import BatchState
 from airflow_provider_batchkit.ledger.tables import request as request_table
-from airflow_provider_batchkit.model import PICO_PER_USD, BatchItem, BatchSnapshot, Cost, CostTally, RequestStatus
+from airflow_provider_batchkit.model import BatchItem, BatchSnapshot, Cost, CostTally, RequestStatus
 from airflow_provider_batchkit.pricing import PriceBook, TallyBuilder
 from airflow_provider_batchkit.progress import Progress
 from airflow_provider_batchkit.requests import key_values
@@ -48,6 +51,16 @@ _LEDGER_COLUMNS: tuple[tuple[str, Any], ...] = (
 ReadItems = Callable[[str, Reconciler, int], Iterator[BatchItem]]
 
 
+@dataclass(frozen=True, slots=True)
+class BatchFigures:
+    """One batch of a landing, by itself. ``latency_s``: seconds from its creation to its end, by the API's clock."""
+
+    batch_id: str
+    counts: Counter[str]
+    tally: CostTally
+    latency_s: float | None
+
+
 @dataclass(slots=True)
 class LandingReport:
     """What landed. ``counts`` are source rows per outcome; ``tally`` counts requests, each once."""
@@ -61,6 +74,8 @@ class LandingReport:
     faults: StreamFaults = field(default_factory=StreamFaults)
     #: the first keys without a result line
     missing: list[str] = field(default_factory=list)
+    #: the batches that had not landed before: what a counter may add up
+    first: list[BatchFigures] = field(default_factory=list)
     created_at: datetime | None = None
     ended_at: datetime | None = None
 
@@ -72,9 +87,7 @@ class LandingReport:
     @property
     def latency_s(self) -> float | None:
         """Seconds from the first batch's creation to the last one's end, by the API's clock."""
-        if self.created_at is None or self.ended_at is None:
-            return None
-        return (self.ended_at - self.created_at).total_seconds()
+        return _seconds(self.created_at, self.ended_at)
 
     def to_json(self) -> dict[str, Any]:
         """The summary that fetch pushes to XCom."""
@@ -105,6 +118,9 @@ class LandingReport:
         self.tally = self.tally + batch.tally
         self.faults = self.faults + batch.faults
         self.missing.extend(batch.missing[: _NAMED - len(self.missing)])
+        if batch.first:
+            latency_s = _seconds(snapshot.created_at, snapshot.ended_at)
+            self.first.append(BatchFigures(snapshot.batch_id, batch.counts, batch.tally, latency_s))
         self.created_at = min(filter(None, (self.created_at, snapshot.created_at)))
         self.ended_at = max(filter(None, (self.ended_at, snapshot.ended_at)), default=None)
 
@@ -116,6 +132,7 @@ class _Landed:
     tally: CostTally
     faults: StreamFaults
     missing: list[str]
+    first: bool = True
 
 
 def land_batches(
@@ -200,29 +217,30 @@ class _Landing:
         *,
         empty_first: bool = False,
     ) -> _Landed:
-        now = datetime.now(UTC)
+        now, started = datetime.now(UTC), time.monotonic()
         key_types = [(c.name, c.type) for c in self.table.table.columns][: len(self.table.key_columns)]
         stage = create_stage(connection, [*key_types, *RESULT_COLUMNS, *_LEDGER_COLUMNS])
         landed = self._fill(connection, stage, snapshot, keys, now)
         if record is not None:
-            total = landed.tally.total
             self.ledger.landed(
                 connection,
                 record,
+                landed.tally,
                 {
                     "ended_at": snapshot.ended_at,
                     "landed_at": now,
                     "landed_table": self.table.name,
                     "counts": json.dumps(dict(sorted(landed.counts.items()))),
-                    "tally": json.dumps(landed.tally.to_json()),
-                    "batch_cost_picousd": _pico(total.batch_cost_usd),
-                    "standard_cost_picousd": _pico(total.standard_cost_usd),
+                    "source_rows": landed.counts.total(),
                 },
             )
         landed.rows = self._write(connection, stage, snapshot.batch_id, empty_first=empty_first)
         if record is not None:
             self._settle_requests(connection, stage, record)
         stage.drop(connection)
+        if record is not None:
+            landed.first = record.state is not BatchState.LANDED
+            note_landing(connection, record.job_id, record.shard, time.monotonic() - started)
         return landed
 
     def _fill(
@@ -278,8 +296,8 @@ class _Landing:
             batch_id,
             now,
             key,
-            None if cost is None else _pico(cost.batch_usd),
-            None if cost is None else _pico(cost.standard_usd),
+            None if cost is None else pico(cost.batch_usd),
+            None if cost is None else pico(cost.standard_usd),
             not copy,
         )
 
@@ -336,8 +354,8 @@ def _refuse_anothers(snapshot: BatchSnapshot, reconciler: Reconciler) -> None:
         )
 
 
-def _pico(usd: Any) -> int | None:
-    return None if usd is None else int(usd * PICO_PER_USD)
+def _seconds(start: datetime | None, end: datetime | None) -> float | None:
+    return None if start is None or end is None else (end - start).total_seconds()
 
 
 _FREE = Cost(Decimal(0), Decimal(0))

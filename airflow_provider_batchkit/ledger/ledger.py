@@ -15,10 +15,12 @@ from sqlalchemy.exc import DBAPIError, IntegrityError
 
 from airflow_provider_batchkit.exceptions import LeaseLostError, LedgerError
 from airflow_provider_batchkit.ledger import journal
+from airflow_provider_batchkit.ledger.account import bill_columns, write_bill
 from airflow_provider_batchkit.ledger.engine import prepare_engine, write_transaction
+from airflow_provider_batchkit.ledger.rollup import create_views
 from airflow_provider_batchkit.ledger.states import BatchState, check_move, sources_of
 from airflow_provider_batchkit.ledger.tables import VERSION, batch, job, metadata, version
-from airflow_provider_batchkit.model import BatchSnapshot, Shard
+from airflow_provider_batchkit.model import BatchSnapshot, CostTally, Shard
 from airflow_provider_batchkit.shards import index_parts
 
 
@@ -89,7 +91,7 @@ class Ledger:
         self.engine = prepare_engine(engine)
 
     def ensure(self) -> None:
-        """Create the tables where they are missing. Safe when several tasks do so at once.
+        """Create the tables and the roll-up's views where they are missing. Safe when several tasks do so at once.
 
         :raises LedgerError: when the tables are of another version
         """
@@ -99,6 +101,7 @@ class Ledger:
                     metadata.create_all(connection)
                     found = connection.execute(sa.select(version.c.version)).scalar()
                     if found is None:
+                        create_views(connection)
                         connection.execute(sa.insert(version).values(version=VERSION))
                         found = VERSION
                 break
@@ -348,9 +351,13 @@ class Ledger:
         journal.move(connection, record.job_id, record.shard, number)
         return _record(connection.execute(sa.select(batch).where(batch.c.job_id == record.job_id, batch.c.shard == number)).one())
 
-    def landed(self, connection: Connection, record: BatchRecord, values: Mapping[str, Any]) -> None:
-        """Move a batch to ``landed`` inside the landing's own transaction. Also a lock: a second landing of the batch waits here."""
-        self._move(connection, record.job_id, record.shard, BatchState.LANDED, adopted=False, **values)
+    def landed(self, connection: Connection, record: BatchRecord, tally: CostTally, values: Mapping[str, Any]) -> None:
+        """Move a batch to ``landed``, with its bill, inside the landing's own transaction.
+
+        Also a lock: a second landing of the batch waits here.
+        """
+        self._move(connection, record.job_id, record.shard, BatchState.LANDED, adopted=False, **bill_columns(tally), **values)
+        write_bill(connection, record.job_id, record.shard, tally)
 
     # --- inside -------------------------------------------------------------------------------------------------------------------
 
@@ -366,6 +373,8 @@ class Ledger:
         """Move a row, from ``source`` where that is given, else from any state that the table allows."""
         here = (batch.c.job_id == job_id) & (batch.c.shard == shard)
         allowed = [state.value for state in sources_of(target) if source in (None, state)]
+        if target is BatchState.SUBMITTED:
+            values["submitted_at"] = _now()
         moved = connection.execute(sa.update(batch).where(here, batch.c.state.in_(allowed)).values(state=target.value, **values))
         if moved.rowcount == 0:
             row = connection.execute(sa.select(batch).where(here)).first()

@@ -4,6 +4,7 @@
 ``batchkit_batch``     one row per attempt to create a batch, with its state and, once landed, its bill
 ``batchkit_journal``   what each batch asks, written before it is sent: some thousand source rows in a row
 ``batchkit_request``   one row per source row that has landed: its key, the request that asked for it, and the outcome
+``batchkit_bill``      one row per landed batch and model: its tokens and what they cost
 """
 
 from __future__ import annotations
@@ -58,6 +59,8 @@ job = sa.Table(
     sa.Column("lease", sa.Integer, nullable=False),
     # [[column, type], ...] of the source's key, for the result table
     sa.Column("key_columns", sa.Text, nullable=False),
+    # reading and rendering the source took so long, in all attempts that sent anything
+    sa.Column("rendering_ms", sa.BigInteger),
 )
 
 batch = sa.Table(
@@ -76,11 +79,14 @@ batch = sa.Table(
     # the API's clock
     sa.Column("created_at", UtcDateTime),
     sa.Column("ended_at", UtcDateTime),
-    # ours
+    # ours: the batch id was journaled; its landing began, and took so long
+    sa.Column("submitted_at", UtcDateTime),
     sa.Column("landed_at", UtcDateTime),
+    sa.Column("landing_ms", sa.BigInteger),
     sa.Column("landed_table", sa.String(250)),
-    # requests per outcome, JSON
+    # rows per outcome, JSON, and all of them: rows that share a request count each
     sa.Column("counts", sa.Text),
+    sa.Column("source_rows", sa.BigInteger),
     # CostTally, JSON
     sa.Column("tally", sa.Text),
     sa.Column("batch_cost_picousd", sa.BigInteger),
@@ -120,4 +126,23 @@ request = sa.Table(
     sa.Column("batch_cost_picousd", sa.BigInteger),
     sa.Column("standard_cost_picousd", sa.BigInteger),
     sa.Index("batchkit_request_shard", "job_id", "shard"),
+)
+
+bill = sa.Table(
+    "batchkit_bill",
+    metadata,
+    sa.Column("job_id", sa.String(20), primary_key=True),
+    sa.Column("shard", sa.Integer, primary_key=True),
+    # the name that the API reported
+    sa.Column("model", sa.String(200), primary_key=True),
+    sa.Column("requests", sa.BigInteger, nullable=False),
+    sa.Column("input_tokens", sa.BigInteger, nullable=False),
+    sa.Column("output_tokens", sa.BigInteger, nullable=False),
+    sa.Column("cache_write_5m_tokens", sa.BigInteger, nullable=False),
+    sa.Column("cache_write_1h_tokens", sa.BigInteger, nullable=False),
+    sa.Column("cache_read_tokens", sa.BigInteger, nullable=False),
+    sa.Column("web_searches", sa.BigInteger, nullable=False),
+    # null where the model has no known price
+    sa.Column("batch_cost_picousd", sa.BigInteger),
+    sa.Column("standard_cost_picousd", sa.BigInteger),
 )

@@ -10,19 +10,23 @@ from airflow.providers.common.compat.sdk import AirflowFailException, BaseOperat
 
 from airflow_provider_batchkit.exceptions import BatchInputError, ErrorRateError
 from airflow_provider_batchkit.hooks.batchkit import BatchKitHook, sql_engine
+from airflow_provider_batchkit.lineage import BatchLineage
+from airflow_provider_batchkit.links import ConsoleLink, push_console_link
 from airflow_provider_batchkit.model import RequestStatus
-from airflow_provider_batchkit.operators.tasks import as_batch_ids, batchkit_errors, publish_summary
+from airflow_provider_batchkit.operators.publish import publish_summary
+from airflow_provider_batchkit.operators.tasks import as_batch_ids, batchkit_errors
 
 if TYPE_CHECKING:
     from airflow.providers.common.compat.sdk import Context
 
 
-class FetchBatchOperator(BaseOperator):
+class FetchBatchOperator(BatchLineage, BaseOperator):
     """Write the results of ended batches to a table, with their costs. Returns a summary with the cost tally.
 
     The rows, each request's outcome and the batch's bill are written in one transaction per batch: killed anywhere, it can run again.
     Fetching twice changes nothing; fetching an older run again writes that run's answers over newer ones of the same keys. Works on any
-    batch id, also one that was submitted elsewhere: its rows are keyed by ``custom_id``.
+    batch id, also one that was submitted elsewhere: its rows are keyed by ``custom_id``. The summary is the ``extra`` of the events of
+    outlet assets, too.
 
     :param batch_id: a batch id or a list of them, usually the output of submit (templated)
     :param table: result table, ``table`` or ``schema.table`` (templated); created when it does not exist, keyed by the source's key
@@ -36,6 +40,7 @@ class FetchBatchOperator(BaseOperator):
 
     template_fields: Sequence[str] = ("batch_id", "table", "anthropic_conn_id", "sql_conn_id")
     ui_color = "#d2e3e8"
+    operator_extra_links = (ConsoleLink(),)
 
     def __init__(
         self,
@@ -81,8 +86,9 @@ class FetchBatchOperator(BaseOperator):
             raise AirflowFailException(
                 "write_disposition='replace' in a mapped fetch: each would replace the others' rows. Nothing was written."
             )
-        kit = self.hook.kit
+        push_console_link(context, batch_ids)
         with batchkit_errors():
+            kit = self.hook.kit
             report = fetch_job(
                 kit,
                 Ledger(sql_engine(self.sql_conn_id)),
@@ -96,7 +102,7 @@ class FetchBatchOperator(BaseOperator):
         self.log.info("Landed %s rows in %s; outcomes: %s", f"{report.rows:,}", self.table, dict(report.counts))
         self.log.info("Cost of %s:\n%s", ", ".join(batch_ids) or "no batches", format_tally(report.tally))
         summary = report.to_json()
-        publish_summary(context, summary)
+        publish_summary(self, context, summary, report.first)
         if self.delete_after_fetch and not report.complete:
             self.log.warning("Not every request has a readable result; the batches are not deleted")
         elif self.delete_after_fetch:

@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from airflow.providers.common.compat.sdk import AirflowSkipException, BaseOperator, XComArg, literal
 
-from airflow_provider_batchkit.exceptions import BatchInputError
+from airflow_provider_batchkit.exceptions import BatchInputError, BatchKitError
 from airflow_provider_batchkit.hooks.batchkit import BatchKitHook, sql_engine
+from airflow_provider_batchkit.lineage import BatchLineage
+from airflow_provider_batchkit.links import ConsoleLink, push_console_link
 from airflow_provider_batchkit.model import MAX_BYTES_PER_BATCH, MAX_REQUESTS_PER_BATCH
+from airflow_provider_batchkit.operators.metrics import count_submitted
 from airflow_provider_batchkit.operators.tasks import batchkit_errors, job_of
 
 if TYPE_CHECKING:
@@ -25,7 +28,7 @@ if TYPE_CHECKING:
 _ROWS_AT_A_TIME = 500
 
 
-class SubmitBatchOperator(BaseOperator):
+class SubmitBatchOperator(BatchLineage, BaseOperator):
     """Ask Claude about every row of a source, as message batches at half price. Returns the list of batch ids.
 
     Every request is journaled in the ``batchkit_*`` tables of ``sql_conn_id`` before it is sent, so a retry, a cleared task or a killed
@@ -57,6 +60,7 @@ class SubmitBatchOperator(BaseOperator):
     template_ext: Sequence[str] = (".sql",)
     template_fields_renderers = {"sql": "sql", "requests": "json"}  # noqa: RUF012 - Airflow's own attribute
     ui_color = "#e8ded2"
+    operator_extra_links = (ConsoleLink(),)
 
     def __init__(
         self,
@@ -115,9 +119,16 @@ class SubmitBatchOperator(BaseOperator):
 
     def execute(self, context: Context) -> list[str]:
         with batchkit_errors():
-            report = self._submit(context)
+            try:
+                report = self._submit(context)
+            except BatchKitError as e:
+                push_console_link(context, e.submitted)
+                raise
         if not report.batch_ids:
             return self._empty()
+        push_console_link(context, report.batch_ids)
+        count_submitted(context["ti"], report.asked)
+        self.lineage_summary = {"batch_ids": report.batch_ids, "source_rows": report.rows, "submitted_requests": report.asked}
         context["ti"].xcom_push(key="batch_id", value=report.batch_ids[0])
         self.log.info(
             "%s rows: %s asked now, %s share a request, %s were asked by an earlier attempt; %d batches: %s",

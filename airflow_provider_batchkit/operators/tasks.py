@@ -1,4 +1,4 @@
-"""What the operators and the sensor share: the job's identity, the form of batch ids, errors, and where the summary goes."""
+"""What the operators and the sensor share: the job's identity, the form of batch ids, and errors."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Any
 from airflow.providers.common.compat.sdk import AirflowException, AirflowFailException
 
 from airflow_provider_batchkit.exceptions import BatchInputError, BatchKitError
-from airflow_provider_batchkit.model import CostTally
-from airflow_provider_batchkit.pricing import summary_line
 
 if TYPE_CHECKING:
     from airflow.providers.common.compat.sdk import Context
@@ -63,14 +61,3 @@ def as_batch_ids(value: Any) -> list[str]:
     if bad:
         raise BatchInputError("batch_id is empty. Did the submit task run, and is its output passed on?")
     return list(dict.fromkeys(flat))
-
-
-def publish_summary(context: Context, summary: Mapping[str, Any]) -> None:
-    """Write the summary to the task's Storage tab (Airflow 3.3 and later), where it outlives retries and clears."""
-    store = context.get("task_state_store")
-    if store is None:
-        return
-    store.set("cost", summary_line(CostTally.from_json(summary["cost_tally"])))
-    for name in ("batch_ids", "table", "rows", "counts", "cost_tally", "latency_s"):
-        if summary[name] is not None:
-            store.set(name, summary[name])

@@ -17,6 +17,7 @@ from airflow.providers.common.compat.sdk import (
 )
 
 from airflow_provider_batchkit.hooks.batchkit import BatchKitHook
+from airflow_provider_batchkit.links import ConsoleLink, push_console_link
 from airflow_provider_batchkit.operators.tasks import as_batch_ids, batchkit_errors
 from airflow_provider_batchkit.polling import Ended, GaveUp, PollState, validate_event
 
@@ -41,6 +42,7 @@ class BatchSensor(BaseSensorOperator):
 
     template_fields: Sequence[str] = ("batch_id", "anthropic_conn_id")
     ui_color = "#e6e8d2"
+    operator_extra_links = (ConsoleLink(),)
 
     def __init__(
         self,
@@ -68,6 +70,8 @@ class BatchSensor(BaseSensorOperator):
 
     def poke(self, context: Context) -> PokeReturnValue:
         state = self._state
+        if not state.seen:
+            push_console_link(context, state.batch_ids)
         with batchkit_errors():
             if state.open_ids():
                 self.hook.kit.look(state)

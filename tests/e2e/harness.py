@@ -232,14 +232,18 @@ class AirflowStandalone:
 
     def wait_for_scheduled_run(self, dag_id: str, timeout: float = 60) -> str:
         """The id of the first run that the scheduler made by the DAG's own schedule; DAGs start unpaused here."""
+        return self.wait_for_run_of_type(dag_id, "scheduled", timeout)
+
+    def wait_for_run_of_type(self, dag_id: str, run_type: str, timeout: float = 60) -> str:
+        """The id of the first run that the scheduler made: ``scheduled``, or ``asset_triggered`` after an asset's event."""
 
         def made() -> str | None:
             with contextlib.suppress(httpx.HTTPStatusError):  # 404 until the DAG is parsed
-                for run in self.get(f"/dags/{dag_id}/dagRuns", run_type="scheduled")["dag_runs"]:
+                for run in self.get(f"/dags/{dag_id}/dagRuns", run_type=run_type)["dag_runs"]:
                     return str(run["dag_run_id"])
             return None
 
-        return _wait(made, timeout, lambda: f"a scheduled run of {dag_id}; import errors: {self.import_errors()}")
+        return _wait(made, timeout, lambda: f"a run of {dag_id} of type {run_type}; import errors: {self.import_errors()}")
 
     def run_state(self, dag_id: str, run_id: str) -> str:
         """``queued``, ``running``, ``success`` or ``failed``."""
@@ -293,6 +297,11 @@ class AirflowStandalone:
         """What a task keeps in its state store (the page's Storage tab), value per key. Airflow 3.3 and later."""
         path = f"/dags/{dag_id}/dagRuns/{run_id}/taskInstances/{task_id}/state-store"
         return {entry["key"]: entry["value"] for entry in self.get(path, map_index=map_index)["task_state_store"]}
+
+    def console_link(self, dag_id: str, run_id: str, task_id: str, map_index: int = -1) -> str:
+        """Where the task instance's button ``Claude Console`` leads to."""
+        path = f"/dags/{dag_id}/dagRuns/{run_id}/taskInstances/{task_id}/links"
+        return str(self.get(path, map_index=map_index)["extra_links"]["Claude Console"] or "")
 
     def task_log(self, dag_id: str, run_id: str, task_id: str, try_number: int = 1, map_index: int = -1) -> str:
         """The log of one try, one line per event, without its structured fields."""

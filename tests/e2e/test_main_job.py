@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+from collections.abc import Iterator
+from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
 from urllib.parse import quote
 
+import pytest
 import sqlalchemy as sa
 
 from airflow_provider_batchkit.model import CostTally
 from airflow_provider_batchkit.simulator import SimulatorProcess, SimulatorSettings
 from tests.databases import sqlite_database
 from tests.e2e.conftest import StartAirflow
+from tests.e2e.harness import AirflowStandalone
 
 ROWS = 300
 DAG_ID = "catalog_enrichment"
+COST_DAG_ID = "catalog_cost"
 EXAMPLES = Path(__file__).parents[2] / "example_dags"
 
 
@@ -25,57 +31,124 @@ def anthropic_connection(base_url: str) -> str:
     return f"anthropic://:test-key@/?__extra__={quote(extra)}"
 
 
-def test_a_table_in_the_answers_and_the_bill_out(tmp_path: Path, start_airflow: StartAirflow) -> None:
-    """The example DAG enriches a table; states, XComs, the stored tally and the table agree, and waiting held no worker slot."""
-    warehouse = sqlite_database(tmp_path / "warehouse.db")
+@dataclass(frozen=True)
+class Shop:
+    """A catalog, the API and an Airflow that runs the example DAGs on both."""
+
+    airflow: AirflowStandalone
+    sim: SimulatorProcess
+    engine: sa.Engine
+    #: OpenLineage's events, one JSON a line, where its provider is installed
+    events: Path
+
+    def ended_run(self) -> str:
+        """The id of the example's scheduled run, which has succeeded by then."""
+        run_id = self.airflow.wait_for_scheduled_run(DAG_ID)
+        self.airflow.wait_for_task(DAG_ID, run_id, "submit", "success")
+        for batch_id in self.airflow.xcom(DAG_ID, run_id, "submit"):
+            self.sim.end(batch_id)
+        assert self.airflow.wait_for_run(DAG_ID, run_id) == "success"
+        return run_id
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory, start_airflow: StartAirflow) -> Iterator[Shop]:
+    folder = tmp_path_factory.mktemp("shop")
+    warehouse = sqlite_database(folder / "warehouse.db")
     engine = warehouse.engine()
     with engine.begin() as connection:
         connection.exec_driver_sql("CREATE TABLE products (sku TEXT PRIMARY KEY, name TEXT, attributes TEXT)")
         for i in range(ROWS):
             connection.execute(sa.text("INSERT INTO products VALUES (:s, :n, 'blue')"), {"s": f"S{i}", "n": f"thing {i}"})
+    events = folder / "lineage.jsonl"
     with SimulatorProcess(SimulatorSettings(clock="manual", input_tokens=2700, output_tokens=100)) as sim:
-        env = {"AIRFLOW_CONN_WAREHOUSE": warehouse.airflow_uri, "AIRFLOW_CONN_ANTHROPIC_DEFAULT": anthropic_connection(sim.base_url)}
-        airflow = start_airflow(EXAMPLES, env)
-        assert airflow.import_errors() == {}
-        run_id = airflow.wait_for_scheduled_run(DAG_ID)
+        env = {
+            "AIRFLOW_CONN_WAREHOUSE": warehouse.airflow_uri,
+            "AIRFLOW_CONN_ANTHROPIC_DEFAULT": anthropic_connection(sim.base_url),
+            "AIRFLOW__OPENLINEAGE__TRANSPORT": json.dumps({"type": "file", "log_file_path": str(events), "append": True}),
+        }
+        yield Shop(start_airflow(EXAMPLES, env), sim, engine, events)
 
-        # the batch ends only when told: until then the sensor is deferred, and nothing holds a slot
-        airflow.wait_for_task(DAG_ID, run_id, "wait", "deferred")
-        assert airflow.task_states(DAG_ID, run_id) == {"submit": "success", "wait": "deferred", "fetch": None}
-        pool = airflow.pool()
-        assert (pool["running_slots"], pool["occupied_slots"]) == (0, 0)
-        batch_ids = airflow.xcom(DAG_ID, run_id, "submit")
-        assert len(batch_ids) == 1
-        assert airflow.xcom(DAG_ID, run_id, "submit", "batch_id") == batch_ids[0]
-        for batch_id in batch_ids:
-            sim.end(batch_id)
 
-        airflow.wait_for_task(DAG_ID, run_id, "wait", "success")
-        assert airflow.wait_for_run(DAG_ID, run_id) == "success"
-        assert airflow.task_states(DAG_ID, run_id) == {"submit": "success", "wait": "success", "fetch": "success"}
-        assert airflow.xcom(DAG_ID, run_id, "wait") == {"succeeded": ROWS, "errored": 0, "canceled": 0, "expired": 0}
-        summary = airflow.xcom(DAG_ID, run_id, "fetch")
-        assert (summary["batch_ids"], summary["table"], summary["rows"]) == (batch_ids, "product_copy", ROWS)
-        assert summary["counts"] == {"succeeded": ROWS}
+def test_a_table_in_the_answers_and_the_bill_out(shop: Shop) -> None:
+    """The example DAG enriches a table; states, XComs and links agree, waiting held no worker slot, and clearing costs nothing."""
+    airflow, sim = shop.airflow, shop.sim
+    assert airflow.import_errors() == {}
+    run_id = airflow.wait_for_scheduled_run(DAG_ID)
 
-        # 300 rows at $0.008: the same figure in XCom, in the Storage tab, in the table and in the simulator's own books
-        tally = CostTally.from_json(summary["cost_tally"])
-        assert (tally.batch_cost_usd, tally.standard_cost_usd) == (Decimal("2.40"), Decimal("4.80"))
-        stored = airflow.task_state_store(DAG_ID, run_id, "fetch")
-        assert stored["cost_tally"] == summary["cost_tally"]
-        assert stored["batch_ids"] == batch_ids
-        assert stored["cost"] == "batch $2.40  standard $4.80  savings $2.40"
-        with engine.connect() as connection:
-            costs = connection.exec_driver_sql("SELECT cost_usd FROM product_copy").scalars().all()
-        assert sum(map(Decimal, costs)) == tally.batch_cost_usd
-        stats = sim.stats()
-        assert stats["requests_accepted"] == ROWS
-        assert stats["bill"]["claude-opus-4-8"]["input_tokens"] == tally.input_tokens
+    # the batch ends only when told: until then the sensor is deferred, and nothing holds a slot
+    airflow.wait_for_task(DAG_ID, run_id, "wait", "deferred")
+    assert airflow.task_states(DAG_ID, run_id) == {"submit": "success", "wait": "deferred", "fetch": None}
+    pool = airflow.pool()
+    assert (pool["running_slots"], pool["occupied_slots"]) == (0, 0)
+    batch_ids = airflow.xcom(DAG_ID, run_id, "submit")
+    assert len(batch_ids) == 1
+    assert airflow.xcom(DAG_ID, run_id, "submit", "batch_id") == batch_ids[0]
+    link = airflow.console_link(DAG_ID, run_id, "wait")
+    assert link.endswith(f"/batches#{batch_ids[0]}")
+    assert airflow.console_link(DAG_ID, run_id, "submit") == link
 
-        # clearing everything re-attaches: no new batch, the same table
-        airflow.clear_tasks(DAG_ID, run_id, ["submit", "wait", "fetch"])
-        assert airflow.wait_for_run(DAG_ID, run_id) == "success"
-        assert airflow.xcom(DAG_ID, run_id, "submit") == batch_ids
-        assert sim.stats()["requests_accepted"] == ROWS
-        with engine.connect() as connection:
-            assert connection.exec_driver_sql("SELECT COUNT(*) FROM product_copy").scalar() == ROWS
+    for batch_id in batch_ids:
+        sim.end(batch_id)
+    airflow.wait_for_task(DAG_ID, run_id, "wait", "success")
+    assert airflow.wait_for_run(DAG_ID, run_id) == "success"
+    assert airflow.task_states(DAG_ID, run_id) == {"submit": "success", "wait": "success", "fetch": "success"}
+    assert airflow.xcom(DAG_ID, run_id, "wait") == {"succeeded": ROWS, "errored": 0, "canceled": 0, "expired": 0}
+    summary = airflow.xcom(DAG_ID, run_id, "fetch")
+    assert (summary["batch_ids"], summary["table"], summary["rows"]) == (batch_ids, "product_copy", ROWS)
+    assert summary["counts"] == {"succeeded": ROWS}
+
+    # clearing everything re-attaches: no new batch, the same table
+    airflow.clear_tasks(DAG_ID, run_id, ["submit", "wait", "fetch"])
+    assert airflow.wait_for_run(DAG_ID, run_id) == "success"
+    assert airflow.xcom(DAG_ID, run_id, "submit") == batch_ids
+    assert [airflow.console_link(DAG_ID, run_id, task) for task in ("submit", "wait", "fetch")] == [link] * 3
+    assert sim.stats()["requests_accepted"] == ROWS
+    with shop.engine.connect() as connection:
+        assert connection.exec_driver_sql("SELECT COUNT(*) FROM product_copy").scalar() == ROWS
+
+
+def test_the_bill_is_the_same_wherever_airflow_shows_it(shop: Shop) -> None:
+    """300 rows at $0.008: XCom, the Storage tab, the asset's event, the table, the ledger and the simulator's own books agree."""
+    airflow, run_id = shop.airflow, shop.ended_run()
+    summary = airflow.xcom(DAG_ID, run_id, "fetch")
+    tally = CostTally.from_json(summary["cost_tally"])
+    assert (tally.batch_cost_usd, tally.standard_cost_usd) == (Decimal("2.40"), Decimal("4.80"))
+
+    stored = airflow.task_state_store(DAG_ID, run_id, "fetch")
+    published = {name: summary[name] for name in ("batch_ids", "table", "rows", "counts", "cost_tally", "latency_s")}
+    assert stored == {**published, "cost": "batch $2.40  standard $4.80  savings $2.40"}
+    event = airflow.asset_events(source_dag_id=DAG_ID, source_task_id="fetch", source_run_id=run_id)[-1]
+    assert (event["name"], event["extra"]) == ("product_copy", published)
+
+    with shop.engine.connect() as connection:
+        costs = connection.exec_driver_sql("SELECT cost_usd FROM product_copy").scalars().all()
+        tokens = connection.exec_driver_sql("SELECT SUM(input_tokens), SUM(output_tokens), COUNT(*) FROM product_copy").one()
+        booked = connection.exec_driver_sql("SELECT SUM(batch_cost_picousd), SUM(standard_cost_picousd) FROM batchkit_request").one()
+        spent = connection.exec_driver_sql("SELECT batch_cost_usd, savings_usd, requests FROM batchkit_spend").one()
+    assert sum(map(Decimal, costs)) == tally.batch_cost_usd
+    assert tuple(tokens) == (tally.input_tokens, tally.output_tokens, summary["rows"])
+    assert [Decimal(pico).scaleb(-12) for pico in booked] == [tally.batch_cost_usd, tally.standard_cost_usd]
+    assert (Decimal(spent[0]), Decimal(spent[1]), spent[2]) == (tally.batch_cost_usd, tally.savings_usd, ROWS)
+    assert shop.sim.stats()["bill"]["claude-opus-4-8"]["input_tokens"] == tally.input_tokens
+
+
+def test_a_dag_that_is_scheduled_on_the_table_reads_its_cost(shop: Shop) -> None:
+    """The second example DAG runs after the first, and finds the bill in the asset's event."""
+    shop.ended_run()
+    cost_run = shop.airflow.wait_for_run_of_type(COST_DAG_ID, "asset_triggered")
+    assert shop.airflow.wait_for_run(COST_DAG_ID, cost_run) == "success"
+    assert Decimal(shop.airflow.xcom(COST_DAG_ID, cost_run, "report")) == Decimal("2.40")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("openlineage") is None, reason="needs the extra openlineage")
+def test_openlineage_is_told_of_the_run_and_its_cost(shop: Shop) -> None:
+    """The events that the provider sends from its copy of the task's process carry what the task left for them."""
+    shop.ended_run()
+    events = [json.loads(line) for line in shop.events.read_text().splitlines()]
+    done = {e["job"]["name"]: e for e in events if e["eventType"] == "COMPLETE"}
+    submitted, fetched = (done[f"{DAG_ID}.{task}"] for task in ("submit", "fetch"))
+    assert submitted["job"]["facets"]["sql"]["query"] == "SELECT sku, name, attributes FROM products"
+    assert submitted["run"]["facets"]["batchkit"]["source_rows"] == ROWS
+    tally = CostTally.from_json(fetched["run"]["facets"]["batchkit"]["cost_tally"])
+    assert (tally.batch_cost_usd, tally.input_tokens) == (Decimal("2.40"), 2700 * ROWS)

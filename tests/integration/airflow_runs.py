@@ -27,6 +27,7 @@ class Run:
     def __init__(self, dag_run: Any) -> None:
         self._run = dag_run
         self.state = str(dag_run.state.value)
+        self.dag_id = str(dag_run.dag_id)
 
     def states(self) -> dict[str, str]:
         """State of every task; mapped ones as ``task[0]``."""

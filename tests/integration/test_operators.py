@@ -320,6 +320,7 @@ def test_a_key_that_no_result_table_can_hold_is_refused_before_anything_is_sent(
 @pytest.mark.parametrize("cancel", [True, False])
 def test_killing_submit_cancels_its_batches_only_where_that_is_asked_for(home: Path, sim: SimulatorProcess, cancel: bool) -> None:
     """on_kill of a running submit: cancel_on_kill decides, and paid work survives by default."""
+    from airflow_provider_batchkit.links import XCOM_KEY, console_url
     from airflow_provider_batchkit.operators.batch import SubmitBatchOperator
 
     sim.set(clock="manual")
@@ -342,7 +343,7 @@ def test_killing_submit_cancels_its_batches_only_where_that_is_asked_for(home: P
     status = {b["id"]: b["status"] for b in sim.stats()["batches"]}[batch_id]
     sim.set(clock="instant")
     assert status == ("canceling" if cancel else "in_progress")
-    assert pushed == {"batch_id": batch_id}
+    assert pushed == {"batch_id": batch_id, XCOM_KEY: console_url(batch_id)}
 
 
 @pytest.mark.parametrize("cancel", [True, False])

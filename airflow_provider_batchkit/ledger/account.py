@@ -1,0 +1,58 @@
+"""What a job's books hold beside its states: the bill of a landed batch per model, and how long the steps took."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from decimal import Decimal
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection, Engine
+
+from airflow_provider_batchkit.ledger.engine import write_transaction
+from airflow_provider_batchkit.ledger.tables import batch, bill, job
+from airflow_provider_batchkit.model import PICO_PER_USD, CostTally, ModelTally
+
+
+def pico(usd: Decimal | None) -> int | None:
+    """Whole picodollars (1e-12 USD); exact, since no cost is finer. None for an unknown cost."""
+    return None if usd is None else int(usd * PICO_PER_USD)
+
+
+def bill_columns(tally: CostTally) -> dict[str, Any]:
+    """A landed batch's bill as columns of its own row."""
+    total = tally.total
+    return {
+        "tally": json.dumps(tally.to_json()),
+        "batch_cost_picousd": pico(total.batch_cost_usd),
+        "standard_cost_picousd": pico(total.standard_cost_usd),
+    }
+
+
+def write_bill(connection: Connection, job_id: str, shard: int, tally: CostTally) -> None:
+    """Write a landed batch's bill, a row per model, in place of the one from an earlier landing."""
+    connection.execute(sa.delete(bill).where(bill.c.job_id == job_id, bill.c.shard == shard))
+    rows = [{"job_id": job_id, "shard": shard, "model": model, **_line(line)} for model, line in sorted(tally.models.items())]
+    if rows:
+        connection.execute(sa.insert(bill), rows)
+
+
+def _line(line: ModelTally) -> dict[str, Any]:
+    values = asdict(line)
+    for price in ("batch", "standard"):
+        values[f"{price}_cost_picousd"] = pico(values.pop(f"{price}_cost_usd"))
+    return values
+
+
+def note_landing(connection: Connection, job_id: str, shard: int, seconds: float) -> None:
+    """How long a batch's landing took, inside its transaction."""
+    here = (batch.c.job_id == job_id) & (batch.c.shard == shard)
+    connection.execute(sa.update(batch).where(here).values(landing_ms=round(seconds * 1000)))
+
+
+def note_rendering(engine: Engine, job_id: str, seconds: float) -> None:
+    """Add what reading and rendering the source took to the job's time for it."""
+    total = sa.func.coalesce(job.c.rendering_ms, 0) + round(seconds * 1000)
+    with write_transaction(engine) as connection:
+        connection.execute(sa.update(job).where(job.c.job_id == job_id).values(rendering_ms=total))

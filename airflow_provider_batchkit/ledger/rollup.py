@@ -1,0 +1,215 @@
+"""The roll-up: what was spent and how long it took, as SQL views over the ledger.
+
+``batchkit_spend``     tokens, cost and savings per UTC day of the batch's creation, DAG, task and model
+``batchkit_summary``   one row per job: rows and requests, cost, and the seconds of each step
+``batchkit_latency``   per UTC day and DAG: how many batches, and the median, 95th percentile and maximum of their latency
+
+Views exist on PostgreSQL and SQLite. Money stands there twice: as whole picodollars (1e-12 USD, ``…_picousd``), and in dollars
+(``…_usd``), which is NUMERIC on PostgreSQL and text with twelve decimals on SQLite, whose only fractions are binary floats. A cost is
+NULL as soon as one request in it has no known price; ``unpriced_requests`` says how many have none.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection, Dialect
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.functions import GenericFunction
+
+from airflow_provider_batchkit.ledger.states import BatchState
+from airflow_provider_batchkit.ledger.tables import batch, bill, job
+
+DIALECTS = ("postgresql", "sqlite")
+TOKENS = ("input_tokens", "output_tokens", "cache_write_5m_tokens", "cache_write_1h_tokens", "cache_read_tokens", "web_searches")
+
+
+class utc_day(GenericFunction[Any]):  # noqa: N801 - the name of a SQL function
+    """The UTC date of a time."""
+
+    type = sa.Date()
+    inherit_cache = True
+
+
+class seconds_between(GenericFunction[Any]):  # noqa: N801 - the name of a SQL function
+    """Seconds from one time to a later one, to the millisecond."""
+
+    type = sa.Float()
+    inherit_cache = True
+
+
+class usd(GenericFunction[Any]):  # noqa: N801 - the name of a SQL function
+    """Picodollars as dollars, exactly."""
+
+    type = sa.Numeric()
+    inherit_cache = True
+
+
+@compiles(utc_day, "postgresql")
+def _utc_day_postgresql(element: Any, compiler: Any, **kw: Any) -> str:
+    return f"CAST({compiler.process(element.clauses, **kw)} AT TIME ZONE 'UTC' AS DATE)"
+
+
+@compiles(utc_day, "sqlite")
+def _utc_day_sqlite(element: Any, compiler: Any, **kw: Any) -> str:
+    return f"date({compiler.process(element.clauses, **kw)})"
+
+
+@compiles(seconds_between, "postgresql")
+def _seconds_between_postgresql(element: Any, compiler: Any, **kw: Any) -> str:
+    start, end = (compiler.process(clause, **kw) for clause in element.clauses)
+    return f"CAST(round(EXTRACT(EPOCH FROM {end} - {start}), 3) AS DOUBLE PRECISION)"
+
+
+@compiles(seconds_between, "sqlite")
+def _seconds_between_sqlite(element: Any, compiler: Any, **kw: Any) -> str:
+    start, end = (compiler.process(clause, **kw) for clause in element.clauses)
+    return f"round((julianday({end}) - julianday({start})) * 86400, 3)"
+
+
+@compiles(usd, "postgresql")
+def _usd_postgresql(element: Any, compiler: Any, **kw: Any) -> str:
+    # a product keeps all twelve decimals, a quotient may not
+    return f"{compiler.process(element.clauses, **kw)} * 0.000000000001"
+
+
+@compiles(usd, "sqlite")
+def _usd_sqlite(element: Any, compiler: Any, **kw: Any) -> str:
+    pico = compiler.process(element.clauses, **kw)
+    sign = f"CASE WHEN {pico} < 0 THEN '-' ELSE '' END"
+    # printf would show a NULL as zero
+    amount = f"printf('%d.%012d', abs({pico}) / 1000000000000, abs({pico}) % 1000000000000)"
+    return f"CASE WHEN {pico} IS NOT NULL THEN {sign} || {amount} END"
+
+
+def _known_sum(column: sa.ColumnElement[Any], rows: sa.ColumnElement[Any]) -> sa.ColumnElement[Any]:
+    """The sum of ``column``; NULL when it is NULL in one of the ``rows``."""
+    return sa.case((sa.func.count(rows) == sa.func.count(column), sa.func.sum(column)))
+
+
+def _seconds(milliseconds: sa.ColumnElement[Any]) -> sa.ColumnElement[Any]:
+    return sa.cast(milliseconds, sa.Double()) / sa.literal_column("1000.0", sa.Double())
+
+
+def _with_money(inner: sa.Subquery) -> sa.Select[Any]:
+    """All columns of ``inner``, whose costs are picodollars, and behind them the savings and the dollars."""
+    batch_cost, standard_cost = inner.c.batch_cost_picousd, inner.c.standard_cost_picousd
+    savings = standard_cost - batch_cost
+    return sa.select(
+        *inner.c,
+        savings.label("savings_picousd"),
+        usd(batch_cost).label("batch_cost_usd"),
+        usd(standard_cost).label("standard_cost_usd"),
+        usd(savings.self_group()).label("savings_usd"),
+    )
+
+
+def spend() -> sa.Select[Any]:
+    """``batchkit_spend``."""
+    group = (utc_day(batch.c.created_at).label("day"), job.c.dag_id, job.c.task_id, bill.c.model)
+    unpriced = sa.case((bill.c.batch_cost_picousd.is_(None), bill.c.requests), else_=0)
+    inner = (
+        sa.select(
+            *group,
+            sa.func.count().label("batches"),
+            sa.func.sum(bill.c.requests).label("requests"),
+            *(sa.func.sum(bill.c[name]).label(name) for name in TOKENS),
+            sa.func.sum(unpriced).label("unpriced_requests"),
+            *(_known_sum(bill.c[name], bill.c.model).label(name) for name in ("batch_cost_picousd", "standard_cost_picousd")),
+        )
+        .join(batch, (batch.c.job_id == bill.c.job_id) & (batch.c.shard == bill.c.shard))
+        .join(job, job.c.job_id == bill.c.job_id)
+        .group_by(*group)
+    )
+    return _with_money(inner.subquery("spend"))
+
+
+def summary() -> sa.Select[Any]:
+    """``batchkit_summary``. Times of the API's clock and of ours are never subtracted from each other.
+
+    ``rendering_s`` reads and renders the source, ``submitting_s`` goes from the journaled intent to the journaled batch id, added up over
+    the batches, ``waiting_s`` from the first batch's creation to the last one's end, ``landing_s`` writes the results. ``shared_rows``
+    were answered by another row's request; ``dedupe_hit_ratio`` is their share of all rows, 0 to 1. All but ``open_batches`` is of what
+    has landed.
+    """
+    is_landed = batch.c.state == BatchState.LANDED.value
+
+    def landed(column: sa.ColumnElement[Any]) -> sa.ColumnElement[Any]:
+        return sa.case((is_landed, column))
+
+    group = (job.c.job_id, job.c.dag_id, job.c.run_id, job.c.task_id, job.c.map_index, job.c.created_at, job.c.rendering_ms)
+    requests, rows = sa.func.sum(landed(batch.c.requests)), sa.func.sum(landed(batch.c.source_rows))
+    waited = seconds_between(sa.func.min(landed(batch.c.created_at)), sa.func.max(landed(batch.c.ended_at)))
+    inner = (
+        sa.select(
+            *group[:-1],
+            sa.func.count(landed(batch.c.shard)).label("batches"),
+            sa.func.sum(sa.case((is_landed, 0), else_=1)).label("open_batches"),
+            rows.label("source_rows"),
+            requests.label("requests"),
+            (rows - requests).label("shared_rows"),
+            (sa.cast(rows - requests, sa.Double()) / sa.func.nullif(rows, 0)).label("dedupe_hit_ratio"),
+            _seconds(job.c.rendering_ms).label("rendering_s"),
+            sa.func.sum(landed(seconds_between(batch.c.intended_at, batch.c.submitted_at))).label("submitting_s"),
+            waited.label("waiting_s"),
+            _seconds(sa.func.sum(landed(batch.c.landing_ms))).label("landing_s"),
+            *(
+                _known_sum(landed(batch.c[name]), landed(batch.c.shard)).label(name)
+                for name in ("batch_cost_picousd", "standard_cost_picousd")
+            ),
+        )
+        .join(batch, batch.c.job_id == job.c.job_id)
+        .where(batch.c.state.not_in([BatchState.REJECTED.value, BatchState.VOID.value]))
+        .group_by(*group)
+    )
+    return _with_money(inner.subquery("summary"))
+
+
+def latency() -> sa.Select[Any]:
+    """``batchkit_latency``. A percentile is the smallest latency that so many per cent of the batches did not exceed (nearest rank)."""
+    day, took = utc_day(batch.c.created_at).label("day"), seconds_between(batch.c.created_at, batch.c.ended_at).label("seconds")
+    times = (
+        sa.select(day, job.c.dag_id, took)
+        .join(job, job.c.job_id == batch.c.job_id)
+        .where(batch.c.state == BatchState.LANDED.value, batch.c.ended_at.is_not(None))
+        .subquery("times")
+    )
+    group = (times.c.day, times.c.dag_id)
+    ranked = sa.select(
+        *times.c,
+        sa.func.row_number().over(partition_by=group, order_by=times.c.seconds).label("position"),
+        sa.func.count().over(partition_by=group).label("batches"),
+    ).subquery("ranked")
+
+    def percentile(percent: int) -> sa.ColumnElement[Any]:
+        return sa.func.min(sa.case((ranked.c.position * 100 >= ranked.c.batches * percent, ranked.c.seconds)))
+
+    return sa.select(
+        ranked.c.day,
+        ranked.c.dag_id,
+        sa.func.count().label("batches"),
+        percentile(50).label("p50_s"),
+        percentile(95).label("p95_s"),
+        sa.func.max(ranked.c.seconds).label("max_s"),
+    ).group_by(ranked.c.day, ranked.c.dag_id)
+
+
+VIEWS = {"batchkit_spend": spend, "batchkit_summary": summary, "batchkit_latency": latency}
+
+
+def view_statements(dialect: Dialect) -> list[str]:
+    """The statements that create the views on a database of ``DIALECTS``; none for another."""
+    if dialect.name not in DIALECTS:
+        return []
+    return [
+        f"CREATE VIEW {name} AS\n{view().compile(dialect=dialect, compile_kwargs={'literal_binds': True})}" for name, view in VIEWS.items()
+    ]
+
+
+def create_views(connection: Connection) -> None:
+    """Create the views, in the connection's transaction."""
+    for name in VIEWS:
+        connection.exec_driver_sql(f"DROP VIEW IF EXISTS {name}")
+    for statement in view_statements(connection.dialect):
+        connection.exec_driver_sql(statement)

@@ -1,0 +1,108 @@
+"""OpenLineage: the tables that a task reads and writes, and what the run cost.
+
+Nothing here is needed without the OpenLineage provider, and nothing in it fails a task. OpenLineage calls these methods in a copy of the
+task's process, so they know what the same leg of the task has left on the operator.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from airflow.providers.common.compat.sdk import BaseHook
+
+if TYPE_CHECKING:
+    from airflow.providers.openlineage.extractors import OperatorLineage
+
+log = logging.getLogger(__name__)
+
+#: name of our run facet: what the task has published, money as text
+FACET = "batchkit"
+
+
+class BatchLineage:
+    """The OpenLineage methods of an operator with ``sql`` (what it reads) or ``table`` (what it writes), or both."""
+
+    #: what the run has done so far, see :mod:`~airflow_provider_batchkit.operators.publish`
+    lineage_summary: dict[str, Any] | None = None
+
+    def get_openlineage_facets_on_start(self) -> OperatorLineage | None:
+        """The tables, as far as they are known before the task has run."""
+        return describe(self)
+
+    def get_openlineage_facets_on_complete(self, task_instance: Any) -> OperatorLineage | None:
+        """The tables, and the tokens and costs of the run."""
+        return describe(self)
+
+    def get_openlineage_facets_on_failure(self, task_instance: Any) -> OperatorLineage | None:
+        """The same: a fetch may fail after its answers have landed."""
+        return describe(self)
+
+
+def describe(task: Any) -> OperatorLineage | None:
+    """What OpenLineage is told of a task; None where its provider is not installed. A part that cannot be had leaves the others."""
+    try:
+        from airflow.providers.openlineage.extractors import OperatorLineage
+    except ImportError:
+        return None
+    lineage = OperatorLineage()
+    for part in (_add_statement, _add_source_tables, _add_result_table, _add_run_facet):
+        try:
+            part(task, lineage)
+        except Exception:  # to name its tables a hook may ask the database, which may be what the task failed for
+            log.warning("This task's lineage lacks a part (%s)", part.__name__, exc_info=True)
+    return lineage
+
+
+def _add_statement(task: Any, lineage: OperatorLineage) -> None:
+    from openlineage.client.facet_v2 import sql_job
+
+    if isinstance(getattr(task, "sql", None), str):
+        lineage.job_facets["sql"] = sql_job.SQLJobFacet(query=task.sql)
+
+
+def _add_source_tables(task: Any, lineage: OperatorLineage) -> None:
+    """By OpenLineage's own parser, and by name alone: their columns are not worth a query at every start of a task."""
+    from airflow.providers.openlineage.sqlparser import SQLParser
+
+    if not isinstance(getattr(task, "sql", None), str):
+        return
+    hook, connection, info = _database(task.source_conn_id or task.sql_conn_id)
+    if info is not None:
+        parser = SQLParser(dialect=hook.get_openlineage_database_dialect(connection), default_schema=hook.get_openlineage_default_schema())
+        found = parser.generate_openlineage_metadata_from_sql(sql=task.sql, hook=hook, database_info=info, use_connection=False)
+        lineage.inputs += found.inputs
+        lineage.run_facets |= found.run_facets
+
+
+def _add_result_table(task: Any, lineage: OperatorLineage) -> None:
+    from airflow.providers.openlineage.sqlparser import SQLParser
+    from openlineage.client.event_v2 import OutputDataset
+    from openlineage.client.facet_v2 import output_statistics_output_dataset
+
+    if not isinstance(getattr(task, "table", None), str):
+        return
+    hook, _, info = _database(task.sql_conn_id)
+    if info is not None:
+        schema, _, table = task.table.rpartition(".")
+        name = ".".join(filter(None, (info.database, schema or hook.get_openlineage_default_schema(), table)))
+        facets = {}
+        if task.lineage_summary is not None:
+            rows = task.lineage_summary["rows"]
+            facets["outputStatistics"] = output_statistics_output_dataset.OutputStatisticsOutputDatasetFacet(rowCount=rows)
+        name = name.upper() if info.is_uppercase_names else name
+        lineage.outputs.append(OutputDataset(namespace=SQLParser.create_namespace(info), name=name, outputFacets=facets))
+
+
+def _add_run_facet(task: Any, lineage: OperatorLineage) -> None:
+    from openlineage.client.facet_v2 import RunFacet
+
+    if task.lineage_summary is not None:
+        lineage.run_facets[FACET] = RunFacet().with_additional_properties(**task.lineage_summary)
+
+
+def _database(conn_id: str) -> tuple[Any, Any, Any]:
+    """Hook, connection, and what OpenLineage calls the database: None for one that it has no name for, such as SQLite."""
+    connection = BaseHook.get_connection(conn_id)
+    hook = connection.get_hook()
+    return hook, connection, hook.get_openlineage_database_info(connection)

@@ -1,0 +1,48 @@
+"""The link from a task to its batches in the Claude Console."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from airflow.providers.common.compat.sdk import BaseOperatorLink, XCom, conf
+
+if TYPE_CHECKING:
+    from airflow.providers.common.compat.sdk import BaseOperator, Context, TaskInstanceKey
+
+#: the Console's page of batches, of the default workspace (API documentation, "Batch processing", "Tracking your batch")
+CONSOLE_URL = "https://platform.claude.com/settings/workspaces/default/batches"
+XCOM_KEY = "batchkit_console_link"
+
+
+def push_console_link(context: Context, batch_ids: Sequence[str]) -> None:
+    """Put the link where Airflow shows it from: at once, so that it is there while the task runs, is deferred or has failed."""
+    if batch_ids:
+        context["ti"].xcom_push(key=XCOM_KEY, value=console_url(batch_ids[0]))
+
+
+def console_url(batch_id: str) -> str:
+    """The Console's page of batches, with the id of one behind a ``#``.
+
+    The Console documents no address of a single batch: the page is the list, and the id is there for the eye. Which workspace's page it
+    is, ``[batchkit] console_url`` says.
+    """
+    page = conf.get("batchkit", "console_url", fallback=CONSOLE_URL)
+    return f"{page}#{batch_id}"
+
+
+class ConsoleLink(BaseOperatorLink):
+    """The task's first batch in the Claude Console."""
+
+    name = "Claude Console"
+
+    @property
+    def xcom_key(self) -> str:
+        return XCOM_KEY
+
+    def get_link(self, operator: BaseOperator, *, ti_key: TaskInstanceKey) -> str:
+        """The link that this attempt of the task instance has pushed; "" when it has none.
+
+        Airflow calls this on the worker at the end of every leg, and stores the answer under ``xcom_key``.
+        """
+        return str(XCom.get_value(ti_key=ti_key, key=XCOM_KEY) or "")

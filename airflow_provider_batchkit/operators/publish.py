@@ -1,0 +1,52 @@
+"""Where a task's summary goes besides its return value: the Storage tab, the outlets' asset events, the metrics, the lineage."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from airflow.providers.common.compat.sdk import Asset
+
+from airflow_provider_batchkit.model import CostTally
+from airflow_provider_batchkit.operators.metrics import count_landed
+from airflow_provider_batchkit.pricing import summary_line
+
+if TYPE_CHECKING:
+    from airflow.providers.common.compat.sdk import Context
+
+    from airflow_provider_batchkit.landing import BatchFigures
+
+#: the keys of the summary that are published, under their own names; all are JSON and small
+PUBLISHED = ("batch_ids", "table", "rows", "counts", "cost_tally", "latency_s")
+
+
+def publish_summary(task: Any, context: Context, summary: Mapping[str, Any], batches: Iterable[BatchFigures]) -> None:
+    """Publish what landed. To be called in the task's last leg: what an earlier leg says of its assets is lost.
+
+    :param task: the operator; its OpenLineage events tell what is published, too
+    :param summary: what the task returns
+    :param batches: those that landed for the first time; they alone are counted
+    """
+    published = {name: summary[name] for name in PUBLISHED if summary[name] is not None}
+    _store(context, published)
+    _describe_assets(context, task.outlets, published)
+    count_landed(context["ti"], batches)
+    task.lineage_summary = published
+
+
+def _store(context: Context, published: Mapping[str, Any]) -> None:
+    """To the task's Storage tab (Airflow 3.3 and later), where it outlives retries and clears."""
+    store = context.get("task_state_store")
+    if store is None:
+        return
+    store.set("cost", summary_line(CostTally.from_json(published["cost_tally"])))
+    for name, value in published.items():
+        store.set(name, value)
+
+
+def _describe_assets(context: Context, outlets: Iterable[Any], published: Mapping[str, Any]) -> None:
+    """To the ``extra`` of every outlet asset's event, beside what is there already."""
+    for outlet in outlets:
+        if isinstance(outlet, Asset):
+            event = context["outlet_events"][outlet]
+            event.extra = {**event.extra, **published}
