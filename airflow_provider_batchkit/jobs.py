@@ -144,7 +144,8 @@ def _spool(
         if key in seen.new_keys:
             raise RequestError(
                 f"row {report.rows - 1}: the key {request.key} came before. Keys must be unique, or one answer would overwrite another. "
-                "Nothing was sent by this attempt."
+                "Nothing was sent by this attempt.",
+                position=report.rows - 1,
             )
         seen.new_keys.add(key)
         if key in seen.known_keys:
