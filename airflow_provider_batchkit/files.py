@@ -67,7 +67,7 @@ class InputOptions:
                 "".encode(parsed.encoding)
             except (LookupError, TypeError, ValueError):
                 raise BatchInputError(f"input_options: encoding {parsed.encoding!r} is no text encoding that Python knows.") from None
-        delimiter = parsed.delimiter
+        delimiter: Any = parsed.delimiter
         if delimiter is not None and (not isinstance(delimiter, str) or len(delimiter) != 1 or delimiter in '"\r\n\0'):
             raise BatchInputError(f"input_options: delimiter must be one character, no quote and no line end, not {delimiter!r}.")
         return parsed
