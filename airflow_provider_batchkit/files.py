@@ -261,10 +261,11 @@ def _parquet(stream: BinaryIO, name: str) -> Iterator[tuple[int, dict[str, Any]]
         ) from e
     number = 0
     try:
-        file = parquet.ParquetFile(stream, coerce_int96_timestamp_unit="us")
+        # no read-ahead over the row groups and no threads of its own: both keep far more of the file in memory
+        file = parquet.ParquetFile(stream, coerce_int96_timestamp_unit="us", pre_buffer=False)
         _check_names(file.schema_arrow.names, name)
         schema = _python_times(file.schema_arrow)
-        for batch in file.iter_batches(_PARQUET_ROWS):
+        for batch in file.iter_batches(_PARQUET_ROWS, use_threads=False):
             for row in batch.cast(schema, safe=False).to_pylist():
                 number += 1
                 yield number, row
