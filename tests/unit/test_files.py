@@ -126,6 +126,23 @@ def test_a_field_may_be_as_long_as_a_product_text_and_not_longer_than_a_request(
     assert "x.jsonl, line 1: longer than 33,554,432 bytes" in refusal(b'{"a":"' + b"x" * 34_000_000, "x.jsonl")
 
 
+@pytest.mark.parametrize(("name", "start"), [("x.csv", b"a,b\n"), ("x.jsonl", b""), ("x.csv", b'a,b\n"')])
+def test_a_line_that_does_not_end_is_given_up_before_it_fills_the_memory(name: str, start: bytes) -> None:
+    """Not a text file at all, or a few kilobytes of gzip that unpack to more than the worker has."""
+
+    class Endless(io.BytesIO):
+        given = 0
+
+        def read(self, size: int | None = -1) -> bytes:
+            assert size is not None and size > 0
+            assert self.given < 100_000_000, "it does not end by itself"
+            self.given += size
+            return super().read(size) or b"x" * size
+
+    with pytest.raises(BatchInputError, match="longer than"):
+        list(FileRows([(name, partial(Endless, start))]))
+
+
 # JSONL
 
 
