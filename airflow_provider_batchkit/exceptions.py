@@ -41,7 +41,14 @@ class BatchInputError(BatchKitError, ValueError):
 
 
 class RequestError(BatchInputError):
-    """One request is not what the Messages API takes. The message names the item by its key or position."""
+    """One request is not what the Messages API takes. The message names the item by its key or position.
+
+    ``position`` is the item's in its source, from 0, where that is known.
+    """
+
+    def __init__(self, message: str, *, position: int | None = None) -> None:
+        super().__init__(message)
+        self.position = position
 
 
 class TableError(BatchInputError):

@@ -185,7 +185,8 @@ def _spool(requests: Iterable[PreparedRequest], seen: _Seen, writer: ShardWriter
             if before is not None:
                 raise RequestError(
                     f"row {position}: the key {chunk[position - report.rows].key} came before, in row {before}. Keys must be unique, or "
-                    "one answer would overwrite another. Nothing was sent by this attempt."
+                    "one answer would overwrite another. Nothing was sent by this attempt.",
+                    position=position,
                 )
         report.rows += len(chunk)
         fresh = seen.unknown(chunk, keys, report)

@@ -26,26 +26,26 @@ class BatchLineage:
     #: what the run has done so far, see :mod:`~airflow_provider_batchkit.operators.publish`
     lineage_summary: dict[str, Any] | None = None
 
-    def get_openlineage_facets_on_start(self) -> OperatorLineage | None:
+    def get_openlineage_facets_on_start(self) -> OperatorLineage[Any, Any] | None:
         """The tables, as far as they are known before the task has run."""
         return describe(self)
 
-    def get_openlineage_facets_on_complete(self, task_instance: Any) -> OperatorLineage | None:
+    def get_openlineage_facets_on_complete(self, task_instance: Any) -> OperatorLineage[Any, Any] | None:
         """The tables, and the tokens and costs of the run."""
         return describe(self)
 
-    def get_openlineage_facets_on_failure(self, task_instance: Any) -> OperatorLineage | None:
+    def get_openlineage_facets_on_failure(self, task_instance: Any) -> OperatorLineage[Any, Any] | None:
         """The same: a fetch may fail after its answers have landed."""
         return describe(self)
 
 
-def describe(task: Any) -> OperatorLineage | None:
+def describe(task: Any) -> OperatorLineage[Any, Any] | None:
     """What OpenLineage is told of a task; None where its provider is not installed. A part that cannot be had leaves the others."""
     try:
         from airflow.providers.openlineage.extractors import OperatorLineage
     except ImportError:
         return None
-    lineage = OperatorLineage()
+    lineage: OperatorLineage[Any, Any] = OperatorLineage()
     for part in (_add_statement, _add_source_tables, _add_result_table, _add_run_facet):
         try:
             part(task, lineage)
@@ -54,14 +54,14 @@ def describe(task: Any) -> OperatorLineage | None:
     return lineage
 
 
-def _add_statement(task: Any, lineage: OperatorLineage) -> None:
+def _add_statement(task: Any, lineage: OperatorLineage[Any, Any]) -> None:
     from openlineage.client.facet_v2 import sql_job
 
     if isinstance(getattr(task, "sql", None), str):
         lineage.job_facets["sql"] = sql_job.SQLJobFacet(query=task.sql)
 
 
-def _add_source_tables(task: Any, lineage: OperatorLineage) -> None:
+def _add_source_tables(task: Any, lineage: OperatorLineage[Any, Any]) -> None:
     """By OpenLineage's own parser, and by name alone: their columns are not worth a query at every start of a task."""
     from airflow.providers.openlineage.sqlparser import SQLParser
 
@@ -75,7 +75,7 @@ def _add_source_tables(task: Any, lineage: OperatorLineage) -> None:
         lineage.run_facets |= found.run_facets
 
 
-def _add_result_table(task: Any, lineage: OperatorLineage) -> None:
+def _add_result_table(task: Any, lineage: OperatorLineage[Any, Any]) -> None:
     from airflow.providers.openlineage.sqlparser import SQLParser
     from openlineage.client.event_v2 import OutputDataset
     from openlineage.client.facet_v2 import output_statistics_output_dataset
@@ -86,7 +86,7 @@ def _add_result_table(task: Any, lineage: OperatorLineage) -> None:
     if info is not None:
         schema, _, table = task.table.rpartition(".")
         name = ".".join(filter(None, (info.database, schema or hook.get_openlineage_default_schema(), table)))
-        facets = {}
+        facets: dict[str, Any] = {}
         if task.lineage_summary is not None:
             rows = task.lineage_summary["rows"]
             facets["outputStatistics"] = output_statistics_output_dataset.OutputStatisticsOutputDatasetFacet(rowCount=rows)
@@ -94,7 +94,7 @@ def _add_result_table(task: Any, lineage: OperatorLineage) -> None:
         lineage.outputs.append(OutputDataset(namespace=SQLParser.create_namespace(info), name=name, outputFacets=facets))
 
 
-def _add_run_facet(task: Any, lineage: OperatorLineage) -> None:
+def _add_run_facet(task: Any, lineage: OperatorLineage[Any, Any]) -> None:
     from openlineage.client.facet_v2 import RunFacet
 
     if task.lineage_summary is not None:

@@ -225,7 +225,7 @@ class RequestBuilder:
                 return self._text(item, position)
             return self._native(item, position) if self._prompt is None else self._row(item, position)
         except RequestError as e:
-            raise RequestError(f"{self._place(item, position)}: {e}") from e.__cause__
+            raise RequestError(f"{self._place(item, position)}: {e}", position=position) from e.__cause__
 
     def build_all(self, items: Sequence[Any], position: int) -> list[PreparedRequest]:
         """:meth:`build` for items that follow each other from ``position`` on; faster, for rows of a job."""

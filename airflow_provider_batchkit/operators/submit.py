@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from functools import cached_property
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -34,11 +35,14 @@ class SubmitBatchOperator(BatchLineage, BaseOperator):
     Every request is journaled in the ``batchkit_*`` tables of ``sql_conn_id`` before it is sent, so a retry, a cleared task or a killed
     worker never pays for a row twice.
 
-    Give exactly one source, ``sql`` or ``requests``.
+    Give exactly one source, ``sql``, ``input_path`` or ``requests``.
 
     :param sql: a SELECT; each row is ``row`` in the templates (templated, ``.sql`` files too)
+    :param input_path: CSV, JSONL or Parquet files whose columns are the row, CSV and JSONL also gzipped: a path or URL that
+        ``ObjectStoragePath`` takes (local, ``s3://``, ``gs://``, ``abfs://``), with ``*`` for many files, or a list of them (templated).
+        CSV values are strings
     :param requests: native ``{"custom_id", "params"}`` mappings, prompt strings, or row mappings; may be another task's output
-    :param key: column or columns that identify a row; the result table is keyed by them. Needed with ``sql``
+    :param key: column or columns that identify a row; the result table is keyed by them. Needed with ``sql`` and ``input_path``
     :param prompt: Jinja template of the user message over ``row`` and the task's context. A missing column is an error
     :param system: template of the system prompt
     :param model: model id; else the connection's default
@@ -48,6 +52,9 @@ class SubmitBatchOperator(BatchLineage, BaseOperator):
     :param sql_conn_id: SQL connection of the ledger, and of the source unless ``source_conn_id`` names another
     :param source_conn_id: SQL connection to read ``sql`` from
     :param parameters: parameters of ``sql``, in the driver's own style
+    :param input_conn_id: connection to read ``input_path`` with, e.g. one of type ``aws``; a local path needs none
+    :param input_options: how to read ``input_path`` where its name does not say it: ``format`` (``"csv"``, ``"jsonl"``, ``"parquet"``), and
+        for CSV ``encoding`` and ``delimiter``
     :param max_requests_per_batch: 1 to 100,000
     :param max_bytes_per_batch: bytes of a batch's body, at most 256,000,000
     :param dedupe: rows that ask exactly the same share one request; the answer lands for each
@@ -56,7 +63,17 @@ class SubmitBatchOperator(BatchLineage, BaseOperator):
     :param on_empty: a source without rows: ``"skip"`` the task, ``"succeed"`` with no batches, or ``"fail"``
     """
 
-    template_fields: Sequence[str] = ("sql", "requests", "parameters", "model", "anthropic_conn_id", "sql_conn_id", "source_conn_id")
+    template_fields: Sequence[str] = (
+        "sql",
+        "input_path",
+        "requests",
+        "parameters",
+        "model",
+        "anthropic_conn_id",
+        "sql_conn_id",
+        "source_conn_id",
+        "input_conn_id",
+    )
     template_ext: Sequence[str] = (".sql",)
     template_fields_renderers = {"sql": "sql", "requests": "json"}  # noqa: RUF012 - Airflow's own attribute
     ui_color = "#e8ded2"
@@ -66,6 +83,7 @@ class SubmitBatchOperator(BatchLineage, BaseOperator):
         self,
         *,
         sql: str | None = None,
+        input_path: Any = None,
         requests: Any = None,
         key: str | Sequence[str] | None = None,
         prompt: str | None = None,
@@ -77,6 +95,8 @@ class SubmitBatchOperator(BatchLineage, BaseOperator):
         sql_conn_id: str,
         source_conn_id: str | None = None,
         parameters: Any = None,
+        input_conn_id: str | None = None,
+        input_options: Mapping[str, Any] | None = None,
         max_requests_per_batch: int = MAX_REQUESTS_PER_BATCH,
         max_bytes_per_batch: int = MAX_BYTES_PER_BATCH,
         dedupe: bool = True,
@@ -87,6 +107,7 @@ class SubmitBatchOperator(BatchLineage, BaseOperator):
     ) -> None:
         super().__init__(**kwargs)
         self.sql = sql
+        self.input_path = input_path
         # what the user asks is sent as it is: only a task's output is resolved, no Jinja runs over it
         self.requests = requests if requests is None or isinstance(requests, XComArg) else literal(requests)
         self.key = key
@@ -99,6 +120,8 @@ class SubmitBatchOperator(BatchLineage, BaseOperator):
         self.sql_conn_id = sql_conn_id
         self.source_conn_id = source_conn_id
         self.parameters = parameters
+        self.input_conn_id = input_conn_id
+        self.input_options = input_options
         self.max_requests_per_batch = max_requests_per_batch
         self.max_bytes_per_batch = max_bytes_per_batch
         self.dedupe = dedupe
@@ -106,10 +129,15 @@ class SubmitBatchOperator(BatchLineage, BaseOperator):
         self.cancel_on_kill = cancel_on_kill
         self._job_id: str | None = None
         self.on_empty = on_empty
-        if (sql is None) == (requests is None):
-            raise BatchInputError(f"Task {self.task_id}: give exactly one of sql and requests.")
-        if sql is not None and (not key or prompt is None):
-            raise BatchInputError(f"Task {self.task_id}: sql needs key (the columns that identify a row) and prompt.")
+        if sum(source is not None for source in (sql, input_path, requests)) != 1:
+            raise BatchInputError(f"Task {self.task_id}: give exactly one of sql, input_path and requests.")
+        if requests is None and (not key or prompt is None):
+            source = "input_path" if sql is None else "sql"
+            raise BatchInputError(f"Task {self.task_id}: {source} needs key (the columns that identify a row) and prompt.")
+        if input_options is not None:
+            from airflow_provider_batchkit.files import InputOptions
+
+            InputOptions.parse(input_options)
         if on_empty not in ("skip", "succeed", "fail"):
             raise BatchInputError(f"Task {self.task_id}: on_empty must be 'skip', 'succeed' or 'fail', not {on_empty!r}.")
 
@@ -142,6 +170,7 @@ class SubmitBatchOperator(BatchLineage, BaseOperator):
         return report.batch_ids
 
     def _submit(self, context: Context) -> SubmitReport:
+        from airflow_provider_batchkit.files import FileRows
         from airflow_provider_batchkit.jobs import submit_job
         from airflow_provider_batchkit.ledger import Ledger
         from airflow_provider_batchkit.sources import KeyTypes
@@ -151,17 +180,19 @@ class SubmitBatchOperator(BatchLineage, BaseOperator):
         ledger = Ledger(sql_engine(self.sql_conn_id))
         key = [self.key] if isinstance(self.key, str) else list(self.key or ())
         types = KeyTypes(key)
-        return submit_job(
-            self.hook.kit,
-            ledger,
-            job,
-            self._requests(context, job.job_id, key, types),
-            anthropic_conn_id=self.anthropic_conn_id,
-            max_requests=self.max_requests_per_batch,
-            max_bytes=self.max_bytes_per_batch,
-            settle_seconds=self.settle_seconds,
-            before_send=lambda: self._note_key(ledger, job.job_id, types),
-        )
+        items = self._items()
+        with items.naming_places() if isinstance(items, FileRows) else nullcontext():
+            return submit_job(
+                self.hook.kit,
+                ledger,
+                job,
+                self._requests(context, job.job_id, key, types, items),
+                anthropic_conn_id=self.anthropic_conn_id,
+                max_requests=self.max_requests_per_batch,
+                max_bytes=self.max_bytes_per_batch,
+                settle_seconds=self.settle_seconds,
+                before_send=lambda: self._note_key(ledger, job.job_id, types),
+            )
 
     @staticmethod
     def _note_key(ledger: Ledger, job_id: str, types: KeyTypes) -> None:
@@ -173,7 +204,7 @@ class SubmitBatchOperator(BatchLineage, BaseOperator):
             ResultTable("results", columns)
             ledger.set_key_columns(job_id, columns)
 
-    def _requests(self, context: Context, job_id: str, key: list[str], types: KeyTypes) -> Iterator[PreparedRequest]:
+    def _requests(self, context: Context, job_id: str, key: list[str], types: KeyTypes, items: Iterable[Any]) -> Iterator[PreparedRequest]:
         from airflow_provider_batchkit.requests import RequestBuilder, RequestDefaults
         from airflow_provider_batchkit.templates import RowTemplate
 
@@ -186,19 +217,24 @@ class SubmitBatchOperator(BatchLineage, BaseOperator):
             system=None if self.system is None else RowTemplate(self.system, name="system", context=per_run),
             dedupe=self.dedupe,
         )
-        items, position = self._items(), 0
-        while chunk := list(islice(items, _ROWS_AT_A_TIME)):
+        rows, position = iter(items), 0
+        while chunk := list(islice(rows, _ROWS_AT_A_TIME)):
             requests = builder.build_all(chunk, position)
             types.see(chunk)
             position += len(chunk)
             yield from requests
 
-    def _items(self) -> Iterator[Any]:
+    def _items(self) -> Iterable[Any]:
+        if self.input_path is not None:
+            from airflow_provider_batchkit.files import FileRows, InputOptions
+            from airflow_provider_batchkit.hooks.storage import input_files
+
+            return FileRows(input_files(self.input_path, self.input_conn_id), InputOptions.parse(self.input_options))
         if self.sql is None:
             from airflow_provider_batchkit.requests import items_of
 
             # resolved by now: rendering replaces the literal wrapper and a task's output by their values
-            return iter(items_of(self.requests))
+            return items_of(self.requests)
         from airflow_provider_batchkit.sources import read_sql
 
         return read_sql(sql_engine(self.source_conn_id or self.sql_conn_id), self.sql, self.parameters)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import csv
 import logging
 import os
 import signal
@@ -57,6 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     rows = args.rows or (REAL_PRODUCTS if args.real else PRODUCTS)
     catalog = FOLDER / ("catalog_real.db" if args.real else "catalog.db")
     fill_catalog(catalog, rows)
+    write_reviews(FOLDER / "reviews.csv", catalog)
     set_environment(catalog)
     if args.real:
         return run_real(catalog)
@@ -78,6 +80,18 @@ def fill_catalog(catalog: Path, rows: int) -> None:
     print(f"Catalog: {rows:,} products in {_relative(catalog)}")
 
 
+def write_reviews(path: Path, catalog: Path) -> None:
+    """Make the CSV file of the example DAG csv_to_table: two reviews of each of the catalog's first thousand products."""
+    with contextlib.closing(sqlite3.connect(catalog)) as connection:
+        names = [name for (name,) in connection.execute("SELECT name FROM products ORDER BY sku LIMIT 1000")]
+    with path.open("w", newline="") as file:
+        reviews = csv.writer(file)
+        reviews.writerow(["review_id", "product", "stars", "text"])
+        for number, name in enumerate(names):
+            reviews.writerow([f"R-{number:04d}-1", name, 5, f'My "{name}" arrived in two days,\nand it is as good as it looks.'])
+            reviews.writerow([f"R-{number:04d}-2", name, 2, "It broke in the first week. The refund was quick, though."])
+
+
 def _product(number: int) -> tuple[str, str, str]:
     material = _MATERIALS[number % 10]
     thing = _THINGS[number // 10 % 10]
@@ -96,6 +110,7 @@ def set_environment(catalog: Path) -> None:
             "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_ALL_ADMINS": "True",
             "AIRFLOW__LOGGING__LOGGING_LEVEL": "INFO",
             "AIRFLOW_CONN_WAREHOUSE": f"sqlite://{quote(str(catalog), safe='')}",
+            "AIRFLOW_VAR_REVIEWS_CSV": str(FOLDER / "reviews.csv"),
         }
     )
 

@@ -249,8 +249,8 @@ def test_delete_after_fetch_removes_the_batch(home: Path, sim: SimulatorProcess)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "exactly one of sql and requests"),
-        ({"sql": "SELECT 1", "requests": ["a"]}, "exactly one of sql and requests"),
+        ({}, "exactly one of sql, input_path and requests"),
+        ({"sql": "SELECT 1", "requests": ["a"]}, "exactly one of sql, input_path and requests"),
         ({"sql": "SELECT 1", "prompt": "x"}, "sql needs key"),
         ({"sql": "SELECT 1", "key": "a"}, "sql needs key .* and prompt"),
         ({"requests": ["a"], "on_empty": "explode"}, "on_empty must be"),

@@ -21,14 +21,14 @@ SOURCES = {
 #: Values and errors: what every other module may build on.
 FOUNDATION = {"model", "exceptions"}
 #: One stage of the way from rows to costs each. They know the foundation, not each other.
-STAGES = {"sources", "templates", "requests", "shards", "results", "pricing", "polling"}
+STAGES = {"sources", "files", "templates", "requests", "shards", "results", "pricing", "polling"}
 #: The parts that know Airflow.
 AIRFLOW_SIDE = {"hooks", "operators", "sensors", "triggers", "decorators", "links", "lineage", "ui"}
 #: The only modules of the simulator's folder that know Airflow and the client side: the demo's drivers, which start both.
 DEMO = {module for module in SOURCES if module.startswith(f"{PACKAGE}.simulator.demo")}
 MAX_LINES = 450
 #: What a DAG file's parse must not pay for through the engine.
-HEAVY = {"airflow", "anthropic", "genai_prices", "sqlalchemy"}
+HEAVY = {"airflow", "anthropic", "genai_prices", "pyarrow", "sqlalchemy"}
 
 
 def part(module: str) -> str:
