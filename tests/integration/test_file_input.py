@@ -187,7 +187,7 @@ def test_a_csv_of_a_header_alone_is_a_source_without_rows(home: Path, tmp_path: 
     ("content", "message"),
     [
         ("sku,name\nA,tea\nB\n", "x.csv, line 3: 1 fields, but the header has 2: ['B']. Nothing was sent."),
-        ('sku,name\nA,"green\ntea"\nB,pot\nA,cup\n', 'x.csv, line 5: row 2: the key ["A"] came before.'),
+        ('sku,name\nA,"green\ntea"\nB,pot\nA,cup\n', 'x.csv, line 5: row 2: the key ["A"] came before, in row 0.'),
         ("id,name\nA,tea\n", "x.csv, line 2: row 0: key column sku is not in the source. Columns: id, name. Nothing was sent."),
         ("sku,title\nA,tea\n", "x.csv, line 2: row 0 (sku='A'): the prompt template uses something that is not there:"),
         (f"sku,name\nA,tea\n{'B' * 3000},pot\n", "the key is 3,004 bytes long, over the limit of 2,000. Nothing was sent."),
