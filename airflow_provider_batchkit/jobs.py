@@ -15,10 +15,13 @@ import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from typing import Any
 
+from airflow_provider_batchkit.estimate import Estimate, estimate_shards
 from airflow_provider_batchkit.exceptions import (
     BatchUnavailableError,
+    CostLimitError,
     LedgerError,
     RequestError,
     SubmitRefusedError,
@@ -28,12 +31,14 @@ from airflow_provider_batchkit.exceptions import (
 )
 from airflow_provider_batchkit.kit import BatchKit
 from airflow_provider_batchkit.landing import LandingReport, WriteDisposition, land_batches
-from airflow_provider_batchkit.ledger import BatchState, JobRecord, Landed, Ledger
+from airflow_provider_batchkit.ledger import BatchState, JobRecord, Known, Landed, Ledger
+from airflow_provider_batchkit.ledger.history import output_per_request
 from airflow_provider_batchkit.model import MAX_BYTES_PER_BATCH, MAX_REQUESTS_PER_BATCH, BatchSnapshot, PreparedRequest, Shard
 from airflow_provider_batchkit.progress import Progress
 from airflow_provider_batchkit.reconcile import SETTLE_S, Settler
 from airflow_provider_batchkit.requests import key_values
 from airflow_provider_batchkit.shards import IndexEntry, ShardWriter, remove_shard_files, split_shard
+from airflow_provider_batchkit.spending import NO_LIMITS, Limits, Spending
 
 log = logging.getLogger(__name__)
 
@@ -59,17 +64,26 @@ class SubmitReport:
     known: int = 0
     #: of those, rows whose request would be another one now; they are not asked again
     changed: int = 0
+    #: batches that a rehearsal would create
+    batches: int = 0
+    #: of what this attempt sends; None when it has nothing to send
+    estimate: Estimate | None = None
 
 
 class _Seen:
     """Keys and questions of the job so far, as 16-byte marks: about 100 bytes a row."""
 
-    def __init__(self) -> None:
+    def __init__(self, known: Iterable[Known]) -> None:
+        """:param known: rows of earlier attempts"""
         #: key → question
         self.known_keys: dict[bytes, bytes] = {}
         self.new_keys: set[bytes] = set()
         #: question → the shard that asks it
         self.questions: dict[bytes, int] = {}
+        for row in known:
+            question = _mark(row.custom_id)
+            self.known_keys[_key_mark(row.key)] = question
+            self.questions[question] = row.shard
 
 
 def submit_job(
@@ -83,13 +97,16 @@ def submit_job(
     max_bytes: int = MAX_BYTES_PER_BATCH,
     settle_seconds: float = SETTLE_S,
     before_send: Callable[[], None] = lambda: None,
+    limits: Limits = NO_LIMITS,
 ) -> SubmitReport:
     """Submit whatever of ``requests`` the job has not in flight or landed.
 
     :param requests: built with the job's id; consumed once, to its end, before anything is sent
     :param settle_seconds: how long a shard that an earlier attempt may have sent is looked for before it counts as never accepted
     :param before_send: called once the source has been read and found good, before the first POST
+    :param limits: what the job may cost
     :raises RequestError: bad input, a key that comes twice; nothing was sent by this attempt
+    :raises CostLimitError: it may cost more than ``limits`` allow; nothing was sent by this attempt
     :raises SubmitRefusedError: the API refused a shard; ``submitted`` lists the job's batches that run
     :raises SubmitUncertainError: the next attempt settles it
     :raises LeaseLostError: a newer attempt has begun
@@ -99,21 +116,19 @@ def submit_job(
     settler = Settler(kit, ledger, settle_seconds=settle_seconds, fence=lambda: ledger.check_lease(job.job_id, lease))
     settler.settle(job.job_id)
     report = SubmitReport()
-    seen = _Seen()
-    for row in ledger.known(job.job_id):
-        question = _mark(row.custom_id)
-        seen.known_keys[_key_mark(row.key)] = question
-        seen.questions[question] = row.shard
+    seen = _Seen(ledger.known(job.job_id))
     with tempfile.TemporaryDirectory(prefix="batchkit-") as folder:
         first_new = ledger.next_shard(job.job_id)
         writer = ShardWriter(folder, first_number=first_new, max_requests=max_requests, max_bytes=max_bytes)
         old_copies = _spool(requests, seen, writer, first_new, report)
         shards = writer.close()
         before_send()
+        spending = Spending(kit, ledger, job, limits)
+        _stop_above_limits(ledger, spending, shards, report, job)
         if old_copies:
             ledger.add_copies(job.job_id, lease, old_copies)
         for shard in shards:
-            _send(kit, ledger, settler, job, lease, shard, anthropic_conn_id)
+            _send(kit, ledger, settler, job, lease, shard, anthropic_conn_id, spending)
             report.asked += shard.requests
     doubtful = [b for b in ledger.batches(job.job_id) if b.state is BatchState.SENDING]
     if doubtful:
@@ -122,6 +137,37 @@ def submit_job(
             "looks for their own, and sends them if they were never accepted."
         )
     report.batch_ids = running_ids(ledger, job.job_id)
+    return report
+
+
+def rehearse_job(
+    kit: BatchKit,
+    ledger: Ledger,
+    job: JobRecord,
+    requests: Iterable[PreparedRequest],
+    *,
+    max_requests: int = MAX_REQUESTS_PER_BATCH,
+    max_bytes: int = MAX_BYTES_PER_BATCH,
+) -> SubmitReport:
+    """What :func:`submit_job` would send, with its estimate. Sends nothing but the token counts of a sample, and journals nothing.
+
+    :raises RequestError: bad input, as a submit raises it
+    """
+    report = SubmitReport()
+    exists = ledger.exists()
+    with tempfile.TemporaryDirectory(prefix="batchkit-") as folder:
+        first_new = ledger.next_shard(job.job_id) if exists else 0
+        writer = ShardWriter(folder, first_number=first_new, max_requests=max_requests, max_bytes=max_bytes)
+        _spool(requests, _Seen(ledger.known(job.job_id) if exists else ()), writer, first_new, report)
+        shards = writer.close()
+        report.batches = len(shards)
+        report.estimate, _ = estimate_shards(
+            shards,
+            kit.price_book,
+            datetime.now(UTC),
+            count_tokens=kit.count_tokens,
+            output_per_request=output_per_request(ledger.engine, job.dag_id, job.task_id) if exists else None,
+        )
     return report
 
 
@@ -170,14 +216,29 @@ def _spool(
     return old_copies
 
 
-def _send(kit: BatchKit, ledger: Ledger, settler: Settler, job: JobRecord, lease: int, shard: Shard, anthropic_conn_id: str) -> None:
+def _stop_above_limits(ledger: Ledger, spending: Spending, shards: Sequence[Shard], report: SubmitReport, job: JobRecord) -> None:
+    """Log what the attempt will cost, and stop it when that is too much."""
+    if not shards:
+        return
+    report.estimate = spending.estimate(shards)
+    log.info("Estimate for %s", report.estimate)
+    try:
+        spending.refuse_above_limit(report.estimate)
+    except CostLimitError as e:
+        e.submitted = running_ids(ledger, job.job_id)
+        raise
+
+
+def _send(
+    kit: BatchKit, ledger: Ledger, settler: Settler, job: JobRecord, lease: int, shard: Shard, anthropic_conn_id: str, spending: Spending
+) -> None:
     """Send a shard until the API has it: in two halves after a 413, and again after a POST that proved never to have been accepted."""
     waiting = deque([shard])
     doubts = 0
     while waiting:
         # shards that failed keep their numbers in the ledger
         piece = replace(waiting.popleft(), number=ledger.next_shard(job.job_id))
-        ledger.intend(job.job_id, lease, piece, anthropic_conn_id)
+        ledger.intend(job.job_id, lease, piece, anthropic_conn_id, spending.bound(piece))
         try:
             found = kit.send(piece, fence=lambda: ledger.check_lease(job.job_id, lease), answer_timeout_s=settler.answer_timeout_s)
         except SubmitUncertainError as e:

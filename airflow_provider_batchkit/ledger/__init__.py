@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from airflow_provider_batchkit.ledger.engine import prepare_engine
-from airflow_provider_batchkit.ledger.ledger import BatchRecord, JobRecord, Landed, Ledger, make_job_id
+from airflow_provider_batchkit.ledger.ledger import BatchRecord, JobRecord, Known, Landed, Ledger, make_job_id
 from airflow_provider_batchkit.ledger.states import BatchState
 
-__all__ = ["BatchRecord", "BatchState", "JobRecord", "Landed", "Ledger", "make_job_id", "prepare_engine"]
+__all__ = ["BatchRecord", "BatchState", "JobRecord", "Known", "Landed", "Ledger", "make_job_id", "prepare_engine"]

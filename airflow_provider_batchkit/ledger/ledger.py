@@ -15,10 +15,11 @@ from sqlalchemy.engine import Connection, Engine, Row
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
 from airflow_provider_batchkit.exceptions import LeaseLostError, LedgerError
+from airflow_provider_batchkit.ledger import budgets
 from airflow_provider_batchkit.ledger.engine import prepare_engine, write_transaction
 from airflow_provider_batchkit.ledger.states import BatchState, check_move, sources_of
 from airflow_provider_batchkit.ledger.tables import VERSION, batch, job, metadata, request, version
-from airflow_provider_batchkit.model import BatchSnapshot, RequestStatus, Shard
+from airflow_provider_batchkit.model import BatchSnapshot, Bound, RequestStatus, Shard
 from airflow_provider_batchkit.shards import IndexEntry, read_index
 
 _CHUNK = 5_000
@@ -111,6 +112,10 @@ class Ledger:
         if found != VERSION:
             raise LedgerError(f"The ledger's tables are of version {found}, this provider writes version {VERSION}. Nothing was sent.")
 
+    def exists(self) -> bool:
+        """Whether the tables are there."""
+        return sa.inspect(self.engine).has_table(job.name)
+
     # --- jobs ---------------------------------------------------------------------------------------------------------------------
 
     def open_job(self, record: JobRecord) -> int:
@@ -199,7 +204,7 @@ class Ledger:
             last = connection.execute(sa.select(sa.func.max(batch.c.shard)).where(batch.c.job_id == job_id)).scalar()
         return 0 if last is None else last + 1
 
-    def intend(self, job_id: str, lease: int, shard: Shard, anthropic_conn_id: str) -> None:
+    def intend(self, job_id: str, lease: int, shard: Shard, anthropic_conn_id: str, bound: Bound = budgets.UNBOUNDED) -> None:
         """Journal a shard's requests and its batch as ``sending``. Must be committed before the POST.
 
         :raises LeaseLostError: when another attempt of the job has begun
@@ -215,6 +220,7 @@ class Ledger:
                     requests=shard.requests,
                     body_bytes=shard.bytes,
                     intended_at=_now(),
+                    **budgets.bound_columns(bound),
                 )
             )
             rows = (_request_row(job_id, shard.number, entry) for entry in read_index(shard))
@@ -357,6 +363,7 @@ class Ledger:
                 requests=record.requests,
                 body_bytes=record.body_bytes,
                 intended_at=record.intended_at,
+                **budgets.carried(connection, record.job_id, record.shard),
             )
         )
         connection.execute(

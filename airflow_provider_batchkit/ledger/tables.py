@@ -81,6 +81,9 @@ batch = sa.Table(
     sa.Column("tally", sa.Text),
     sa.Column("batch_cost_picousd", sa.BigInteger),
     sa.Column("standard_cost_picousd", sa.BigInteger),
+    # the most that it can cost and the most tokens it can use; null where nothing bounds it
+    sa.Column("bound_picousd", sa.BigInteger),
+    sa.Column("bound_tokens", sa.BigInteger),
     # why it was rejected or void
     sa.Column("note", sa.Text),
     # of a void row: the id that it had adopted wrongly, and the shard that has its requests since

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from decimal import Decimal
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ from airflow.providers.common.compat.sdk import AirflowSkipException, BaseOperat
 
 from airflow_provider_batchkit.exceptions import BatchInputError
 from airflow_provider_batchkit.hooks.batchkit import BatchKitHook, sql_engine
-from airflow_provider_batchkit.model import MAX_BYTES_PER_BATCH, MAX_REQUESTS_PER_BATCH
+from airflow_provider_batchkit.model import MAX_BYTES_PER_BATCH, MAX_REQUESTS_PER_BATCH, parse_usd
 from airflow_provider_batchkit.operators.tasks import batchkit_errors, job_of
 
 if TYPE_CHECKING:
@@ -47,6 +48,10 @@ class SubmitBatchOperator(BaseOperator):
     :param dedupe: rows that ask exactly the same share one request; the answer lands for each
     :param settle_seconds: how long a batch that a killed attempt may have sent is looked for, before its rows are sent anew
     :param cancel_on_kill: cancel the job's batches when the running task is killed; otherwise they go on, and a retry re-attaches
+    :param max_cost_usd: fail before anything is sent when the task's batches may cost more: the estimate's upper bound counts, and what
+        earlier attempts of this task have spent or may still spend. Requests that nothing bounds (server tools, PDFs) are refused then
+    :param dry_run: log what would be sent and what it would cost, push that under the XCom key ``estimate``, and skip: nothing is sent
+        or journaled, and tasks behind this one are skipped too
     :param on_empty: a source without rows: ``"skip"`` the task, ``"succeed"`` with no batches, or ``"fail"``
     """
 
@@ -75,6 +80,8 @@ class SubmitBatchOperator(BaseOperator):
         dedupe: bool = True,
         settle_seconds: float = 120.0,
         cancel_on_kill: bool = False,
+        max_cost_usd: Decimal | str | float | None = None,
+        dry_run: bool = False,
         on_empty: str = "skip",
         **kwargs: Any,
     ) -> None:
@@ -99,6 +106,9 @@ class SubmitBatchOperator(BaseOperator):
         self.cancel_on_kill = cancel_on_kill
         self._job_id: str | None = None
         self.on_empty = on_empty
+        self.max_cost_usd = None if max_cost_usd is None else parse_usd(max_cost_usd, f"Task {self.task_id}: max_cost_usd")
+        # every operator has a method of the parameter's own name
+        self.is_dry_run = dry_run
         if (sql is None) == (requests is None):
             raise BatchInputError(f"Task {self.task_id}: give exactly one of sql and requests.")
         if sql is not None and (not key or prompt is None):
@@ -113,6 +123,8 @@ class SubmitBatchOperator(BaseOperator):
     def execute(self, context: Context) -> list[str]:
         with batchkit_errors():
             report = self._submit(context)
+        if self.is_dry_run and report.rows:
+            self._end_dry_run(context, report)
         if not report.batch_ids:
             return self._empty()
         context["ti"].xcom_push(key="batch_id", value=report.batch_ids[0])
@@ -128,25 +140,44 @@ class SubmitBatchOperator(BaseOperator):
         return report.batch_ids
 
     def _submit(self, context: Context) -> SubmitReport:
-        from airflow_provider_batchkit.jobs import submit_job
+        from airflow_provider_batchkit.jobs import rehearse_job, submit_job
         from airflow_provider_batchkit.ledger import Ledger
         from airflow_provider_batchkit.sources import KeyTypes
+        from airflow_provider_batchkit.spending import Limits
 
         job = job_of(context)
         self._job_id = job.job_id
         ledger = Ledger(sql_engine(self.sql_conn_id))
         key = [self.key] if isinstance(self.key, str) else list(self.key or ())
         types = KeyTypes(key)
+        requests = self._requests(context, job.job_id, key, types)
+        if self.is_dry_run:
+            return rehearse_job(
+                self.hook.kit, ledger, job, requests, max_requests=self.max_requests_per_batch, max_bytes=self.max_bytes_per_batch
+            )
         return submit_job(
             self.hook.kit,
             ledger,
             job,
-            self._requests(context, job.job_id, key, types),
+            requests,
             anthropic_conn_id=self.anthropic_conn_id,
             max_requests=self.max_requests_per_batch,
             max_bytes=self.max_bytes_per_batch,
             settle_seconds=self.settle_seconds,
             before_send=lambda: self._note_key(ledger, job.job_id, types),
+            limits=Limits(self.max_cost_usd),
+        )
+
+    def _end_dry_run(self, context: Context, report: SubmitReport) -> None:
+        """:raises AirflowSkipException: always; there is no batch to wait for"""
+        assert report.estimate is not None
+        found = report.estimate
+        summary = {"rows": report.rows, "batches": report.batches, **found.to_json()}
+        context["ti"].xcom_push(key="estimate", value=summary)
+        if self.max_cost_usd is not None and (found.upper_usd is None or found.upper_usd > self.max_cost_usd):
+            self.log.warning("max_cost_usd=%s would stop this task", self.max_cost_usd)
+        raise AirflowSkipException(
+            f"Dry run, nothing was sent: {report.rows:,} rows, {report.batches:,} batches, {found.bytes:,} bytes. Estimate for {found}"
         )
 
     @staticmethod
