@@ -24,7 +24,7 @@ from typing import Any
 
 import msgspec
 
-from airflow_provider_batchkit.model import COST_QUANTUM, Bound, Shard, format_usd_exact
+from airflow_provider_batchkit.model import COST_QUANTUM, Bound, Shard, format_usd_exact, usd_text
 from airflow_provider_batchkit.pricing import ModelRates, PriceBook, PriceTier
 from airflow_provider_batchkit.shards import read_bodies
 
@@ -288,15 +288,6 @@ class Estimate:
             "output_source": self.output_source,
             "why_unbounded": self.why_unbounded,
         }
-
-
-def usd_text(value: Decimal | None) -> str:
-    """An amount for a person, rounded up: to the cent, below a dollar to four digits."""
-    if value is None:
-        return "unknown"
-    if value >= 1:
-        return f"${value.quantize(Decimal('0.01'), ROUND_CEILING):,}"
-    return f"${format_usd_exact(Context(prec=4, rounding=ROUND_CEILING).plus(value))}"
 
 
 #: counts the prompt tokens of a message's params, as the API does

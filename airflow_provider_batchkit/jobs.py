@@ -123,13 +123,20 @@ def submit_job(
         old_copies = _spool(requests, seen, writer, first_new, report)
         shards = writer.close()
         before_send()
-        spending = Spending(kit, ledger, job, limits)
-        _stop_above_limits(ledger, spending, shards, report, job)
+        spending = Spending(kit, ledger, job, lease, limits)
         if old_copies:
             ledger.add_copies(job.job_id, lease, old_copies)
-        for shard in shards:
-            _send(kit, ledger, settler, job, lease, shard, anthropic_conn_id, spending)
-            report.asked += shard.requests
+        if shards:
+            report.estimate = spending.estimate(shards)
+            log.info("Estimate for %s", report.estimate)
+            try:
+                with spending.allowed(report.estimate):
+                    for shard in shards:
+                        _send(kit, ledger, settler, job, lease, shard, anthropic_conn_id, spending)
+                        report.asked += shard.requests
+            except CostLimitError as e:
+                e.submitted = running_ids(ledger, job.job_id)
+                raise
     doubtful = [b for b in ledger.batches(job.job_id) if b.state is BatchState.SENDING]
     if doubtful:
         raise SubmitUncertainError(
@@ -216,19 +223,6 @@ def _spool(
     return old_copies
 
 
-def _stop_above_limits(ledger: Ledger, spending: Spending, shards: Sequence[Shard], report: SubmitReport, job: JobRecord) -> None:
-    """Log what the attempt will cost, and stop it when that is too much."""
-    if not shards:
-        return
-    report.estimate = spending.estimate(shards)
-    log.info("Estimate for %s", report.estimate)
-    try:
-        spending.refuse_above_limit(report.estimate)
-    except CostLimitError as e:
-        e.submitted = running_ids(ledger, job.job_id)
-        raise
-
-
 def _send(
     kit: BatchKit, ledger: Ledger, settler: Settler, job: JobRecord, lease: int, shard: Shard, anthropic_conn_id: str, spending: Spending
 ) -> None:
@@ -238,7 +232,7 @@ def _send(
     while waiting:
         # shards that failed keep their numbers in the ledger
         piece = replace(waiting.popleft(), number=ledger.next_shard(job.job_id))
-        ledger.intend(job.job_id, lease, piece, anthropic_conn_id, spending.bound(piece))
+        ledger.intend(job.job_id, lease, piece, anthropic_conn_id, spending.bound(piece), spending.budget)
         try:
             found = kit.send(piece, fence=lambda: ledger.check_lease(job.job_id, lease), answer_timeout_s=settler.answer_timeout_s)
         except SubmitUncertainError as e:

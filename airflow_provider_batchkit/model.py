@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from datetime import datetime
-from decimal import Decimal, InvalidOperation
+from decimal import ROUND_CEILING, Context, Decimal, InvalidOperation
 from enum import Enum
 from typing import Any
 
@@ -320,3 +320,12 @@ def format_usd_exact(value: Decimal | None) -> str | None:
     whole, _, fraction = text.partition(".")
     fraction = fraction.rstrip("0")
     return f"{whole}.{fraction.ljust(2, '0')}"
+
+
+def usd_text(value: Decimal | None) -> str:
+    """An amount for a person, rounded up: to the cent, below a dollar to four digits."""
+    if value is None:
+        return "unknown"
+    if value >= 1:
+        return f"${value.quantize(Decimal('0.01'), ROUND_CEILING):,}"
+    return f"${format_usd_exact(Context(prec=4, rounding=ROUND_CEILING).plus(value))}"

@@ -14,9 +14,11 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine, Row
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
-from airflow_provider_batchkit.exceptions import LeaseLostError, LedgerError
+from airflow_provider_batchkit.budget import Budget
+from airflow_provider_batchkit.exceptions import LedgerError
 from airflow_provider_batchkit.ledger import budgets
 from airflow_provider_batchkit.ledger.engine import prepare_engine, write_transaction
+from airflow_provider_batchkit.ledger.leases import hold_lease, lease_lost
 from airflow_provider_batchkit.ledger.states import BatchState, check_move, sources_of
 from airflow_provider_batchkit.ledger.tables import VERSION, batch, job, metadata, request, version
 from airflow_provider_batchkit.model import BatchSnapshot, Bound, RequestStatus, Shard
@@ -160,7 +162,7 @@ class Ledger:
         with self.engine.connect() as connection:
             current = connection.execute(sa.select(job.c.lease).where(job.c.job_id == job_id)).scalar()
         if current != lease:
-            raise _lease_lost(job_id, lease)
+            raise lease_lost(job_id, lease)
 
     # --- requests -----------------------------------------------------------------------------------------------------------------
 
@@ -191,7 +193,7 @@ class Ledger:
     def add_copies(self, job_id: str, lease: int, copies: Iterable[tuple[int, IndexEntry]]) -> None:
         """Journal rows that share a request which an earlier attempt has sent, as (its shard, entry)."""
         with write_transaction(self.engine) as connection:
-            self._hold_lease(connection, job_id, lease)
+            hold_lease(connection, job_id, lease)
             rows = (_request_row(job_id, shard, entry) for shard, entry in copies)
             while chunk := list(islice(rows, _CHUNK)):
                 connection.execute(sa.insert(request), chunk)
@@ -204,13 +206,23 @@ class Ledger:
             last = connection.execute(sa.select(sa.func.max(batch.c.shard)).where(batch.c.job_id == job_id)).scalar()
         return 0 if last is None else last + 1
 
-    def intend(self, job_id: str, lease: int, shard: Shard, anthropic_conn_id: str, bound: Bound = budgets.UNBOUNDED) -> None:
+    def intend(
+        self,
+        job_id: str,
+        lease: int,
+        shard: Shard,
+        anthropic_conn_id: str,
+        bound: Bound = budgets.UNBOUNDED,
+        budget: Budget | None = None,
+    ) -> None:
         """Journal a shard's requests and its batch as ``sending``. Must be committed before the POST.
 
+        :param bound: the most that the shard can cost
+        :param budget: where that counts; the attempt holds at least as much of it
         :raises LeaseLostError: when another attempt of the job has begun
         """
         with write_transaction(self.engine) as connection:
-            self._hold_lease(connection, job_id, lease)
+            hold_lease(connection, job_id, lease)
             connection.execute(
                 sa.insert(batch).values(
                     job_id=job_id,
@@ -220,7 +232,7 @@ class Ledger:
                     requests=shard.requests,
                     body_bytes=shard.bytes,
                     intended_at=_now(),
-                    **budgets.bound_columns(bound),
+                    **budgets.draw(connection, job_id, lease, bound, budget),
                 )
             )
             rows = (_request_row(job_id, shard.number, entry) for entry in read_index(shard))
@@ -373,15 +385,10 @@ class Ledger:
 
     def landed(self, connection: Connection, record: BatchRecord, values: Mapping[str, Any]) -> None:
         """Move a batch to ``landed`` inside the landing's own transaction. Also a lock: a second landing of the batch waits here."""
-        self._move(connection, record.job_id, record.shard, BatchState.LANDED, adopted=False, **values)
+        more = budgets.settled(connection, record.job_id, record.shard, values)
+        self._move(connection, record.job_id, record.shard, BatchState.LANDED, adopted=False, **values, **more)
 
     # --- inside -------------------------------------------------------------------------------------------------------------------
-
-    @staticmethod
-    def _hold_lease(connection: Connection, job_id: str, lease: int) -> None:
-        held = connection.execute(sa.update(job).where(job.c.job_id == job_id, job.c.lease == lease).values(lease=lease))
-        if held.rowcount == 0:
-            raise _lease_lost(job_id, lease)
 
     def _move(
         self, connection: Connection, job_id: str, shard: int, target: BatchState, *, source: BatchState | None = None, **values: Any
@@ -400,14 +407,8 @@ class Ledger:
     def _release(self, job_id: str, shard: int, target: BatchState, reason: str) -> None:
         with write_transaction(self.engine) as connection:
             self._move(connection, job_id, shard, target, source=BatchState.SENDING, note=reason)
+            budgets.put_back(connection, job_id, shard)
             connection.execute(sa.delete(request).where(request.c.job_id == job_id, request.c.shard == shard))
-
-
-def _lease_lost(job_id: str, lease: int) -> LeaseLostError:
-    return LeaseLostError(
-        f"Another attempt of job {job_id} has begun (this one holds lease {lease}). This attempt stops before it sends anything more; "
-        "what it sent is in the ledger and belongs to the new attempt."
-    )
 
 
 def _now() -> datetime:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from airflow.providers.common.compat.sdk import AirflowSkipException, BaseOperator, XComArg, literal
 
-from airflow_provider_batchkit.exceptions import BatchInputError
+from airflow_provider_batchkit.budget import Budget
+from airflow_provider_batchkit.exceptions import BatchInputError, BudgetExceededError
 from airflow_provider_batchkit.hooks.batchkit import BatchKitHook, sql_engine
 from airflow_provider_batchkit.model import MAX_BYTES_PER_BATCH, MAX_REQUESTS_PER_BATCH, parse_usd
 from airflow_provider_batchkit.operators.tasks import batchkit_errors, job_of
@@ -50,6 +51,8 @@ class SubmitBatchOperator(BaseOperator):
     :param cancel_on_kill: cancel the job's batches when the running task is killed; otherwise they go on, and a retry re-attaches
     :param max_cost_usd: fail before anything is sent when the task's batches may cost more: the estimate's upper bound counts, and what
         earlier attempts of this task have spent or may still spend. Requests that nothing bounds (server tools, PDFs) are refused then
+    :param budget: a :class:`~airflow_provider_batchkit.Budget`, or a mapping with its fields: a named cap that tasks share over a window.
+        The upper bound is reserved before anything is sent; a task that does not fit fails, or is skipped if the budget says so
     :param dry_run: log what would be sent and what it would cost, push that under the XCom key ``estimate``, and skip: nothing is sent
         or journaled, and tasks behind this one are skipped too
     :param on_empty: a source without rows: ``"skip"`` the task, ``"succeed"`` with no batches, or ``"fail"``
@@ -81,6 +84,7 @@ class SubmitBatchOperator(BaseOperator):
         settle_seconds: float = 120.0,
         cancel_on_kill: bool = False,
         max_cost_usd: Decimal | str | float | None = None,
+        budget: Budget | Mapping[str, Any] | None = None,
         dry_run: bool = False,
         on_empty: str = "skip",
         **kwargs: Any,
@@ -107,6 +111,7 @@ class SubmitBatchOperator(BaseOperator):
         self._job_id: str | None = None
         self.on_empty = on_empty
         self.max_cost_usd = None if max_cost_usd is None else parse_usd(max_cost_usd, f"Task {self.task_id}: max_cost_usd")
+        self.budget = None if budget is None else Budget.parse(budget)
         # every operator has a method of the parameter's own name
         self.is_dry_run = dry_run
         if (sql is None) == (requests is None):
@@ -122,7 +127,13 @@ class SubmitBatchOperator(BaseOperator):
 
     def execute(self, context: Context) -> list[str]:
         with batchkit_errors():
-            report = self._submit(context)
+            try:
+                report = self._submit(context)
+            except BudgetExceededError as e:
+                # what an earlier attempt sent is paid for and must be fetched, so it is no reason to skip
+                if self.budget is None or self.budget.on_exceeded != "skip" or e.submitted:
+                    raise
+                raise AirflowSkipException(str(e)) from e
         if self.is_dry_run and report.rows:
             self._end_dry_run(context, report)
         if not report.batch_ids:
@@ -165,7 +176,7 @@ class SubmitBatchOperator(BaseOperator):
             max_bytes=self.max_bytes_per_batch,
             settle_seconds=self.settle_seconds,
             before_send=lambda: self._note_key(ledger, job.job_id, types),
-            limits=Limits(self.max_cost_usd),
+            limits=Limits(self.max_cost_usd, self.budget),
         )
 
     def _end_dry_run(self, context: Context, report: SubmitReport) -> None:
