@@ -30,6 +30,7 @@ from airflow_provider_batchkit.shards import read_bodies
 
 log = logging.getLogger(__name__)
 
+#: requests of a job whose tokens the API counts
 SAMPLES = 10
 #: tokens of the prompt that the API adds for tools, for an answer's schema, or for citations
 PROMPT_ALLOWANCE = 1_000
@@ -217,9 +218,9 @@ def scan(bodies: Iterable[bytes], *, samples: Iterable[int] = ()) -> Exposure:
     return exposure
 
 
-def sample_positions(requests: int, samples: int = SAMPLES) -> list[int]:
-    """Positions spread evenly over that many requests."""
-    samples = min(samples, requests)
+def sample_positions(requests: int) -> list[int]:
+    """Positions of ``SAMPLES`` requests, spread evenly over that many."""
+    samples = min(SAMPLES, requests)
     return [(2 * i + 1) * requests // (2 * samples) for i in range(samples)]
 
 

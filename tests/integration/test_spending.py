@@ -14,6 +14,7 @@ import pytest
 
 from airflow_provider_batchkit.exceptions import CostLimitError
 from airflow_provider_batchkit.ledger import Ledger
+from airflow_provider_batchkit.ledger.budgets import budget_status
 from airflow_provider_batchkit.simulator import Simulator, SimulatorProcess, SimulatorSettings
 from airflow_provider_batchkit.spending import Limits
 from tests.databases import Database
@@ -92,12 +93,38 @@ def test_a_dry_run_reports_and_sends_nothing(home: Path, simulator: SimulatorPro
     assert not Ledger(database.engine()).exists()
 
 
+def test_a_task_over_its_budget_fails_or_is_skipped_and_the_next_one_fits(
+    home: Path, simulator: SimulatorProcess, database: Database, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Tasks share $0.03, and each may cost $0.028: the second fails, or is skipped if its budget says so, until the first lands."""
+    before = accepted(simulator)
+    first = run_dag(home, SUBMIT.format(more='budget={"name": "team", "usd": "0.03"}').split("wait = ")[0])
+    assert first.state == "success"
+    refused = run_dag(home, SUBMIT.format(more='budget={"name": "team", "usd": "0.03"}'))
+    assert refused.states() == {"submit": "failed", "wait": "upstream_failed", "fetch": "upstream_failed"}
+    output = capsys.readouterr().out
+    assert "The budget 'team' would be exceeded: cap $0.03, spent $0.00, reserved $0.028" in output
+    skipped = run_dag(home, SUBMIT.format(more='budget={"name": "team", "usd": "0.03", "on_exceeded": "skip"}'))
+    assert skipped.states() == {"submit": "skipped", "wait": "skipped", "fetch": "skipped"}
+    assert accepted(simulator) == before + 2
+    (batch_id,) = first.xcom("submit")
+    landing = f'FetchBatchOperator(task_id="fetch", batch_id="{batch_id}", table="answers", sql_conn_id="warehouse")'
+    assert run_dag(home, landing).state == "success"
+    fits = run_dag(home, SUBMIT.format(more='budget={"name": "team", "usd": "0.03"}'))
+    assert fits.state == "success"
+    books = budget_status(Ledger(database.engine()).engine, "team")
+    assert books is not None
+    assert (books.reserved_usd, books.spent_usd) == (Decimal(0), 2 * Decimal(fits.xcom("fetch")["cost_tally"]["batch_cost_usd"]))
+
+
 def test_an_amount_that_is_none_is_a_parse_error() -> None:
     """Before any run."""
     from airflow_provider_batchkit.operators.batch import SubmitBatchOperator
 
     with pytest.raises(ValueError, match="max_cost_usd must be an amount in USD above 0"):
         SubmitBatchOperator(task_id="t", requests=["x"], sql_conn_id="warehouse", max_cost_usd="a lot")
+    with pytest.raises(ValueError, match="The budget 'team' caps nothing"):
+        SubmitBatchOperator(task_id="t", requests=["x"], sql_conn_id="warehouse", budget={"name": "team"})
 
 
 # --- what counts ------------------------------------------------------------------------------------------------------------------
