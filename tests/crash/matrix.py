@@ -170,7 +170,7 @@ class Case:
         if set(states) - {"landed", "void", "rejected"} or requests != ["succeeded"] * ROWS:
             wrong.append(f"batches {states}, requests {requests}")
         books = budget_status(self._engine, self.name)
-        if books is None or (books.spent_usd, books.reserved_usd) != (ROWS * Decimal("0.008"), 0):
+        if books is None or (books.spent_usd, books.reserved_usd) != (ROWS * Decimal("0.008"), Decimal(0)):
             wrong.append(f"the budget's books: {books}")
         return wrong
 
