@@ -16,15 +16,16 @@ The bound looks at every request. Its source for each part, DOCS being https://p
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from decimal import ROUND_CEILING, ROUND_HALF_EVEN, Context, Decimal, localcontext
+from decimal import ROUND_HALF_EVEN, Context, Decimal, localcontext
 from typing import Any
 
 import msgspec
 
-from airflow_provider_batchkit.model import COST_QUANTUM, Bound, Shard, format_usd_exact, usd_text
+from airflow_provider_batchkit.model import COST_QUANTUM, PICO_PER_USD, Bound, Shard, format_usd_exact, usd_text
 from airflow_provider_batchkit.pricing import ModelRates, PriceBook, PriceTier
 from airflow_provider_batchkit.shards import read_bodies
 
@@ -225,31 +226,31 @@ def sample_positions(requests: int) -> list[int]:
 
 
 def bound_of(exposure: Exposure, book: PriceBook, at: datetime) -> Bound:
-    """The most that ``exposure`` can cost at the prices of ``at``. Never below the bill."""
+    """The most that ``exposure`` can cost at the prices of ``at``. Never below the bill; bounds of parts never sum to more."""
     if exposure.unbounded:
         return Bound(None, None, f"{exposure.unbounded}, which nothing bounds ({exposure.unbounded_requests:,} such requests)")
     tokens = sum(group.prompt_bound + group.max_tokens for group in exposure.groups.values())
-    total = Decimal(0)
-    with localcontext(_EXACT):
-        for (model, geo, cached, _), group in exposure.groups.items():
-            rates = book.rates(model, at)
-            if rates is None:
-                return Bound(None, tokens, f"no price is known for {model}")
-            reachable = [tier for tier in rates.tiers if tier.min_prompt_tokens <= group.largest]
-            usd = max(_dearest_usd(tier, group, cached) for tier in reachable)
-            if geo != "global":
-                usd *= rates.us_multiplier
-            # a bill rounds each request to the quantum
-            total += usd.quantize(COST_QUANTUM, ROUND_CEILING) + group.requests * COST_QUANTUM
-    return Bound(total, tokens)
+    pico = 0
+    for (model, geo, cached, _), group in exposure.groups.items():
+        rates = book.rates(model, at)
+        if rates is None:
+            return Bound(None, tokens, f"no price is known for {model}")
+        factor = Decimal(1) if geo == "global" else rates.us_multiplier
+        # one more each: a bill rounds every request to the quantum
+        pico += group.requests + max(
+            group.prompt_bound * prompt + group.max_tokens * answer
+            for prompt, answer in (_dearest_pico(tier, cached, factor) for tier in rates.tiers if tier.min_prompt_tokens <= group.largest)
+        )
+    return Bound(pico * COST_QUANTUM, tokens)
 
 
-def _dearest_usd(tier: PriceTier, group: _Group, cached: str) -> Decimal:
+def _dearest_pico(tier: PriceTier, cached: str, factor: Decimal) -> tuple[int, int]:
+    """Whole picodollars a token of prompt and of answer, rounded up, so that sums of any parts agree."""
     rates = tier.batch
     prompt = max(rates.input, rates.cache_write_5m, rates.cache_read) if cached else rates.input
     if cached == "1h":
         prompt = max(prompt, rates.cache_write_1h)
-    return group.prompt_bound * prompt + group.max_tokens * rates.output
+    return math.ceil(prompt * factor * PICO_PER_USD), math.ceil(rates.output * factor * PICO_PER_USD)
 
 
 @dataclass(frozen=True, slots=True)

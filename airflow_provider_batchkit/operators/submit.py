@@ -187,9 +187,9 @@ class SubmitBatchOperator(BaseOperator):
         context["ti"].xcom_push(key="estimate", value=summary)
         if self.max_cost_usd is not None and (found.upper_usd is None or found.upper_usd > self.max_cost_usd):
             self.log.warning("max_cost_usd=%s would stop this task", self.max_cost_usd)
-        raise AirflowSkipException(
-            f"Dry run, nothing was sent: {report.rows:,} rows, {report.batches:,} batches, {found.bytes:,} bytes. Estimate for {found}"
-        )
+        self.log.info("Dry run: %s rows, %s batches, %s bytes", f"{report.rows:,}", report.batches, f"{found.bytes:,}")
+        self.log.info("Estimate for %s", found)
+        raise AirflowSkipException("Dry run: nothing was sent.")
 
     @staticmethod
     def _note_key(ledger: Ledger, job_id: str, types: KeyTypes) -> None:

@@ -138,6 +138,16 @@ def test_a_model_without_a_price_has_no_bound_in_usd() -> None:
     assert "no price is known for claude-unheard-of" in found.why_unbounded
 
 
+def test_the_bounds_of_parts_add_up_to_no_more_than_the_whole() -> None:
+    """Shards, and halves of them, share what was reserved for all; also at a price of a fraction of a picodollar a token."""
+    book = PriceBook({"m": {"input_usd_per_mtok": "0.000003", "output_usd_per_mtok": "0.333333"}})
+    bodies = [body(model="m", messages=user("x" * (n + 1)), max_tokens=n + 1, inference_geo=None) for n in range(60)]
+    whole = bound_of(scan(bodies), book, NOW)
+    parts = [bound_of(scan(bodies[i : i + 7]), book, NOW) for i in range(0, 60, 7)]
+    assert whole.usd is not None
+    assert sum(part.usd for part in parts if part.usd is not None) <= whole.usd
+
+
 # --- the expected figure ----------------------------------------------------------------------------------------------------------
 
 
