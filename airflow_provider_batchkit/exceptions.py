@@ -6,6 +6,9 @@
     ├── BatchInputError            terminal   the input or a setting is wrong; nothing was sent, nothing billed
     │   ├── RequestError           terminal   one request would be refused by the API; names the item
     │   └── TableError             terminal   the result table does not fit what is to land in it
+    ├── CostLimitError             terminal   the most that a job can cost is above max_cost_usd, or cannot be told; nothing was sent
+    │   └── BudgetExceededError    terminal   the budget has no room for it in this window; nothing was sent
+    │       └── BudgetReservedError  retry    it would have room if batches under way land cheaper than they may; nothing was sent
     ├── SubmitRefusedError         terminal   the API refused the batch (4xx); nothing was billed
     ├── SubmitThrottledError       retry      the API said "not now" (429, 529) longer than we wait; nothing was billed
     ├── SubmitUncertainError       retry      nobody knows yet whether the API accepted the batch; reconcile, never resend
@@ -53,6 +56,20 @@ class RequestError(BatchInputError):
 
 class TableError(BatchInputError):
     """The result table, its name or its columns do not fit what is to land in it."""
+
+
+class CostLimitError(BatchKitError):
+    """What is to be sent may cost more than it is allowed to, or nothing bounds its cost. Nothing was sent by this attempt."""
+
+
+class BudgetExceededError(CostLimitError):
+    """What is to be sent may exceed a budget. Says cap, spent, reserved, asked and when the window ends. Nothing was sent."""
+
+
+class BudgetReservedError(BudgetExceededError):
+    """What is spent leaves room, but batches under way have reserved it. As they land, what they did not cost is free again."""
+
+    retryable = True
 
 
 class SubmitRefusedError(BatchKitError):

@@ -9,23 +9,20 @@ An attempt after another skips every row that the ledger has in flight or landed
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import tempfile
 import time
-from array import array
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
-from pathlib import Path
+from datetime import UTC, datetime
 from typing import Any
 
+from airflow_provider_batchkit.estimate import Estimate, estimate_shards
 from airflow_provider_batchkit.exceptions import (
     BatchUnavailableError,
+    CostLimitError,
     LedgerError,
-    RequestError,
     SubmitRefusedError,
     SubmitThrottledError,
     SubmitUncertainError,
@@ -33,90 +30,35 @@ from airflow_provider_batchkit.exceptions import (
 )
 from airflow_provider_batchkit.kit import BatchKit
 from airflow_provider_batchkit.landing import LandingReport, WriteDisposition, land_batches
-from airflow_provider_batchkit.ledger import BatchState, JobRecord, Known, Landed, Ledger
+from airflow_provider_batchkit.ledger import BatchState, JobRecord, Landed, Ledger
 from airflow_provider_batchkit.ledger.account import note_rendering
-from airflow_provider_batchkit.marks import MARK_BYTES, MarkTable
+from airflow_provider_batchkit.ledger.history import output_per_request
 from airflow_provider_batchkit.model import MAX_BYTES_PER_BATCH, MAX_REQUESTS_PER_BATCH, BatchSnapshot, PreparedRequest, Shard
-from airflow_provider_batchkit.progress import Progress
 from airflow_provider_batchkit.reconcile import SETTLE_S, Settler
-from airflow_provider_batchkit.requests import key_values
 from airflow_provider_batchkit.shards import ShardWriter, remove_shard_files, split_shard
+from airflow_provider_batchkit.spending import NO_LIMITS, Limits, Spending
+from airflow_provider_batchkit.spool import RowCounts, spool
 
 log = logging.getLogger(__name__)
 
 #: POSTs of one shard, in one attempt, whose end nobody saw and that proved never to have been accepted
 _DOUBTS = 5
-#: rows and bytes that are looked up and written at a time
-_CHUNK_ROWS = 512
-_CHUNK_BYTES = 4 << 20
 #: exchanges of wrongly adopted batches in one fetch
 _EXCHANGES = 10
 
 
 @dataclass(slots=True)
-class SubmitReport:
+class SubmitReport(RowCounts):
     """What one attempt of a submit did, and all batches of its job."""
 
     #: of the whole job, in the order of its shards
     batch_ids: list[str] = field(default_factory=list)
-    #: rows of the source
-    rows: int = 0
     #: requests sent by this attempt
     asked: int = 0
-    #: rows that share another row's request
-    copies: int = 0
-    #: rows that an earlier attempt has in flight or landed
-    known: int = 0
-    #: of those, rows whose request would be another one now; they are not asked again
-    changed: int = 0
-
-
-class _Seen:
-    """Keys and questions of the job so far; memory: 32 bytes a row, 64 for rows of earlier attempts."""
-
-    def __init__(self, folder: str, known: Iterable[Known]) -> None:
-        """
-        :param folder: for the tables' files
-        :param known: rows of earlier attempts
-        """
-        self.new_keys = MarkTable(Path(folder, "new-keys"))
-        self.questions = MarkTable(Path(folder, "questions"))
-        self._known_keys = MarkTable(Path(folder, "known-keys"))
-        #: by number of the known key, the number of its question
-        self._asked = array("I")
-        #: by number of the question, the shard that asks it
-        self._shards = array("I")
-        rows = iter(known)
-        while chunk := list(islice(rows, _CHUNK_ROWS)):
-            self._known_keys.add_all([_key_mark(row.key) for row in chunk])
-            for row, asked in zip(chunk, self.questions.add_all([_question_mark(row.custom_id) for row in chunk]), strict=True):
-                self._asked.append(len(self._shards) if asked is None else asked)
-                if asked is None:
-                    self._shards.append(row.shard)
-
-    def unknown(self, chunk: list[PreparedRequest], keys: list[bytes], report: SubmitReport) -> list[PreparedRequest]:
-        """Those requests whose keys no earlier attempt has in flight or landed; the others are counted."""
-        if not self._asked:
-            return chunk
-        fresh = []
-        known = self._known_keys.find_all(keys)
-        questions = self.questions.find_all([_question_mark(request.custom_id) for request in chunk])
-        for request, key, question in zip(chunk, known, questions, strict=True):
-            if key is None:
-                fresh.append(request)
-            else:
-                report.known += 1
-                report.changed += question != self._asked[key]
-        return fresh
-
-    def shard_of(self, question: int, writer: ShardWriter) -> int:
-        """The shard that asks a question: of an earlier attempt, or of this one's ``writer``."""
-        earlier = len(self._shards)
-        return self._shards[question] if question < earlier else writer.shard_of(question - earlier)
-
-    def close(self) -> None:
-        for table in (self.new_keys, self.questions, self._known_keys):
-            table.close()
+    #: batches that a rehearsal would create
+    batches: int = 0
+    #: of what this attempt sends; None when it has nothing to send
+    estimate: Estimate | None = None
 
 
 def submit_job(
@@ -130,13 +72,16 @@ def submit_job(
     max_bytes: int = MAX_BYTES_PER_BATCH,
     settle_seconds: float = SETTLE_S,
     before_send: Callable[[], None] = lambda: None,
+    limits: Limits = NO_LIMITS,
 ) -> SubmitReport:
     """Submit whatever of ``requests`` the job has not in flight or landed.
 
     :param requests: built with the job's id; consumed once, to its end, before anything is sent
     :param settle_seconds: how long a shard that an earlier attempt may have sent is looked for before it counts as never accepted
     :param before_send: called once the source has been read and found good, before the first POST
+    :param limits: what the job may cost
     :raises RequestError: bad input, a key that comes twice; nothing was sent by this attempt
+    :raises CostLimitError: it may cost more than ``limits`` allow; nothing was sent by this attempt
     :raises SubmitRefusedError: the API refused a shard; ``submitted`` lists the job's batches that run
     :raises SubmitUncertainError: the next attempt settles it
     :raises LeaseLostError: a newer attempt has begun
@@ -150,17 +95,24 @@ def submit_job(
         first_new = ledger.next_shard(job.job_id)
         writer = ShardWriter(folder, first_number=first_new, max_requests=max_requests, max_bytes=max_bytes)
         started = time.monotonic()
-        with closing(_Seen(folder, ledger.known(job.job_id))) as seen:
-            _spool(requests, seen, writer, report)
+        spool(requests, ledger.known(job.job_id), writer, folder, report)
         shards = writer.close()
         rendering_s = time.monotonic() - started
         before_send()
+        spending = Spending(kit, ledger, job, lease, limits)
+        ledger.add_copies(job.job_id, lease, writer.earlier_copies())
         if shards:
             note_rendering(ledger.engine, job.job_id, rendering_s)
-        ledger.add_copies(job.job_id, lease, writer.earlier_copies())
-        for shard in shards:
-            _send(kit, ledger, settler, job, lease, shard, anthropic_conn_id)
-            report.asked += shard.requests
+            report.estimate = spending.estimate(shards)
+            log.info("Estimate for %s", report.estimate)
+            try:
+                with spending.allowed(report.estimate):
+                    for shard in shards:
+                        _send(kit, ledger, settler, job, lease, shard, anthropic_conn_id, spending)
+                        report.asked += shard.requests
+            except CostLimitError as e:
+                e.submitted = running_ids(ledger, job.job_id)
+                raise
     doubtful = [b for b in ledger.batches(job.job_id) if b.state is BatchState.SENDING]
     if doubtful:
         raise SubmitUncertainError(
@@ -171,50 +123,52 @@ def submit_job(
     return report
 
 
+def rehearse_job(
+    kit: BatchKit,
+    ledger: Ledger,
+    job: JobRecord,
+    requests: Iterable[PreparedRequest],
+    *,
+    max_requests: int = MAX_REQUESTS_PER_BATCH,
+    max_bytes: int = MAX_BYTES_PER_BATCH,
+) -> SubmitReport:
+    """What :func:`submit_job` would send, with its estimate. Sends nothing but the token counts of a sample, and journals nothing.
+
+    :raises RequestError: bad input, as a submit raises it
+    """
+    report = SubmitReport()
+    exists = ledger.exists()
+    with tempfile.TemporaryDirectory(prefix="batchkit-") as folder:
+        first_new = ledger.next_shard(job.job_id) if exists else 0
+        writer = ShardWriter(folder, first_number=first_new, max_requests=max_requests, max_bytes=max_bytes)
+        spool(requests, ledger.known(job.job_id) if exists else (), writer, folder, report)
+        shards = writer.close()
+        report.batches = len(shards)
+        report.estimate, _ = estimate_shards(
+            shards,
+            kit.price_book,
+            datetime.now(UTC),
+            count_tokens=kit.count_tokens,
+            output_per_request=output_per_request(ledger.engine, job.dag_id, job.task_id) if exists else None,
+        )
+    return report
+
+
 def running_ids(ledger: Ledger, job_id: str) -> list[str]:
     """Ids of the job's batches that run or have landed, by shard."""
     return [b.batch_id for b in ledger.batches(job_id) if b.batch_id and b.state in (BatchState.SUBMITTED, BatchState.LANDED)]
 
 
-def _spool(requests: Iterable[PreparedRequest], seen: _Seen, writer: ShardWriter, report: SubmitReport) -> None:
-    """Write what is new into shards."""
-    progress = Progress(log, "rendered")
-    for chunk in _chunks(requests):
-        keys = [_key_mark(request.key) for request in chunk]
-        for position, before in enumerate(seen.new_keys.add_all(keys), start=report.rows):
-            if before is not None:
-                raise RequestError(
-                    f"row {position}: the key {chunk[position - report.rows].key} came before, in row {before}. Keys must be unique, or "
-                    "one answer would overwrite another. Nothing was sent by this attempt.",
-                    position=position,
-                )
-        report.rows += len(chunk)
-        fresh = seen.unknown(chunk, keys, report)
-        asked = seen.questions.add_all([_question_mark(request.custom_id) for request in fresh])
-        for request, question in zip(fresh, asked, strict=True):
-            if question is None:
-                writer.add(request)
-            else:
-                report.copies += 1
-                writer.add_copy(request, seen.shard_of(question, writer))
-        progress.add(len(chunk))
-    progress.done()
-    if report.changed:
-        log.warning(
-            "%s rows have changed, or their prompt has, since an earlier attempt of this task asked about them. They are not asked again: "
-            "within one DAG run a key is asked once.",
-            f"{report.changed:,}",
-        )
-
-
-def _send(kit: BatchKit, ledger: Ledger, settler: Settler, job: JobRecord, lease: int, shard: Shard, anthropic_conn_id: str) -> None:
+def _send(
+    kit: BatchKit, ledger: Ledger, settler: Settler, job: JobRecord, lease: int, shard: Shard, anthropic_conn_id: str, spending: Spending
+) -> None:
     """Send a shard until the API has it: in two halves after a 413, and again after a POST that proved never to have been accepted."""
     waiting = deque([shard])
     doubts = 0
     while waiting:
         # shards that failed keep their numbers in the ledger
         piece = replace(waiting.popleft(), number=ledger.next_shard(job.job_id))
-        ledger.intend(job.job_id, lease, piece, anthropic_conn_id)
+        ledger.intend(job.job_id, lease, piece, anthropic_conn_id, spending.bound(piece), spending.budget)
         try:
             found = kit.send(piece, fence=lambda: ledger.check_lease(job.job_id, lease), answer_timeout_s=settler.answer_timeout_s)
         except SubmitUncertainError as e:
@@ -325,29 +279,3 @@ def _current_id(ledger: Ledger, settler: Settler, batch_id: str, dag_id: str, ru
             )
         batch_id = record.batch_id
     return batch_id
-
-
-def _chunks(requests: Iterable[PreparedRequest]) -> Iterator[list[PreparedRequest]]:
-    """Requests some hundred at a time, and no more than some megabytes."""
-    chunk: list[PreparedRequest] = []
-    held = 0
-    for request in requests:
-        chunk.append(request)
-        held += len(request.body)
-        if len(chunk) == _CHUNK_ROWS or held > _CHUNK_BYTES:
-            yield chunk
-            chunk, held = [], 0
-    if chunk:
-        yield chunk
-
-
-def _key_mark(key: str) -> bytes:
-    """Keys that a text column could not tell apart, such as 1 and "1", have one mark."""
-    several = "," in key
-    text = "\x1f".join(map(str, key_values(key))) if several else key[1:-1].strip('"')
-    return hashlib.sha256(text.encode()).digest()[:MARK_BYTES]
-
-
-def _question_mark(custom_id: str) -> bytes:
-    """The beginning of the digest that a journaled job's ``custom_id`` ends with."""
-    return bytes.fromhex(custom_id[-40 : 2 * MARK_BYTES - 40])

@@ -7,9 +7,11 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from airflow_provider_batchkit.api import BatchApi, poll_failure
+from airflow_provider_batchkit.estimate import Estimate, estimate_shards
 from airflow_provider_batchkit.exceptions import (
     BatchUnavailableError,
     BatchWaitTimeout,
@@ -115,6 +117,26 @@ class BatchKit(BatchApi):
                     raise
                 remove_shard_files(shard)
         return ids
+
+    def estimate(
+        self,
+        requests: Iterable[Any],
+        *,
+        model: str | None = None,
+        max_tokens: int | None = None,
+        system: Any = None,
+        params: Mapping[str, Any] | None = None,
+    ) -> Estimate:
+        """What :meth:`submit` of the same requests would cost, as a batch today: expected, and at most. Sends only token counts, for free.
+
+        :raises RequestError: for input that the API would refuse, naming the item
+        """
+        builder = RequestBuilder(RequestDefaults(model, max_tokens, system, dict(params or {})))
+        built = refuse_repeated_ids(builder.build(item, position) for position, item in enumerate(items_of(requests)))
+        with tempfile.TemporaryDirectory(prefix="batchkit-") as folder:
+            shards = write_shards(built, folder)
+            found, _ = estimate_shards(shards, self.price_book, datetime.now(UTC), count_tokens=self.count_tokens)
+        return found
 
     def wait(
         self,

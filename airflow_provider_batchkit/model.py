@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from datetime import datetime
-from decimal import Decimal
+from decimal import ROUND_CEILING, Context, Decimal, InvalidOperation
 from enum import Enum
 from typing import Any
 
 import msgspec
+
+from airflow_provider_batchkit.exceptions import BatchInputError
 
 #: Limits of the API, from its documentation: requests and bytes of one batch, and the form of a ``custom_id``.
 MAX_REQUESTS_PER_BATCH = 100_000
@@ -281,6 +283,32 @@ def _tally_from_json(values: Mapping[str, Any]) -> ModelTally:
     return ModelTally(**known)
 
 
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """The most that requests can cost as a batch, in USD, and the most tokens they can use: a bill is never above it.
+
+    ``None`` where nothing bounds them, or where no price is known; ``why`` says which.
+    """
+
+    usd: Decimal | None
+    tokens: int | None
+    why: str = ""
+
+
+def parse_usd(value: Any, name: str) -> Decimal:
+    """A positive amount in USD; a float is taken as it prints.
+
+    :raises BatchInputError: naming ``name``, for anything else
+    """
+    try:
+        amount = Decimal(str(value)) if isinstance(value, Decimal | int | str | float) and not isinstance(value, bool) else None
+    except InvalidOperation:
+        amount = None
+    if amount is None or not amount.is_finite() or amount <= 0:
+        raise BatchInputError(f"{name} must be an amount in USD above 0, such as '25.00', not {value!r}.")
+    return amount
+
+
 def format_usd_exact(value: Decimal | None) -> str | None:
     """Every digit of an amount, without an exponent and without trailing zeros beyond the cents."""
     if value is None:
@@ -289,3 +317,12 @@ def format_usd_exact(value: Decimal | None) -> str | None:
     whole, _, fraction = text.partition(".")
     fraction = fraction.rstrip("0")
     return f"{whole}.{fraction.ljust(2, '0')}"
+
+
+def usd_text(value: Decimal | None) -> str:
+    """An amount for a person, rounded up: to the cent, below a dollar to four digits."""
+    if value is None:
+        return "unknown"
+    if value >= 1:
+        return f"${value.quantize(Decimal('0.01'), ROUND_CEILING):,}"
+    return f"${format_usd_exact(Context(prec=4, rounding=ROUND_CEILING).plus(value))}"

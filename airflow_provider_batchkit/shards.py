@@ -195,6 +195,16 @@ def read_index(shard: Shard) -> Iterator[IndexEntry]:
         yield from decode_entries(part)
 
 
+def read_bodies(shard: Shard) -> Iterator[bytes]:
+    """The requests of a shard as they are in its body, in order."""
+    with Path(shard.body_path).open("rb", buffering=1 << 18) as body:
+        body.seek(len(_HEAD))
+        for entry in read_index(shard):
+            if entry.asked:
+                yield body.read(entry.size)
+                body.seek(1, os.SEEK_CUR)
+
+
 def split_shard(shard: Shard) -> list[Shard]:
     """Two shards of half the requests each, in a folder beside the shard's files; the shard's own files are removed."""
     folder = Path(shard.body_path).with_suffix(".halves")

@@ -13,14 +13,16 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine, Row
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
-from airflow_provider_batchkit.exceptions import LeaseLostError, LedgerError
-from airflow_provider_batchkit.ledger import journal
+from airflow_provider_batchkit.budget import Budget
+from airflow_provider_batchkit.exceptions import LedgerError
+from airflow_provider_batchkit.ledger import budgets, journal
 from airflow_provider_batchkit.ledger.account import bill_columns, write_bill
 from airflow_provider_batchkit.ledger.engine import prepare_engine, write_transaction
+from airflow_provider_batchkit.ledger.leases import hold_lease, lease_lost
 from airflow_provider_batchkit.ledger.rollup import create_views
 from airflow_provider_batchkit.ledger.states import BatchState, check_move, sources_of
 from airflow_provider_batchkit.ledger.tables import VERSION, batch, job, metadata, version
-from airflow_provider_batchkit.model import BatchSnapshot, CostTally, Shard
+from airflow_provider_batchkit.model import BatchSnapshot, Bound, CostTally, Shard
 from airflow_provider_batchkit.shards import index_parts
 
 
@@ -112,6 +114,10 @@ class Ledger:
         if found != VERSION:
             raise LedgerError(f"The ledger's tables are of version {found}, this provider writes version {VERSION}. Nothing was sent.")
 
+    def exists(self) -> bool:
+        """Whether the tables are there."""
+        return sa.inspect(self.engine).has_table(job.name)
+
     # --- jobs ---------------------------------------------------------------------------------------------------------------------
 
     def open_job(self, record: JobRecord) -> int:
@@ -156,7 +162,7 @@ class Ledger:
         with self.engine.connect() as connection:
             current = connection.execute(sa.select(job.c.lease).where(job.c.job_id == job_id)).scalar()
         if current != lease:
-            raise _lease_lost(job_id, lease)
+            raise lease_lost(job_id, lease)
 
     # --- requests -----------------------------------------------------------------------------------------------------------------
 
@@ -181,7 +187,7 @@ class Ledger:
     def add_copies(self, job_id: str, lease: int, copies: Iterable[tuple[int, bytes]]) -> None:
         """Journal rows that share a request which an earlier attempt has sent, as (its shard, index lines)."""
         with write_transaction(self.engine) as connection:
-            self._hold_lease(connection, job_id, lease)
+            hold_lease(connection, job_id, lease)
             for shard, part in copies:
                 journal.write(connection, job_id, shard, [part])
 
@@ -193,13 +199,23 @@ class Ledger:
             last = connection.execute(sa.select(sa.func.max(batch.c.shard)).where(batch.c.job_id == job_id)).scalar()
         return 0 if last is None else last + 1
 
-    def intend(self, job_id: str, lease: int, shard: Shard, anthropic_conn_id: str) -> None:
+    def intend(
+        self,
+        job_id: str,
+        lease: int,
+        shard: Shard,
+        anthropic_conn_id: str,
+        bound: Bound = budgets.UNBOUNDED,
+        budget: Budget | None = None,
+    ) -> None:
         """Journal a shard's requests and its batch as ``sending``. Must be committed before the POST.
 
+        :param bound: the most that the shard can cost
+        :param budget: where that counts; the attempt holds at least as much of it
         :raises LeaseLostError: when another attempt of the job has begun
         """
         with write_transaction(self.engine) as connection:
-            self._hold_lease(connection, job_id, lease)
+            hold_lease(connection, job_id, lease)
             connection.execute(
                 sa.insert(batch).values(
                     job_id=job_id,
@@ -209,6 +225,7 @@ class Ledger:
                     requests=shard.requests,
                     body_bytes=shard.bytes,
                     intended_at=_now(),
+                    **budgets.draw(connection, job_id, lease, bound, budget),
                 )
             )
             journal.write(connection, job_id, shard.number, index_parts(shard))
@@ -346,6 +363,7 @@ class Ledger:
                 requests=record.requests,
                 body_bytes=record.body_bytes,
                 intended_at=record.intended_at,
+                **budgets.carried(connection, record.job_id, record.shard),
             )
         )
         journal.move(connection, record.job_id, record.shard, number)
@@ -356,16 +374,11 @@ class Ledger:
 
         Also a lock: a second landing of the batch waits here.
         """
-        self._move(connection, record.job_id, record.shard, BatchState.LANDED, adopted=False, **bill_columns(tally), **values)
+        more = {**bill_columns(tally), **budgets.settled(connection, record.job_id, record.shard, tally)}
+        self._move(connection, record.job_id, record.shard, BatchState.LANDED, adopted=False, **values, **more)
         write_bill(connection, record.job_id, record.shard, tally)
 
     # --- inside -------------------------------------------------------------------------------------------------------------------
-
-    @staticmethod
-    def _hold_lease(connection: Connection, job_id: str, lease: int) -> None:
-        held = connection.execute(sa.update(job).where(job.c.job_id == job_id, job.c.lease == lease).values(lease=lease))
-        if held.rowcount == 0:
-            raise _lease_lost(job_id, lease)
 
     def _move(
         self, connection: Connection, job_id: str, shard: int, target: BatchState, *, source: BatchState | None = None, **values: Any
@@ -387,13 +400,7 @@ class Ledger:
         with write_transaction(self.engine) as connection:
             self._move(connection, job_id, shard, target, source=BatchState.SENDING, note=reason)
             journal.remove(connection, job_id, shard)
-
-
-def _lease_lost(job_id: str, lease: int) -> LeaseLostError:
-    return LeaseLostError(
-        f"Another attempt of job {job_id} has begun (this one holds lease {lease}). This attempt stops before it sends anything more; "
-        "what it sent is in the ledger and belongs to the new attempt."
-    )
+            budgets.put_back(connection, job_id, shard)
 
 
 def _now() -> datetime:

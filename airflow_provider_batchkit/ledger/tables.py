@@ -5,6 +5,8 @@
 ``batchkit_journal``   what each batch asks, written before it is sent: some thousand source rows in a row
 ``batchkit_request``   one row per source row that has landed: its key, the request that asked for it, and the outcome
 ``batchkit_bill``      one row per landed batch and model: its tokens and what they cost
+``batchkit_budget``    one row per budget, with the cap that was last given for it; its books are the rows of ``batchkit_batch``
+``batchkit_budget_hold``  one row per attempt that is about to send: what it holds of a budget and has not journaled yet
 """
 
 from __future__ import annotations
@@ -91,11 +93,20 @@ batch = sa.Table(
     sa.Column("tally", sa.Text),
     sa.Column("batch_cost_picousd", sa.BigInteger),
     sa.Column("standard_cost_picousd", sa.BigInteger),
+    # the most that it can cost and the most tokens it can use; null where nothing bounds it
+    sa.Column("bound_picousd", sa.BigInteger),
+    sa.Column("bound_tokens", sa.BigInteger),
+    # the budget that it counts in, and the time that decides the window
+    sa.Column("budget", sa.String(250)),
+    sa.Column("budget_at", UtcDateTime),
+    # prompt tokens, cached or not, and output tokens, once landed
+    sa.Column("billed_tokens", sa.BigInteger),
     # why it was rejected or void
     sa.Column("note", sa.Text),
     # of a void row: the id that it had adopted wrongly, and the shard that has its requests since
     sa.Column("adopted_id", sa.String(100)),
     sa.Column("replaced_by", sa.Integer),
+    sa.Index("batchkit_batch_budget", "budget", "budget_at"),
 )
 
 journal = sa.Table(
@@ -145,4 +156,28 @@ bill = sa.Table(
     # null where the model has no known price
     sa.Column("batch_cost_picousd", sa.BigInteger),
     sa.Column("standard_cost_picousd", sa.BigInteger),
+)
+
+budget = sa.Table(
+    "batchkit_budget",
+    metadata,
+    sa.Column("name", sa.String(250), primary_key=True),
+    sa.Column("window", sa.String(10), nullable=False),
+    sa.Column("cap_picousd", sa.BigInteger),
+    sa.Column("cap_tokens", sa.BigInteger),
+    sa.Column("asked_at", UtcDateTime, nullable=False),
+)
+
+budget_hold = sa.Table(
+    "batchkit_budget_hold",
+    metadata,
+    sa.Column("job_id", sa.String(20), primary_key=True),
+    sa.Column("lease", sa.Integer, nullable=False),
+    sa.Column("budget", sa.String(250), nullable=False),
+    sa.Column("picousd", sa.BigInteger, nullable=False),
+    sa.Column("tokens", sa.BigInteger, nullable=False),
+    sa.Column("budget_at", UtcDateTime, nullable=False),
+    # the attempt's last sign of life
+    sa.Column("held_at", UtcDateTime, nullable=False),
+    sa.Index("batchkit_budget_hold_budget", "budget"),
 )

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from decimal import Decimal
 from functools import cached_property
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from airflow.providers.common.compat.sdk import AirflowSkipException, BaseOperator, XComArg, literal
 
-from airflow_provider_batchkit.exceptions import BatchInputError, BatchKitError
+from airflow_provider_batchkit.budget import Budget
+from airflow_provider_batchkit.exceptions import BatchInputError, BatchKitError, BudgetExceededError
 from airflow_provider_batchkit.hooks.batchkit import BatchKitHook, sql_engine
 from airflow_provider_batchkit.lineage import BatchLineage
 from airflow_provider_batchkit.links import ConsoleLink, push_console_link
-from airflow_provider_batchkit.model import MAX_BYTES_PER_BATCH, MAX_REQUESTS_PER_BATCH
+from airflow_provider_batchkit.model import MAX_BYTES_PER_BATCH, MAX_REQUESTS_PER_BATCH, parse_usd
 from airflow_provider_batchkit.operators.metrics import count_submitted
 from airflow_provider_batchkit.operators.tasks import batchkit_errors, job_of
 
@@ -60,6 +62,12 @@ class SubmitBatchOperator(BatchLineage, BaseOperator):
     :param dedupe: rows that ask exactly the same share one request; the answer lands for each
     :param settle_seconds: how long a batch that a killed attempt may have sent is looked for, before its rows are sent anew
     :param cancel_on_kill: cancel the job's batches when the running task is killed; otherwise they go on, and a retry re-attaches
+    :param max_cost_usd: fail before anything is sent when the task's batches may cost more: the estimate's upper bound counts, and what
+        earlier attempts of this task have spent or may still spend. Requests that nothing bounds (server tools, PDFs) are refused then
+    :param budget: a :class:`~airflow_provider_batchkit.Budget`, or a mapping with its fields: a named cap that tasks share over a window.
+        The upper bound is reserved before anything is sent; a task that does not fit fails, or is skipped if the budget says so
+    :param dry_run: log what would be sent and what it would cost, push that under the XCom key ``estimate``, and skip: nothing is sent
+        or journaled, and tasks behind this one are skipped too
     :param on_empty: a source without rows: ``"skip"`` the task, ``"succeed"`` with no batches, or ``"fail"``
     """
 
@@ -102,6 +110,9 @@ class SubmitBatchOperator(BatchLineage, BaseOperator):
         dedupe: bool = True,
         settle_seconds: float = 120.0,
         cancel_on_kill: bool = False,
+        max_cost_usd: Decimal | str | float | None = None,
+        budget: Budget | Mapping[str, Any] | None = None,
+        dry_run: bool = False,
         on_empty: str = "skip",
         **kwargs: Any,
     ) -> None:
@@ -129,6 +140,10 @@ class SubmitBatchOperator(BatchLineage, BaseOperator):
         self.cancel_on_kill = cancel_on_kill
         self._job_id: str | None = None
         self.on_empty = on_empty
+        self.max_cost_usd = None if max_cost_usd is None else parse_usd(max_cost_usd, f"Task {self.task_id}: max_cost_usd")
+        self.budget = None if budget is None else Budget.parse(budget)
+        # every operator has a method of the parameter's own name
+        self.is_dry_run = dry_run
         if sum(source is not None for source in (sql, input_path, requests)) != 1:
             raise BatchInputError(f"Task {self.task_id}: give exactly one of sql, input_path and requests.")
         if requests is None and (not key or prompt is None):
@@ -151,7 +166,12 @@ class SubmitBatchOperator(BatchLineage, BaseOperator):
                 report = self._submit(context)
             except BatchKitError as e:
                 push_console_link(context, e.submitted)
+                # what an earlier attempt sent is paid for and must be fetched, so it is no reason to skip
+                if isinstance(e, BudgetExceededError) and self.budget and self.budget.on_exceeded == "skip" and not e.submitted:
+                    raise AirflowSkipException(str(e)) from e
                 raise
+        if self.is_dry_run and report.rows:
+            self._end_dry_run(context, report)
         if not report.batch_ids:
             return self._empty()
         push_console_link(context, report.batch_ids)
@@ -171,9 +191,10 @@ class SubmitBatchOperator(BatchLineage, BaseOperator):
 
     def _submit(self, context: Context) -> SubmitReport:
         from airflow_provider_batchkit.files import FileRows
-        from airflow_provider_batchkit.jobs import submit_job
+        from airflow_provider_batchkit.jobs import rehearse_job, submit_job
         from airflow_provider_batchkit.ledger import Ledger
         from airflow_provider_batchkit.sources import KeyTypes
+        from airflow_provider_batchkit.spending import Limits
 
         job = job_of(context)
         self._job_id = job.job_id
@@ -181,18 +202,34 @@ class SubmitBatchOperator(BatchLineage, BaseOperator):
         key = [self.key] if isinstance(self.key, str) else list(self.key or ())
         types = KeyTypes(key)
         items = self._items()
+        requests = self._requests(context, job.job_id, key, types, items)
+        cut = {"max_requests": self.max_requests_per_batch, "max_bytes": self.max_bytes_per_batch}
         with items.naming_places() if isinstance(items, FileRows) else nullcontext():
+            if self.is_dry_run:
+                return rehearse_job(self.hook.kit, ledger, job, requests, **cut)
             return submit_job(
                 self.hook.kit,
                 ledger,
                 job,
-                self._requests(context, job.job_id, key, types, items),
+                requests,
                 anthropic_conn_id=self.anthropic_conn_id,
-                max_requests=self.max_requests_per_batch,
-                max_bytes=self.max_bytes_per_batch,
+                **cut,
                 settle_seconds=self.settle_seconds,
                 before_send=lambda: self._note_key(ledger, job.job_id, types),
+                limits=Limits(self.max_cost_usd, self.budget),
             )
+
+    def _end_dry_run(self, context: Context, report: SubmitReport) -> None:
+        """:raises AirflowSkipException: always; there is no batch to wait for"""
+        assert report.estimate is not None
+        found = report.estimate
+        summary = {"rows": report.rows, "batches": report.batches, **found.to_json()}
+        context["ti"].xcom_push(key="estimate", value=summary)
+        if self.max_cost_usd is not None and (found.upper_usd is None or found.upper_usd > self.max_cost_usd):
+            self.log.warning("max_cost_usd=%s would stop this task", self.max_cost_usd)
+        self.log.info("Dry run: %s rows, %s batches, %s bytes", f"{report.rows:,}", report.batches, f"{found.bytes:,}")
+        self.log.info("Estimate for %s", found)
+        raise AirflowSkipException("Dry run: nothing was sent.")
 
     @staticmethod
     def _note_key(ledger: Ledger, job_id: str, types: KeyTypes) -> None:

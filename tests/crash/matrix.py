@@ -19,6 +19,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -26,12 +27,16 @@ from urllib.parse import quote
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
+from airflow_provider_batchkit import estimate
+from airflow_provider_batchkit.ledger.budgets import budget_status
 from airflow_provider_batchkit.simulator import answer_for
 from airflow_provider_batchkit.simulator.process import RemoteControl
 
 ROWS = 7
 SHARD = 4
 SETTLE_S = 0.5
+#: the upper bound of a case's rows is between $0.0105 and $0.016
+CAP_USD = "0.020"
 _WRITES = ("INSERT", "UPDATE", "DELETE", "CREATE", "DROP", "COPY")
 
 
@@ -108,6 +113,8 @@ class Case:
             sql_conn_id="warehouse",
             max_requests_per_batch=SHARD,
             settle_seconds=SETTLE_S,
+            # has room for the job once: a reservation that a killed attempt left behind would refuse the retry
+            budget={"name": self.name, "usd": CAP_USD},
         )
         self._out.write_text(json.dumps(operator.execute(self._context("submit"))))
 
@@ -162,6 +169,9 @@ class Case:
             wrong.append(f"booked {booked[0]} picodollars, billed {billed} requests")
         if set(states) - {"landed", "void", "rejected"} or requests != ["succeeded"] * ROWS:
             wrong.append(f"batches {states}, requests {requests}")
+        books = budget_status(self._engine, self.name)
+        if books is None or (books.spent_usd, books.reserved_usd) != (ROWS * Decimal("0.008"), Decimal(0)):
+            wrong.append(f"the budget's books: {books}")
         return wrong
 
 
@@ -209,6 +219,8 @@ def main() -> int:
             connection.exec_driver_sql(f"INSERT INTO products VALUES ({i}, 'product {i}')")
     with tempfile.TemporaryDirectory() as folder:
         simulator = RemoteControl(args.simulator)
+        # one count is as good as ten here
+        estimate.SAMPLES = 1
         # everything is imported once here, so that a fork starts at once
         warm = Case("warm", engine, simulator, Path(folder))
         warm.submit()

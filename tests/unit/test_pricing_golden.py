@@ -92,17 +92,37 @@ GOLDEN = [
     # opus-4-6 had a tier above 200,000 ($10) until 2026-03-12, and no batch variant in the data then
     case("opus-4-6 in early 2026", "claude-opus-4-6", "1.5", "3", at=EARLY_2026, input_tokens=300_000),
     case("opus-4-6 now", "claude-opus-4-6", "0.75", "1.5", input_tokens=300_000),
+    # sonnet-4-6 had a tier above 200,000 ($6 in, $22.50 out) up to the same day: 300,000 * 6 = 1.8 and 1,000 * 22.5 = 0.0225 USD
+    case("sonnet-4-6 in early 2026", "claude-sonnet-4-6", "0.91125", "1.8225", at=EARLY_2026, input_tokens=300_000, output_tokens=1000),
+    # now 300,000 * 3 = 0.9 and 1,000 * 15 = 0.015 USD
+    case("sonnet-4-6 now", "claude-sonnet-4-6", "0.4575", "0.915", input_tokens=300_000, output_tokens=1000),
     case("before batch variants", "claude-opus-4-8", "2.50", "5", at=LAST_DAY_WITHOUT_VARIANTS, input_tokens=MTOK),
     case("first day of batch variants", "claude-opus-4-8", "2.50", "5", at=FIRST_DAY_WITH_VARIANTS, input_tokens=MTOK),
     case("haiku-5-5 tier before batch variants", "claude-haiku-5-5", "0.0250025", "0.050005", at=EARLY_2026, input_tokens=100_010),
     # a model per family: 1 MTok in and 1 MTok out
     case("claude-2", "claude-2.1", "16", "32", input_tokens=MTOK, output_tokens=MTOK),  # 8 + 24
+    case("claude-1", "claude-v1", "16", "32", input_tokens=MTOK, output_tokens=MTOK),  # 8 + 24
     case("haiku-3", "claude-3-haiku-20240307", "0.75", "1.5", input_tokens=MTOK, output_tokens=MTOK),  # 0.25 + 1.25
+    case("haiku-3-5", "claude-3-5-haiku-20241022", "2.4", "4.8", input_tokens=MTOK, output_tokens=MTOK),  # 0.8 + 4
+    case("sonnet-3", "claude-3-sonnet-20240229", "9", "18", input_tokens=MTOK, output_tokens=MTOK),  # 3 + 15
+    case("sonnet-3-5", "claude-3-5-sonnet-20241022", "9", "18", input_tokens=MTOK, output_tokens=MTOK),  # 3 + 15
+    case("sonnet-3-7", "claude-3-7-sonnet-20250219", "9", "18", input_tokens=MTOK, output_tokens=MTOK),  # 3 + 15
+    case("opus-3", "claude-3-opus-20240229", "45", "90", input_tokens=MTOK, output_tokens=MTOK),  # 15 + 75
+    case("sonnet-4", "claude-sonnet-4-20250514", "9", "18", input_tokens=MTOK, output_tokens=MTOK),  # 3 + 15
+    case("opus-4", "claude-opus-4-20250514", "45", "90", input_tokens=MTOK, output_tokens=MTOK),  # 15 + 75
     case("haiku-4-5", "claude-haiku-4-5-20251001", "3", "6", input_tokens=100_000 * 10, output_tokens=MTOK),  # 1 + 5
     case("sonnet-5-5", "claude-sonnet-5-5", "6", "12", input_tokens=MTOK, output_tokens=MTOK),  # 2 + 10
     case("opus-4-1", "claude-opus-4-1-20250805", "45", "90", input_tokens=MTOK, output_tokens=MTOK),  # 15 + 75
+    # 0.25 * 5 in, 0.25 * 25 out
+    case("opus-4-5", "claude-opus-4-5-20251101", "3.75", "7.5", input_tokens=MTOK // 4, output_tokens=MTOK // 4),
+    case("sonnet-4-6", "claude-sonnet-4-6", "9", "18", input_tokens=MTOK, output_tokens=MTOK),  # 3 + 15
+    case("opus-4-7", "claude-opus-4-7", "15", "30", input_tokens=MTOK, output_tokens=MTOK),  # 5 + 25
+    case("sonnet-5", "claude-sonnet-5", "6", "12", input_tokens=MTOK, output_tokens=MTOK),  # 2 + 10
+    case("opus-5", "claude-opus-5", "15", "30", input_tokens=MTOK, output_tokens=MTOK),  # 5 + 25
     case("opus-5-5", "claude-opus-5-5", "12", "24", input_tokens=MTOK, output_tokens=MTOK),  # 4 + 20
     case("fable-5", "claude-fable-5", "30", "60", input_tokens=MTOK, output_tokens=MTOK),  # 10 + 50
+    case("fable-5-1", "claude-fable-5-1", "30", "60", input_tokens=MTOK, output_tokens=MTOK),  # 10 + 50
+    case("fable-5-2", "claude-fable-5-2", "24", "48", input_tokens=MTOK, output_tokens=MTOK),  # 8 + 40
     case("fable-5-1 cache reads are 0.025 of input", "claude-fable-5-1", "0.125", "0.25", cache_read_tokens=MTOK),
     case("mythos-5-2", "claude-mythos-5-2", "24", "48", input_tokens=MTOK, output_tokens=MTOK),  # 8 + 40
     # fast opus-4-8 is $10 in; a batch has no fast mode, so its price is the batch's
@@ -112,6 +132,15 @@ GOLDEN = [
     case("web search where the data has no price", "claude-3-haiku-20240307", "0.01", "0.01", web_searches=1),
     case("nothing", "claude-opus-4-8", "0", "0"),
 ]
+
+
+def test_every_model_family_has_a_case() -> None:
+    """A family that genai-prices adds is missed here first."""
+    from genai_prices.data import providers
+
+    (anthropic,) = (provider for provider in providers if provider.id == "anthropic")
+    found = (anthropic.find_model(param.values[0]) for param in GOLDEN)
+    assert {model.id for model in found if model is not None} == {model.id for model in anthropic.models}
 
 
 @pytest.mark.parametrize(("model", "at", "usage", "batch", "standard"), GOLDEN)

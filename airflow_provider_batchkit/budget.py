@@ -1,0 +1,113 @@
+"""A budget: a named cap on what batches may cost or use over a window of time, shared by all tasks that name it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from typing import Any
+
+from airflow_provider_batchkit.exceptions import BatchInputError
+from airflow_provider_batchkit.model import parse_usd
+
+WINDOWS = ("day", "week", "month", "ever")
+_MAX_NAME = 250
+#: what fits into the ledger's BIGINT of picodollars, with room for a sum
+_MAX_USD = Decimal(4_000_000)
+_MAX_TOKENS = 2**62
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """A cap in USD, in tokens, or both. A batch counts in the window in which its task submits it, whenever it lands.
+
+    A task reserves the most that its requests can cost before it sends the first, and a landed batch counts at its real cost. So a task
+    may be refused although its bill would have fitted, but the sum never exceeds the cap.
+    """
+
+    #: tasks that give the same name share the sum; each is held against the cap that it gives itself
+    name: str
+    #: USD at batch prices; also as a string, an int, or a float, which is taken as it prints
+    usd: Decimal | None = None
+    #: prompt tokens, cached or not, and output tokens together
+    tokens: int | None = None
+    #: ``day``, ``week`` (from Monday), ``month`` or ``ever``, in UTC
+    window: str = "month"
+    #: ``fail`` or ``skip`` the task that would exceed it
+    on_exceeded: str = "fail"
+
+    def __post_init__(self) -> None:
+        """:raises BatchInputError: for a budget that is none"""
+        # a DAG file is not type-checked
+        name: Any = self.name
+        tokens: Any = self.tokens
+        if not isinstance(name, str) or not 1 <= len(name) <= _MAX_NAME:
+            raise BatchInputError(f"A budget's name must be a text of 1 to {_MAX_NAME} characters, not {name!r}.")
+        if self.usd is None and self.tokens is None:
+            raise BatchInputError(f"The budget {self.name!r} caps nothing: give usd, tokens, or both.")
+        if self.usd is not None:
+            object.__setattr__(self, "usd", parse_usd(self.usd, f"usd of the budget {self.name!r}"))
+            if self.usd > _MAX_USD:
+                raise BatchInputError(f"usd of the budget {self.name!r} must not be above {_MAX_USD:,}, and is {self.usd:,}.")
+        if tokens is not None and (type(tokens) is not int or not 1 <= tokens <= _MAX_TOKENS):
+            raise BatchInputError(f"tokens of the budget {self.name!r} must be a whole number of at least 1, not {tokens!r}.")
+        if self.window not in WINDOWS:
+            raise BatchInputError(f"window of the budget {self.name!r} must be one of {', '.join(WINDOWS)}, not {self.window!r}.")
+        if self.on_exceeded not in ("fail", "skip"):
+            raise BatchInputError(f"on_exceeded of the budget {self.name!r} must be 'fail' or 'skip', not {self.on_exceeded!r}.")
+
+    @classmethod
+    def parse(cls, value: Any) -> Budget:
+        """A budget, or a mapping with its fields.
+
+        :raises BatchInputError: for anything else
+        """
+        if isinstance(value, Budget):
+            return value
+        names = [f.name for f in fields(cls)]
+        if not isinstance(value, Mapping) or "name" not in value or not set(value) <= set(names):
+            raise BatchInputError(f"budget must be a Budget or a mapping with name and some of {', '.join(names[1:])}, not {value!r}.")
+        return cls(**value)
+
+
+def window_of(window: str, at: datetime) -> tuple[datetime | None, datetime | None]:
+    """The first moment of the window that holds ``at``, and the first after it; ``(None, None)`` for ``ever``."""
+    day = at.astimezone(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
+    match window:
+        case "day":
+            return day, day + timedelta(days=1)
+        case "week":
+            monday = day - timedelta(days=day.weekday())
+            return monday, monday + timedelta(weeks=1)
+        case "month":
+            first = day.replace(day=1)
+            return first, (first + timedelta(days=31)).replace(day=1)
+        case _:
+            return None, None
+
+
+@dataclass(frozen=True, slots=True)
+class BudgetStatus:
+    """A budget's books in one window: what landed batches cost, and what is held for those under way. Caps are those last given."""
+
+    name: str
+    window: str
+    cap_usd: Decimal | None
+    cap_tokens: int | None
+    spent_usd: Decimal
+    spent_tokens: int
+    reserved_usd: Decimal
+    reserved_tokens: int
+    #: the first moment of the next window; None for ``ever``
+    ends_at: datetime | None
+
+    @property
+    def remaining_usd(self) -> Decimal | None:
+        """What a task may still reserve; never below zero."""
+        return None if self.cap_usd is None else max(self.cap_usd - self.spent_usd - self.reserved_usd, Decimal(0))
+
+    @property
+    def remaining_tokens(self) -> int | None:
+        """Likewise in tokens."""
+        return None if self.cap_tokens is None else max(self.cap_tokens - self.spent_tokens - self.reserved_tokens, 0)

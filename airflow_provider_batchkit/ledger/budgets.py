@@ -1,0 +1,254 @@
+"""Budgets in the ledger. The books are the batch rows themselves, so they cannot disagree with them.
+
+A batch that counts in a budget has its name in its row, with the time that decides the window and the most that it can cost. It is reserved
+while it is ``sending`` or ``submitted``, spent once it is ``landed`` (at its real cost), and counts no more when it is ``rejected`` or
+``void``: whatever moves a batch moves its money, in one statement.
+
+Before its first batch row an attempt takes a *hold*: the sum of all that it is about to send. Each intent draws its batch's part from the
+hold, in the intent's transaction. A hold counts as long as its attempt has the job's lease and lives; the next attempt of the job, or
+``HOLD_S`` seconds without an intent, ends it.
+
+Whoever adds to a sum has the lock of the budget's row; whoever draws from a hold moves money inside the sum; everybody else takes away. The
+sum is read in one statement. So it may be read too high, never too low.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from typing import Any, NamedTuple
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.exc import IntegrityError
+
+from airflow_provider_batchkit.budget import Budget, BudgetStatus, window_of
+from airflow_provider_batchkit.exceptions import BudgetExceededError, BudgetReservedError
+from airflow_provider_batchkit.ledger.engine import write_transaction
+from airflow_provider_batchkit.ledger.leases import hold_lease
+from airflow_provider_batchkit.ledger.states import BatchState
+from airflow_provider_batchkit.ledger.tables import batch, job
+from airflow_provider_batchkit.ledger.tables import budget as budget_table
+from airflow_provider_batchkit.ledger.tables import budget_hold as hold
+from airflow_provider_batchkit.model import COST_QUANTUM, PICO_PER_USD, Bound, CostTally, usd_text
+
+log = logging.getLogger(__name__)
+
+#: an attempt that has journaled no shard for so long is taken for dead, in seconds; one that lives after all asks again
+HOLD_S = 6 * 3600
+UNBOUNDED = Bound(None, None)
+_TALLY_TOKENS = ("input_tokens", "output_tokens", "cache_write_5m_tokens", "cache_write_1h_tokens", "cache_read_tokens")
+
+
+class Books(NamedTuple):
+    """Sums of one budget in one window, in picodollars and tokens."""
+
+    spent_pico: int
+    spent_tokens: int
+    reserved_pico: int
+    reserved_tokens: int
+
+
+def reserve(engine: Engine, job_id: str, lease: int, budget: Budget, asked: Bound) -> None:
+    """Hold ``asked`` for what an attempt is about to send. Replaces what an earlier attempt of the job held.
+
+    :param asked: bounded in both USD and tokens
+    :raises BudgetExceededError: it does not fit under the cap; nothing is held
+    :raises LeaseLostError: when another attempt of the job has begun
+    """
+    with write_transaction(engine) as connection:
+        hold_lease(connection, job_id, lease)
+        _take_hold(connection, job_id, lease, budget, asked)
+
+
+def give_up_hold(engine: Engine, job_id: str, lease: int) -> None:
+    """An attempt has ended: what it held and did not send is free."""
+    with write_transaction(engine) as connection:
+        connection.execute(sa.delete(hold).where(hold.c.job_id == job_id, hold.c.lease == lease))
+
+
+def budget_status(engine: Engine, name: str, *, at: datetime | None = None) -> BudgetStatus | None:
+    """The books of a budget in the window that holds ``at`` (now), by the cap and window last given; None when no task has named it."""
+    now = at or datetime.now(UTC)
+    with engine.connect() as connection:
+        row = connection.execute(sa.select(budget_table).where(budget_table.c.name == name)).first()
+        if row is None:
+            return None
+        books = _books(connection, name, row.window, now)
+    return BudgetStatus(
+        name,
+        row.window,
+        None if row.cap_picousd is None else _usd(row.cap_picousd),
+        row.cap_tokens,
+        _usd(books.spent_pico),
+        books.spent_tokens,
+        _usd(books.reserved_pico),
+        books.reserved_tokens,
+        window_of(row.window, now)[1],
+    )
+
+
+# --- inside the ledger's transactions ---------------------------------------------------------------------------------------------
+
+
+def draw(connection: Connection, job_id: str, lease: int, bound: Bound, budget: Budget | None) -> dict[str, Any]:
+    """Columns of a new batch row: its bound, and where it counts. Draws it from the attempt's hold.
+
+    :raises BudgetExceededError: the hold had ended, and what it held is not free any more
+    """
+    columns: dict[str, Any] = {"bound_picousd": None if bound.usd is None else _pico(bound.usd), "bound_tokens": bound.tokens}
+    if budget is None:
+        return columns
+    if not _draw(connection, job_id, lease, columns):
+        _take_hold(connection, job_id, lease, budget, bound)
+        _draw(connection, job_id, lease, columns)
+    budget_at = connection.execute(sa.select(hold.c.budget_at).where(hold.c.job_id == job_id)).scalar_one()
+    return {**columns, "budget": budget.name, "budget_at": budget_at}
+
+
+def put_back(connection: Connection, job_id: str, shard: int) -> None:
+    """A batch was rejected or void: its attempt, if it goes on, holds the money for the same requests again."""
+    row = connection.execute(
+        sa.select(batch.c.budget, batch.c.bound_picousd, batch.c.bound_tokens).where(batch.c.job_id == job_id, batch.c.shard == shard)
+    ).one()
+    if row.budget is not None:
+        connection.execute(
+            sa.update(hold)
+            .where(hold.c.job_id == job_id, hold.c.budget == row.budget)
+            .values(picousd=hold.c.picousd + row.bound_picousd, tokens=hold.c.tokens + row.bound_tokens)
+        )
+
+
+def carried(connection: Connection, job_id: str, shard: int) -> dict[str, Any]:
+    """What goes along when a batch's requests move to another row."""
+    columns = sa.select(batch.c.bound_picousd, batch.c.bound_tokens, batch.c.budget, batch.c.budget_at)
+    return dict(connection.execute(columns.where(batch.c.job_id == job_id, batch.c.shard == shard)).mappings().one())
+
+
+def settled(connection: Connection, job_id: str, shard: int, tally: CostTally) -> dict[str, Any]:
+    """Further columns of a landed batch's row: the tokens that it used."""
+    if tally.batch_cost_usd is None:
+        where = carried(connection, job_id, shard)
+        if where["budget"] is not None:
+            log.warning(
+                "The cost of a batch is unknown: the budget %r goes on counting it at its upper bound, %s",
+                where["budget"],
+                usd_text(_usd(where["bound_picousd"])),
+            )
+    total = tally.total
+    return {"billed_tokens": sum(getattr(total, name) for name in _TALLY_TOKENS)}
+
+
+def _draw(connection: Connection, job_id: str, lease: int, amounts: Mapping[str, Any]) -> bool:
+    """Whether the attempt's hold lives and had as much."""
+    now = datetime.now(UTC)
+    pico, tokens = amounts["bound_picousd"], amounts["bound_tokens"]
+    drawn = connection.execute(
+        sa.update(hold)
+        .where(
+            hold.c.job_id == job_id,
+            hold.c.lease == lease,
+            hold.c.picousd >= pico,
+            hold.c.tokens >= tokens,
+            # well before anybody else, whose clock may differ, counts it no more
+            hold.c.held_at > now - timedelta(seconds=HOLD_S / 2),
+        )
+        .values(picousd=hold.c.picousd - pico, tokens=hold.c.tokens - tokens, held_at=now)
+    )
+    return drawn.rowcount > 0
+
+
+def _take_hold(connection: Connection, job_id: str, lease: int, budget: Budget, asked: Bound) -> None:
+    assert asked.usd is not None and asked.tokens is not None, "what has no bound is refused before"
+    now = datetime.now(UTC)
+    _lock(connection, budget, now)
+    connection.execute(sa.delete(hold).where(hold.c.job_id == job_id))
+    books = _books(connection, budget.name, budget.window, now)
+    pico = _pico(asked.usd)
+    _refuse_above_cap(budget, books, pico, asked.tokens, now)
+    connection.execute(
+        sa.insert(hold).values(
+            job_id=job_id, lease=lease, budget=budget.name, picousd=pico, tokens=asked.tokens, budget_at=now, held_at=now
+        )
+    )
+
+
+def _lock(connection: Connection, budget: Budget, now: datetime) -> None:
+    """Lock the budget's row until the transaction ends, and note the cap that was given."""
+    mine = budget_table.c.name == budget.name
+    cap = {"window": budget.window, "cap_picousd": None if budget.usd is None else _pico(budget.usd), "cap_tokens": budget.tokens}
+    if connection.execute(sa.update(budget_table).where(mine).values(asked_at=now)).rowcount == 0:
+        try:
+            with connection.begin_nested():
+                connection.execute(sa.insert(budget_table).values(name=budget.name, asked_at=now, **cap))
+        except IntegrityError:
+            # another task named it for the first time a moment ago
+            connection.execute(sa.update(budget_table).where(mine).values(asked_at=now))
+    known = dict(connection.execute(sa.select(*(budget_table.c[name] for name in cap)).where(mine)).mappings().one())
+    if known != cap:
+        log.warning("The budget %r has been given as %s before, and now as %s: each task is held against its own", budget.name, known, cap)
+        connection.execute(sa.update(budget_table).where(mine).values(cap))
+
+
+def _books(connection: Connection, name: str, window: str, at: datetime) -> Books:
+    start, end = window_of(window, at)
+
+    def total(column: sa.ColumnElement[int], *where: sa.ColumnElement[bool], time: sa.Column[Any]) -> sa.ScalarSelect[Any]:
+        inside = [] if start is None or end is None else [time >= start, time < end]
+        return sa.select(sa.func.coalesce(sa.func.sum(column), 0)).where(*where, *inside).scalar_subquery()
+
+    of_batches = batch.c.budget == name
+    landed = batch.c.state == BatchState.LANDED.value
+    open_ = batch.c.state.in_([BatchState.SENDING.value, BatchState.SUBMITTED.value])
+    living = sa.and_(
+        hold.c.budget == name,
+        hold.c.held_at > datetime.now(UTC) - timedelta(seconds=HOLD_S),
+        sa.exists().where(job.c.job_id == hold.c.job_id, job.c.lease == hold.c.lease),
+    )
+    sums = (
+        total(sa.func.coalesce(batch.c.batch_cost_picousd, batch.c.bound_picousd), of_batches, landed, time=batch.c.budget_at),
+        total(sa.func.coalesce(batch.c.billed_tokens, batch.c.bound_tokens), of_batches, landed, time=batch.c.budget_at),
+        total(batch.c.bound_picousd, of_batches, open_, time=batch.c.budget_at),
+        total(batch.c.bound_tokens, of_batches, open_, time=batch.c.budget_at),
+        total(hold.c.picousd, living, time=hold.c.budget_at),
+        total(hold.c.tokens, living, time=hold.c.budget_at),
+    )
+    # one statement, so that money which moves from a hold to a batch meanwhile is not missed in both
+    spent_pico, spent_tokens, open_pico, open_tokens, held_pico, held_tokens = map(int, connection.execute(sa.select(*sums)).one())
+    return Books(spent_pico, spent_tokens, open_pico + held_pico, open_tokens + held_tokens)
+
+
+def _refuse_above_cap(budget: Budget, books: Books, pico: int, tokens: int, now: datetime) -> None:
+    caps: list[tuple[int, int, int, int, Callable[[int], str]]] = []
+    if budget.usd is not None:
+        caps.append((_pico(budget.usd), books.spent_pico, books.reserved_pico, pico, lambda v: usd_text(_usd(v))))
+    if budget.tokens is not None:
+        caps.append((budget.tokens, books.spent_tokens, books.reserved_tokens, tokens, lambda v: f"{v:,} tokens"))
+    exceeded = [cap for cap in caps if cap[1] + cap[2] + cap[3] > cap[0]]
+    if not exceeded:
+        return
+    figures = "; ".join(
+        f"cap {text(cap)}, spent {text(spent)}, reserved {text(reserved)}, asked at most {text(asked)}"
+        for cap, spent, reserved, asked, text in exceeded
+    )
+    end = window_of(budget.window, now)[1]
+    ends = f"The window ({budget.window}) ends {end:%Y-%m-%d %H:%M} UTC" if end else "Its window never ends"
+    final = any(spent + asked > cap for cap, spent, _, asked, _ in exceeded)
+    raise (BudgetExceededError if final else BudgetReservedError)(
+        f"The budget {budget.name!r} would be exceeded: {figures}. {ends}. Nothing was sent by this attempt. "
+        + (
+            "Lower max_tokens or the number of rows, raise the budget, or wait for the next window."
+            if final
+            else "Reserved is what batches under way can cost at most; when they land, what they did not cost is free again."
+        )
+    )
+
+
+def _pico(usd: Decimal) -> int:
+    return int(usd * PICO_PER_USD)
+
+
+def _usd(pico: int) -> Decimal:
+    return pico * COST_QUANTUM

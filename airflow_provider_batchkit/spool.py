@@ -1,0 +1,158 @@
+"""Requests → shards on disk, each row once: what an earlier attempt asks already is left out, and equal questions are asked once.
+
+Memory: what :mod:`~airflow_provider_batchkit.marks` needs, and one chunk of requests.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from array import array
+from collections.abc import Iterable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from airflow_provider_batchkit.exceptions import RequestError
+from airflow_provider_batchkit.ledger import Known
+from airflow_provider_batchkit.marks import MARK_BYTES, MarkTable
+from airflow_provider_batchkit.model import PreparedRequest
+from airflow_provider_batchkit.progress import Progress
+from airflow_provider_batchkit.requests import key_values
+from airflow_provider_batchkit.shards import ShardWriter
+
+log = logging.getLogger(__name__)
+
+#: rows and bytes that are looked up and written at a time
+_CHUNK_ROWS = 512
+_CHUNK_BYTES = 4 << 20
+
+
+@dataclass(slots=True)
+class RowCounts:
+    """What became of a source's rows."""
+
+    #: rows of the source
+    rows: int = 0
+    #: rows that share another row's request
+    copies: int = 0
+    #: rows that an earlier attempt has in flight or landed
+    known: int = 0
+    #: of those, rows whose request would be another one now; they are not asked again
+    changed: int = 0
+
+
+def spool(requests: Iterable[PreparedRequest], known: Iterable[Known], writer: ShardWriter, folder: str, counts: RowCounts) -> None:
+    """Write what is new into shards.
+
+    :param known: rows of earlier attempts
+    :param folder: for files of this call's own
+    :raises RequestError: for a key that comes twice
+    """
+    with closing(_Seen(folder, known)) as seen:
+        _spool(requests, seen, writer, counts)
+
+
+def _spool(requests: Iterable[PreparedRequest], seen: _Seen, writer: ShardWriter, counts: RowCounts) -> None:
+    progress = Progress(log, "rendered")
+    for chunk in _chunks(requests):
+        keys = [_key_mark(request.key) for request in chunk]
+        for position, before in enumerate(seen.new_keys.add_all(keys), start=counts.rows):
+            if before is not None:
+                raise RequestError(
+                    f"row {position}: the key {chunk[position - counts.rows].key} came before, in row {before}. Keys must be unique, or "
+                    "one answer would overwrite another. Nothing was sent by this attempt.",
+                    position=position,
+                )
+        counts.rows += len(chunk)
+        fresh = seen.unknown(chunk, keys, counts)
+        asked = seen.questions.add_all([_question_mark(request.custom_id) for request in fresh])
+        for request, question in zip(fresh, asked, strict=True):
+            if question is None:
+                writer.add(request)
+            else:
+                counts.copies += 1
+                writer.add_copy(request, seen.shard_of(question, writer))
+        progress.add(len(chunk))
+    progress.done()
+    if counts.changed:
+        log.warning(
+            "%s rows have changed, or their prompt has, since an earlier attempt of this task asked about them. They are not asked again: "
+            "within one DAG run a key is asked once.",
+            f"{counts.changed:,}",
+        )
+
+
+class _Seen:
+    """Keys and questions of the job so far; memory: 32 bytes a row, 64 for rows of earlier attempts."""
+
+    def __init__(self, folder: str, known: Iterable[Known]) -> None:
+        """
+        :param folder: for the tables' files
+        :param known: rows of earlier attempts
+        """
+        self.new_keys = MarkTable(Path(folder, "new-keys"))
+        self.questions = MarkTable(Path(folder, "questions"))
+        self._known_keys = MarkTable(Path(folder, "known-keys"))
+        #: by number of the known key, the number of its question
+        self._asked = array("I")
+        #: by number of the question, the shard that asks it
+        self._shards = array("I")
+        rows = iter(known)
+        while chunk := list(islice(rows, _CHUNK_ROWS)):
+            self._known_keys.add_all([_key_mark(row.key) for row in chunk])
+            for row, asked in zip(chunk, self.questions.add_all([_question_mark(row.custom_id) for row in chunk]), strict=True):
+                self._asked.append(len(self._shards) if asked is None else asked)
+                if asked is None:
+                    self._shards.append(row.shard)
+
+    def unknown(self, chunk: list[PreparedRequest], keys: list[bytes], counts: RowCounts) -> list[PreparedRequest]:
+        """Those requests whose keys no earlier attempt has in flight or landed; the others are counted."""
+        if not self._asked:
+            return chunk
+        fresh = []
+        known = self._known_keys.find_all(keys)
+        questions = self.questions.find_all([_question_mark(request.custom_id) for request in chunk])
+        for request, key, question in zip(chunk, known, questions, strict=True):
+            if key is None:
+                fresh.append(request)
+            else:
+                counts.known += 1
+                counts.changed += question != self._asked[key]
+        return fresh
+
+    def shard_of(self, question: int, writer: ShardWriter) -> int:
+        """The shard that asks a question: of an earlier attempt, or of this one's ``writer``."""
+        earlier = len(self._shards)
+        return self._shards[question] if question < earlier else writer.shard_of(question - earlier)
+
+    def close(self) -> None:
+        for table in (self.new_keys, self.questions, self._known_keys):
+            table.close()
+
+
+def _chunks(requests: Iterable[PreparedRequest]) -> Iterator[list[PreparedRequest]]:
+    """Requests some hundred at a time, and no more than some megabytes."""
+    chunk: list[PreparedRequest] = []
+    held = 0
+    for request in requests:
+        chunk.append(request)
+        held += len(request.body)
+        if len(chunk) == _CHUNK_ROWS or held > _CHUNK_BYTES:
+            yield chunk
+            chunk, held = [], 0
+    if chunk:
+        yield chunk
+
+
+def _key_mark(key: str) -> bytes:
+    """Keys that a text column could not tell apart, such as 1 and "1", have one mark."""
+    several = "," in key
+    text = "\x1f".join(map(str, key_values(key))) if several else key[1:-1].strip('"')
+    return hashlib.sha256(text.encode()).digest()[:MARK_BYTES]
+
+
+def _question_mark(custom_id: str) -> bytes:
+    """The beginning of the digest that a journaled job's ``custom_id`` ends with."""
+    return bytes.fromhex(custom_id[-40 : 2 * MARK_BYTES - 40])
