@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 
 import anthropic
 import msgspec
+from anthropic.resources.messages import AsyncBatches  # the SDK loads it at the first call otherwise, which blocks the event loop for 0.1 s
 
 from airflow_provider_batchkit.api import poll_failure, snapshot, unavailable
 from airflow_provider_batchkit.model import BatchCounts, BatchSnapshot
@@ -71,7 +72,7 @@ class Looker:
 
     def __init__(self, client: anthropic.AsyncAnthropic, conn_id: str) -> None:
         # the poller has a pause of its own for what fails, in which nobody else of the connection asks either
-        self._batches = client.with_options(max_retries=0, timeout=_ANSWER_S).messages.batches
+        self._batches: AsyncBatches = client.with_options(max_retries=0, timeout=_ANSWER_S).messages.batches
         self._conn_id = conn_id
 
     async def look(self, look: Look, wanted: dict[str, datetime | None], watches: Watches) -> None:
