@@ -16,10 +16,10 @@ _KNOWN = frozenset({IN_PROGRESS, CANCELING, ENDED})
 #: failed looks in a row before polling gives up; a look that succeeds starts the count anew
 MAX_FAILURES = 20
 _MAX_BACKOFF_S = 300.0
-#: an end is noticed at most this share of the batch's age late, where that is more than the interval
+#: a batch is looked at every twentieth of its age, in whole intervals, so that all that share an interval stay on one beat
 _AGE_SHARE = 0.05
-#: and never more than so many intervals late
-_MAX_STRETCH = 4.0
+#: and at least every so many intervals
+_MAX_INTERVALS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +52,13 @@ Decision = Wait | Ended | TimedOut | GaveUp
 
 
 def interval_at_age(interval: float, age: float) -> float:
-    """Seconds until the next look at a batch that is ``age`` seconds old: a twentieth of its age, within 1 and 4 ``interval``.
+    """Seconds until the next look at a batch that is ``age`` seconds old: 1 to 4 whole intervals, as many as fit a twentieth of its age.
 
-    ``interval`` is the shortest because that is what the word says to whoever set it. Most batches end within the hour and those that do
-    not may take a day: with 60 s, one of 20 minutes is looked at every minute, and one of 80 minutes or more every 4 minutes.
+    ``interval`` is the shortest because that is what the word says to whoever set it. Most batches end within the hour, and those that do
+    not may take a day: with 60 s, one of up to 40 minutes is looked at every minute, and one of 80 minutes or more every 4 minutes.
     """
-    return min(max(interval, age * _AGE_SHARE), interval * _MAX_STRETCH)
+    fitting = int(age * _AGE_SHARE / interval) if interval > 0 else 1
+    return interval * min(max(fitting, 1), _MAX_INTERVALS)
 
 
 def backoff(interval: float, failures: int, retry_after: float = 0.0) -> float:

@@ -21,9 +21,9 @@ class BatchTrigger(BaseTrigger):
 
     :param batch_ids: the batches
     :param anthropic_conn_id: connection of type ``anthropic``
-    :param poke_interval: the shortest time between two looks that are made for these batches, in seconds. The first comes at once; from a
-        batch's age of 20 intervals on they come every twentieth of its age, up to 4 intervals. A look that is made for another trigger of
-        the connection and shows these batches counts for them too
+    :param poke_interval: the shortest time between two looks that are made for these batches, in seconds; the first comes at once. Old
+        batches are looked at less often: every twentieth of their age, and at least every 4 intervals (:func:`.interval_at_age`). A look
+        that is made for another trigger of the connection and shows these batches counts for them too
     :param deadline: seconds since the epoch; wall-clock, since a trigger may resume in another process
     :param cancel_on_kill: cancel the batches when a user kills or clears the deferred task (Airflow 3.3 and later)
     """

@@ -78,12 +78,18 @@ class SharedPoller:
         try:
             return await future
         finally:
-            if watch in self._waiting:
-                self._drop(watch)
-                if not self._waiting:
-                    self._task.cancel()
-            if not self._waiting:
-                await asyncio.wait([self._task], timeout=_CLOSE_S)
+            await self._leave(watch)
+
+    async def _leave(self, watch: Watch) -> None:
+        """Watch it no more. The last to leave ends the task, and waits until its client is closed."""
+        premature = watch in self._waiting
+        if premature:
+            self._drop(watch)
+        if self._waiting or self._loop.is_closed():  # a closed loop: the trigger was thrown away unfinished
+            return
+        if premature:
+            self._task.cancel()
+        await asyncio.wait([self._task], timeout=_CLOSE_S)
 
     async def _run(self) -> None:
         client = await self._client()
@@ -126,7 +132,8 @@ class SharedPoller:
             return
         look = Look(clock)
         await looker.look(look, self._watches.wanted(due), self._watches)
-        pause = self._watches.judge_connection(due, look, self._loop.time())
+        clock = self._loop.time()
+        pause = self._watches.judge_connection(due, look, clock)
         if look.failure is not None and pause is not None:
             log.warning(
                 "Looking at the batches of connection %r failed: %s. %d triggers wait; next look in %.1f s.",
@@ -134,7 +141,7 @@ class SharedPoller:
             )  # fmt: skip
         for number, watch in enumerate(self._watches.concerned(due, look), start=1):
             if watch in self._waiting:  # it may have left meanwhile
-                self._settle(watch, self._watches.tell(watch, look, now=time.time(), clock=self._loop.time()))
+                self._settle(watch, self._watches.tell(watch, look, now=time.time(), clock=clock))
             if number % _CHUNK == 0:
                 await asyncio.sleep(0)
 
@@ -169,10 +176,13 @@ class SharedPoller:
                 future.set_exception(self._broken(cause))
 
     def _broken(self, cause: BaseException | None) -> PollError:
-        what = str(cause) if isinstance(cause, PollError) else (
-            f"The poller that the triggers of connection {self._conn_id!r} share ended unexpectedly ({cause!r}). "
-            "The batches are untouched; waiting again costs nothing."
-        )  # fmt: skip
-        error = PollError(what)
+        if isinstance(cause, PollError):
+            error = PollError(str(cause))
+        else:
+            error = PollError(
+                f"The poller that the triggers of connection {self._conn_id!r} share "
+                f"{'was canceled' if cause is None else f'ended unexpectedly: {cause!r}'}. "
+                "The batches are untouched; waiting again costs nothing."
+            )
         error.__cause__ = cause
         return error

@@ -171,7 +171,7 @@ class Watches:
         return pause
 
     def tell(self, watch: Watch, look: Look, *, now: float, clock: float) -> Decision:
-        """Tell a watch what it is to know of a look, and ask it what to do. One that waits on is due again later.
+        """Tell a watch what it is to know of a look that ended at ``clock``, and ask it what to do. One that waits on is due again later.
 
         What a look shows counts for everybody, asked for or not; a failure only for those who were due and did not get their answer, or
         for all when it will not mend.
@@ -197,7 +197,8 @@ class Watches:
                 self._forget(snapshot.batch_id, watch)
         decision = state.decide(now)
         if isinstance(decision, Wait) and (asked or complete):
-            self._schedule(watch, clock + decision.seconds, now=now, clock=clock)
+            # counted from the start of the look, so that all whom it answered are due at the same moment again, and share the next
+            self._schedule(watch, (look.clock if complete else clock) + decision.seconds, now=now, clock=clock)
         return decision
 
     def hold(self, watch: Watch, *, now: float, clock: float) -> Decision:
