@@ -209,7 +209,7 @@ def test_the_poller_ends_with_its_last_trigger_and_the_next_starts_another(sim: 
     monkeypatch.setattr(BatchKitHook, "get_async_conn", kept)
 
     async def work() -> None:
-        tasks = start(ids)
+        tasks = start(ids, poke_s=60.0)
         await until(lambda: calls(sim, "list") >= 1)
         tasks[ids[0]].cancel()
         await until(tasks.pop(ids[0]).cancelled)
@@ -219,7 +219,9 @@ def test_the_poller_ends_with_its_last_trigger_and_the_next_starts_another(sim: 
         next_one = start(ids[:1])  # before the canceled ones have left
         await asyncio.sleep(0)
         after = start(ids[1:2])  # while the first poller closes
+        began = time.monotonic()
         await asyncio.gather(*tasks.values(), return_exceptions=True)
+        assert time.monotonic() - began < 3, "the last to leave did not end the poller, which rests for a minute"
         sim.end(ids[0])
         sim.end(ids[1])
         assert (await next_one[ids[0]])["status"] == (await after[ids[1]])["status"] == "ended"
