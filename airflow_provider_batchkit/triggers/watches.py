@@ -98,9 +98,6 @@ class Watches:
         #: no look before this, on the loop's clock: the connection failed, or the API asked us to wait
         self._paused_until = float("-inf")
 
-    def __len__(self) -> int:
-        return len(self._all)
-
     def join(self, state: PollState, *, due: float, now: float, clock: float) -> Watch:
         """Watch the open batches of ``state``, first at ``due`` or as soon as the connection's pause is over."""
         watch = Watch(state, due)
