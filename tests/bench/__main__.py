@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from airflow_provider_batchkit.simulator import SimulatorProcess, SimulatorSettings
+from tests.bench import polling
 
 
 def measure(side: str, what: str, simulator: str, folder: Path, rows: int) -> dict[str, Any]:
@@ -85,7 +86,9 @@ def main() -> int:
     show(doubt)
     work = [pair(what, rows, args.rounds) for rows in args.rows for what in ("submit", "fetch")]
     show(work)
-    Path(".bench.json").write_text(json.dumps(doubt + work, indent=1))
+    waits = polling.compare(args.rounds)
+    show(waits)
+    Path(".bench.json").write_text(json.dumps(doubt + work + waits, indent=1))
     return 0
 
 
