@@ -32,7 +32,7 @@ from airflow_provider_batchkit.kit import BatchKit
 from airflow_provider_batchkit.landing import LandingReport, WriteDisposition, land_batches
 from airflow_provider_batchkit.ledger import BatchState, JobRecord, Landed, Ledger
 from airflow_provider_batchkit.ledger.account import note_rendering
-from airflow_provider_batchkit.ledger.history import output_per_request
+from airflow_provider_batchkit.ledger.history import answered, output_per_request
 from airflow_provider_batchkit.model import MAX_BYTES_PER_BATCH, MAX_REQUESTS_PER_BATCH, BatchSnapshot, PreparedRequest, Shard
 from airflow_provider_batchkit.reconcile import SETTLE_S, Settler
 from airflow_provider_batchkit.shards import ShardWriter, remove_shard_files, split_shard
@@ -70,6 +70,7 @@ def submit_job(
     anthropic_conn_id: str,
     max_requests: int = MAX_REQUESTS_PER_BATCH,
     max_bytes: int = MAX_BYTES_PER_BATCH,
+    skip_unchanged: bool = False,
     settle_seconds: float = SETTLE_S,
     before_send: Callable[[], None] = lambda: None,
     limits: Limits = NO_LIMITS,
@@ -77,6 +78,7 @@ def submit_job(
     """Submit whatever of ``requests`` the job has not in flight or landed.
 
     :param requests: built with the job's id; consumed once, to its end, before anything is sent
+    :param skip_unchanged: leave rows out whose request has succeeded in another run of the task
     :param settle_seconds: how long a shard that an earlier attempt may have sent is looked for before it counts as never accepted
     :param before_send: called once the source has been read and found good, before the first POST
     :param limits: what the job may cost
@@ -95,14 +97,16 @@ def submit_job(
         first_new = ledger.next_shard(job.job_id)
         writer = ShardWriter(folder, first_number=first_new, max_requests=max_requests, max_bytes=max_bytes)
         started = time.monotonic()
-        spool(requests, ledger.known(job.job_id), writer, folder, report)
+        history = answered(ledger.engine, job) if skip_unchanged else ()
+        spool(requests, ledger.known(job.job_id), writer, folder, report, answered=history)
         shards = writer.close()
         rendering_s = time.monotonic() - started
         before_send()
         spending = Spending(kit, ledger, job, lease, limits)
         ledger.add_copies(job.job_id, lease, writer.earlier_copies())
+        if shards or report.unchanged:
+            note_rendering(ledger.engine, job.job_id, rendering_s, report.unchanged)
         if shards:
-            note_rendering(ledger.engine, job.job_id, rendering_s)
             report.estimate = spending.estimate(shards)
             log.info("Estimate for %s", report.estimate)
             try:
@@ -131,6 +135,7 @@ def rehearse_job(
     *,
     max_requests: int = MAX_REQUESTS_PER_BATCH,
     max_bytes: int = MAX_BYTES_PER_BATCH,
+    skip_unchanged: bool = False,
 ) -> SubmitReport:
     """What :func:`submit_job` would send, with its estimate. Sends nothing but the token counts of a sample, and journals nothing.
 
@@ -141,7 +146,9 @@ def rehearse_job(
     with tempfile.TemporaryDirectory(prefix="batchkit-") as folder:
         first_new = ledger.next_shard(job.job_id) if exists else 0
         writer = ShardWriter(folder, first_number=first_new, max_requests=max_requests, max_bytes=max_bytes)
-        spool(requests, ledger.known(job.job_id) if exists else (), writer, folder, report)
+        known = ledger.known(job.job_id) if exists else ()
+        history = answered(ledger.engine, job) if exists and skip_unchanged else ()
+        spool(requests, known, writer, folder, report, answered=history)
         shards = writer.close()
         report.batches = len(shards)
         report.estimate, _ = estimate_shards(

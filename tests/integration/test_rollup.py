@@ -197,7 +197,7 @@ def test_a_summary_tells_each_steps_seconds(warehouse: Warehouse) -> None:
             values: dict[str, Any] = {name: start + timedelta(seconds=s) for name, s in at.items()}
             connection.execute(sa.update(batch).where(batch.c.shard == shard).values(landing_ms=1500, **values))
         connection.exec_driver_sql("UPDATE batchkit_job SET rendering_ms = 250")
-    note_rendering(warehouse.engine, warehouse.rows("SELECT job_id FROM batchkit_job")[0]["job_id"], 1.0)
+    note_rendering(warehouse.engine, warehouse.rows("SELECT job_id FROM batchkit_job")[0]["job_id"], 1.0, 0)
     (summary,) = warehouse.rows("SELECT * FROM batchkit_summary")
     steps = [summary[f"{step}_s"] for step in ("rendering", "submitting", "waiting", "landing")]
     assert steps == pytest.approx([1.25, 5, 370, 3], abs=0.002)
