@@ -106,8 +106,7 @@ class BatchSnapshot:
     archived_at: datetime | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class BatchItem:
+class BatchItem(msgspec.Struct, frozen=True, gc=False):
     """One line of a batch's results.
 
     ``status`` is what the API says of the request; for a failed one ``error_type`` and ``error_message`` are the API's.
@@ -282,6 +281,12 @@ def _tally_from_json(values: Mapping[str, Any]) -> ModelTally:
         value = values.get(f.name, 0)
         known[f.name] = (None if value is None else Decimal(str(value))) if f.name.endswith("_usd") else value
     return ModelTally(**known)
+
+
+def format_pico_exact(pico: int) -> str:
+    """Whole picodollars, not negative, as USD in the form of :func:`format_usd_exact`."""
+    whole, fraction = divmod(pico, PICO_PER_USD)
+    return f"{whole}.{f'{fraction:012d}'.rstrip('0').ljust(2, '0')}"
 
 
 def format_usd_exact(value: Decimal | None) -> str | None:

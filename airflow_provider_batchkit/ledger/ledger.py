@@ -172,8 +172,9 @@ class Ledger:
             request.c.job_id == record.job_id, request.c.shard == record.shard
         )
         with self.engine.connect() as connection:
-            for row in connection.execution_options(stream_results=True, max_row_buffer=_CHUNK).execute(statement):
-                yield row.custom_id, row.key, row.asked
+            result = connection.execution_options(stream_results=True).execute(statement)
+            for chunk in result.partitions(_CHUNK):
+                yield from map(tuple, chunk)
 
     def asks(self, record: BatchRecord, custom_id: str) -> bool:
         """Whether the batch's body has this request."""
