@@ -17,8 +17,8 @@ from airflow_provider_batchkit.landing.table import ResultTable
 from airflow_provider_batchkit.ledger.bulk import BulkRow, loader_for
 from airflow_provider_batchkit.model import BatchItem, RequestStatus, format_pico_exact
 
-#: a chunk is written when it has this many rows, or this many characters of text
-_CHUNK_ROWS = 5_000
+#: a chunk is written when it has this many rows (more cost the garbage collector more than they save), or characters of text
+_CHUNK_ROWS = 1_000
 _CHUNK_CHARACTERS = 4_000_000
 
 #: what differs from row to row, behind the table's key columns; money for the table is text here, as every database takes it exactly
