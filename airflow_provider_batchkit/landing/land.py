@@ -20,7 +20,7 @@ from airflow_provider_batchkit.exceptions import BatchInputError, WrongBatchErro
 from airflow_provider_batchkit.landing.report import NAMED, LandedBatch, LandingReport, log_faults
 from airflow_provider_batchkit.landing.stage import AskedKeys, Stage
 from airflow_provider_batchkit.landing.table import ResultTable, WriteDisposition
-from airflow_provider_batchkit.landing.write import TableWriter, prepare_writing, queue_for_table, settle_requests
+from airflow_provider_batchkit.landing.write import TableWriter, prepare_connection, queue_for_table, settle_requests
 from airflow_provider_batchkit.ledger.engine import prepare_engine
 from airflow_provider_batchkit.ledger.ledger import BatchRecord, Ledger
 from airflow_provider_batchkit.model import PICO_PER_USD, BatchItem, BatchSnapshot, RequestStatus
@@ -97,10 +97,10 @@ class _Landing:
 
     def land(self, connection: Connection, batches: Sequence[tuple[BatchSnapshot, BatchRecord | None]]) -> list[LandedBatch]:
         """Land batches in the connection's transaction. Nothing but stages is written before the last result is read."""
+        prepare_connection(connection)
         filled = [(*self._fill(connection, snapshot, record), record) for snapshot, record in batches]
         now = datetime.now(UTC)
         writer = TableWriter(connection, self.table, self.disposition, include_failed=self.include_failed, landed_at=now)
-        prepare_writing(connection)
         for landed, stage, record in filled:
             if record is not None:
                 self._book(connection, record, landed, now)

@@ -14,13 +14,17 @@ from airflow_provider_batchkit.model import RequestStatus
 _SUCCEEDED = RequestStatus.SUCCEEDED.value
 
 
-def prepare_writing(connection: Connection) -> None:
-    """Keep PostgreSQL's planner from nested loops for the rest of the transaction.
+def prepare_connection(connection: Connection) -> None:
+    """Settings for a transaction that moves many rows.
 
-    It has no statistics of tables that were filled a moment ago, and takes 100,000 rows for one. A hash join is right for any number.
+    PostgreSQL's planner is kept from nested loops: it has no statistics of tables that were filled a moment ago, and takes 100,000 rows
+    for one; a hash join is right for any number. SQLite's page caches, of the file and of the stage, hold 8 MB in place of 2.
     """
     if connection.dialect.name == "postgresql":
         connection.exec_driver_sql("SET LOCAL enable_nestloop = off")
+    elif connection.dialect.name == "sqlite":
+        connection.exec_driver_sql("PRAGMA main.cache_size = -8000")
+        connection.exec_driver_sql("PRAGMA temp.cache_size = -8000")
 
 
 def queue_for_table(connection: Connection, table: ResultTable) -> None:

@@ -173,7 +173,7 @@ class Ledger:
         )
         with self.engine.connect() as connection:
             result = connection.execution_options(stream_results=True).execute(statement)
-            for chunk in result.partitions(_CHUNK):
+            for chunk in result.partitions(1_000):
                 yield from map(tuple, chunk)
 
     def asks(self, record: BatchRecord, custom_id: str) -> bool:

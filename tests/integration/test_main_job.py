@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from decimal import Decimal
+from functools import partial
 from typing import Any
 
 import pytest
@@ -394,7 +395,7 @@ def test_more_rows_than_a_chunk_land_whole(warehouse: Warehouse) -> None:
 
 def test_a_replace_that_is_cut_leaves_the_table_as_it_was(warehouse: Warehouse, sim: Simulator, monkeypatch: pytest.MonkeyPatch) -> None:
     """All batches of a replace are one transaction: when the last cannot be read, nothing of the first is there."""
-    monkeypatch.setattr("time.sleep", lambda _: None)
+    monkeypatch.setattr(warehouse.kit, "read_items", partial(warehouse.kit.read_items, sleep=lambda _: None))
     warehouse.fetch(warehouse.submit(products(3), run_id="run-1").batch_ids)
     ids = warehouse.submit(products(4, start=10), run_id="run-2", max_requests=2).batch_ids
     sim.faults.add("cut_results", batch=ids[-1], line=1, times=None)
@@ -408,15 +409,13 @@ def test_a_download_holds_no_lock(warehouse: Warehouse, database: Database, sim:
     """While the second batch of a replace is still read, others write to the ledger and to the table's database."""
     warehouse.fetch(warehouse.submit(products(1), run_id="run-1").batch_ids)
     ids = warehouse.submit(products(4, start=10), run_id="run-2", max_requests=2).batch_ids
-    sim.faults.add("trickle", batch=ids[-1], seconds=1.0)
+    sim.faults.add("trickle", batch=ids[-1], seconds=2.0)
     with ThreadPoolExecutor(1) as pool:
         slow = pool.submit(warehouse.fetch, ids, disposition="replace")
-        while sim.stats()["calls"].get("results", 0) < 3:
+        while sim.stats()["calls"].get("results", 0) < 3 and not slow.done():
             time.sleep(0.01)
-        started = time.monotonic()
         Warehouse(database.engine(), warehouse.kit).submit(products(1), run_id="run-3")
         warehouse.execute("DELETE FROM answers WHERE id = 0")
-        assert time.monotonic() - started < 1.0
         assert not slow.done()
         slow.result()
     assert [r["id"] for r in warehouse.rows("SELECT id FROM answers ORDER BY id")] == [10, 11, 12, 13]
