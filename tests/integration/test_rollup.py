@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Any
@@ -93,7 +93,7 @@ def test_sums_are_exact_for_random_usages(warehouse: Warehouse, answers: list[An
     report = warehouse.submit(rows, run_id=run, max_requests=shard)
     said = iter(answers)
 
-    def read(batch_id: str, reconciler: Reconciler, expected: int) -> Iterator[BatchItem]:
+    def read(batch_id: str, reconciler: Reconciler, expected: int, count: Callable[[int], None]) -> Iterator[BatchItem]:
         record = warehouse.ledger.find(batch_id)
         assert record is not None
         ids = sorted(custom_id for custom_id, _, asked in warehouse.ledger.rows_of(record) if asked)
