@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
 
+import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from airflow_provider_batchkit.exceptions import BatchInputError, WrongBatchError
@@ -104,17 +105,17 @@ class _Landing:
         for landed, stage, record in filled:
             if record is not None:
                 self._book(connection, record, landed, now)
-                settle_requests(connection, stage.table, record.job_id)
+                settle_requests(connection, stage, record.job_id)
         queue_for_table(connection, self.table)
         if self.disposition is WriteDisposition.REPLACE:
             writer.empty()
         for landed, stage, _ in filled:
-            writer.write(stage.table, landed.snapshot.batch_id)
-            stage.drop()
+            writer.write(stage, landed.snapshot.batch_id)
+            stage.drop(connection)
         return [landed for landed, _, _ in filled]
 
-    def _fill(self, connection: Connection, snapshot: BatchSnapshot, record: BatchRecord | None) -> tuple[LandedBatch, Stage]:
-        """Stream the results into a stage; ids without a line become ``missing`` rows."""
+    def _fill(self, connection: Connection, snapshot: BatchSnapshot, record: BatchRecord | None) -> tuple[LandedBatch, sa.Table]:
+        """Stream the results into a stage; ids without a line become ``missing`` rows. The map of keys ends with it."""
         keys = None if record is None else AskedKeys(self.ledger.rows_of(record))
         stage = Stage(connection, self.table, keys, portable=self.portable)
         tally = TallyBuilder(self.price_book, snapshot.created_at)
@@ -134,7 +135,7 @@ class _Landing:
         names = [] if keys is None else [key for c in missing[:NAMED] for key in (keys.billed(c), *keys.copies(c))]
         log_faults(snapshot, reconciler.faults, len(missing), names)
         rows = stage.counts.total() if self.include_failed else stage.counts[RequestStatus.SUCCEEDED.value]
-        return LandedBatch(snapshot, stage.counts, tally.tally(), reconciler.faults, names, rows), stage
+        return LandedBatch(snapshot, stage.counts, tally.tally(), reconciler.faults, names, rows), stage.table
 
     def _book(self, connection: Connection, record: BatchRecord, landed: LandedBatch, now: datetime) -> None:
         """Move the batch to ``landed``, with its bill. Also a lock: a second landing of the batch waits here."""
