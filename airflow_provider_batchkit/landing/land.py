@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
+import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from airflow_provider_batchkit.exceptions import BatchInputError, WrongBatchError
@@ -106,21 +107,21 @@ class _Landing:
         for landed, stage, record in filled:
             if record is not None:
                 self._book(connection, record, landed, now)
-                settle_requests(connection, stage.table, record)
+                settle_requests(connection, stage, record)
         queue_for_table(connection, self.table)
         if self.disposition is WriteDisposition.REPLACE:
             writer.empty()
         for landed, stage, _ in filled:
-            writer.write(stage.table, landed.snapshot.batch_id)
-            stage.drop()
+            writer.write(stage, landed.snapshot.batch_id)
+            stage.drop(connection)
         written_s = time.monotonic() - started
         for landed, _, record in filled:
             if record is not None:
                 note_landing(connection, record.job_id, record.shard, landed.read_s + written_s / len(filled))
         return [landed for landed, _, _ in filled]
 
-    def _fill(self, connection: Connection, snapshot: BatchSnapshot, record: BatchRecord | None) -> tuple[LandedBatch, Stage]:
-        """Stream the results into a stage; ids without a line become ``missing`` rows."""
+    def _fill(self, connection: Connection, snapshot: BatchSnapshot, record: BatchRecord | None) -> tuple[LandedBatch, sa.Table]:
+        """Stream the results into a stage; ids without a line become ``missing`` rows. The map of keys ends with it."""
         started = time.monotonic()
         keys = None if record is None else AskedKeys(self.ledger.rows_of(record))
         stage = Stage(connection, self.table, keys, portable=self.portable)
@@ -143,7 +144,7 @@ class _Landing:
         rows = stage.counts.total() if self.include_failed else stage.counts[RequestStatus.SUCCEEDED.value]
         first = record is None or record.state is not BatchState.LANDED
         read_s = time.monotonic() - started
-        return LandedBatch(snapshot, stage.counts, tally.tally(), reconciler.faults, names, rows, first, read_s), stage
+        return LandedBatch(snapshot, stage.counts, tally.tally(), reconciler.faults, names, rows, first, read_s), stage.table
 
     def _book(self, connection: Connection, record: BatchRecord, landed: LandedBatch, now: datetime) -> None:
         """Move the batch to ``landed``, with its bill. Also a lock: a second landing of the batch waits here."""

@@ -150,7 +150,3 @@ class Stage:
             keys = self._result_table.keys_of(self._row_keys)
             self._load(self._connection, self.table, [(*key, *row) for key, row in zip(keys, self._rows, strict=True)])
         self._rows, self._row_keys, self._characters = [], [], 0
-
-    def drop(self) -> None:
-        """Drop the table before the connection does."""
-        self.table.drop(self._connection)

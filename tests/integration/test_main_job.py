@@ -6,6 +6,7 @@ import datetime as dt
 import decimal
 import json
 import time
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 
 from airflow_provider_batchkit.exceptions import BatchInputError, RequestError, ResultStreamError, TableError
+from airflow_provider_batchkit.landing.stage import AskedKeys
 from airflow_provider_batchkit.simulator import Simulator, SimulatorSettings, answer_for
 from tests.databases import Database
 from tests.warehouse import Warehouse, kit_for
@@ -432,3 +434,19 @@ def test_runs_with_the_same_keys_that_land_at_once_all_succeed(warehouse: Wareho
         rows = warehouse.rows(f"SELECT id, response FROM {table} ORDER BY id")
         assert [r["id"] for r in rows] == list(range(300))
         assert all(r["response"] in {answer_for(f"{run} product {r['id']}") for run in runs} for r in rows)
+
+
+def test_a_replace_of_many_batches_holds_one_map_of_keys_at_a_time(warehouse: Warehouse, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A million rows are ten batches in one transaction: memory must not grow with their number."""
+    alive: list[weakref.ref[AskedKeys]] = []
+
+    def watched(rows: Any) -> AskedKeys:
+        assert [ref for ref in alive if ref() is not None] == []
+        keys = AskedKeys(rows)
+        alive.append(weakref.ref(keys))
+        return keys
+
+    monkeypatch.setattr("airflow_provider_batchkit.landing.land.AskedKeys", watched)
+    ids = warehouse.submit(products(6), max_requests=2).batch_ids
+    assert warehouse.fetch(ids, disposition="replace").rows == 6
+    assert len(alive) == 3
