@@ -23,6 +23,7 @@ from tests.databases import Database, postgres_database, running_postgres, sqlit
 
 #: above this the official provider's side is left out: it takes minutes a run, and gigabytes for its list
 OFFICIAL_ROWS = 100_000
+WORK = ("cut", "submit", "fetch", "wait")
 
 
 def measure(side: str, what: str, simulator: str, database: Database, rows: int) -> dict[str, Any]:
@@ -103,13 +104,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 100_000], help="sizes (1000000 takes minutes a round)")
     parser.add_argument("--rounds", type=int, default=3, help="runs per side, of which the median counts")
-    parser.add_argument("--what", nargs="+", default=["submit", "fetch"], choices=("submit", "fetch"))
+    parser.add_argument("--what", nargs="+", default=WORK, choices=WORK)
     parser.add_argument("--database", nargs="+", default=["sqlite", "postgres"], choices=("sqlite", "postgres"), help="of fetch")
     args = parser.parse_args()
-    doubt = [cuts(times) for times in (1, 2, 5)]
-    show(doubt)
+    tables = []
+    if "cut" in args.what:
+        tables.append([cuts(times) for times in (1, 2, 5)])
+        show(tables[-1])
     with contextlib.ExitStack() as stack:
-        server = stack.enter_context(running_postgres()) if "postgres" in args.database else None
+        server = stack.enter_context(running_postgres()) if {"fetch", "postgres"} <= {*args.what, *args.database} else None
         places = {"sqlite": None, "postgres": server}
         work = []
         for rows in args.rows:
@@ -117,10 +120,13 @@ def main() -> int:
                 work.append(pair("submit", rows, args.rounds))
             if "fetch" in args.what:
                 work += [pair("fetch", rows, args.rounds, places[database]) for database in args.database]
-    show(work)
-    waits = polling.compare(args.rounds)
-    show(waits)
-    Path(".bench.json").write_text(json.dumps(doubt + work + waits, indent=1))
+    if work:
+        tables.append(work)
+        show(work)
+    if "wait" in args.what:
+        tables.append(polling.compare(args.rounds))
+        show(tables[-1])
+    Path(".bench.json").write_text(json.dumps([line for table in tables for line in table], indent=1))
     return 0
 
 
