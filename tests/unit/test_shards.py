@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -58,7 +59,7 @@ def test_a_request_over_the_limit_is_refused_by_key(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("limits", [{"max_requests": 0}, {"max_requests": 100_001}, {"max_bytes": 256_000_001}, {"max_bytes": ENVELOPE}])
-def test_limits_beyond_the_apis_are_refused(tmp_path: Path, limits: dict[str, int]) -> None:
+def test_limits_beyond_the_apis_are_refused(tmp_path: Path, limits: dict[str, Any]) -> None:
     """The API's own limits cannot be raised."""
     with pytest.raises(BatchInputError, match="must be"):
         ShardWriter(str(tmp_path), **limits)

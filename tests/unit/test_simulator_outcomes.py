@@ -175,7 +175,7 @@ def test_rates_that_strike_once_let_the_second_ask_succeed() -> None:
 @pytest.mark.parametrize(("ttl", "seconds", "other"), [("5m", 300, "1h"), ("1h", 3600, "5m")])
 def test_a_cached_prefix_is_written_until_a_batch_has_ended_and_then_read(ttl: str, seconds: int, other: str) -> None:
     """Both requests of the first batch write, those within the ttl of the last use read, one after the ttl writes again."""
-    with Simulator() as simulator:
+    with Simulator(cache_min_tokens=100) as simulator:
         client = client_of(simulator)
         prefix = "p" * 400
         system = [{"type": "text", "text": prefix, "cache_control": {"type": "ephemeral", "ttl": ttl}}, {"type": "text", "text": "tail"}]
