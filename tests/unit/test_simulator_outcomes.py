@@ -195,6 +195,34 @@ def test_a_cached_prefix_is_written_until_a_batch_has_ended_and_then_read(ttl: s
         assert (plain.message.usage.cache_read_input_tokens, plain.message.usage.cache_creation_input_tokens) == (0, 0)
 
 
+@pytest.mark.parametrize(
+    ("model", "minimum"),
+    [("claude-opus-5-5", 512), ("claude-sonnet-5", 1024), ("claude-opus-4-7", 2048), ("claude-haiku-4-5-20251001", 4096)],
+)
+def test_a_prefix_below_the_models_minimum_is_plain_input(model: str, minimum: int) -> None:
+    """One token short, and nothing is cached, without an error; at the minimum it is."""
+    with Simulator() as simulator:
+        for tokens, written in ((minimum - 1, 0), (minimum, minimum)):
+            system = [{"type": "text", "text": "p" * 4 * tokens, "cache_control": {"type": "ephemeral"}}]
+            (result,) = results_of(client_of(simulator), [request("a", "question", system=system, model=model)]).values()
+            usage = result.message.usage
+            assert (usage.cache_creation_input_tokens, usage.cache_read_input_tokens) == (written, 0)
+            assert usage.input_tokens == tokens + 2 + 8 - written
+
+
+def test_as_many_requests_write_a_cold_prefix_as_run_at_once() -> None:
+    """With three at a time the fourth finds what the first wrote; each prefix is counted for itself."""
+    with Simulator(cache_min_tokens=1, cache_concurrency=3) as simulator:
+        requests = [
+            request(f"{text}{i}", system=[{"type": "text", "text": text * 40, "cache_control": {"type": "ephemeral"}}])
+            for i in range(5)
+            for text in ("p", "q")
+        ]
+        results = results_of(client_of(simulator), requests)
+        reads = {custom_id for custom_id, result in results.items() if result.message.usage.cache_read_input_tokens}
+        assert reads == {"p3", "p4", "q3", "q4"}
+
+
 SCHEMAS: list[Any] = [
     {
         "type": "object",
