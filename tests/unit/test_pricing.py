@@ -167,7 +167,7 @@ def test_an_unknown_model_is_none_counted_and_warned_of_once(caplog: pytest.LogC
 
 
 def test_what_caching_saved_is_priced_by_the_tier_of_the_whole_prompt() -> None:
-    """By hand, haiku-5-5 in a batch: $0.05 per MTok of input, twice that to write for an hour, a tenth to read; 5 times all above 100,000."""
+    """By hand, haiku-5-5 in a batch: $0.05 per MTok of input, twice that to write for an hour, a tenth to read; 5 times above 100,000."""
     builder = TallyBuilder(PriceBook(), NOW)
     builder.add("claude-haiku-5-5", Usage(input_tokens=1_000, output_tokens=50, cache_write_1h_tokens=60_000))
     assert builder.tally().cache_savings_usd == 60_000 * Decimal("-0.05e-6")
