@@ -79,6 +79,12 @@ class _Named(msgspec.Struct, gc=False):
     params: dict[str, Any]
 
 
+_PARAMS = b'","params":'
+_BEFORE_TEXT = b'[{"content":"'
+_AFTER_TEXT = b'","role":"user"}]'
+#: in every content block and every cache marker
+_MARKED = b'"type":'
+
 _REQUEST = msgspec.json.Decoder(_Request)
 _NAMED = msgspec.json.Decoder(_Named)
 
@@ -99,6 +105,31 @@ class _Group:
     largest: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class _Frame:
+    """What stands around the text in a request of one user message: requests of a job mostly differ in nothing else."""
+
+    head: bytes
+    tail: bytes
+    model: str
+    inference_geo: str | None
+    max_tokens: int
+
+    @classmethod
+    def of(cls, body: bytes, params: _Params) -> _Frame | None:
+        """The frame of a request without blocks; None when its messages are not one text."""
+        messages = bytes(params.messages)
+        if not (messages.startswith(_BEFORE_TEXT) and messages.endswith(_AFTER_TEXT)):
+            return None
+        start = body.index(messages)
+        head = body[body.index(_PARAMS) : start + len(_BEFORE_TEXT)]
+        return cls(head, body[start + len(messages) - len(_AFTER_TEXT) :], params.model, params.inference_geo, params.max_tokens)
+
+    def covers(self, body: bytes) -> bool:
+        """Whether a request has the same frame, and text alone in it: a quote inside a text is escaped, and a block names its type."""
+        return body.startswith(self.head, body.find(_PARAMS)) and body.endswith(self.tail) and _MARKED not in body
+
+
 #: model, ``inference_geo``, the dearest cache write (``""``, ``"5m"`` or ``"1h"``), class of size
 _Kind = tuple[str, str | None, str, int]
 
@@ -113,6 +144,7 @@ class Exposure:
     unbounded_requests: int = 0
     #: bodies of requests whose tokens are worth counting
     samples: list[bytes] = field(default_factory=list)
+    _frame: _Frame | None = None
 
     @property
     def requests(self) -> int:
@@ -124,24 +156,12 @@ class Exposure:
 
     def add(self, body: bytes) -> None:
         """Count one request, ``{"custom_id": …, "params": {…}}`` as it is uploaded."""
-        try:
-            params = _REQUEST.decode(body).params
-            model, geo, max_tokens = params.model, params.inference_geo, params.max_tokens
-            # nothing but text has no block and no cache marker, and needs no further look
-            extra = _beyond_text(params) if b'"type":' in body else -1
-        except (_Unbounded, msgspec.ValidationError) as e:
-            request = _NAMED.decode(body)
-            model, geo, max_tokens = request.params["model"], None, request.params["max_tokens"]
-            extra = 0
-            if not self.unbounded_requests:
-                self.unbounded = f"{request.custom_id} has {e}" if isinstance(e, _Unbounded) else f"{request.custom_id}: {e}"
-            self.unbounded_requests += 1
+        frame = self._frame
+        if frame is not None and frame.covers(body):
+            model, geo, max_tokens, cached, extra = frame.model, frame.inference_geo, frame.max_tokens, "", 0
+        else:
+            model, geo, max_tokens, cached, extra = self._facts(body)
         size = len(body)
-        cached = ""
-        if extra < 0:
-            extra = 0
-        elif b'"cache_control":' in body:
-            cached = "1h" if b'"ttl":"1h"' in body else "5m"
         kind = (model, geo, cached, _size_class(size + extra))
         group = self.groups.get(kind)
         if group is None:
@@ -151,6 +171,24 @@ class Exposure:
         group.max_tokens += max_tokens
         group.prompt_bound += size + extra
         group.largest = max(group.largest, size + extra)
+
+    def _facts(self, body: bytes) -> tuple[str, str | None, int, str, int]:
+        """Model, ``inference_geo``, ``max_tokens``, dearest cache write, and prompt tokens that the bytes do not bound."""
+        try:
+            params = _REQUEST.decode(body).params
+            if _MARKED not in body:
+                # nothing but text has no block and no cache marker, and needs no further look
+                self._frame = _Frame.of(body, params)
+                return params.model, params.inference_geo, params.max_tokens, "", 0
+            extra = _beyond_text(params)
+        except (_Unbounded, msgspec.ValidationError) as e:
+            request = _NAMED.decode(body)
+            if not self.unbounded_requests:
+                self.unbounded = f"{request.custom_id} has {e}" if isinstance(e, _Unbounded) else f"{request.custom_id}: {e}"
+            self.unbounded_requests += 1
+            return request.params["model"], None, request.params["max_tokens"], "", 0
+        cached = ("1h" if b'"ttl":"1h"' in body else "5m") if b'"cache_control":' in body else ""
+        return params.model, params.inference_geo, params.max_tokens, cached, extra
 
     def include(self, other: Exposure) -> None:
         """Add another one's requests."""

@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 from airflow_provider_batchkit.estimate import Estimate, estimate_shards
@@ -32,7 +33,7 @@ from airflow_provider_batchkit.kit import BatchKit
 from airflow_provider_batchkit.landing import LandingReport, WriteDisposition, land_batches
 from airflow_provider_batchkit.ledger import BatchState, JobRecord, Landed, Ledger
 from airflow_provider_batchkit.ledger.account import note_rendering
-from airflow_provider_batchkit.ledger.history import output_per_request
+from airflow_provider_batchkit.ledger.history import answered, output_per_request
 from airflow_provider_batchkit.model import MAX_BYTES_PER_BATCH, MAX_REQUESTS_PER_BATCH, BatchSnapshot, PreparedRequest, Shard
 from airflow_provider_batchkit.priming import Hold, Priming
 from airflow_provider_batchkit.reconcile import SETTLE_S, Settler
@@ -73,6 +74,7 @@ def submit_job(
     anthropic_conn_id: str,
     max_requests: int = MAX_REQUESTS_PER_BATCH,
     max_bytes: int = MAX_BYTES_PER_BATCH,
+    skip_unchanged: bool = False,
     settle_seconds: float = SETTLE_S,
     before_send: Callable[[], None] = lambda: None,
     limits: Limits = NO_LIMITS,
@@ -81,6 +83,7 @@ def submit_job(
     """Submit whatever of ``requests`` the job has not in flight or landed.
 
     :param requests: built with the job's id; consumed once, to its end, before anything is sent
+    :param skip_unchanged: leave rows out whose request has succeeded in another run of the task
     :param settle_seconds: how long a shard that an earlier attempt may have sent is looked for before it counts as never accepted
     :param before_send: called once the source has been read and found good, before the first POST
     :param limits: what the job may cost
@@ -101,14 +104,16 @@ def submit_job(
         first_alone = priming is not None and not running_ids(ledger, job.job_id)
         writer = ShardWriter(folder, first_number=first_new, max_requests=max_requests, max_bytes=max_bytes, first_alone=first_alone)
         started = time.monotonic()
-        spool(requests, ledger.known(job.job_id), writer, folder, report)
+        history = answered(ledger.engine, job) if skip_unchanged else ()
+        spool(requests, ledger.known(job.job_id), writer, folder, report, answered=history)
         shards = writer.close()
         rendering_s = time.monotonic() - started
         before_send()
         spending = Spending(kit, ledger, job, lease, limits)
         ledger.add_copies(job.job_id, lease, writer.earlier_copies())
+        if shards or report.unchanged:
+            note_rendering(ledger.engine, job.job_id, rendering_s, report.unchanged)
         if shards:
-            note_rendering(ledger.engine, job.job_id, rendering_s)
             report.estimate = spending.estimate(shards)
             log.info("Estimate for %s", report.estimate)
             try:
@@ -141,6 +146,7 @@ def rehearse_job(
     *,
     max_requests: int = MAX_REQUESTS_PER_BATCH,
     max_bytes: int = MAX_BYTES_PER_BATCH,
+    skip_unchanged: bool = False,
     priming: Priming | None = None,
 ) -> SubmitReport:
     """What :func:`submit_job` would send, with its estimate. Sends nothing but the token counts of a sample, and journals nothing.
@@ -153,7 +159,9 @@ def rehearse_job(
         first_new = ledger.next_shard(job.job_id) if exists else 0
         first_alone = priming is not None and not (exists and running_ids(ledger, job.job_id))
         writer = ShardWriter(folder, first_number=first_new, max_requests=max_requests, max_bytes=max_bytes, first_alone=first_alone)
-        spool(requests, ledger.known(job.job_id) if exists else (), writer, folder, report)
+        known = ledger.known(job.job_id) if exists else ()
+        history = answered(ledger.engine, job) if exists and skip_unchanged else ()
+        spool(requests, known, writer, folder, report, answered=history)
         shards = writer.close()
         report.batches = len(shards)
         report.estimate, _ = estimate_shards(
@@ -231,11 +239,12 @@ def fetch_job(
     """
     ledger.ensure()
     settler = Settler(kit, ledger, settle_seconds=settle_seconds)
+    read_items = partial(kit.read_items, keep_message=False)
     for _ in range(_EXCHANGES):
         ids = [_current_id(ledger, settler, batch_id, dag_id, run_id) for batch_id in batch_ids]
         snapshots, gone = _readable(kit, ledger, ids, table, may_recall=options.get("disposition") is not WriteDisposition.REPLACE)
         try:
-            report = land_batches(ledger, snapshots, table, kit.read_items, kit.price_book, **options)
+            report = land_batches(ledger, snapshots, table, read_items, kit.price_book, **options)
         except WrongBatchError as e:
             log.warning("%s", e)
             record = ledger.find(e.batch_id)

@@ -111,8 +111,7 @@ class BatchSnapshot:
     archived_at: datetime | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class BatchItem:
+class BatchItem(msgspec.Struct, frozen=True, gc=False):
     """One line of a batch's results.
 
     ``status`` is what the API says of the request; for a failed one ``error_type`` and ``error_message`` are the API's.
@@ -329,6 +328,12 @@ def parse_usd(value: Any, name: str) -> Decimal:
     if amount is None or not amount.is_finite() or amount <= 0:
         raise BatchInputError(f"{name} must be an amount in USD above 0, such as '25.00', not {value!r}.")
     return amount
+
+
+def format_pico_exact(pico: int) -> str:
+    """Whole picodollars, not negative, as USD in the form of :func:`format_usd_exact`."""
+    whole, fraction = divmod(pico, PICO_PER_USD)
+    return f"{whole}.{f'{fraction:012d}'.rstrip('0').ljust(2, '0')}"
 
 
 def format_usd_exact(value: Decimal | None) -> str | None:

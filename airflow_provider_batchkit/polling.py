@@ -16,6 +16,10 @@ _KNOWN = frozenset({IN_PROGRESS, CANCELING, ENDED})
 #: failed looks in a row before polling gives up; a look that succeeds starts the count anew
 MAX_FAILURES = 20
 _MAX_BACKOFF_S = 300.0
+#: a batch is looked at every twentieth of its age, in whole intervals, so that all that share an interval stay on one beat
+_AGE_SHARE = 0.05
+#: and at least every so many intervals
+_MAX_INTERVALS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +51,21 @@ class GaveUp:
 Decision = Wait | Ended | TimedOut | GaveUp
 
 
+def interval_at_age(interval: float, age: float) -> float:
+    """Seconds until the next look at a batch that is ``age`` seconds old: 1 to 4 whole intervals, as many as fit a twentieth of its age.
+
+    ``interval`` is the shortest because that is what the word says to whoever set it. Most batches end within the hour, and those that do
+    not may take a day: with 60 s, one of up to 40 minutes is looked at every minute, and one of 80 minutes or more every 4 minutes.
+    """
+    fitting = int(age * _AGE_SHARE / interval) if interval > 0 else 1
+    return interval * min(max(fitting, 1), _MAX_INTERVALS)
+
+
+def backoff(interval: float, failures: int, retry_after: float = 0.0) -> float:
+    """Seconds to wait after ``failures`` failed looks in a row: doubling from ``interval``, at least what the API asked for."""
+    return max(min(interval * 2.0 ** (failures - 1), max(_MAX_BACKOFF_S, interval)), retry_after)
+
+
 @dataclass(slots=True)
 class PollState:
     """Watches batches until the last has ended.
@@ -60,6 +79,8 @@ class PollState:
     interval: float
     max_interval: float | None = None
     factor: float = 1.5
+    #: intervals follow the age of the youngest open batch instead (:func:`interval_at_age`); ``now`` is then seconds since the epoch
+    by_age: bool = False
     deadline: float | None = None
     seen: dict[str, BatchSnapshot] = field(default_factory=dict)
     _failures: int = 0
@@ -75,6 +96,16 @@ class PollState:
     def saw(self, snapshots: Iterable[BatchSnapshot]) -> None:
         """Note a successful look.
 
+        :raises PollError: as :meth:`note` does
+        """
+        self.note(snapshots)
+        self._failures = 0
+        self._retry_after = 0.0
+        self._looks += 1
+
+    def note(self, snapshots: Iterable[BatchSnapshot]) -> None:
+        """Keep what was shown of some open batches, without counting it as a look: others may have failed to show.
+
         :raises PollError: for a status that the API does not document; guessing could end a wait early or never
         """
         for snapshot in snapshots:
@@ -84,9 +115,6 @@ class PollState:
                     f"{', '.join(sorted(_KNOWN))}). The batch is untouched; a newer version of the provider may know it."
                 )
             self.seen[snapshot.batch_id] = snapshot
-        self._failures = 0
-        self._retry_after = 0.0
-        self._looks += 1
 
     def failed(self, error: str, *, fatal: bool = False, retry_after: float | None = None) -> None:
         """Note a failed look. ``fatal``: looking again cannot help. ``retry_after``: seconds that the API asked us to wait."""
@@ -107,7 +135,7 @@ class PollState:
             return GaveUp(f"{self._failures} looks in a row failed, the last with: {self._last_error}")
         if self.deadline is not None and now >= self.deadline:
             return TimedOut(tuple(open_ids))
-        seconds = self._next_interval()
+        seconds = self._next_interval(now, open_ids)
         if self.deadline is not None:
             seconds = min(seconds, max(self.deadline - now, 0.0))
         return Wait(seconds)
@@ -119,10 +147,12 @@ class PollState:
             total = total + snapshot.counts
         return total
 
-    def _next_interval(self) -> float:
+    def _next_interval(self, now: float, open_ids: Sequence[str]) -> float:
         if self._failures:
-            backoff = min(self.interval * 2.0 ** (self._failures - 1), max(_MAX_BACKOFF_S, self.interval))
-            return max(backoff, self._retry_after)
+            return backoff(self.interval, self._failures, self._retry_after)
+        if self.by_age:
+            births = [self.seen[b].created_at.timestamp() for b in open_ids if b in self.seen]
+            return interval_at_age(self.interval, now - max(births)) if births else self.interval
         if self.max_interval is None:
             return self.interval
         return float(min(self.interval * self.factor ** max(self._looks - 1, 0), self.max_interval))

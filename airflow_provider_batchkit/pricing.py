@@ -357,6 +357,11 @@ class TallyBuilder:
 
     def add(self, model: str, usage: Usage) -> Cost | None:
         """Count one request; what it costs, or ``None`` for an unknown model (its tokens are counted all the same)."""
+        pico = self.add_pico(model, usage)
+        return None if pico is None else _cost(*pico)
+
+    def add_pico(self, model: str, usage: Usage) -> tuple[int, int] | None:
+        """Like :meth:`add`, but gives batch and standard cost in whole pico-dollars: what a landing of many rows works with."""
         entry = self._sums.get(model)
         if entry is None:
             entry = self._sums[model] = (self._book.rates(model, self._at), [0] * 10)
@@ -370,13 +375,13 @@ class TallyBuilder:
         sums[6] += usage.web_searches
         if rates is None:
             return None
-        batch, standard = rates.pico_usd(usage)
-        sums[7] += batch
-        sums[8] += standard
+        costs = rates.pico_usd(usage)
+        sums[7] += costs[0]
+        sums[8] += costs[1]
         if usage.cache_write_5m_tokens or usage.cache_write_1h_tokens or usage.cache_read_tokens:
             # a price tier looks at the whole prompt, cached or not, so it is the same one
-            sums[9] += rates.pico_usd(usage.uncached())[0] - batch
-        return _cost(batch, standard)
+            sums[9] += rates.pico_usd(usage.uncached())[0] - costs[0]
+        return costs
 
     def tally(self) -> CostTally:
         """Everything added so far. Without any request it is empty and names no prices."""

@@ -27,6 +27,11 @@ log = logging.getLogger(__name__)
 #: rows and bytes that are looked up and written at a time
 _CHUNK_ROWS = 512
 _CHUNK_BYTES = 4 << 20
+#: of the digest that a journaled job's custom_id ends with, and of its beginning that fits into 64 bits
+_DIGEST_CHARS = 40
+_ANSWER_CHARS = 16
+
+_Requests = list[PreparedRequest]
 
 
 @dataclass(slots=True)
@@ -41,16 +46,27 @@ class RowCounts:
     known: int = 0
     #: of those, rows whose request would be another one now; they are not asked again
     changed: int = 0
+    #: rows whose request an earlier run of the task has answered
+    unchanged: int = 0
 
 
-def spool(requests: Iterable[PreparedRequest], known: Iterable[Known], writer: ShardWriter, folder: str, counts: RowCounts) -> None:
+def spool(
+    requests: Iterable[PreparedRequest],
+    known: Iterable[Known],
+    writer: ShardWriter,
+    folder: str,
+    counts: RowCounts,
+    *,
+    answered: Iterable[tuple[str, str]] = (),
+) -> None:
     """Write what is new into shards.
 
     :param known: rows of earlier attempts
     :param folder: for files of this call's own
+    :param answered: (key, digest) of requests that earlier runs have answered, the latest first: the same again is left out
     :raises RequestError: for a key that comes twice
     """
-    with closing(_Seen(folder, known)) as seen:
+    with closing(_Seen(folder, known, answered)) as seen:
         _spool(requests, seen, writer, counts)
 
 
@@ -66,7 +82,7 @@ def _spool(requests: Iterable[PreparedRequest], seen: _Seen, writer: ShardWriter
                     position=position,
                 )
         counts.rows += len(chunk)
-        fresh = seen.unknown(chunk, keys, counts)
+        fresh = seen.unanswered(*seen.unknown(chunk, keys, counts), counts)
         asked = seen.questions.add_all([_question_mark(request.custom_id) for request in fresh])
         for request, question in zip(fresh, asked, strict=True):
             if question is None:
@@ -87,11 +103,15 @@ def _spool(requests: Iterable[PreparedRequest], seen: _Seen, writer: ShardWriter
 class _Seen:
     """Keys and questions of the job so far; memory: 32 bytes a row, 64 for rows of earlier attempts."""
 
-    def __init__(self, folder: str, known: Iterable[Known]) -> None:
-        """
-        :param folder: for the tables' files
-        :param known: rows of earlier attempts
-        """
+    def __init__(self, folder: str, known: Iterable[Known], answered: Iterable[tuple[str, str]]) -> None:
+        self._answered_keys = MarkTable(Path(folder, "answered-keys"))
+        #: by number of the answered key, the beginning of its request's digest
+        self._answers = array("Q")
+        pairs = iter(answered)
+        while batch := list(islice(pairs, _CHUNK_ROWS)):
+            for (_, digest), later in zip(batch, self._answered_keys.add_all([_key_mark(key) for key, _ in batch]), strict=True):
+                if later is None:
+                    self._answers.append(int(digest[:_ANSWER_CHARS], 16))
         self.new_keys = MarkTable(Path(folder, "new-keys"))
         self.questions = MarkTable(Path(folder, "questions"))
         self._known_keys = MarkTable(Path(folder, "known-keys"))
@@ -107,19 +127,32 @@ class _Seen:
                 if asked is None:
                     self._shards.append(row.shard)
 
-    def unknown(self, chunk: list[PreparedRequest], keys: list[bytes], counts: RowCounts) -> list[PreparedRequest]:
-        """Those requests whose keys no earlier attempt has in flight or landed; the others are counted."""
+    def unknown(self, chunk: _Requests, keys: list[bytes], counts: RowCounts) -> tuple[_Requests, list[bytes]]:
+        """Those requests, and their keys, that no earlier attempt has in flight or landed; the others are counted."""
         if not self._asked:
-            return chunk
-        fresh = []
+            return chunk, keys
+        fresh, fresh_keys = [], []
         known = self._known_keys.find_all(keys)
         questions = self.questions.find_all([_question_mark(request.custom_id) for request in chunk])
-        for request, key, question in zip(chunk, known, questions, strict=True):
+        for request, mark, key, question in zip(chunk, keys, known, questions, strict=True):
             if key is None:
                 fresh.append(request)
+                fresh_keys.append(mark)
             else:
                 counts.known += 1
                 counts.changed += question != self._asked[key]
+        return fresh, fresh_keys
+
+    def unanswered(self, chunk: _Requests, keys: list[bytes], counts: RowCounts) -> _Requests:
+        """Those requests that are not what an earlier run has answered for their keys; the others are counted."""
+        if not self._answers:
+            return chunk
+        fresh = []
+        for request, key in zip(chunk, self._answered_keys.find_all(keys), strict=True):
+            if key is not None and self._answers[key] == int(request.custom_id[-_DIGEST_CHARS:][:_ANSWER_CHARS], 16):
+                counts.unchanged += 1
+            else:
+                fresh.append(request)
         return fresh
 
     def shard_of(self, question: int, writer: ShardWriter) -> int:
@@ -128,7 +161,7 @@ class _Seen:
         return self._shards[question] if question < earlier else writer.shard_of(question - earlier)
 
     def close(self) -> None:
-        for table in (self.new_keys, self.questions, self._known_keys):
+        for table in (self.new_keys, self.questions, self._known_keys, self._answered_keys):
             table.close()
 
 
@@ -155,4 +188,4 @@ def _key_mark(key: str) -> bytes:
 
 def _question_mark(custom_id: str) -> bytes:
     """The beginning of the digest that a journaled job's ``custom_id`` ends with."""
-    return bytes.fromhex(custom_id[-40 : 2 * MARK_BYTES - 40])
+    return bytes.fromhex(custom_id[-_DIGEST_CHARS:][: 2 * MARK_BYTES])

@@ -24,12 +24,13 @@ def kit_for(base_url: str, **client: Any) -> BatchKit:
 
 
 class Warehouse:
-    """A database with a ledger, and a kit to fill it."""
+    """A database with a ledger, and a kit to fill it; ``portable`` lands without the database's own bulk path."""
 
-    def __init__(self, engine: sa.Engine, kit: BatchKit) -> None:
+    def __init__(self, engine: sa.Engine, kit: BatchKit, *, portable: bool = False) -> None:
         self.engine = prepare_engine(engine)
         self.kit = kit
         self.ledger = Ledger(engine)
+        self._portable = portable
 
     def submit(
         self,
@@ -95,7 +96,7 @@ class Warehouse:
             dag_id="dag",
             run_id=run_id,
             disposition=WriteDisposition(disposition),
-            **options,
+            **{"portable": self._portable, **options},
         )
 
     def rows(self, sql: str) -> list[dict[str, Any]]:

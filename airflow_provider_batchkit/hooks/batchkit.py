@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -65,7 +66,9 @@ class BatchKitHook(AnthropicHook):
         if "_connection" not in self.__dict__:
             connection = await get_async_connection(self.conn_id, hook=self)
             self.__dict__["_connection"] = _ConnectionValues(connection.host, connection.password, await get_async_extra_dejson(connection))
-        return await super().get_async_conn()
+        # making a client reads the CA certificates for 30 ms and may read credential files: not on the event loop. With the connection
+        # resolved it awaits nothing, so that it can be made on any loop, and it is bound to none before its first call
+        return await asyncio.to_thread(asyncio.run, super().get_async_conn())
 
 
 def configured_prices() -> PriceBook:

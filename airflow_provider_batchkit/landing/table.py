@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import json
 import uuid
 from collections.abc import Sequence
 from decimal import Decimal
@@ -143,11 +144,14 @@ class ResultTable:
         """Key columns, then result columns."""
         return tuple(column.name for column in self.table.columns)
 
-    def key_of(self, values: Sequence[Any]) -> tuple[Any, ...]:
-        """A journaled key's JSON values as values of the key columns' types."""
+    def keys_of(self, journaled: Sequence[str]) -> Sequence[tuple[Any, ...]]:
+        """Journaled keys, each a JSON array, as values of the key columns' types."""
         if not self.key_columns:
-            return ()
-        return tuple(decode(v) if decode is not None else v for decode, v in zip(self._decoders, values, strict=True))
+            return [()] * len(journaled)
+        # as one document: parsing each alone takes three times as long
+        columns = zip(*json.loads(f"[{','.join(journaled)}]"), strict=True)
+        decoded = (map(decode, column) if decode else column for decode, column in zip(self._decoders, columns, strict=True))
+        return list(zip(*decoded, strict=True))
 
     def missing_columns(self, engine: Engine) -> list[str] | None:
         """Columns that an existing table lacks; None when there is no such table."""

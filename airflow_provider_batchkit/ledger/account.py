@@ -53,8 +53,8 @@ def note_landing(connection: Connection, job_id: str, shard: int, seconds: float
     connection.execute(sa.update(batch).where(here).values(landing_ms=round(seconds * 1000)))
 
 
-def note_rendering(engine: Engine, job_id: str, seconds: float) -> None:
-    """Add what reading and rendering the source took to the job's time for it."""
+def note_rendering(engine: Engine, job_id: str, seconds: float, unchanged: int) -> None:
+    """Add what reading and rendering the source took to the job's time for it, and note how many rows were left out as answered."""
     total = sa.func.coalesce(job.c.rendering_ms, 0) + round(seconds * 1000)
     with write_transaction(engine) as connection:
-        connection.execute(sa.update(job).where(job.c.job_id == job_id).values(rendering_ms=total))
+        connection.execute(sa.update(job).where(job.c.job_id == job_id).values(rendering_ms=total, unchanged_rows=unchanged))

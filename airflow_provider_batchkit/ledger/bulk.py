@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any
 
 import sqlalchemy as sa
@@ -15,6 +16,9 @@ from sqlalchemy.engine import Connection
 #: one row: values in the order of the table's columns
 BulkRow = tuple[Any, ...]
 Loader = Callable[[Connection, sa.Table, Sequence[BulkRow]], None]
+
+#: rows in one SQLite INSERT: that many values stay below the 999 parameters that a statement of any SQLite may have
+_SQLITE_VALUES = 900
 
 
 def loader_for(connection: Connection, *, portable: bool = False) -> Loader:
@@ -32,49 +36,76 @@ def _load_core(connection: Connection, table: sa.Table, rows: Sequence[BulkRow])
     connection.execute(sa.insert(table), [dict(zip(names, row, strict=True)) for row in rows])
 
 
-def _binders(connection: Connection, table: sa.Table) -> list[tuple[int, Callable[[Any], Any]]]:
-    """The columns whose values the dialect converts before the driver sees them."""
+def _quoted(connection: Connection, table: sa.Table) -> tuple[str, str]:
+    """The table's name and its columns as SQL of the connection's dialect."""
+    preparer = connection.dialect.identifier_preparer
+    return preparer.format_table(table), ", ".join(preparer.quote(c.name) for c in table.columns)
+
+
+def _bound(connection: Connection, table: sa.Table, rows: Sequence[BulkRow]) -> Sequence[BulkRow]:
+    """The rows as the driver takes them: only columns whose type converts values are touched."""
     dialect = connection.dialect
-    processors = ((i, column.type.dialect_impl(dialect).bind_processor(dialect)) for i, column in enumerate(table.columns))
-    return [(i, process) for i, process in processors if process is not None]
-
-
-def _bind(rows: Sequence[BulkRow], binders: list[tuple[int, Callable[[Any], Any]]]) -> Sequence[BulkRow]:
-    if not binders:
+    processors = [column.type.dialect_impl(dialect).bind_processor(dialect) for column in table.columns]
+    if not any(processors):
         return rows
-    bound = []
-    for row in rows:
-        values = list(row)
-        for i, process in binders:
-            values[i] = process(values[i])
-        bound.append(tuple(values))
-    return bound
+    columns = zip(*rows, strict=True)
+    return list(zip(*(map(p, column) if p else column for p, column in zip(processors, columns, strict=True)), strict=True))
 
 
 def _load_driver(connection: Connection, table: sa.Table, rows: Sequence[BulkRow]) -> None:
-    columns = ", ".join(connection.dialect.identifier_preparer.quote(c.name) for c in table.columns)
-    marks = ", ".join("?" * len(table.columns))
-    connection.exec_driver_sql(f"INSERT INTO {table.name} ({columns}) VALUES ({marks})", list(_bind(rows, _binders(connection, table))))
+    """Many rows a statement: what the driver does for each statement costs as much as for twenty values."""
+    name, columns = _quoted(connection, table)
+    rows = _bound(connection, table, rows)
+    marks = f"({', '.join('?' * len(table.columns))})"
+    insert = f"INSERT INTO {name} ({columns}) VALUES "
+    many = max(_SQLITE_VALUES // len(table.columns), 1)
+    whole = len(rows) - len(rows) % many
+    if whole:
+        statements = [tuple(chain.from_iterable(rows[i : i + many])) for i in range(0, whole, many)]
+        connection.exec_driver_sql(insert + ", ".join([marks] * many), statements)
+    if whole < len(rows):
+        connection.exec_driver_sql(insert + marks, list(rows[whole:]))
 
 
-_COPY_ESCAPES = str.maketrans({"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r", "\0": "\ufffd"})
+_NULL = "\\N"
+_COPY_ESCAPES = (("\\", "\\\\"), ("\t", "\\t"), ("\n", "\\n"), ("\r", "\\r"))
 
 
-def _copy_text(value: Any) -> str:
+def _copy_escaped(text: str) -> str:
+    for character, escape in _COPY_ESCAPES:
+        text = text.replace(character, escape)
+    return text
+
+
+def _copy_value(value: Any) -> str:
     if value is None:
-        return "\\N"
+        return _NULL
     if isinstance(value, str):
-        return value.translate(_COPY_ESCAPES)
+        # PostgreSQL has no NUL in text
+        return _copy_escaped(value).replace("\0", "\ufffd")
     if isinstance(value, bool):
         return "t" if value else "f"
     return str(value)
 
 
+def _copy_column(values: tuple[Any, ...]) -> Sequence[str]:
+    """A column in COPY's text format. Columns of one plain type, as most are, are converted as a whole."""
+    types = set(map(type, values))
+    if types == {int}:
+        return list(map(str, values))
+    if types == {str}:
+        texts = _copy_escaped("\0".join(values)).split("\0")
+        if len(texts) == len(values):
+            return texts
+    return list(map(_copy_value, values))
+
+
 def _load_copy(connection: Connection, table: sa.Table, rows: Sequence[BulkRow]) -> None:
-    columns = ", ".join(connection.dialect.identifier_preparer.quote(c.name) for c in table.columns)
+    name, columns = _quoted(connection, table)
     # no parameters, so a percent sign in a name is not doubled
-    statement = f"COPY {table.name} ({columns}) FROM STDIN".replace("%%", "%")
-    data = "".join("\t".join(map(_copy_text, row)) + "\n" for row in rows).encode()
+    statement = f"COPY {name} ({columns}) FROM STDIN".replace("%%", "%")
+    lines = map("\t".join, zip(*map(_copy_column, zip(*rows, strict=True)), strict=True))
+    data = ("\n".join(lines) + "\n").encode()
     cursor: Any = connection.connection.cursor()
     try:
         if connection.dialect.driver == "psycopg":

@@ -1,18 +1,39 @@
-"""What earlier batches tell about the next one: how long answers were, and what a job may have cost by now."""
+"""What earlier batches tell about the next one: what was answered, how long answers were, and what a job may have cost by now."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from decimal import Decimal
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Engine
 
+from airflow_provider_batchkit.ledger.ledger import JobRecord
 from airflow_provider_batchkit.ledger.states import BatchState
-from airflow_provider_batchkit.ledger.tables import batch, job
-from airflow_provider_batchkit.model import COST_QUANTUM
+from airflow_provider_batchkit.ledger.tables import batch, job, request
+from airflow_provider_batchkit.model import COST_QUANTUM, RequestStatus
 
 _RECENT = 20
+_ROWS_AT_A_TIME = 5_000
+
+
+def answered(engine: Engine, record: JobRecord) -> Iterator[tuple[str, str]]:
+    """(key, digest) of every request of the task's other runs that succeeded, the one that landed last first."""
+    landed = (
+        sa.select(batch.c.job_id, batch.c.shard)
+        .join(job, job.c.job_id == batch.c.job_id)
+        .where(job.c.dag_id == record.dag_id, job.c.task_id == record.task_id, job.c.job_id != record.job_id)
+        .where(batch.c.state == BatchState.LANDED.value)
+        .order_by(batch.c.landed_at.desc(), batch.c.job_id, batch.c.shard.desc())
+    )
+    with engine.connect() as connection:
+        for job_id, shard in connection.execute(landed).all():
+            rows = sa.select(request.c.key, request.c.digest).where(
+                request.c.job_id == job_id, request.c.shard == shard, request.c.status == RequestStatus.SUCCEEDED.value
+            )
+            for row in connection.execution_options(stream_results=True, max_row_buffer=_ROWS_AT_A_TIME).execute(rows):
+                yield row.key, row.digest
 
 
 def output_per_request(engine: Engine, dag_id: str, task_id: str) -> Decimal | None:

@@ -112,7 +112,10 @@ class Ledger:
                 if attempt == 3:
                     raise
         if found != VERSION:
-            raise LedgerError(f"The ledger's tables are of version {found}, this provider writes version {VERSION}. Nothing was sent.")
+            raise LedgerError(
+                f"The ledger's tables are of version {found}, this provider writes version {VERSION}. Nothing was sent. Let the provider "
+                "that made them land what still runs; then rename or drop the batchkit_ tables and views."
+            )
 
     def exists(self) -> bool:
         """Whether the tables are there."""

@@ -130,38 +130,42 @@ def summary() -> sa.Select[Any]:
 
     ``rendering_s`` reads and renders the source, ``submitting_s`` goes from the journaled intent to the journaled batch id, added up over
     the batches, ``waiting_s`` from the first batch's creation to the last one's end, ``landing_s`` writes the results. ``shared_rows``
-    were answered by another row's request; ``dedupe_hit_ratio`` is their share of all rows, 0 to 1. All but ``open_batches`` is of what
-    has landed.
+    were answered by another row's request; ``dedupe_hit_ratio`` is their share of all rows, 0 to 1. ``unchanged_rows`` were not asked,
+    since an earlier run had answered them; ``skip_hit_ratio`` is their share. All but ``open_batches`` and these is of what has landed.
     """
     is_landed = batch.c.state == BatchState.LANDED.value
 
     def landed(column: sa.ColumnElement[Any]) -> sa.ColumnElement[Any]:
         return sa.case((is_landed, column))
 
-    group = (job.c.job_id, job.c.dag_id, job.c.run_id, job.c.task_id, job.c.map_index, job.c.created_at, job.c.rendering_ms)
+    identity = (job.c.job_id, job.c.dag_id, job.c.run_id, job.c.task_id, job.c.map_index, job.c.created_at)
+    unchanged = sa.func.coalesce(job.c.unchanged_rows, 0)
+    nothing_sent = sa.func.count(batch.c.shard) == 0
     requests, rows = sa.func.sum(landed(batch.c.requests)), sa.func.sum(landed(batch.c.source_rows))
     waited = seconds_between(sa.func.min(landed(batch.c.created_at)), sa.func.max(landed(batch.c.ended_at)))
     inner = (
         sa.select(
-            *group[:-1],
+            *identity,
             sa.func.count(landed(batch.c.shard)).label("batches"),
-            sa.func.sum(sa.case((is_landed, 0), else_=1)).label("open_batches"),
+            (sa.func.count(batch.c.shard) - sa.func.count(landed(batch.c.shard))).label("open_batches"),
             rows.label("source_rows"),
             requests.label("requests"),
             (rows - requests).label("shared_rows"),
             (sa.cast(rows - requests, sa.Double()) / sa.func.nullif(rows, 0)).label("dedupe_hit_ratio"),
+            unchanged.label("unchanged_rows"),
+            (sa.cast(unchanged, sa.Double()) / sa.func.nullif(unchanged + sa.func.coalesce(rows, 0), 0)).label("skip_hit_ratio"),
             _seconds(job.c.rendering_ms).label("rendering_s"),
             sa.func.sum(landed(seconds_between(batch.c.intended_at, batch.c.submitted_at))).label("submitting_s"),
             waited.label("waiting_s"),
             _seconds(sa.func.sum(landed(batch.c.landing_ms))).label("landing_s"),
             *(
-                _known_sum(landed(batch.c[name]), landed(batch.c.shard)).label(name)
+                sa.case((nothing_sent, 0), else_=_known_sum(landed(batch.c[name]), landed(batch.c.shard))).label(name)
                 for name in ("batch_cost_picousd", "standard_cost_picousd")
             ),
         )
-        .join(batch, batch.c.job_id == job.c.job_id)
-        .where(batch.c.state.not_in([BatchState.REJECTED.value, BatchState.VOID.value]))
-        .group_by(*group)
+        .outerjoin(batch, (batch.c.job_id == job.c.job_id) & batch.c.state.not_in([BatchState.REJECTED.value, BatchState.VOID.value]))
+        .where(batch.c.shard.is_not(None) | (unchanged > 0))
+        .group_by(*identity, job.c.rendering_ms, job.c.unchanged_rows)
     )
     return _with_money(inner.subquery("summary"))
 

@@ -18,7 +18,7 @@ import sqlalchemy as sa
 from sqlalchemy.types import TypeDecorator
 
 #: of the tables' layout; written to ``batchkit_version``
-VERSION = 1
+VERSION = 2
 
 
 class UtcDateTime(TypeDecorator[datetime]):
@@ -63,6 +63,8 @@ job = sa.Table(
     sa.Column("key_columns", sa.Text, nullable=False),
     # reading and rendering the source took so long, in all attempts that sent anything
     sa.Column("rendering_ms", sa.BigInteger),
+    # rows of the source that the latest attempt left out, since an earlier run had answered their very request
+    sa.Column("unchanged_rows", sa.BigInteger),
 )
 
 batch = sa.Table(

@@ -66,6 +66,8 @@ class SubmitBatchOperator(BatchLineage, BaseOperator):
     :param max_requests_per_batch: 1 to 100,000
     :param max_bytes_per_batch: bytes of a batch's body, at most 256,000,000
     :param dedupe: rows that ask exactly the same share one request; the answer lands for each
+    :param skip_unchanged: leave out rows whose very request has succeeded in an earlier run of this task. A changed row, prompt, model
+        or parameter is asked. What the earlier run wrote is taken to be in the table still
     :param settle_seconds: how long a batch that a killed attempt may have sent is looked for, before its rows are sent anew
     :param cancel_on_kill: cancel the job's batches when the running task is killed; otherwise they go on, and a retry re-attaches
     :param max_cost_usd: fail before anything is sent when the task's batches may cost more: the estimate's upper bound counts, and what
@@ -121,6 +123,7 @@ class SubmitBatchOperator(BatchLineage, BaseOperator):
         max_requests_per_batch: int = MAX_REQUESTS_PER_BATCH,
         max_bytes_per_batch: int = MAX_BYTES_PER_BATCH,
         dedupe: bool = True,
+        skip_unchanged: bool = False,
         settle_seconds: float = 120.0,
         cancel_on_kill: bool = False,
         max_cost_usd: Decimal | str | float | None = None,
@@ -153,6 +156,7 @@ class SubmitBatchOperator(BatchLineage, BaseOperator):
         self.max_requests_per_batch = max_requests_per_batch
         self.max_bytes_per_batch = max_bytes_per_batch
         self.dedupe = dedupe
+        self.skip_unchanged = skip_unchanged
         self.settle_seconds = settle_seconds
         self.cancel_on_kill = cancel_on_kill
         self._job_id: str | None = None
@@ -213,7 +217,7 @@ class SubmitBatchOperator(BatchLineage, BaseOperator):
         if self.is_dry_run and report.rows:
             self._end_dry_run(context, report)
         if not report.batch_ids:
-            return self._empty()
+            return self._nothing_to_ask(report)
         push_console_link(context, report.batch_ids)
         count_submitted(context["ti"], report.asked)
         if report.waits_for is not None:
@@ -225,11 +229,12 @@ class SubmitBatchOperator(BatchLineage, BaseOperator):
         }
         context["ti"].xcom_push(key="batch_id", value=report.batch_ids[0])
         self.log.info(
-            "%s rows: %s asked now, %s share a request, %s were asked before; %d batches: %s",
+            "%s rows: %s asked now, %s share a request, %s were asked before, %s are answered and unchanged; %d batches: %s",
             f"{report.rows:,}",
             f"{report.asked:,}",
             f"{report.copies:,}",
             f"{report.known:,}",
+            f"{report.unchanged:,}",
             len(report.batch_ids),
             ", ".join(report.batch_ids),
         )
@@ -268,24 +273,26 @@ class SubmitBatchOperator(BatchLineage, BaseOperator):
         types = KeyTypes(key)
         items = self._items()
         requests = self._requests(context, job.job_id, key, types, items)
-        priming = None
+        how: dict[str, Any] = {
+            "max_requests": self.max_requests_per_batch,
+            "max_bytes": self.max_bytes_per_batch,
+            "skip_unchanged": self.skip_unchanged,
+        }
         if self.prime_cache and self.cache_system is not None:
-            priming = Priming(CACHE_TTL_S[self.cache_system], self.prime_timeout, over=primer_over)
-        cut = {"max_requests": self.max_requests_per_batch, "max_bytes": self.max_bytes_per_batch}
+            how["priming"] = Priming(CACHE_TTL_S[self.cache_system], self.prime_timeout, over=primer_over)
         with items.naming_places() if isinstance(items, FileRows) else nullcontext():
             if self.is_dry_run:
-                return rehearse_job(self.hook.kit, ledger, job, requests, **cut, priming=priming)
+                return rehearse_job(self.hook.kit, ledger, job, requests, **how)
             return submit_job(
                 self.hook.kit,
                 ledger,
                 job,
                 requests,
                 anthropic_conn_id=self.anthropic_conn_id,
-                **cut,
+                **how,
                 settle_seconds=self.settle_seconds,
                 before_send=lambda: self._note_key(ledger, job.job_id, types),
                 limits=Limits(self.max_cost_usd, self.budget),
-                priming=priming,
             )
 
     def _end_dry_run(self, context: Context, report: SubmitReport) -> None:
@@ -357,10 +364,14 @@ class SubmitBatchOperator(BatchLineage, BaseOperator):
             self.log.info("The task was killed and cancel_on_kill is set: canceling %s", batch_id)
             self.hook.kit.cancel(batch_id)
 
-    def _empty(self) -> list[str]:
-        if self.on_empty == "fail":
+    def _nothing_to_ask(self, report: SubmitReport) -> list[str]:
+        if report.unchanged:
+            reason = f"Each of the {report.rows:,} rows was answered by an earlier run and has not changed since; nothing was sent."
+        elif self.on_empty == "fail":
             raise BatchInputError("The source has no rows, and on_empty is 'fail'. Nothing was sent.")
+        else:
+            reason = "The source has no rows; nothing was sent."
         if self.on_empty == "skip":
-            raise AirflowSkipException("The source has no rows; nothing was sent.")
-        self.log.info("The source has no rows; nothing was sent.")
+            raise AirflowSkipException(reason)
+        self.log.info("%s", reason)
         return []

@@ -35,7 +35,8 @@ class BatchSensor(BaseSensorOperator):
 
     :param batch_id: a batch id or a list of them (templated)
     :param anthropic_conn_id: connection of type ``anthropic``
-    :param deferrable: wait in the triggerer, without a worker slot; ``mode`` applies otherwise
+    :param deferrable: wait in the triggerer, without a worker slot; ``mode`` applies otherwise. There ``poke_interval`` is the least time
+        between looks, and old batches are looked at less often, see :class:`~airflow_provider_batchkit.triggers.batch.BatchTrigger`
     :param cancel_on_kill: cancel the batches when the task is killed. Off by default: clearing a task counts as killing it on
         Airflow 3.3, and paid work must survive that
     """

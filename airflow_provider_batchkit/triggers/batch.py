@@ -1,9 +1,7 @@
-"""The trigger: polls batches on the triggerer's event loop, and does nothing else."""
+"""The trigger: waits for batches on the triggerer's event loop, together with all others of its connection, and does nothing else."""
 
 from __future__ import annotations
 
-import asyncio
-import time
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any, cast
 
@@ -12,6 +10,7 @@ from airflow.triggers.base import BaseTrigger, TriggerEvent
 from airflow_provider_batchkit.exceptions import PollError
 from airflow_provider_batchkit.hooks.batchkit import BatchKitHook
 from airflow_provider_batchkit.polling import Ended, GaveUp, PollState, TimedOut
+from airflow_provider_batchkit.triggers.poller import ended
 
 if TYPE_CHECKING:
     from anthropic import AsyncAnthropic
@@ -22,7 +21,9 @@ class BatchTrigger(BaseTrigger):
 
     :param batch_ids: the batches
     :param anthropic_conn_id: connection of type ``anthropic``
-    :param poke_interval: seconds between looks
+    :param poke_interval: the shortest time between two looks that are made for these batches, in seconds; the first comes at once. Old
+        batches are looked at less often: every twentieth of their age, and at least every 4 intervals (:func:`.interval_at_age`). A look
+        that is made for another trigger of the connection and shows these batches counts for them too
     :param deadline: seconds since the epoch; wall-clock, since a trigger may resume in another process
     :param cancel_on_kill: cancel the batches when a user kills or clears the deferred task (Airflow 3.3 and later)
     """
@@ -56,63 +57,41 @@ class BatchTrigger(BaseTrigger):
         )
 
     async def run(self) -> AsyncIterator[TriggerEvent]:
-        state = PollState(self.batch_ids, interval=self.poke_interval, deadline=self.deadline)
-        async with await self._client() as client:
-            while True:
-                await self._look(client, state)
-                decision = state.decide(time.time())
-                if isinstance(decision, Ended):
-                    counts = state.counts()
-                    yield self._event(
-                        "ended",
-                        counts={
-                            "succeeded": counts.succeeded,
-                            "errored": counts.errored,
-                            "canceled": counts.canceled,
-                            "expired": counts.expired,
-                        },
-                    )
-                    return
-                if isinstance(decision, TimedOut):
-                    yield self._event(
-                        "timeout",
-                        message=f"The batches {', '.join(decision.open_ids)} did not end in time. They keep running and are billed "
-                        "as usual; waiting again costs nothing.",
-                    )
-                    return
-                if isinstance(decision, GaveUp):
-                    yield self._event("error", message=f"{decision.reason}. The batches are untouched; waiting again costs nothing.")
-                    return
-                await asyncio.sleep(decision.seconds)
-
-    async def _client(self) -> AsyncAnthropic:
-        return cast("AsyncAnthropic", await BatchKitHook(self.anthropic_conn_id).get_async_conn())
-
-    @staticmethod
-    async def _look(client: AsyncAnthropic, state: PollState) -> None:
-        import anthropic
-
-        from airflow_provider_batchkit.api import poll_failure, snapshot, unavailable
-
-        batch_id = ""
+        state = PollState(self.batch_ids, interval=self.poke_interval, by_age=True, deadline=self.deadline)
         try:
-            seen = []
-            for batch_id in state.open_ids():
-                seen.append(snapshot(await client.messages.batches.retrieve(batch_id)))
-            state.saw(seen)
-        except (anthropic.NotFoundError, anthropic.AuthenticationError, anthropic.PermissionDeniedError) as e:
-            state.failed(str(unavailable(f"Batch {batch_id}", e)), fatal=True)
-        except anthropic.APIError as e:
-            state.failed(**poll_failure(e))
+            decision = await ended(self.anthropic_conn_id, state)
         except PollError as e:
-            state.failed(str(e), fatal=True)
+            self.log.exception("The wait for %s broke", ", ".join(self.batch_ids))
+            yield self._event("error", message=str(e))
+            return
+        if isinstance(decision, Ended):
+            counts = state.counts()
+            yield self._event(
+                "ended",
+                counts={
+                    "succeeded": counts.succeeded,
+                    "errored": counts.errored,
+                    "canceled": counts.canceled,
+                    "expired": counts.expired,
+                },
+            )
+        elif isinstance(decision, TimedOut):
+            yield self._event(
+                "timeout",
+                message=f"The batches {', '.join(decision.open_ids)} did not end in time. They keep running and are billed "
+                "as usual; waiting again costs nothing.",
+            )
+        elif isinstance(decision, GaveUp):
+            yield self._event(
+                "error", message=f"{decision.reason.removesuffix('.')}. The batches are untouched; waiting again costs nothing."
+            )
 
     async def on_kill(self) -> None:
         """A user killed or cleared the deferred task: cancel only where that was asked for."""
         if not self.cancel_on_kill:
             self.log.info("The task was killed; its batches %s go on (cancel_on_kill is off)", ", ".join(self.batch_ids))
             return
-        async with await self._client() as client:
+        async with cast("AsyncAnthropic", await BatchKitHook(self.anthropic_conn_id).get_async_conn()) as client:
             for batch_id in self.batch_ids:
                 await client.messages.batches.cancel(batch_id)
                 self.log.info("The task was killed and cancel_on_kill is set: canceled %s", batch_id)

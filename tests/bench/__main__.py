@@ -7,18 +7,25 @@ The figures go to the terminal and to ``.bench.json``, which is not committed.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from airflow_provider_batchkit.simulator import SimulatorProcess, SimulatorSettings
+from tests.bench import polling
+from tests.databases import Database, postgres_database, running_postgres, sqlite_database
+
+#: above this the official provider's side is left out: it takes minutes a run, and gigabytes for its list
+OFFICIAL_ROWS = 100_000
 
 
-def measure(side: str, what: str, simulator: str, folder: Path, rows: int) -> dict[str, Any]:
+def measure(side: str, what: str, simulator: str, database: Database, rows: int) -> dict[str, Any]:
     """One measurement in a fresh process; see ``tests.bench.sides``."""
     command = [
         sys.executable,
@@ -28,8 +35,10 @@ def measure(side: str, what: str, simulator: str, folder: Path, rows: int) -> di
         what,
         "--simulator",
         simulator,
-        "--folder",
-        str(folder),
+        "--url",
+        database.url,
+        "--airflow-uri",
+        database.airflow_uri,
         "--rows",
         str(rows),
     ]
@@ -40,19 +49,33 @@ def measure(side: str, what: str, simulator: str, folder: Path, rows: int) -> di
     return result
 
 
-def pair(what: str, rows: int, rounds: int) -> dict[str, Any]:
-    """Medians of both sides for one piece of work, and the official provider's share of CPU time over ours."""
+@contextlib.contextmanager
+def fresh(postgres: str | None) -> Iterator[Database]:
+    """An empty database: a SQLite file, or a new one on the server ``postgres``."""
+    if postgres is not None:
+        with postgres_database(postgres) as database:
+            yield database
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield sqlite_database(Path(folder) / "warehouse.db")
+
+
+def pair(what: str, rows: int, rounds: int, postgres: str | None = None) -> dict[str, Any]:
+    """Medians of both sides for one piece of work, and the official provider's seconds and CPU time as multiples of ours."""
     runs: dict[str, list[dict[str, Any]]] = {"batchkit": [], "official": []}
     with SimulatorProcess(SimulatorSettings(input_tokens=2700, output_tokens=100)) as simulator:
         for _ in range(rounds):
             for side, results in runs.items():
-                with tempfile.TemporaryDirectory() as folder:
-                    results.append(measure(side, what, simulator.base_url, Path(folder), rows))
-    line: dict[str, Any] = {"what": what, "rows": rows}
+                if side == "official" and rows > OFFICIAL_ROWS:
+                    continue
+                with fresh(postgres) as database:
+                    results.append(measure(side, what, simulator.base_url, database, rows))
+    line: dict[str, Any] = {"what": what, "database": "sqlite" if postgres is None else "postgres", "rows": rows}
     for side, results in runs.items():
         for figure in ("seconds", "cpu_seconds", "peak_mb_over_base"):
-            line[f"{side} {figure}"] = round(statistics.median(r[figure] for r in results), 2)
-    line["cpu ratio"] = round(line["official cpu_seconds"] / line["batchkit cpu_seconds"], 2)
+            line[f"{side} {figure}"] = round(statistics.median(r[figure] for r in results), 2) if results else "not run"
+    for ratio, figure in (("times faster", "seconds"), ("cpu ratio", "cpu_seconds")):
+        line[ratio] = round(line[f"official {figure}"] / line[f"batchkit {figure}"], 2) if runs["official"] else "not run"
     return line
 
 
@@ -60,9 +83,9 @@ def cuts(times: int) -> dict[str, Any]:
     """Batches that exist after the connection was cut ``times`` times after acceptance, for one batch that was wanted."""
     line: dict[str, Any] = {"what": "cut after acceptance", "cuts": times}
     for side in ("batchkit", "official"):
-        with SimulatorProcess() as simulator, tempfile.TemporaryDirectory() as folder:
+        with SimulatorProcess() as simulator, fresh(None) as database:
             simulator.faults.add("cut_after_accept", times=times)
-            measure(side, "cut", simulator.base_url, Path(folder), 3)
+            measure(side, "cut", simulator.base_url, database, 3)
             line[f"{side} batches"] = simulator.stats()["batches_accepted"]
     return line
 
@@ -80,12 +103,24 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 100_000], help="sizes (1000000 takes minutes a round)")
     parser.add_argument("--rounds", type=int, default=3, help="runs per side, of which the median counts")
+    parser.add_argument("--what", nargs="+", default=["submit", "fetch"], choices=("submit", "fetch"))
+    parser.add_argument("--database", nargs="+", default=["sqlite", "postgres"], choices=("sqlite", "postgres"), help="of fetch")
     args = parser.parse_args()
     doubt = [cuts(times) for times in (1, 2, 5)]
     show(doubt)
-    work = [pair(what, rows, args.rounds) for rows in args.rows for what in ("submit", "fetch")]
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(running_postgres()) if "postgres" in args.database else None
+        places = {"sqlite": None, "postgres": server}
+        work = []
+        for rows in args.rows:
+            if "submit" in args.what:
+                work.append(pair("submit", rows, args.rounds))
+            if "fetch" in args.what:
+                work += [pair("fetch", rows, args.rounds, places[database]) for database in args.database]
     show(work)
-    Path(".bench.json").write_text(json.dumps(doubt + work, indent=1))
+    waits = polling.compare(args.rounds)
+    show(waits)
+    Path(".bench.json").write_text(json.dumps(doubt + work + waits, indent=1))
     return 0
 
 

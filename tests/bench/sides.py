@@ -1,7 +1,7 @@
 """One measurement of one side, in a process of its own; prints a JSON line.
 
 ``submit``: batchkit reads a SQL table, renders, digests, journals and sends; the official operator sends a list that lies in memory.
-``fetch``: results into a SQLite table; batchkit with costs and ledger, the official provider through its iterator and ``insert_rows``.
+``fetch``: results into a table; batchkit with costs and ledger, the official provider through its iterator and ``insert_rows``.
 ``cut``: one small batch while the simulator cuts connections after acceptance, with one retry of the task.
 """
 
@@ -13,15 +13,16 @@ import json
 import logging
 import os
 import resource
-import sqlite3
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import psutil
+import sqlalchemy as sa
+
+from tests.databases import Database
 
 PROMPT = "Write a two-sentence description of product {} " + "x" * 900
 
@@ -35,19 +36,20 @@ def context(task_id: str) -> Any:
 
 
 class Bench:
-    """Both sides' work on one database file and one simulator."""
+    """Both sides' work on one database and one simulator."""
 
-    def __init__(self, simulator: str, folder: Path, rows: int) -> None:
+    def __init__(self, simulator: str, database: Database, rows: int) -> None:
         self.rows = rows
-        self.database = folder / "warehouse.db"
         extra = json.dumps({"anthropic_client_kwargs": {"base_url": simulator}})
         os.environ["AIRFLOW_CONN_ANTHROPIC_DEFAULT"] = f"anthropic://:test-key@/?__extra__={quote(extra)}"
-        os.environ["AIRFLOW_CONN_WAREHOUSE"] = f"sqlite://{quote(str(self.database), safe='')}"
-        with contextlib.closing(sqlite3.connect(self.database)) as connection:
-            connection.execute("CREATE TABLE products (id INTEGER PRIMARY KEY, name TEXT)")
-            connection.executemany("INSERT INTO products VALUES (?, ?)", ((i, f"product {i} " + "x" * 900) for i in range(rows)))
-            connection.execute("CREATE TABLE official (custom_id TEXT, response TEXT, input_tokens INTEGER, output_tokens INTEGER)")
-            connection.commit()
+        os.environ["AIRFLOW_CONN_WAREHOUSE"] = database.airflow_uri
+        products = sa.table("products", sa.column("id"), sa.column("name"))
+        with database.engine().begin() as connection:
+            connection.exec_driver_sql("CREATE TABLE products (id INTEGER PRIMARY KEY, name TEXT)")
+            for start in range(0, rows, 10_000):
+                chunk = range(start, min(start + 10_000, rows))
+                connection.execute(sa.insert(products), [{"id": i, "name": f"product {i} " + "x" * 900} for i in chunk])
+            connection.exec_driver_sql("CREATE TABLE official (custom_id TEXT, response TEXT, input_tokens INTEGER, output_tokens INTEGER)")
 
     def batchkit_submit(self) -> list[str]:
         from airflow_provider_batchkit.operators.batch import SubmitBatchOperator
@@ -90,7 +92,7 @@ class Bench:
 
     def official_fetch(self, ids: list[str]) -> None:
         from airflow.providers.anthropic.hooks.anthropic import AnthropicHook
-        from airflow.providers.sqlite.hooks.sqlite import SqliteHook
+        from airflow.providers.common.compat.sdk import BaseHook
 
         hook = AnthropicHook("anthropic_default")
 
@@ -100,7 +102,7 @@ class Bench:
                 yield line.custom_id, message.content[0].text, message.usage.input_tokens, message.usage.output_tokens
 
         columns = ["custom_id", "response", "input_tokens", "output_tokens"]
-        SqliteHook(sqlite_conn_id="warehouse").insert_rows("official", rows(), columns, commit_every=1000, executemany=True)
+        BaseHook.get_connection("warehouse").get_hook().insert_rows("official", rows(), columns, commit_every=1000, executemany=True)
 
 
 def watched(work: Callable[[], Any]) -> dict[str, float]:
@@ -131,18 +133,20 @@ def main() -> None:
     parser.add_argument("side", choices=("batchkit", "official"))
     parser.add_argument("what", choices=("submit", "fetch", "cut"))
     parser.add_argument("--simulator", required=True)
-    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--url", required=True, help="SQLAlchemy URL of an empty database")
+    parser.add_argument("--airflow-uri", required=True, help="the same as an Airflow connection")
     parser.add_argument("--rows", type=int, required=True)
     args = parser.parse_args()
     logging.disable(logging.WARNING)
-    bench = Bench(args.simulator, args.folder, args.rows)
+    kind = sa.make_url(args.url).get_backend_name()
+    bench = Bench(args.simulator, Database(kind, args.url, args.airflow_uri), args.rows)
     # imports and first connections are not what is measured
-    import airflow.providers.anthropic.operators.batch
-    import airflow.providers.sqlite.hooks.sqlite  # noqa: F401
+    from airflow.providers.common.compat.sdk import BaseHook
 
     import airflow_provider_batchkit.jobs
     import airflow_provider_batchkit.operators.batch  # noqa: F401
 
+    BaseHook.get_connection("warehouse").get_hook()
     figures: dict[str, float] = {}
     if args.what == "cut":
         for _ in range(2):  # the task and one retry

@@ -5,14 +5,17 @@ from __future__ import annotations
 import datetime as dt
 import decimal
 import json
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from decimal import Decimal
+from functools import partial
 from typing import Any
 
 import pytest
 
-from airflow_provider_batchkit.exceptions import BatchInputError, RequestError, TableError
+from airflow_provider_batchkit.exceptions import BatchInputError, RequestError, ResultStreamError, TableError
 from airflow_provider_batchkit.simulator import Simulator, SimulatorSettings, answer_for
 from tests.databases import Database
 from tests.warehouse import Warehouse, kit_for
@@ -24,9 +27,32 @@ def sim() -> Iterator[Simulator]:
         yield simulator
 
 
+#: every way into a table, as database, driver, and whether it is the one that works anywhere
+PATHS = {
+    "sqlite": ("sqlite", "", False),
+    "sqlite-portable": ("sqlite", "", True),
+    "psycopg3": ("postgres", "+psycopg", False),
+    "psycopg2": ("postgres", "+psycopg2", False),
+    "postgres-portable": ("postgres", "+psycopg", True),
+}
+
+
+@pytest.fixture(params=PATHS)
+def path(request: pytest.FixtureRequest) -> str:
+    """A test that takes it, or ``warehouse``, runs once for every way into a table."""
+    return str(request.param)
+
+
 @pytest.fixture
-def warehouse(database: Database, sim: Simulator) -> Warehouse:
-    return Warehouse(database.engine(), kit_for(sim.base_url))
+def database(request: pytest.FixtureRequest, path: str) -> Database:
+    kind, driver, _ = PATHS[path]
+    found: Database = request.getfixturevalue(kind)
+    return replace(found, url=found.url.replace("+psycopg", driver))
+
+
+@pytest.fixture
+def warehouse(database: Database, path: str, sim: Simulator) -> Warehouse:
+    return Warehouse(database.engine(), kit_for(sim.base_url), portable=PATHS[path][2])
 
 
 def products(count: int, start: int = 0) -> list[dict[str, Any]]:
@@ -250,7 +276,7 @@ def test_batches_of_different_keys_do_not_share_a_table(warehouse: Warehouse) ->
 def test_the_portable_path_writes_the_same_rows(warehouse: Warehouse) -> None:
     """Any database with a SQLAlchemy engine gets what the fast paths write."""
     ids = warehouse.submit([{"id": i, "name": f"p{i}\t\\\u2028"} for i in range(7)]).batch_ids
-    warehouse.fetch(ids, "fast")
+    warehouse.fetch(ids, "fast", portable=False)
     warehouse.fetch(ids, "portable", portable=True)
     columns = "id, response, status, stop_reason, error_type, model, input_tokens, output_tokens, cost_usd, custom_id, batch_id"
     fast, portable = (warehouse.rows(f"SELECT {columns} FROM {table} ORDER BY id") for table in ("fast", "portable"))
@@ -354,3 +380,55 @@ def test_fetches_that_begin_at_once_make_the_table_once(warehouse: Warehouse, da
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(fetch, ids)) == [2] * 8
     assert warehouse.rows("SELECT COUNT(*) AS n FROM answers") == [{"n": 16}]
+
+
+def test_more_rows_than_a_chunk_land_whole(warehouse: Warehouse) -> None:
+    """Rows over the size of a chunk, of a statement and of a COPY, each with its own answer and cost; a second run merges over them."""
+    for run in ("run-1", "run-2"):
+        landed = warehouse.fetch(warehouse.submit(products(2_503), prompt=f"{run} {{{{ row.name }}}}", run_id=run).batch_ids)
+        assert (landed.rows, landed.complete) == (2_503, True)
+        rows = warehouse.rows("SELECT id, response, cost_usd FROM answers ORDER BY id")
+        assert [(r["id"], r["response"]) for r in rows] == [(i, answer_for(f"{run} product {i}")) for i in range(2_503)]
+        assert sum(Decimal(str(r["cost_usd"])) for r in rows) == landed.tally.batch_cost_usd
+    assert warehouse.rows("SELECT status, COUNT(*) AS n FROM batchkit_request GROUP BY status") == [{"status": "succeeded", "n": 5_006}]
+
+
+def test_a_replace_that_is_cut_leaves_the_table_as_it_was(warehouse: Warehouse, sim: Simulator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All batches of a replace are one transaction: when the last cannot be read, nothing of the first is there."""
+    monkeypatch.setattr(warehouse.kit, "read_items", partial(warehouse.kit.read_items, sleep=lambda _: None))
+    warehouse.fetch(warehouse.submit(products(3), run_id="run-1").batch_ids)
+    ids = warehouse.submit(products(4, start=10), run_id="run-2", max_requests=2).batch_ids
+    sim.faults.add("cut_results", batch=ids[-1], line=1, times=None)
+    with pytest.raises(ResultStreamError):
+        warehouse.fetch(ids, disposition="replace")
+    assert [r["id"] for r in warehouse.rows("SELECT id FROM answers ORDER BY id")] == [0, 1, 2]
+    assert {r["state"] for r in warehouse.rows("SELECT state FROM batchkit_batch")} == {"landed", "submitted"}
+
+
+def test_a_download_holds_no_lock(warehouse: Warehouse, database: Database, sim: Simulator) -> None:
+    """While the second batch of a replace is still read, others write to the ledger and to the table's database."""
+    warehouse.fetch(warehouse.submit(products(1), run_id="run-1").batch_ids)
+    ids = warehouse.submit(products(4, start=10), run_id="run-2", max_requests=2).batch_ids
+    sim.faults.add("trickle", batch=ids[-1], seconds=2.0)
+    with ThreadPoolExecutor(1) as pool:
+        slow = pool.submit(warehouse.fetch, ids, disposition="replace")
+        while sim.stats()["calls"].get("results", 0) < 3 and not slow.done():
+            time.sleep(0.01)
+        Warehouse(database.engine(), warehouse.kit).submit(products(1), run_id="run-3")
+        warehouse.execute("DELETE FROM answers WHERE id = 0")
+        assert not slow.done()
+        slow.result()
+    assert [r["id"] for r in warehouse.rows("SELECT id FROM answers ORDER BY id")] == [10, 11, 12, 13]
+
+
+def test_runs_with_the_same_keys_that_land_at_once_all_succeed(warehouse: Warehouse, database: Database) -> None:
+    """Four runs answer the same 300 rows and land together: no deadlock, no key twice, and each row holds one run's answer."""
+    runs = [f"run-{n}" for n in range(4)]
+    ids = [warehouse.submit(products(300), prompt=f"{run} {{{{ row.name }}}}", run_id=run).batch_ids[0] for run in runs]
+    for table in ("one", "two"):
+        with ThreadPoolExecutor(4) as pool:
+            landed = pool.map(lambda i: Warehouse(database.engine(), warehouse.kit).fetch([i], table).rows, ids)  # noqa: B023
+            assert list(landed) == [300] * 4
+        rows = warehouse.rows(f"SELECT id, response FROM {table} ORDER BY id")
+        assert [r["id"] for r in rows] == list(range(300))
+        assert all(r["response"] in {answer_for(f"{run} product {r['id']}") for run in runs} for r in rows)

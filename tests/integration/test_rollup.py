@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Any
@@ -93,7 +93,7 @@ def test_sums_are_exact_for_random_usages(warehouse: Warehouse, answers: list[An
     report = warehouse.submit(rows, run_id=run, max_requests=shard)
     said = iter(answers)
 
-    def read(batch_id: str, reconciler: Reconciler, expected: int) -> Iterator[BatchItem]:
+    def read(batch_id: str, reconciler: Reconciler, expected: int, count: Callable[[int], None]) -> Iterator[BatchItem]:
         record = warehouse.ledger.find(batch_id)
         assert record is not None
         ids = sorted(custom_id for custom_id, _, asked in warehouse.ledger.rows_of(record) if asked)
@@ -197,7 +197,7 @@ def test_a_summary_tells_each_steps_seconds(warehouse: Warehouse) -> None:
             values: dict[str, Any] = {name: start + timedelta(seconds=s) for name, s in at.items()}
             connection.execute(sa.update(batch).where(batch.c.shard == shard).values(landing_ms=1500, **values))
         connection.exec_driver_sql("UPDATE batchkit_job SET rendering_ms = 250")
-    note_rendering(warehouse.engine, warehouse.rows("SELECT job_id FROM batchkit_job")[0]["job_id"], 1.0)
+    note_rendering(warehouse.engine, warehouse.rows("SELECT job_id FROM batchkit_job")[0]["job_id"], 1.0, 0)
     (summary,) = warehouse.rows("SELECT * FROM batchkit_summary")
     steps = [summary[f"{step}_s"] for step in ("rendering", "submitting", "waiting", "landing")]
     assert steps == pytest.approx([1.25, 5, 370, 3], abs=0.002)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
 
 from airflow_provider_batchkit.exceptions import PollError
 from airflow_provider_batchkit.model import BatchCounts, BatchSnapshot
-from airflow_provider_batchkit.polling import MAX_FAILURES, Ended, GaveUp, PollState, TimedOut, Wait, validate_event
+from airflow_provider_batchkit.polling import MAX_FAILURES, Ended, GaveUp, PollState, TimedOut, Wait, interval_at_age, validate_event
 
 
 def seen(batch_id: str, status: str, **counts: int) -> BatchSnapshot:
@@ -41,6 +41,37 @@ def test_intervals_grow_to_their_bound() -> None:
         state.saw([seen("a", "in_progress")])
         waits.append(state.decide(0))
     assert waits == [Wait(10), Wait(20), Wait(30), Wait(30)]
+
+
+@pytest.mark.parametrize(
+    ("age_s", "seconds"),
+    [(-50, 60), (0, 60), (2399, 60), (2400, 120), (4799, 180), (4800, 240), (86_400, 240)],
+    ids=lambda value: f"{value}",
+)
+def test_intervals_grow_with_the_age_of_the_batch_within_bounds(age_s: float, seconds: float) -> None:
+    """In whole intervals, so that all stay on one beat; a wrong clock changes no bound."""
+    assert interval_at_age(60, age_s) == seconds
+
+
+def test_the_youngest_open_batch_sets_the_pace() -> None:
+    """An old batch beside a new one is looked at with it; once the new one has ended, by its own age."""
+    state, born = PollState(["old", "new"], interval=60, by_age=True), datetime(2026, 1, 1, tzinfo=UTC)
+    now = born.timestamp() + 4800
+    assert state.decide(now) == Wait(60)
+    state.saw([seen("old", "in_progress"), BatchSnapshot("new", "in_progress", BatchCounts(), born + timedelta(hours=1))])
+    assert state.decide(now) == Wait(60)
+    state.saw([BatchSnapshot("new", "ended", BatchCounts(), born + timedelta(hours=1))])
+    assert state.decide(now) == Wait(240)
+
+
+def test_what_was_noted_does_not_forgive_failures() -> None:
+    """Some of the batches showing is not a look that succeeded."""
+    state = PollState(["a", "b"], interval=10)
+    state.failed("500")
+    state.note([seen("a", "ended")])
+    state.failed("500")
+    assert state.open_ids() == ["b"]
+    assert state.decide(0) == Wait(20)
 
 
 def test_the_deadline_ends_the_wait_and_shortens_the_last_interval() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import msgspec
 import pytest
 
 from airflow_provider_batchkit.model import BatchItem, RequestStatus, Usage
@@ -125,6 +126,22 @@ def test_a_stream_reads_the_same_however_it_is_cut(size: int) -> None:
     got = list(parse_stream(chunks))
     assert [i.custom_id if isinstance(i, BatchItem) else None for i in got] == ["a", "b", "c"]
     assert isinstance(got[0], BatchItem) and got[0].text == "x\u2028y\u0085z"
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        succeeded("a", "x\u2028y"),
+        succeeded("b", content=[{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "t"}]),
+        {"custom_id": "c", "result": {"type": "expired"}},
+        {"custom_id": "d", "result": {"type": "errored", "error": {"error": {"type": "api_error", "message": "m"}}}},
+    ],
+)
+def test_without_the_message_an_item_is_the_same_but_for_it(value: Any) -> None:
+    """A landing reads lines without keeping their messages: nothing else differs."""
+    lean = parse_line(line(value), 1, keep_message=False)
+    assert isinstance(lean, BatchItem) and lean.message is None
+    assert lean == msgspec.structs.replace(item(value), message=None)
 
 
 def test_a_last_line_without_a_newline_counts() -> None:

@@ -1,0 +1,142 @@
+"""What landed: the report of a fetch, and what is said in the log of a faulty result stream."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+from airflow_provider_batchkit.ledger.ledger import Landed
+from airflow_provider_batchkit.model import BatchSnapshot, CostTally, RequestStatus
+from airflow_provider_batchkit.results import StreamFaults
+
+log = logging.getLogger(__name__)
+
+NAMED = 10
+
+
+@dataclass(frozen=True, slots=True)
+class LandedBatch:
+    """One batch of a landing."""
+
+    snapshot: BatchSnapshot
+    #: source rows per outcome
+    counts: Counter[str]
+    tally: CostTally
+    faults: StreamFaults
+    #: the first keys without a result line
+    missing: list[str]
+    #: rows written to the table
+    rows: int
+    #: whether it had not landed before
+    first: bool
+    #: seconds that reading and staging it took
+    read_s: float
+
+    @property
+    def latency_s(self) -> float | None:
+        """Seconds from its creation to its end, by the API's clock."""
+        return _seconds(self.snapshot.created_at, self.snapshot.ended_at)
+
+
+@dataclass(frozen=True, slots=True)
+class BatchFigures:
+    """One batch of a landing, by itself. ``latency_s``: seconds from its creation to its end, by the API's clock."""
+
+    batch_id: str
+    counts: Counter[str]
+    tally: CostTally
+    latency_s: float | None
+
+
+@dataclass(slots=True)
+class LandingReport:
+    """What landed. ``counts`` are source rows per outcome; ``tally`` counts requests, each once."""
+
+    batch_ids: list[str] = field(default_factory=list)
+    table: str = ""
+    #: rows written to the table
+    rows: int = 0
+    counts: Counter[str] = field(default_factory=Counter)
+    tally: CostTally = field(default_factory=CostTally)
+    faults: StreamFaults = field(default_factory=StreamFaults)
+    #: the first keys without a result line
+    missing: list[str] = field(default_factory=list)
+    #: the batches that had not landed before: what a counter may add up
+    first: list[BatchFigures] = field(default_factory=list)
+    created_at: datetime | None = None
+    ended_at: datetime | None = None
+
+    @property
+    def complete(self) -> bool:
+        """Every request has a readable result line: nothing more could be had from the API."""
+        return not self.missing and not self.faults.broken and not self.faults.short
+
+    @property
+    def latency_s(self) -> float | None:
+        """Seconds from the first batch's creation to the last one's end, by the API's clock."""
+        return _seconds(self.created_at, self.ended_at)
+
+    def to_json(self) -> dict[str, Any]:
+        """The summary that fetch pushes to XCom."""
+        return {
+            "batch_ids": self.batch_ids,
+            "table": self.table,
+            "rows": self.rows,
+            "counts": dict(sorted(self.counts.items())),
+            "cost_tally": self.tally.to_json(),
+            "latency_s": self.latency_s,
+            "stream": self.faults.to_json(),
+            "missing": self.missing,
+        }
+
+    def recall(self, landed: Landed) -> None:
+        """Add a batch that landed before and whose results are gone: nothing is written, its counts and its bill are in the ledger."""
+        self.batch_ids.append(landed.batch_id)
+        self.rows += landed.counts.get(RequestStatus.SUCCEEDED.value, 0)
+        self.counts.update(landed.counts)
+        self.tally = self.tally + CostTally.from_json(landed.tally)
+        self.created_at = min(filter(None, (self.created_at, landed.created_at)), default=None)
+        self.ended_at = max(filter(None, (self.ended_at, landed.ended_at)), default=None)
+
+    def include(self, batch: LandedBatch) -> None:
+        """Add a batch that landed."""
+        snapshot = batch.snapshot
+        self.batch_ids.append(snapshot.batch_id)
+        self.rows += batch.rows
+        self.counts.update(batch.counts)
+        self.tally = self.tally + batch.tally
+        self.faults = self.faults + batch.faults
+        self.missing.extend(batch.missing[: NAMED - len(self.missing)])
+        if batch.first:
+            self.first.append(BatchFigures(snapshot.batch_id, batch.counts, batch.tally, batch.latency_s))
+        self.created_at = min(filter(None, (self.created_at, snapshot.created_at)))
+        self.ended_at = max(filter(None, (self.ended_at, snapshot.ended_at)), default=None)
+
+
+def _seconds(start: datetime | None, end: datetime | None) -> float | None:
+    return None if start is None or end is None else (end - start).total_seconds()
+
+
+def log_faults(snapshot: BatchSnapshot, faults: StreamFaults, missing: int, names: Sequence[str]) -> None:
+    """A warning for each kind of fault."""
+    if faults.broken:
+        log.warning("Batch %s: %d unreadable result lines; first: %s", snapshot.batch_id, faults.broken, faults.broken_sample)
+    if faults.duplicate:
+        log.warning(
+            "Batch %s: %d repeated results, the first of each was taken; first: %s",
+            snapshot.batch_id,
+            faults.duplicate,
+            faults.duplicate_sample,
+        )
+    if faults.foreign:
+        log.warning(
+            "Batch %s: %d results that nobody asked for, left out; first: %s", snapshot.batch_id, faults.foreign, faults.foreign_sample
+        )
+    if faults.short:
+        log.warning("Batch %s: the API counts %d results more than it gave; the bill above lacks them", snapshot.batch_id, faults.short)
+    if missing:
+        log.warning("Batch %s: %d requests have no result line; first keys: %s", snapshot.batch_id, missing, ", ".join(names))
