@@ -260,6 +260,17 @@ def test_when_the_waiting_is_over_the_rest_goes_out_whatever_the_primer_does(war
     assert submit(warehouse, products(4), Priming(3600, 600, over=True)).asked == 3
 
 
+def test_a_job_whose_rest_is_under_way_waits_no_more(warehouse: Warehouse, sim: Simulator) -> None:
+    """Part of the rest went out without the primer, and the next attempt sends what is left at once."""
+    sim.set(clock="manual")
+    submit(warehouse, products(5), PRIMING, max_requests=2)
+    sim.faults.add("status", status=400, after=1)
+    with pytest.raises(SubmitRefusedError):
+        submit(warehouse, products(5), Priming(3600, 600, over=True), max_requests=2)
+    report = submit(warehouse, products(5), PRIMING, max_requests=2)
+    assert (report.waits_for, report.asked, sizes(sim)) == (None, 2, [1, 2, 2])
+
+
 def test_a_primer_that_nobody_can_see_does_not_stop_the_rest(warehouse: Warehouse, sim: Simulator) -> None:
     """It was deleted: the look fails, and when the waiting is over the rest goes out."""
     ended_primer(warehouse, sim, products(4))
