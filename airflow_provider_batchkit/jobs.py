@@ -35,6 +35,7 @@ from airflow_provider_batchkit.ledger import BatchState, JobRecord, Landed, Ledg
 from airflow_provider_batchkit.ledger.account import note_rendering
 from airflow_provider_batchkit.ledger.history import answered, output_per_request
 from airflow_provider_batchkit.model import MAX_BYTES_PER_BATCH, MAX_REQUESTS_PER_BATCH, BatchSnapshot, PreparedRequest, Shard
+from airflow_provider_batchkit.priming import Hold, Priming
 from airflow_provider_batchkit.reconcile import SETTLE_S, Settler
 from airflow_provider_batchkit.shards import ShardWriter, remove_shard_files, split_shard
 from airflow_provider_batchkit.spending import NO_LIMITS, Limits, Spending
@@ -60,6 +61,8 @@ class SubmitReport(RowCounts):
     batches: int = 0
     #: of what this attempt sends; None when it has nothing to send
     estimate: Estimate | None = None
+    #: the primer that the rest of the job waits for: submit again when it has ended
+    waits_for: Hold | None = None
 
 
 def submit_job(
@@ -75,6 +78,7 @@ def submit_job(
     settle_seconds: float = SETTLE_S,
     before_send: Callable[[], None] = lambda: None,
     limits: Limits = NO_LIMITS,
+    priming: Priming | None = None,
 ) -> SubmitReport:
     """Submit whatever of ``requests`` the job has not in flight or landed.
 
@@ -83,6 +87,7 @@ def submit_job(
     :param settle_seconds: how long a shard that an earlier attempt may have sent is looked for before it counts as never accepted
     :param before_send: called once the source has been read and found good, before the first POST
     :param limits: what the job may cost
+    :param priming: send the job's first request alone; the rest is not sent before it has ended (``waits_for`` in the report)
     :raises RequestError: bad input, a key that comes twice; nothing was sent by this attempt
     :raises CostLimitError: it may cost more than ``limits`` allow; nothing was sent by this attempt
     :raises SubmitRefusedError: the API refused a shard; ``submitted`` lists the job's batches that run
@@ -96,7 +101,8 @@ def submit_job(
     report = SubmitReport()
     with tempfile.TemporaryDirectory(prefix="batchkit-") as folder:
         first_new = ledger.next_shard(job.job_id)
-        writer = ShardWriter(folder, first_number=first_new, max_requests=max_requests, max_bytes=max_bytes)
+        first_alone = priming is not None and not running_ids(ledger, job.job_id)
+        writer = ShardWriter(folder, first_number=first_new, max_requests=max_requests, max_bytes=max_bytes, first_alone=first_alone)
         started = time.monotonic()
         history = answered(ledger.engine, job) if skip_unchanged else ()
         spool(requests, ledger.known(job.job_id), writer, folder, report, answered=history)
@@ -113,6 +119,10 @@ def submit_job(
             try:
                 with spending.allowed(report.estimate):
                     for shard in shards:
+                        if priming is not None:
+                            report.waits_for = priming.hold(kit, ledger.batches(job.job_id))
+                        if report.waits_for is not None:
+                            break
                         _send(kit, ledger, settler, job, lease, shard, anthropic_conn_id, spending)
                         report.asked += shard.requests
             except CostLimitError as e:
@@ -137,6 +147,7 @@ def rehearse_job(
     max_requests: int = MAX_REQUESTS_PER_BATCH,
     max_bytes: int = MAX_BYTES_PER_BATCH,
     skip_unchanged: bool = False,
+    priming: Priming | None = None,
 ) -> SubmitReport:
     """What :func:`submit_job` would send, with its estimate. Sends nothing but the token counts of a sample, and journals nothing.
 
@@ -146,7 +157,8 @@ def rehearse_job(
     exists = ledger.exists()
     with tempfile.TemporaryDirectory(prefix="batchkit-") as folder:
         first_new = ledger.next_shard(job.job_id) if exists else 0
-        writer = ShardWriter(folder, first_number=first_new, max_requests=max_requests, max_bytes=max_bytes)
+        first_alone = priming is not None and not (exists and running_ids(ledger, job.job_id))
+        writer = ShardWriter(folder, first_number=first_new, max_requests=max_requests, max_bytes=max_bytes, first_alone=first_alone)
         known = ledger.known(job.job_id) if exists else ()
         history = answered(ledger.engine, job) if exists and skip_unchanged else ()
         spool(requests, known, writer, folder, report, answered=history)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from datetime import datetime
 from decimal import ROUND_CEILING, Context, Decimal, InvalidOperation
 from enum import Enum
@@ -57,6 +57,12 @@ class Usage(msgspec.Struct, frozen=True, gc=False):
     def prompt_tokens(self) -> int:
         """All tokens of the prompt, cached or not: what price tiers by prompt size look at."""
         return self.input_tokens + self.cache_write_5m_tokens + self.cache_write_1h_tokens + self.cache_read_tokens
+
+    def uncached(self) -> Usage:
+        """What would have been counted without prompt caching."""
+        return msgspec.structs.replace(
+            self, input_tokens=self.prompt_tokens, cache_write_5m_tokens=0, cache_write_1h_tokens=0, cache_read_tokens=0
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +165,8 @@ class ModelTally:
     web_searches: int = 0
     batch_cost_usd: Decimal | None = Decimal(0)
     standard_cost_usd: Decimal | None = Decimal(0)
+    #: what the batch would have cost more without prompt caching: below zero where the writes cost more than the reads saved
+    cache_savings_usd: Decimal | None = Decimal(0)
 
     def __add__(self, other: ModelTally) -> ModelTally:
         counts = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self) if not f.name.endswith("_usd")}
@@ -166,7 +174,13 @@ class ModelTally:
             **counts,
             batch_cost_usd=_add_optional(self.batch_cost_usd, other.batch_cost_usd),
             standard_cost_usd=_add_optional(self.standard_cost_usd, other.standard_cost_usd),
+            cache_savings_usd=_add_optional(self.cache_savings_usd, other.cache_savings_usd),
         )
+
+    @property
+    def used_cache(self) -> bool:
+        """Whether a request wrote to the prompt cache or read from it."""
+        return bool(self.cache_write_5m_tokens or self.cache_write_1h_tokens or self.cache_read_tokens)
 
     @property
     def savings_usd(self) -> Decimal | None:
@@ -250,6 +264,10 @@ class CostTally:
     def savings_usd(self) -> Decimal | None:
         return self.total.savings_usd
 
+    @property
+    def cache_savings_usd(self) -> Decimal | None:
+        return self.total.cache_savings_usd
+
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values: counts as numbers, money as decimal strings (a JSON number would be a binary float)."""
         return {
@@ -279,7 +297,11 @@ def _tally_from_json(values: Mapping[str, Any]) -> ModelTally:
     for f in fields(ModelTally):
         value = values.get(f.name, 0)
         known[f.name] = (None if value is None else Decimal(str(value))) if f.name.endswith("_usd") else value
-    return ModelTally(**known)
+    tally = ModelTally(**known)
+    if tally.used_cache and "cache_savings_usd" not in values:
+        # written before this was counted
+        return replace(tally, cache_savings_usd=None)
+    return tally
 
 
 @dataclass(frozen=True, slots=True)

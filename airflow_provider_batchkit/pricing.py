@@ -23,7 +23,7 @@ import logging
 import re
 import tomllib
 from collections.abc import Iterator, Mapping
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple, dataclass, field, replace
 from datetime import UTC, date, datetime
 from decimal import Context, Decimal, InvalidOperation, localcontext
 from importlib.metadata import version as installed_version
@@ -364,7 +364,7 @@ class TallyBuilder:
         """Like :meth:`add`, but gives batch and standard cost in whole pico-dollars: what a landing of many rows works with."""
         entry = self._sums.get(model)
         if entry is None:
-            entry = self._sums[model] = (self._book.rates(model, self._at), [0] * 9)
+            entry = self._sums[model] = (self._book.rates(model, self._at), [0] * 10)
         rates, sums = entry
         sums[0] += 1
         sums[1] += usage.input_tokens
@@ -378,14 +378,21 @@ class TallyBuilder:
         costs = rates.pico_usd(usage)
         sums[7] += costs[0]
         sums[8] += costs[1]
+        if usage.cache_write_5m_tokens or usage.cache_write_1h_tokens or usage.cache_read_tokens:
+            # a price tier looks at the whole prompt, cached or not, so it is the same one
+            sums[9] += rates.pico_usd(usage.uncached())[0] - costs[0]
         return costs
 
     def tally(self) -> CostTally:
         """Everything added so far. Without any request it is empty and names no prices."""
         models = {}
-        for model, (rates, (*counts, batch, standard)) in self._sums.items():
-            costs = (None, None) if rates is None else (_usd_of_pico(batch), _usd_of_pico(standard))
-            models[model] = ModelTally(*counts, *costs)  # type: ignore[arg-type] # the sums are in the order of its fields
+        for model, (rates, (*counts, batch, standard, cached)) in self._sums.items():
+            costs = [_usd_of_pico(pico) for pico in (batch, standard, cached)]
+            line = ModelTally(*counts, *costs)  # type: ignore[arg-type] # the sums are in the order of its fields
+            if rates is None:
+                unknown = None if line.used_cache else line.cache_savings_usd
+                line = replace(line, batch_cost_usd=None, standard_cost_usd=None, cache_savings_usd=unknown)
+            models[model] = line
         return CostTally(models, self._book.version if models else "")
 
 
@@ -405,9 +412,13 @@ def format_tally(tally: CostTally) -> str:
 
 
 def summary_line(tally: CostTally) -> str:
-    """``batch $400.00  standard $800.00  savings $400.00``; ``unknown`` where a model has no known price."""
+    """``batch $400.00  standard $800.00  savings $400.00``; ``unknown`` where a model has no known price.
+
+    With prompt caching also ``cache savings $80.00``: how much dearer the batch would have been without it.
+    """
     batch, standard, savings = map(_format_usd, (tally.batch_cost_usd, tally.standard_cost_usd, tally.savings_usd))
-    return f"batch {batch}  standard {standard}  savings {savings}"
+    line = f"batch {batch}  standard {standard}  savings {savings}"
+    return f"{line}  cache savings {_format_usd(tally.cache_savings_usd)}" if tally.total.used_cache else line
 
 
 def _format_usd(value: Decimal | None) -> str:

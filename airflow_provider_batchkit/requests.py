@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime as dt
 import hashlib
+import logging
 import math
 import re
 import secrets
@@ -21,6 +22,8 @@ import msgspec
 from airflow_provider_batchkit.exceptions import BatchInputError, RequestError
 from airflow_provider_batchkit.model import CUSTOM_ID_PATTERN, PreparedRequest
 
+log = logging.getLogger(__name__)
+
 _CUSTOM_ID = re.compile(CUSTOM_ID_PATTERN)
 _ENCODE = msgspec.json.Encoder(order="deterministic")
 _DECODE_KEY = msgspec.json.Decoder(list[Any])
@@ -29,6 +32,13 @@ _ENCODE_KEY = msgspec.json.Encoder(decimal_format="string")
 _MAX_KEY_BYTES = 2_000
 _INT64 = 2**63
 _DIGEST_CHARS = 40
+#: how long a cached prompt lives after its last use, in seconds
+CACHE_TTL_S = {"5m": 300, "1h": 3600}
+#: fewer bytes than this are fewer tokens than any model caches
+_CACHED_BYTES = 512
+
+
+_Render = Callable[[Mapping[str, Any]], str]
 
 
 class Template(Protocol):
@@ -141,6 +151,8 @@ class RequestDefaults(msgspec.Struct, frozen=True):
     system: Any = None
     #: any further Messages API parameters
     params: dict[str, Any] = {}
+    #: how long the API caches the job's system prompt, ``"5m"`` or ``"1h"``; a system prompt of a request's own is sent as it is
+    cache_system: str | None = None
 
     def merged(self, own: Mapping[str, Any]) -> dict[str, Any]:
         """Params of a request: the defaults, overlaid by its own."""
@@ -149,8 +161,33 @@ class RequestDefaults(msgspec.Struct, frozen=True):
             value = getattr(self, name)
             if value is not None:
                 merged[name] = value
+        if "system" in merged:
+            merged["system"] = self.system_param(merged["system"])
         merged.update(own)
         return merged
+
+    def system_param(self, system: Any) -> Any:
+        """A system prompt of the job as the API takes it: a text that is to be cached becomes a marked content block."""
+        if self.cache_system is None or not isinstance(system, str):
+            return system
+        return [{"type": "text", "text": system, "cache_control": {"type": "ephemeral", "ttl": self.cache_system}}]
+
+
+def cache_system_problem(cache_system: Any, *, system: Any, params: Mapping[str, Any] | None) -> str | None:
+    """Why ``cache_system`` cannot mark a job's system prompt; None when it can, or is not asked to.
+
+    :param system: template of the rows' system prompt
+    """
+    if cache_system is None:
+        return None
+    if cache_system not in CACHE_TTL_S:
+        return f"cache_system must be '5m' or '1h', not {cache_system!r}"
+    if system is None and not isinstance((params or {}).get("system"), str):
+        return (
+            "cache_system marks the system prompt, and there is none that is text: give system together with prompt, or params['system'] "
+            "as text. Content blocks take a cache_control of their own"
+        )
+    return None
 
 
 class _Frame:
@@ -161,21 +198,35 @@ class _Frame:
         content_mark, system_mark = secrets.token_hex(16), secrets.token_hex(16)
         own: dict[str, Any] = {"messages": [{"role": "user", "content": content_mark}]}
         if system:
-            own["system"] = system_mark
+            own["system"] = defaults.system_param(system_mark)
         params = defaults.merged(own)
         check_params(params)
         encoded = encode_params(params)
         self._head, rest = encoded.split(f'"{content_mark}"'.encode())
         # keys are sorted: the messages come before the system prompt
         self._middle, self._tail = rest.split(f'"{system_mark}"'.encode()) if system else (b"", rest)
+        self._cached = system and defaults.cache_system is not None
+        #: the system prompt of the last row: most often it is the next one's too
+        self._system: str | None = None
+        self._after = self._tail
+        self._systems = 0
 
     def fill(self, content: str, system: str | None = None) -> bytes:
         """Params with these texts, as :func:`encode_params` would write them."""
         if not content or content.isspace():
             raise RequestError("messages[0] has no content. Nothing was sent.")
-        if system is None:
-            return b"".join((self._head, encode_params(content), self._tail))
-        return self._head + encode_params(content) + self._middle + encode_params(system) + self._tail
+        if system is not None and system != self._system:
+            self._turn_to(system)
+        return b"".join((self._head, encode_params(content), self._after))
+
+    def _turn_to(self, system: str) -> None:
+        self._system = system
+        self._after = self._middle + encode_params(system) + self._tail
+        self._systems += 1
+        if self._cached and self._systems == 1 and len(system.encode()) < _CACHED_BYTES:
+            log.warning("The system prompt has %d characters: too short to be cached by any model. cache_system does nothing.", len(system))
+        elif self._cached and self._systems == 2:
+            log.warning("The system prompt differs between rows. A row can read from the cache only what a row with the same one wrote.")
 
 
 class RequestBuilder:
@@ -229,19 +280,19 @@ class RequestBuilder:
 
     def build_all(self, items: Sequence[Any], position: int) -> list[PreparedRequest]:
         """:meth:`build` for items that follow each other from ``position`` on; faster, for rows of a job."""
-        if self._prompt is not None and self._system is None and self._key and self._job_id is not None and self._dedupe:
+        if self._prompt is not None and self._key and self._job_id is not None and self._dedupe:
             try:
-                return self._rows(items, self._prompt.render, f"{self._job_id}-")
+                return self._rows(items, self._prompt.render, None if self._system is None else self._system.render, f"{self._job_id}-")
             except (RequestError, KeyError, TypeError, ValueError):
                 pass  # one of them is bad: the slow way names it
         return [self.build(item, number) for number, item in enumerate(items, start=position)]
 
-    def _rows(self, rows: Sequence[Mapping[str, Any]], render: Callable[[Mapping[str, Any]], str], job: str) -> list[PreparedRequest]:
+    def _rows(self, rows: Sequence[Mapping[str, Any]], render: _Render, system: _Render | None, job: str) -> list[PreparedRequest]:
         """What :meth:`_row` does, without its calls: a million rows pay for each of them."""
         fill, columns, sha256 = self._row_frame.fill, self._key, hashlib.sha256
         requests = []
         for row in rows:
-            params = fill(render(row))
+            params = fill(render(row)) if system is None else fill(render(row), system(row))
             custom_id = job + sha256(params).hexdigest()[:_DIGEST_CHARS]
             body = b'{"custom_id":"%b","params":%b}' % (custom_id.encode(), params)
             requests.append(PreparedRequest(custom_id, encode_key([row[column] for column in columns]), body))

@@ -55,8 +55,10 @@ class ShardWriter:
         first_number: int = 0,
         max_requests: int = MAX_REQUESTS_PER_BATCH,
         max_bytes: int = MAX_BYTES_PER_BATCH,
+        first_alone: bool = False,
     ) -> None:
         """
+        :param first_alone: the first request gets a shard of its own
         :param folder: an existing empty folder
         :param first_number: number of the first shard
         :param max_requests: requests a batch, 1 to 100,000
@@ -72,9 +74,11 @@ class ShardWriter:
         self._first_number = first_number
         self._max_requests = max_requests
         self._max_bytes = max_bytes
+        self._first_alone = first_alone
         self._body: IO[bytes] | None = None
         self._index: IO[bytes] | None = None
         self._requests = 0
+        self._room = max_requests
         self._bytes = 0
         self._copies: dict[int, list[bytes]] = {}
         self._copies_held = 0
@@ -93,7 +97,7 @@ class ShardWriter:
                 f"key {request.key}: the request is {size + _ENVELOPE:,} bytes, over the limit of {self._max_bytes:,} for a whole batch. "
                 "Nothing was sent."
             )
-        if self._body is not None and (self._requests == self._max_requests or self._bytes + 1 + size > self._max_bytes):
+        if self._body is not None and (self._requests == self._room or self._bytes + 1 + size > self._max_bytes):
             self._finish()
         if self._body is None:
             self._open()
@@ -153,6 +157,7 @@ class ShardWriter:
         self._body = self._path(self._number, "json").open("wb", buffering=1 << 20)
         self._index = self._path(self._number, "index").open("wb", buffering=1 << 18)
         self._body.write(_HEAD)
+        self._room = 1 if self._first_alone and not self._shards else self._max_requests
         self._firsts.append(sum(shard.requests for shard in self._shards))
         self._requests = 0
         self._bytes = _ENVELOPE

@@ -40,6 +40,8 @@ def write_bill(connection: Connection, job_id: str, shard: int, tally: CostTally
 
 def _line(line: ModelTally) -> dict[str, Any]:
     values = asdict(line)
+    # is in the batch's tally
+    del values["cache_savings_usd"]
     for price in ("batch", "standard"):
         values[f"{price}_cost_picousd"] = pico(values.pop(f"{price}_cost_usd"))
     return values

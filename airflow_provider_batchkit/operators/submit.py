@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from functools import cached_property
 from itertools import islice
@@ -19,6 +20,8 @@ from airflow_provider_batchkit.links import ConsoleLink, push_console_link
 from airflow_provider_batchkit.model import MAX_BYTES_PER_BATCH, MAX_REQUESTS_PER_BATCH, parse_usd
 from airflow_provider_batchkit.operators.metrics import count_submitted
 from airflow_provider_batchkit.operators.tasks import batchkit_errors, job_of
+from airflow_provider_batchkit.polling import validate_event
+from airflow_provider_batchkit.requests import CACHE_TTL_S, cache_system_problem
 
 if TYPE_CHECKING:
     from airflow.providers.common.compat.sdk import Context
@@ -26,9 +29,12 @@ if TYPE_CHECKING:
     from airflow_provider_batchkit.jobs import SubmitReport
     from airflow_provider_batchkit.ledger import Ledger
     from airflow_provider_batchkit.model import PreparedRequest
+    from airflow_provider_batchkit.priming import Hold
     from airflow_provider_batchkit.sources import KeyTypes
 
 _ROWS_AT_A_TIME = 500
+#: how much later than the trigger's own deadline Airflow ends a deferral that never came back
+_GRACE = timedelta(minutes=5)
 
 
 class SubmitBatchOperator(BatchLineage, BaseOperator):
@@ -68,6 +74,13 @@ class SubmitBatchOperator(BatchLineage, BaseOperator):
         earlier attempts of this task have spent or may still spend. Requests that nothing bounds (server tools, PDFs) are refused then
     :param budget: a :class:`~airflow_provider_batchkit.Budget`, or a mapping with its fields: a named cap that tasks share over a window.
         The upper bound is reserved before anything is sent; a task that does not fit fails, or is skipped if the budget says so
+    :param cache_system: cache the system prompt for ``"5m"`` or ``"1h"`` after its last use. It is part of what is asked. Pays when it is
+        long (at least 512 to 4,096 tokens, by model), the same for all rows, and in the cache before the rows are asked: see
+        ``prime_cache``. A native request's own ``system`` is sent as it is
+    :param prime_cache: send the first row alone, wait for its answer without a worker slot, then send the rest, which reads what the first
+        has written to the cache. Without it the requests of a batch mostly miss, and caching costs more than it saves
+    :param prime_timeout: how long the rest waits for the first row, in seconds from its submit; then it is sent all the same
+    :param poke_interval: seconds between looks at the first row's batch
     :param dry_run: log what would be sent and what it would cost, push that under the XCom key ``estimate``, and skip: nothing is sent
         or journaled, and tasks behind this one are skipped too
     :param on_empty: a source without rows: ``"skip"`` the task, ``"succeed"`` with no batches, or ``"fail"``
@@ -115,6 +128,10 @@ class SubmitBatchOperator(BatchLineage, BaseOperator):
         cancel_on_kill: bool = False,
         max_cost_usd: Decimal | str | float | None = None,
         budget: Budget | Mapping[str, Any] | None = None,
+        cache_system: str | None = None,
+        prime_cache: bool = False,
+        prime_timeout: float = 3600.0,
+        poke_interval: float = 10.0,
         dry_run: bool = False,
         on_empty: str = "skip",
         **kwargs: Any,
@@ -146,6 +163,10 @@ class SubmitBatchOperator(BatchLineage, BaseOperator):
         self.on_empty = on_empty
         self.max_cost_usd = None if max_cost_usd is None else parse_usd(max_cost_usd, f"Task {self.task_id}: max_cost_usd")
         self.budget = None if budget is None else Budget.parse(budget)
+        self.cache_system = cache_system
+        self.prime_cache = prime_cache
+        self.prime_timeout = prime_timeout
+        self.poke_interval = poke_interval
         # every operator has a method of the parameter's own name
         self.is_dry_run = dry_run
         if sum(source is not None for source in (sql, input_path, requests)) != 1:
@@ -157,6 +178,11 @@ class SubmitBatchOperator(BatchLineage, BaseOperator):
             from airflow_provider_batchkit.files import InputOptions
 
             InputOptions.parse(input_options)
+        problem = cache_system_problem(cache_system, system=None if prompt is None else system, params=params)
+        if problem:
+            raise BatchInputError(f"Task {self.task_id}: {problem}.")
+        if prime_cache and cache_system is None:
+            raise BatchInputError(f"Task {self.task_id}: prime_cache needs cache_system: without it nothing is written to the cache.")
         if on_empty not in ("skip", "succeed", "fail"):
             raise BatchInputError(f"Task {self.task_id}: on_empty must be 'skip', 'succeed' or 'fail', not {on_empty!r}.")
 
@@ -165,9 +191,23 @@ class SubmitBatchOperator(BatchLineage, BaseOperator):
         return BatchKitHook(self.anthropic_conn_id)
 
     def execute(self, context: Context) -> list[str]:
+        return self._run(context)
+
+    def execute_complete(self, context: Context, event: Any = None, asked_before: int = 0) -> list[str]:
+        """The waiting for the primer is over, however it ended: the rest is sent.
+
+        :param asked_before: requests that the leg before sent
+        """
+        with batchkit_errors():
+            known = validate_event(event)
+        if known["status"] != "ended":
+            self.log.warning("%s", known["message"])
+        return self._run(context, primer_over=True, asked_before=asked_before)
+
+    def _run(self, context: Context, *, primer_over: bool = False, asked_before: int = 0) -> list[str]:
         with batchkit_errors():
             try:
-                report = self._submit(context)
+                report = self._submit(context, primer_over=primer_over)
             except BatchKitError as e:
                 push_console_link(context, e.submitted)
                 # what an earlier attempt sent is paid for and must be fetched, so it is no reason to skip
@@ -180,10 +220,16 @@ class SubmitBatchOperator(BatchLineage, BaseOperator):
             return self._nothing_to_ask(report)
         push_console_link(context, report.batch_ids)
         count_submitted(context["ti"], report.asked)
-        self.lineage_summary = {"batch_ids": report.batch_ids, "source_rows": report.rows, "submitted_requests": report.asked}
+        if report.waits_for is not None:
+            self._wait_for(report.waits_for, report.asked)
+        self.lineage_summary = {
+            "batch_ids": report.batch_ids,
+            "source_rows": report.rows,
+            "submitted_requests": report.asked + asked_before,
+        }
         context["ti"].xcom_push(key="batch_id", value=report.batch_ids[0])
         self.log.info(
-            "%s rows: %s asked now, %s share a request, %s were asked by an earlier attempt, %s are answered and unchanged; %d batches: %s",
+            "%s rows: %s asked now, %s share a request, %s were asked before, %s are answered and unchanged; %d batches: %s",
             f"{report.rows:,}",
             f"{report.asked:,}",
             f"{report.copies:,}",
@@ -194,10 +240,29 @@ class SubmitBatchOperator(BatchLineage, BaseOperator):
         )
         return report.batch_ids
 
-    def _submit(self, context: Context) -> SubmitReport:
+    def _wait_for(self, hold: Hold, asked: int) -> None:
+        """:raises TaskDeferred: always; the worker is free until the primer has ended"""
+        from airflow_provider_batchkit.triggers.batch import BatchTrigger
+
+        self.log.info("The first row is asked in %s; the rest waits for it, until %s at most", hold.batch_id, hold.until)
+        self.defer(
+            trigger=BatchTrigger(
+                batch_ids=[hold.batch_id],
+                anthropic_conn_id=self.anthropic_conn_id,
+                poke_interval=self.poke_interval,
+                deadline=hold.until.timestamp(),
+                cancel_on_kill=self.cancel_on_kill,
+            ),
+            method_name="execute_complete",
+            kwargs={"asked_before": asked},
+            timeout=hold.until - datetime.now(UTC) + _GRACE,
+        )
+
+    def _submit(self, context: Context, *, primer_over: bool) -> SubmitReport:
         from airflow_provider_batchkit.files import FileRows
         from airflow_provider_batchkit.jobs import rehearse_job, submit_job
         from airflow_provider_batchkit.ledger import Ledger
+        from airflow_provider_batchkit.priming import Priming
         from airflow_provider_batchkit.sources import KeyTypes
         from airflow_provider_batchkit.spending import Limits
 
@@ -213,6 +278,8 @@ class SubmitBatchOperator(BatchLineage, BaseOperator):
             "max_bytes": self.max_bytes_per_batch,
             "skip_unchanged": self.skip_unchanged,
         }
+        if self.prime_cache and self.cache_system is not None:
+            how["priming"] = Priming(CACHE_TTL_S[self.cache_system], self.prime_timeout, over=primer_over)
         with items.naming_places() if isinstance(items, FileRows) else nullcontext():
             if self.is_dry_run:
                 return rehearse_job(self.hook.kit, ledger, job, requests, **how)
@@ -256,7 +323,9 @@ class SubmitBatchOperator(BatchLineage, BaseOperator):
 
         per_run = dict(context)
         builder = RequestBuilder(
-            RequestDefaults(self.model or self.hook.default_model, self.max_tokens, None, dict(self.request_params or {})),
+            RequestDefaults(
+                self.model or self.hook.default_model, self.max_tokens, None, dict(self.request_params or {}), self.cache_system
+            ),
             job_id=job_id,
             key=key,
             prompt=None if self.prompt is None else RowTemplate(self.prompt, name="prompt", context=per_run),

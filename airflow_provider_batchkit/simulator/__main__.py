@@ -37,7 +37,17 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--once", action="store_true", help="the rates strike a prompt text only the first time")
     for name in ("skew-seconds", "errored", "expired", "canceled", "done-share"):
         flags.add_argument(f"--{name}", type=float)
-    for name in ("seed", "input-tokens", "output-tokens", "web-searches", "cancel-looks", "max-body-bytes", "max-requests"):
+    for name in (
+        "seed",
+        "input-tokens",
+        "output-tokens",
+        "web-searches",
+        "cache-min-tokens",
+        "cache-concurrency",
+        "cancel-looks",
+        "max-body-bytes",
+        "max-requests",
+    ):
         flags.add_argument(f"--{name}", type=int)
     return root
 

@@ -6,6 +6,7 @@ A record is about 0.4 KB whatever the prompt's size: the prompt itself is droppe
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -52,7 +53,9 @@ class Intake:
         self._seen = seen
         self._cached = cached
         self._shared: dict[bytes, bytes] = {}
-        self._prefixes: dict[str, bool] = {}
+        #: prefixes that this call's requests name: warm already, and by how many of them
+        self._warm: dict[str, bool] = {}
+        self._uses: dict[str, int] = {}
         #: digests of prompts that a once-only outcome has struck in this call
         self.struck: set[str] = set()
 
@@ -101,11 +104,18 @@ class Intake:
         blocks = system[: marked[-1] + 1]
         control = blocks[-1].cache_control
         ttl = control.ttl if control is not None else "5m"
-        text = "\0".join(block.text for block in blocks)
-        record.prefix = f"{ttl}/{record.model}/{tokens.digest_of(text)}"
         size = min(record.input_tokens, tokens.tokens_of_bytes(sum(text_bytes(block.text) for block in blocks)))
+        minimum = self._settings.cache_min_tokens
+        if size < (tokens.cache_minimum(record.model) if minimum is None else minimum):
+            return
+        text = "\0".join(block.text for block in blocks)
+        record.prefix = prefix = f"{ttl}/{record.model}/{tokens.digest_of(text)}"
         record.input_tokens -= size
-        if self._prefixes.setdefault(record.prefix, self._cached(record.prefix)):
+        before = self._uses.get(prefix, 0)
+        self._uses[prefix] = before + 1
+        if prefix not in self._warm:
+            self._warm[prefix] = self._cached(prefix)
+        if self._warm[prefix] or before >= (self._settings.cache_concurrency or sys.maxsize):
             record.cache_read = size
         elif ttl == "1h":
             record.cache_write_1h = size

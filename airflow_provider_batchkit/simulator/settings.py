@@ -44,6 +44,11 @@ class SimulatorSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     output_tokens: Annotated[int, msgspec.Meta(ge=1)] | None = None
     #: searches billed to every succeeded request that brings a ``web_search_…`` tool
     web_searches: Count = 1
+    #: tokens of the shortest prompt prefix that is cached, in place of each model's own
+    cache_min_tokens: Count | None = None
+    #: requests of a batch that run at the same time, as far as the cache can tell: so many write a cold prefix, the rest read it.
+    #: None: all of them
+    cache_concurrency: Annotated[int, msgspec.Meta(ge=1)] | None = None
 
     #: shares of all requests (0 to 1, their sum at most 1), picked by a hash of seed and custom_id
     errored: Share = 0.0

@@ -223,7 +223,7 @@ def test_what_is_no_amount_is_refused(value: Any) -> None:
 
 @pytest.fixture(scope="module")
 def kit() -> Iterator[BatchKit]:
-    with Simulator(SimulatorSettings()) as sim:
+    with Simulator(SimulatorSettings(cache_min_tokens=1)) as sim:
         yield kit_for(sim.base_url)
 
 

@@ -110,6 +110,13 @@ def test_row_costs_add_up_to_the_tally(rows: list[tuple[str, Usage]], at: dateti
     for field in ("input_tokens", "output_tokens", "cache_write_5m_tokens", "cache_write_1h_tokens", "cache_read_tokens", "web_searches"):
         assert getattr(tally, field) == sum(getattr(usage, field) for _, usage in rows), field
     assert tally.requests == len(rows)
+    uncached = TallyBuilder(book, at)
+    for model, usage in rows:
+        uncached.add(model, usage.uncached())
+    plain = uncached.tally()
+    assert plain.batch_cost_usd is not None and tally.batch_cost_usd is not None
+    assert tally.cache_savings_usd == plain.batch_cost_usd - tally.batch_cost_usd
+    assert plain.cache_savings_usd == 0
     assert halves[0].tally() + halves[1].tally() == tally
 
 
@@ -157,6 +164,36 @@ def test_an_unknown_model_is_none_counted_and_warned_of_once(caplog: pytest.LogC
     assert tally.models["claude-imaginary-9"] == ModelTally(2, 8, 5, batch_cost_usd=None, standard_cost_usd=None)
     assert tally.models["claude-opus-4-8"].batch_cost_usd == Decimal("0.0000025")
     assert tally.batch_cost_usd is None
+
+
+def test_what_caching_saved_is_priced_by_the_tier_of_the_whole_prompt() -> None:
+    """By hand, haiku-5-5 in a batch: $0.05 per MTok of input, twice that to write for an hour, a tenth to read; 5 times above 100,000."""
+    builder = TallyBuilder(PriceBook(), NOW)
+    builder.add("claude-haiku-5-5", Usage(input_tokens=1_000, output_tokens=50, cache_write_1h_tokens=60_000))
+    assert builder.tally().cache_savings_usd == 60_000 * Decimal("-0.05e-6")
+    builder.add("claude-haiku-5-5", Usage(input_tokens=1_000, output_tokens=50, cache_read_tokens=60_000))
+    assert builder.tally().cache_savings_usd == 60_000 * Decimal("-0.005e-6")
+    builder.add("claude-haiku-5-5", Usage(input_tokens=50_000, output_tokens=50, cache_read_tokens=60_000))
+    tally = builder.tally()
+    assert tally.cache_savings_usd == 60_000 * (Decimal("-0.005e-6") + 5 * Decimal("0.045e-6"))
+    assert format_tally(tally).splitlines()[-1].endswith("  cache savings $0.0132")
+
+
+def test_what_caching_saved_is_unknown_where_a_price_or_an_old_tally_does_not_say() -> None:
+    """A tally that was written before it was counted; and a model without a price, if it cached anything."""
+    builder = TallyBuilder(PriceBook(), NOW)
+    builder.add("claude-imaginary-9", Usage(input_tokens=1))
+    assert builder.tally().cache_savings_usd == 0
+    builder.add("claude-imaginary-9", Usage(input_tokens=1, cache_read_tokens=1))
+    assert builder.tally().cache_savings_usd is None
+    for usage, savings in ((Usage(input_tokens=1), Decimal(0)), (Usage(input_tokens=1, cache_read_tokens=9), None)):
+        builder = TallyBuilder(PriceBook(), NOW)
+        builder.add("claude-opus-4-8", usage)
+        written = builder.tally().to_json()
+        assert CostTally.from_json(written) == builder.tally()
+        for line in (written, *written["models"].values()):
+            del line["cache_savings_usd"]
+        assert CostTally.from_json(written).cache_savings_usd == savings
 
 
 def test_prices_are_resolved_once_per_model_and_utc_date() -> None:
@@ -384,14 +421,14 @@ def test_a_failed_live_update_leaves_the_bundled_prices(
 
 def test_the_table_shows_every_model_and_the_total() -> None:
     """Columns line up, cache writes of both lengths are one column, and one unknown price makes the total unknown."""
-    known = ModelTally(50_000, 135_000_000, 5_000_000, 1_000, 200, 30, 0, Decimal("1234.5678"), Decimal("2469.1356"))
+    known = ModelTally(50_000, 135_000_000, 5_000_000, 1_000, 200, 30, 0, Decimal("1234.5678"), Decimal("2469.1356"), Decimal("-0.004"))
     unknown = ModelTally(1, 2, 3, batch_cost_usd=None, standard_cost_usd=None)
     assert format_tally(CostTally({"b": known, "a-longer-name": unknown})).splitlines() == [
         "model          requests        input     output  cache write  cache read  batch cost  standard cost    savings",
         "a-longer-name         1            2          3            0           0     unknown        unknown    unknown",
         "b                50,000  135,000,000  5,000,000        1,200          30   $1,234.57      $2,469.14  $1,234.57",
         "total            50,001  135,000,002  5,000,003        1,200          30     unknown        unknown    unknown",
-        "batch unknown  standard unknown  savings unknown",
+        "batch unknown  standard unknown  savings unknown  cache savings -$0.004",
     ]
 
 

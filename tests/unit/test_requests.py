@@ -16,7 +16,9 @@ from airflow_provider_batchkit.requests import (
     RequestDefaults,
     check_custom_id,
     encode_key,
+    encode_params,
     key_values,
+    params_digest,
     refuse_repeated_ids,
 )
 from airflow_provider_batchkit.templates import Row, RowTemplate
@@ -197,6 +199,27 @@ def test_a_key_column_that_is_not_in_the_source_is_named() -> None:
 def test_check_custom_id_takes_the_longest_that_the_api_takes() -> None:
     """64 characters of the allowed set pass."""
     assert check_custom_id("aZ0_-" + "x" * 59) == "aZ0_-" + "x" * 59
+
+
+@pytest.mark.parametrize("system", ["Sold at {{ row.shop }}.", 'The same, "always".'])
+@pytest.mark.parametrize("ttl", [None, "5m", "1h"])
+def test_a_system_prompt_is_part_of_the_params_as_they_are_encoded_whole(system: str, ttl: str | None) -> None:
+    """The fast way, the careful one, and the canonical JSON of the same params agree; the marker is part of the digest."""
+    defaults = RequestDefaults("claude-haiku-5-5", 100, params={"temperature": 0, "tools": []}, cache_system=ttl)
+    builder = RequestBuilder(defaults, job_id="0" * 20, key=["sku"], prompt=prompt("{{ row.name }}"), system=prompt(system))
+    rows = [{"sku": s, "name": f"tea {s}", "shop": shop} for s, shop in (("A", "x"), ("B", "x"), ("C", "é"), ("D", "x"))]
+    requests = builder.build_all(rows, 7)
+    assert requests == [builder.build(row, 7 + i) for i, row in enumerate(rows)]
+    for request, row in zip(requests, rows, strict=True):
+        text: Any = system.replace("{{ row.shop }}", row["shop"])
+        if ttl is not None:
+            text = [{"type": "text", "text": text, "cache_control": {"type": "ephemeral", "ttl": ttl}}]
+        messages = [{"role": "user", "content": row["name"]}]
+        params = {"model": "claude-haiku-5-5", "max_tokens": 100, "temperature": 0, "tools": [], "system": text, "messages": messages}
+        custom_id = f"{'0' * 20}-{params_digest(encode_params(params))}"
+        assert request == PreparedRequest(
+            custom_id, encode_key([row["sku"]]), b'{"custom_id":"%b","params":%b}' % (custom_id.encode(), encode_params(params))
+        )
 
 
 def test_rows_built_together_are_the_same_requests() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -34,6 +35,18 @@ def test_shards_are_cut_by_count(tmp_path: Path, count: int, limit: int, sizes: 
     assert [i for s in shards for i in ids(s)] == [f"id-{i}" for i in range(count)]
 
 
+@pytest.mark.parametrize(("count", "sizes"), [(0, []), (1, [1]), (2, [1, 1]), (5, [1, 3, 1])])
+def test_the_first_request_may_have_a_shard_of_its_own(tmp_path: Path, count: int, sizes: list[int]) -> None:
+    """The others are cut as ever, and every request knows its shard."""
+    writer = ShardWriter(str(tmp_path), max_requests=3, first_alone=True)
+    for i in range(count):
+        writer.add(request(i))
+    shards = writer.close()
+    assert [s.requests for s in shards] == sizes
+    assert [i for s in shards for i in ids(s)] == [f"id-{i}" for i in range(count)]
+    assert [writer.shard_of(i) for i in range(count)] == [0, 1, 1, 1, 2][:count]
+
+
 def test_shards_are_cut_by_bytes_exactly_at_the_limit(tmp_path: Path) -> None:
     """Three requests of 100 bytes fit into the envelope plus 300 and two commas; one byte less makes two shards."""
     exact = ENVELOPE + 300 + 2
@@ -58,7 +71,7 @@ def test_a_request_over_the_limit_is_refused_by_key(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("limits", [{"max_requests": 0}, {"max_requests": 100_001}, {"max_bytes": 256_000_001}, {"max_bytes": ENVELOPE}])
-def test_limits_beyond_the_apis_are_refused(tmp_path: Path, limits: dict[str, int]) -> None:
+def test_limits_beyond_the_apis_are_refused(tmp_path: Path, limits: dict[str, Any]) -> None:
     """The API's own limits cannot be raised."""
     with pytest.raises(BatchInputError, match="must be"):
         ShardWriter(str(tmp_path), **limits)

@@ -175,7 +175,7 @@ def test_rates_that_strike_once_let_the_second_ask_succeed() -> None:
 @pytest.mark.parametrize(("ttl", "seconds", "other"), [("5m", 300, "1h"), ("1h", 3600, "5m")])
 def test_a_cached_prefix_is_written_until_a_batch_has_ended_and_then_read(ttl: str, seconds: int, other: str) -> None:
     """Both requests of the first batch write, those within the ttl of the last use read, one after the ttl writes again."""
-    with Simulator() as simulator:
+    with Simulator(cache_min_tokens=100) as simulator:
         client = client_of(simulator)
         prefix = "p" * 400
         system = [{"type": "text", "text": prefix, "cache_control": {"type": "ephemeral", "ttl": ttl}}, {"type": "text", "text": "tail"}]
@@ -193,6 +193,34 @@ def test_a_cached_prefix_is_written_until_a_batch_has_ended_and_then_read(ttl: s
         assert (bill[f"cache_write_{ttl}_tokens"], bill[f"cache_write_{other}_tokens"], bill["cache_read_tokens"]) == (400, 0, 400)
         (plain,) = results_of(client, [request("a", "question", system=prefix)]).values()
         assert (plain.message.usage.cache_read_input_tokens, plain.message.usage.cache_creation_input_tokens) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("model", "minimum"),
+    [("claude-opus-5-5", 512), ("claude-sonnet-5", 1024), ("claude-opus-4-7", 2048), ("claude-haiku-4-5-20251001", 4096)],
+)
+def test_a_prefix_below_the_models_minimum_is_plain_input(model: str, minimum: int) -> None:
+    """One token short, and nothing is cached, without an error; at the minimum it is."""
+    with Simulator() as simulator:
+        for tokens, written in ((minimum - 1, 0), (minimum, minimum)):
+            system = [{"type": "text", "text": "p" * 4 * tokens, "cache_control": {"type": "ephemeral"}}]
+            (result,) = results_of(client_of(simulator), [request("a", "question", system=system, model=model)]).values()
+            usage = result.message.usage
+            assert (usage.cache_creation_input_tokens, usage.cache_read_input_tokens) == (written, 0)
+            assert usage.input_tokens == tokens + 2 + 8 - written
+
+
+def test_as_many_requests_write_a_cold_prefix_as_run_at_once() -> None:
+    """With three at a time the fourth finds what the first wrote; each prefix is counted for itself."""
+    with Simulator(cache_min_tokens=1, cache_concurrency=3) as simulator:
+        requests = [
+            request(f"{text}{i}", system=[{"type": "text", "text": text * 40, "cache_control": {"type": "ephemeral"}}])
+            for i in range(5)
+            for text in ("p", "q")
+        ]
+        results = results_of(client_of(simulator), requests)
+        reads = {custom_id for custom_id, result in results.items() if result.message.usage.cache_read_input_tokens}
+        assert reads == {"p3", "p4", "q3", "q4"}
 
 
 SCHEMAS: list[Any] = [
