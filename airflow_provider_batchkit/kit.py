@@ -31,10 +31,11 @@ from airflow_provider_batchkit.model import (
     RequestStatus,
 )
 from airflow_provider_batchkit.polling import Ended, GaveUp, PollState, TimedOut, Wait
-from airflow_provider_batchkit.pricing import PriceBook, TallyBuilder
+from airflow_provider_batchkit.pricing import PriceBook
 from airflow_provider_batchkit.requests import RequestBuilder, RequestDefaults, items_of, refuse_repeated_ids
 from airflow_provider_batchkit.results import Reconciler, StreamFaults, parse_stream
 from airflow_provider_batchkit.shards import remove_shard_files, write_shards
+from airflow_provider_batchkit.tally import TallyBuilder
 
 if TYPE_CHECKING:
     import anthropic

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime
 from decimal import ROUND_CEILING, Context, Decimal, InvalidOperation
 from enum import Enum
@@ -191,22 +191,71 @@ class ModelTally:
 
 
 @dataclass(frozen=True, slots=True)
+class UsageLine:
+    """Requests to one model that were priced alike. From such lines a batch can be priced again without its results."""
+
+    model: str
+    inference_geo: str | None
+    speed: str | None
+    requests: int
+    input_tokens: int
+    output_tokens: int
+    cache_write_5m_tokens: int
+    cache_write_1h_tokens: int
+    cache_read_tokens: int
+    web_searches: int
+    #: tokens of the smallest and the largest prompt, cached or not
+    smallest_prompt: int
+    largest_prompt: int
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Requests, tokens and searches, as ``ModelTally`` begins with them."""
+        usage = self.usage
+        return (
+            self.requests,
+            usage.input_tokens,
+            usage.output_tokens,
+            usage.cache_write_5m_tokens,
+            usage.cache_write_1h_tokens,
+            usage.cache_read_tokens,
+            usage.web_searches,
+        )
+
+    @property
+    def usage(self) -> Usage:
+        """All requests together."""
+        return Usage(
+            self.input_tokens,
+            self.output_tokens,
+            self.cache_write_5m_tokens,
+            self.cache_write_1h_tokens,
+            self.cache_read_tokens,
+            self.web_searches,
+            self.inference_geo,
+            self.speed,
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class CostTally:
     """What a batch, a job or a month cost, per model. Adds up with ``+``; exact, in ``Decimal`` USD.
 
     A total is ``None`` as soon as one model in it has no known price: an unknown cost is never shown as zero. Tokens always count.
-    ``price_version`` names the price data that was used; a sum over several versions lists them.
+    ``price_version`` names the price data that was used; a sum over several versions lists them. ``lines`` are what it takes to price the
+    same usage again (:func:`~airflow_provider_batchkit.tally.reprice`); the ledger keeps them.
     """
 
     models: Mapping[str, ModelTally] = field(default_factory=dict)
     price_version: str = ""
+    lines: tuple[UsageLine, ...] = field(default=(), compare=False, repr=False)
 
     def __add__(self, other: CostTally) -> CostTally:
         models = dict(self.models)
         for name, tally in other.models.items():
             models[name] = models[name] + tally if name in models else tally
         versions = [*self.price_version.split(", "), *other.price_version.split(", ")]
-        return CostTally(models, ", ".join(sorted({v for v in versions if v})))
+        return CostTally(models, ", ".join(sorted({v for v in versions if v})), self.lines + other.lines)
 
     @classmethod
     def sum(cls, tallies: Iterable[CostTally]) -> CostTally:
@@ -268,19 +317,21 @@ class CostTally:
     def cache_savings_usd(self) -> Decimal | None:
         return self.total.cache_savings_usd
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self, *, with_lines: bool = False) -> dict[str, Any]:
         """Plain JSON values: counts as numbers, money as decimal strings (a JSON number would be a binary float)."""
+        lines = {"lines": [asdict(line) for line in self.lines]} if with_lines else {}
         return {
             **_tally_json(self.total),
             "price_version": self.price_version,
             "models": {name: _tally_json(tally) for name, tally in sorted(self.models.items())},
+            **lines,
         }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> CostTally:
         """The inverse of :meth:`to_json`."""
         models = {name: _tally_from_json(values) for name, values in data["models"].items()}
-        return cls(models, data.get("price_version", ""))
+        return cls(models, data.get("price_version", ""), tuple(UsageLine(**line) for line in data.get("lines", ())))
 
 
 def _tally_json(tally: ModelTally) -> dict[str, Any]:

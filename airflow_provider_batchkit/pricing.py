@@ -23,7 +23,7 @@ import logging
 import re
 import tomllib
 from collections.abc import Iterator, Mapping
-from dataclasses import astuple, dataclass, field, replace
+from dataclasses import astuple, dataclass, field
 from datetime import UTC, date, datetime
 from decimal import Context, Decimal, InvalidOperation, localcontext
 from importlib.metadata import version as installed_version
@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from airflow_provider_batchkit.exceptions import BatchInputError
-from airflow_provider_batchkit.model import COST_QUANTUM, Cost, CostTally, ModelTally, Usage, format_usd_exact
+from airflow_provider_batchkit.model import COST_QUANTUM, Cost, Usage, format_usd_exact
 
 if TYPE_CHECKING:
     from genai_prices.data_snapshot import DataSnapshot
@@ -110,13 +110,20 @@ class ModelRates:
                 scale = 10 ** max(0, *(-int(rate.as_tuple().exponent) for rate in pico))
                 yield scale, *(int(rate * scale) for rate in pico)
 
-    def pico_usd(self, usage: Usage) -> tuple[int, int]:
-        """Batch and standard cost of one request in whole pico-dollars, a half rounded to even."""
+    def tier_start(self, prompt_tokens: int) -> int:
+        """``min_prompt_tokens`` of the tier that a prompt of that size is priced in."""
+        return max(minimum for minimum, _ in self._lines if prompt_tokens >= minimum)
+
+    def pico_usd(self, usage: Usage, tier_prompt: int | None = None) -> tuple[int, int]:
+        """Batch and standard cost of one request in whole pico-dollars, a half rounded to even.
+
+        :param tier_prompt: prompt tokens that choose the price tier; by default the usage's own
+        """
         write_5m, write_1h = usage.cache_write_5m_tokens, usage.cache_write_1h_tokens
         fresh, read, output = usage.input_tokens, usage.cache_read_tokens, usage.output_tokens
         lines = self._lines[0][1]
         if len(self._lines) > 1:
-            prompt_tokens = fresh + write_5m + write_1h + read
+            prompt_tokens = fresh + write_5m + write_1h + read if tier_prompt is None else tier_prompt
             for minimum, candidate in self._lines:
                 if prompt_tokens >= minimum:
                     lines = candidate
@@ -188,7 +195,7 @@ class PriceBook:
     def cost(self, model: str, usage: Usage, at: datetime) -> Cost | None:
         """What one request costs, or ``None`` for an unknown model: an unknown cost is never zero."""
         rates = self.rates(model, at)
-        return None if rates is None else _cost(*rates.pico_usd(usage))
+        return None if rates is None else cost_of_pico(*rates.pico_usd(usage))
 
     def _resolve(self, model: str, at: datetime) -> ModelRates | None:
         try:
@@ -346,95 +353,13 @@ def _bad_override(problem: str) -> BatchInputError:
     return BatchInputError(f"price override {problem} (no request was sent)")
 
 
-class TallyBuilder:
-    """Adds up the requests of one batch, priced at ``at``, per model. Exact; memory grows with the number of models only."""
-
-    def __init__(self, price_book: PriceBook, at: datetime) -> None:
-        self._book = price_book
-        self._at = at
-        #: per model its rates and the running sums, in the order of ``ModelTally``, money in pico-dollars
-        self._sums: dict[str, tuple[ModelRates | None, list[int]]] = {}
-
-    def add(self, model: str, usage: Usage) -> Cost | None:
-        """Count one request; what it costs, or ``None`` for an unknown model (its tokens are counted all the same)."""
-        pico = self.add_pico(model, usage)
-        return None if pico is None else _cost(*pico)
-
-    def add_pico(self, model: str, usage: Usage) -> tuple[int, int] | None:
-        """Like :meth:`add`, but gives batch and standard cost in whole pico-dollars: what a landing of many rows works with."""
-        entry = self._sums.get(model)
-        if entry is None:
-            entry = self._sums[model] = (self._book.rates(model, self._at), [0] * 10)
-        rates, sums = entry
-        sums[0] += 1
-        sums[1] += usage.input_tokens
-        sums[2] += usage.output_tokens
-        sums[3] += usage.cache_write_5m_tokens
-        sums[4] += usage.cache_write_1h_tokens
-        sums[5] += usage.cache_read_tokens
-        sums[6] += usage.web_searches
-        if rates is None:
-            return None
-        costs = rates.pico_usd(usage)
-        sums[7] += costs[0]
-        sums[8] += costs[1]
-        if usage.cache_write_5m_tokens or usage.cache_write_1h_tokens or usage.cache_read_tokens:
-            # a price tier looks at the whole prompt, cached or not, so it is the same one
-            sums[9] += rates.pico_usd(usage.uncached())[0] - costs[0]
-        return costs
-
-    def tally(self) -> CostTally:
-        """Everything added so far. Without any request it is empty and names no prices."""
-        models = {}
-        for model, (rates, (*counts, batch, standard, cached)) in self._sums.items():
-            costs = [_usd_of_pico(pico) for pico in (batch, standard, cached)]
-            line = ModelTally(*counts, *costs)  # type: ignore[arg-type] # the sums are in the order of its fields
-            if rates is None:
-                unknown = None if line.used_cache else line.cache_savings_usd
-                line = replace(line, batch_cost_usd=None, standard_cost_usd=None, cache_savings_usd=unknown)
-            models[model] = line
-        return CostTally(models, self._book.version if models else "")
+def cost_of_pico(batch: int, standard: int) -> Cost:
+    """Whole picodollars as a cost."""
+    return Cost(usd_of_pico(batch), usd_of_pico(standard))
 
 
-def format_tally(tally: CostTally) -> str:
-    """A text table for the log: a line per model, a total, and last ``batch $400.00  standard $800.00  savings $400.00``."""
-    total = tally.total
-    header = ("model", "requests", "input", "output", "cache write", "cache read", "batch cost", "standard cost", "savings")
-    rows: list[tuple[str, ...]] = [header]
-    for name, line in [*sorted(tally.models.items()), ("total", total)]:
-        written = line.cache_write_5m_tokens + line.cache_write_1h_tokens
-        counts = (line.requests, line.input_tokens, line.output_tokens, written, line.cache_read_tokens)
-        money = (line.batch_cost_usd, line.standard_cost_usd, line.savings_usd)
-        rows.append((name, *(f"{count:,}" for count in counts), *(_format_usd(usd) for usd in money)))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    form = "  ".join([f"{{:<{widths[0]}}}", *(f"{{:>{width}}}" for width in widths[1:])])
-    return "\n".join([*(form.format(*row) for row in rows), summary_line(tally)])
-
-
-def summary_line(tally: CostTally) -> str:
-    """``batch $400.00  standard $800.00  savings $400.00``; ``unknown`` where a model has no known price.
-
-    With prompt caching also ``cache savings $80.00``: how much dearer the batch would have been without it.
-    """
-    batch, standard, savings = map(_format_usd, (tally.batch_cost_usd, tally.standard_cost_usd, tally.savings_usd))
-    line = f"batch {batch}  standard {standard}  savings {savings}"
-    return f"{line}  cache savings {_format_usd(tally.cache_savings_usd)}" if tally.total.used_cache else line
-
-
-def _format_usd(value: Decimal | None) -> str:
-    # below a dollar six significant digits, so that a small cost never reads as none
-    if value is None:
-        return "unknown"
-    amount = value.copy_abs()
-    text = f"{amount:,.2f}" if amount >= 1 else format_usd_exact(Context(prec=6).plus(amount))
-    return f"{'-' if value < 0 else ''}${text}"
-
-
-def _cost(batch: int, standard: int) -> Cost:
-    return Cost(_usd_of_pico(batch), _usd_of_pico(standard))
-
-
-def _usd_of_pico(pico: int) -> Decimal:
+def usd_of_pico(pico: int) -> Decimal:
+    """Whole picodollars in USD, exactly."""
     return _EXACT.multiply(pico, COST_QUANTUM)
 
 

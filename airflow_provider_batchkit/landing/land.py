@@ -27,9 +27,10 @@ from airflow_provider_batchkit.ledger.engine import prepare_engine
 from airflow_provider_batchkit.ledger.ledger import BatchRecord, Ledger
 from airflow_provider_batchkit.ledger.states import BatchState
 from airflow_provider_batchkit.model import BatchItem, BatchSnapshot, RequestStatus
-from airflow_provider_batchkit.pricing import PriceBook, TallyBuilder
+from airflow_provider_batchkit.pricing import PriceBook
 from airflow_provider_batchkit.progress import Progress
 from airflow_provider_batchkit.results import Reconciler
+from airflow_provider_batchkit.tally import TallyBuilder
 
 log = logging.getLogger(__name__)
 

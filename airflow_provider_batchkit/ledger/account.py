@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from datetime import datetime
 from decimal import Decimal
 from typing import Any
 
@@ -24,10 +25,18 @@ def bill_columns(tally: CostTally) -> dict[str, Any]:
     """A landed batch's bill as columns of its own row."""
     total = tally.total
     return {
-        "tally": json.dumps(tally.to_json()),
+        "tally": json.dumps(tally.to_json(with_lines=True)),
         "batch_cost_picousd": pico(total.batch_cost_usd),
         "standard_cost_picousd": pico(total.standard_cost_usd),
     }
+
+
+def tally_of(engine: Engine, batch_id: str) -> tuple[CostTally, datetime] | None:
+    """What a landed batch was billed, and when it was created; None for one that has not landed."""
+    statement = sa.select(batch.c.tally, batch.c.created_at).where(batch.c.batch_id == batch_id, batch.c.tally.is_not(None))
+    with engine.connect() as connection:
+        row = connection.execute(statement).first()
+    return None if row is None else (CostTally.from_json(json.loads(row.tally)), row.created_at)
 
 
 def write_bill(connection: Connection, job_id: str, shard: int, tally: CostTally) -> None:

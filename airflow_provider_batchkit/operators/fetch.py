@@ -79,7 +79,7 @@ class FetchBatchOperator(BatchLineage, BaseOperator):
         from airflow_provider_batchkit.jobs import fetch_job
         from airflow_provider_batchkit.landing import WriteDisposition
         from airflow_provider_batchkit.ledger import Ledger
-        from airflow_provider_batchkit.pricing import format_tally
+        from airflow_provider_batchkit.tally import format_tally
 
         batch_ids = as_batch_ids(self.batch_id)
         if self.write_disposition == "replace" and (context["ti"].map_index or 0) >= 0 and context["ti"].map_index is not None:

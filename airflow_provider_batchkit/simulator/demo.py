@@ -148,7 +148,7 @@ def show_bill(catalog: Path) -> None:
     import json
 
     from airflow_provider_batchkit.model import CostTally
-    from airflow_provider_batchkit.pricing import format_tally
+    from airflow_provider_batchkit.tally import format_tally
 
     latest = "SELECT job_id FROM batchkit_job ORDER BY created_at DESC LIMIT 1"
     with contextlib.closing(sqlite3.connect(catalog)) as connection:

@@ -18,7 +18,10 @@ import pytest
 
 from airflow_provider_batchkit.exceptions import BatchInputError, RequestError, ResultStreamError, TableError
 from airflow_provider_batchkit.landing.stage import AskedKeys
+from airflow_provider_batchkit.ledger.account import tally_of
+from airflow_provider_batchkit.pricing import PriceBook
 from airflow_provider_batchkit.simulator import Simulator, SimulatorSettings, answer_for
+from airflow_provider_batchkit.tally import reprice
 from tests.databases import Database
 from tests.warehouse import Warehouse, kit_for
 
@@ -89,6 +92,20 @@ def test_the_bill_is_exact_in_the_table_the_ledger_and_the_tally(database: Datab
     assert sum(r["c"] for r in booked) == 200_000_000_000
     assert {r["state"] for r in booked} == {"landed"}
     assert sum(json.loads(r["tally"])["input_tokens"] for r in booked) == 67_500
+
+
+def test_a_landed_batch_can_be_priced_again(database: Database) -> None:
+    """From the ledger alone: the results may be gone by then."""
+    with Simulator(SimulatorSettings(input_tokens=2700, output_tokens=100)) as sim:
+        warehouse = Warehouse(database.engine(), kit_for(sim.base_url))
+        (batch_id,) = warehouse.submit(products(25), model="claude-opus-4-8").batch_ids
+        assert tally_of(warehouse.engine, batch_id) is None
+        warehouse.fetch([batch_id])
+    found = tally_of(warehouse.engine, batch_id)
+    assert found is not None
+    tally, created_at = found
+    half = PriceBook({"claude-opus-4-8": {"input_usd_per_mtok": "2.5", "output_usd_per_mtok": "12.5"}})
+    assert (tally.batch_cost_usd, reprice(tally, half, created_at).batch_cost_usd) == (Decimal("0.2"), Decimal("0.1"))
 
 
 def test_fetching_twice_changes_nothing(warehouse: Warehouse) -> None:

@@ -18,12 +18,12 @@ from airflow_provider_batchkit.budget import Budget
 from airflow_provider_batchkit.exceptions import SubmitRefusedError
 from airflow_provider_batchkit.jobs import SubmitReport, rehearse_job, submit_job
 from airflow_provider_batchkit.ledger import JobRecord, make_job_id
-from airflow_provider_batchkit.pricing import format_tally
 from airflow_provider_batchkit.priming import Priming
 from airflow_provider_batchkit.requests import RequestBuilder, RequestDefaults
 from airflow_provider_batchkit.simulator import Simulator, SimulatorProcess, SimulatorSettings, answer_for
 from airflow_provider_batchkit.sources import KeyTypes
 from airflow_provider_batchkit.spending import Limits
+from airflow_provider_batchkit.tally import format_tally
 from airflow_provider_batchkit.templates import RowTemplate
 from tests.databases import Database
 from tests.integration.airflow_runs import run_dag

@@ -90,8 +90,8 @@ def test_a_stage_imports_only_the_values_and_the_errors() -> None:
 def test_the_kit_composes_stages_and_the_calls_of_the_api_alone() -> None:
     """``BatchKit`` works without a ledger, without a table to land in, and without Airflow."""
     assert violations(modules_in({"api"}), FOUNDATION | STAGES) == []
-    assert violations(modules_in({"estimate"}), FOUNDATION | STAGES) == []
-    assert violations(modules_in({"kit"}), FOUNDATION | STAGES | {"api", "estimate"}) == []
+    assert violations(modules_in({"estimate", "tally"}), FOUNDATION | STAGES) == []
+    assert violations(modules_in({"kit"}), FOUNDATION | STAGES | {"api", "estimate", "tally"}) == []
 
 
 def test_ledger_and_landing_know_neither_the_kit_nor_the_package_as_a_whole() -> None:

@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 
 from airflow_provider_batchkit.exceptions import BatchInputError
 from airflow_provider_batchkit.model import CostTally, ModelTally, Usage, format_pico_exact, format_usd_exact
-from airflow_provider_batchkit.pricing import PriceBook, TallyBuilder, format_tally, load_price_overrides
+from airflow_provider_batchkit.pricing import PriceBook, load_price_overrides
+from airflow_provider_batchkit.tally import TallyBuilder, format_tally
 
 NOW = datetime(2026, 11, 23, tzinfo=UTC)
 MODELS = {model.id: model for provider in providers if provider.id == "anthropic" for model in provider.models}

@@ -1,0 +1,157 @@
+"""Adding up: what requests used and cost, per model; the same usage at other prices; and the bill as text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from datetime import datetime
+from decimal import Context, Decimal
+
+from airflow_provider_batchkit.exceptions import BatchInputError
+from airflow_provider_batchkit.model import Cost, CostTally, ModelTally, Usage, UsageLine, format_usd_exact
+from airflow_provider_batchkit.pricing import ModelRates, PriceBook, cost_of_pico, usd_of_pico
+
+#: in a list of sums: the counts of ``ModelTally`` and ``UsageLine``, then money in pico-dollars, then the prompts' sizes
+_COUNTS = 7
+_BATCH, _STANDARD, _CACHE_SAVINGS, _SMALLEST, _LARGEST = range(_COUNTS, _COUNTS + 5)
+
+
+class TallyBuilder:
+    """Adds up the requests of one batch, priced at ``at``. Exact; memory grows with the number of models and price tiers only."""
+
+    def __init__(self, price_book: PriceBook, at: datetime) -> None:
+        self._book = price_book
+        self._at = at
+        self._rates: dict[str, ModelRates | None] = {}
+        #: running sums of what is priced alike: model, ``inference_geo``, ``speed``, start of the price tier
+        self._lines: dict[tuple[str, str | None, str | None, int], list[int]] = {}
+
+    def add(self, model: str, usage: Usage) -> Cost | None:
+        """Count one request; what it costs, or ``None`` for an unknown model (its tokens are counted all the same)."""
+        pico = self.add_pico(model, usage)
+        return None if pico is None else cost_of_pico(*pico)
+
+    def add_pico(self, model: str, usage: Usage) -> tuple[int, int] | None:
+        """Like :meth:`add`, but gives batch and standard cost in whole pico-dollars: what a landing of many rows works with."""
+        if model in self._rates:
+            rates = self._rates[model]
+        else:
+            rates = self._rates[model] = self._book.rates(model, self._at)
+        fresh, write_5m, write_1h, read = (
+            usage.input_tokens,
+            usage.cache_write_5m_tokens,
+            usage.cache_write_1h_tokens,
+            usage.cache_read_tokens,
+        )
+        prompt = fresh + write_5m + write_1h + read
+        tier = 0 if rates is None or len(rates.tiers) == 1 else rates.tier_start(prompt)
+        key = (model, usage.inference_geo, usage.speed, tier)
+        sums = self._lines.get(key)
+        if sums is None:
+            sums = self._lines[key] = [0] * _SMALLEST + [prompt, prompt]
+        sums[0] += 1
+        sums[1] += fresh
+        sums[2] += usage.output_tokens
+        sums[3] += write_5m
+        sums[4] += write_1h
+        sums[5] += read
+        sums[6] += usage.web_searches
+        if prompt < sums[_SMALLEST]:
+            sums[_SMALLEST] = prompt
+        elif prompt > sums[_LARGEST]:
+            sums[_LARGEST] = prompt
+        if rates is None:
+            return None
+        costs = rates.pico_usd(usage)
+        sums[_BATCH] += costs[0]
+        sums[_STANDARD] += costs[1]
+        if write_5m or write_1h or read:
+            # a price tier looks at the whole prompt, cached or not, so it is the same one
+            sums[_CACHE_SAVINGS] += rates.pico_usd(usage.uncached())[0] - costs[0]
+        return costs
+
+    def tally(self) -> CostTally:
+        """Everything added so far. Without any request it is empty and names no prices."""
+        lines = [UsageLine(model, geo, speed, *sums[:_COUNTS], *sums[_SMALLEST:]) for (model, geo, speed, _), sums in self._lines.items()]
+        costs = [sums[_BATCH:_SMALLEST] if self._rates[key[0]] is not None else None for key, sums in self._lines.items()]
+        return _tally(zip(lines, costs, strict=True), self._book)
+
+
+def _tally(priced: Iterable[tuple[UsageLine, list[int] | None]], book: PriceBook) -> CostTally:
+    """Lines, each with its batch cost, standard cost and cache savings in pico-dollars, or None where no price is known."""
+    models: dict[str, ModelTally] = {}
+    lines = []
+    for line, pico in priced:
+        batch, standard, cached = (None, None, None) if pico is None else map(usd_of_pico, pico)
+        one = ModelTally(*line.counts, batch, standard, cached)  # type: ignore[call-arg,arg-type] # in the order of its fields
+        if pico is None and not one.used_cache:
+            one = replace(one, cache_savings_usd=Decimal(0))
+        models[line.model] = models[line.model] + one if line.model in models else one
+        lines.append(line)
+    return CostTally(models, book.version if models else "", tuple(lines))
+
+
+def reprice(tally: CostTally, book: PriceBook, at: datetime) -> CostTally:
+    """The same usage at other prices, without its results: a batch's tally from the ledger, say, at prices that were negotiated later.
+
+    Exact, but for half a picodollar a request where a price has fractions of a picodollar a token.
+
+    :param at: the time whose prices count, aware: a batch's own creation, to compare
+    :raises BatchInputError: when the tally does not say enough: requests were priced together that the other prices tell apart by the
+        size of their prompts
+    """
+    if tally.requests != sum(line.requests for line in tally.lines):
+        raise BatchInputError(
+            "This tally has no usage lines to price again: it was written by an earlier version, or is not from the ledger."
+        )
+    priced = []
+    for line in tally.lines:
+        rates = book.rates(line.model, at)
+        priced.append((line, None if rates is None else _repriced(line, rates)))
+    return _tally(priced, book)
+
+
+def _repriced(line: UsageLine, rates: ModelRates) -> list[int]:
+    start = rates.tier_start(line.smallest_prompt)
+    if rates.tier_start(line.largest_prompt) != start:
+        raise BatchInputError(
+            f"{line.requests:,} requests to {line.model} have prompts of {line.smallest_prompt:,} to {line.largest_prompt:,} tokens. The "
+            f"new prices change at {rates.tier_start(line.largest_prompt):,}, and which requests are on which side is not kept."
+        )
+    usage = line.usage
+    batch, standard = rates.pico_usd(usage, start)
+    return [batch, standard, rates.pico_usd(usage.uncached(), start)[0] - batch]
+
+
+def format_tally(tally: CostTally) -> str:
+    """A text table for the log: a line per model, a total, and last ``batch $400.00  standard $800.00  savings $400.00``."""
+    total = tally.total
+    header = ("model", "requests", "input", "output", "cache write", "cache read", "batch cost", "standard cost", "savings")
+    rows: list[tuple[str, ...]] = [header]
+    for name, line in [*sorted(tally.models.items()), ("total", total)]:
+        written = line.cache_write_5m_tokens + line.cache_write_1h_tokens
+        counts = (line.requests, line.input_tokens, line.output_tokens, written, line.cache_read_tokens)
+        money = (line.batch_cost_usd, line.standard_cost_usd, line.savings_usd)
+        rows.append((name, *(f"{count:,}" for count in counts), *(_format_usd(usd) for usd in money)))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    form = "  ".join([f"{{:<{widths[0]}}}", *(f"{{:>{width}}}" for width in widths[1:])])
+    return "\n".join([*(form.format(*row) for row in rows), summary_line(tally)])
+
+
+def summary_line(tally: CostTally) -> str:
+    """``batch $400.00  standard $800.00  savings $400.00``; ``unknown`` where a model has no known price.
+
+    With prompt caching also ``cache savings $80.00``: how much dearer the batch would have been without it.
+    """
+    batch, standard, savings = map(_format_usd, (tally.batch_cost_usd, tally.standard_cost_usd, tally.savings_usd))
+    line = f"batch {batch}  standard {standard}  savings {savings}"
+    return f"{line}  cache savings {_format_usd(tally.cache_savings_usd)}" if tally.total.used_cache else line
+
+
+def _format_usd(value: Decimal | None) -> str:
+    # below a dollar six significant digits, so that a small cost never reads as none
+    if value is None:
+        return "unknown"
+    amount = value.copy_abs()
+    text = f"{amount:,.2f}" if amount >= 1 else format_usd_exact(Context(prec=6).plus(amount))
+    return f"{'-' if value < 0 else ''}${text}"
