@@ -33,6 +33,7 @@ from airflow_provider_batchkit.landing import LandingReport, WriteDisposition, l
 from airflow_provider_batchkit.ledger import BatchState, JobRecord, Landed, Ledger
 from airflow_provider_batchkit.ledger.account import note_rendering
 from airflow_provider_batchkit.ledger.history import output_per_request
+from airflow_provider_batchkit.ledger.rounds import note_sent
 from airflow_provider_batchkit.model import MAX_BYTES_PER_BATCH, MAX_REQUESTS_PER_BATCH, BatchSnapshot, PreparedRequest, Shard
 from airflow_provider_batchkit.reconcile import SETTLE_S, Settler
 from airflow_provider_batchkit.shards import ShardWriter, remove_shard_files, split_shard
@@ -73,10 +74,14 @@ def submit_job(
     settle_seconds: float = SETTLE_S,
     before_send: Callable[[], None] = lambda: None,
     limits: Limits = NO_LIMITS,
+    round_number: int = 1,
+    only: Iterable[str] | None = None,
 ) -> SubmitReport:
     """Submit whatever of ``requests`` the job has not in flight or landed.
 
     :param requests: built with the job's id; consumed once, to its end, before anything is sent
+    :param round_number: from 1; what the rounds before it asked may be asked again in it, where ``only`` says so
+    :param only: keys of the rows to ask; None for all
     :param settle_seconds: how long a shard that an earlier attempt may have sent is looked for before it counts as never accepted
     :param before_send: called once the source has been read and found good, before the first POST
     :param limits: what the job may cost
@@ -95,7 +100,7 @@ def submit_job(
         first_new = ledger.next_shard(job.job_id)
         writer = ShardWriter(folder, first_number=first_new, max_requests=max_requests, max_bytes=max_bytes)
         started = time.monotonic()
-        spool(requests, ledger.known(job.job_id), writer, folder, report)
+        spool(requests, ledger.known(job.job_id, round_number), writer, folder, report, only)
         shards = writer.close()
         rendering_s = time.monotonic() - started
         before_send()
@@ -108,7 +113,7 @@ def submit_job(
             try:
                 with spending.allowed(report.estimate):
                     for shard in shards:
-                        _send(kit, ledger, settler, job, lease, shard, anthropic_conn_id, spending)
+                        _send(kit, ledger, settler, job, lease, shard, anthropic_conn_id, spending, round_number)
                         report.asked += shard.requests
             except CostLimitError as e:
                 e.submitted = running_ids(ledger, job.job_id)
@@ -119,6 +124,7 @@ def submit_job(
             f"{len(doubtful)} shards of job {job.job_id} had taken batches for their own that proved to be other jobs'. The next attempt "
             "looks for their own, and sends them if they were never accepted."
         )
+    note_sent(ledger.engine, job.job_id, lease, round_number)
     report.batch_ids = running_ids(ledger, job.job_id)
     return report
 
@@ -131,6 +137,7 @@ def rehearse_job(
     *,
     max_requests: int = MAX_REQUESTS_PER_BATCH,
     max_bytes: int = MAX_BYTES_PER_BATCH,
+    only: Iterable[str] | None = None,
 ) -> SubmitReport:
     """What :func:`submit_job` would send, with its estimate. Sends nothing but the token counts of a sample, and journals nothing.
 
@@ -141,7 +148,7 @@ def rehearse_job(
     with tempfile.TemporaryDirectory(prefix="batchkit-") as folder:
         first_new = ledger.next_shard(job.job_id) if exists else 0
         writer = ShardWriter(folder, first_number=first_new, max_requests=max_requests, max_bytes=max_bytes)
-        spool(requests, ledger.known(job.job_id) if exists else (), writer, folder, report)
+        spool(requests, ledger.known(job.job_id) if exists else (), writer, folder, report, only)
         shards = writer.close()
         report.batches = len(shards)
         report.estimate, _ = estimate_shards(
@@ -160,7 +167,15 @@ def running_ids(ledger: Ledger, job_id: str) -> list[str]:
 
 
 def _send(
-    kit: BatchKit, ledger: Ledger, settler: Settler, job: JobRecord, lease: int, shard: Shard, anthropic_conn_id: str, spending: Spending
+    kit: BatchKit,
+    ledger: Ledger,
+    settler: Settler,
+    job: JobRecord,
+    lease: int,
+    shard: Shard,
+    anthropic_conn_id: str,
+    spending: Spending,
+    round_number: int,
 ) -> None:
     """Send a shard until the API has it: in two halves after a 413, and again after a POST that proved never to have been accepted."""
     waiting = deque([shard])
@@ -168,7 +183,7 @@ def _send(
     while waiting:
         # shards that failed keep their numbers in the ledger
         piece = replace(waiting.popleft(), number=ledger.next_shard(job.job_id))
-        ledger.intend(job.job_id, lease, piece, anthropic_conn_id, spending.bound(piece), spending.budget)
+        ledger.intend(job.job_id, lease, piece, anthropic_conn_id, spending.bound(piece), spending.budget, round_number)
         try:
             found = kit.send(piece, fence=lambda: ledger.check_lease(job.job_id, lease), answer_timeout_s=settler.answer_timeout_s)
         except SubmitUncertainError as e:

@@ -21,6 +21,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from airflow_provider_batchkit.exceptions import BatchInputError, WrongBatchError
+from airflow_provider_batchkit.landing.rounds import forget_outcomes, leave_out_superseded, remove_rows
 from airflow_provider_batchkit.landing.stage import create_stage
 from airflow_provider_batchkit.landing.table import RESULT_COLUMNS, ResultTable, WriteDisposition
 from airflow_provider_batchkit.ledger.account import note_landing, pico
@@ -234,7 +235,8 @@ class _Landing:
                     "source_rows": landed.counts.total(),
                 },
             )
-        landed.rows = self._write(connection, stage, snapshot.batch_id, empty_first=empty_first)
+            leave_out_superseded(connection, stage, record)
+        landed.rows = self._write(connection, stage, snapshot.batch_id, record, empty_first=empty_first)
         if record is not None:
             self._settle_requests(connection, stage, record)
         stage.drop(connection)
@@ -301,7 +303,7 @@ class _Landing:
             not copy,
         )
 
-    def _write(self, connection: Connection, stage: sa.Table, batch_id: str, *, empty_first: bool) -> int:
+    def _write(self, connection: Connection, stage: sa.Table, batch_id: str, record: BatchRecord | None, *, empty_first: bool) -> int:
         """Move the staged rows into the table; returns how many."""
         target = self.table.table
         wanted = sa.true() if self.include_failed else stage.c.status == RequestStatus.SUCCEEDED.value
@@ -319,6 +321,8 @@ class _Landing:
             connection.execute(sa.delete(target))
         else:
             connection.execute(sa.delete(target).where(target.c.batch_id == batch_id))
+            if record is not None:
+                remove_rows(connection, target, record, sa.exists().where(same_key, wanted))
         connection.execute(sa.insert(target).from_select(list(names), select))
         return int(connection.execute(sa.select(sa.func.count()).select_from(stage).where(wanted)).scalar_one())
 
@@ -327,6 +331,7 @@ class _Landing:
         """Write each source row's outcome to the ledger, anew when the batch has landed before."""
         here = (request_table.c.job_id == record.job_id) & (request_table.c.shard == record.shard)
         connection.execute(sa.delete(request_table).where(here))
+        forget_outcomes(connection, stage, record)
         values: dict[str, Any] = {
             "job_id": sa.literal(record.job_id),
             "key": stage.c.batchkit_key,

@@ -129,9 +129,9 @@ def summary() -> sa.Select[Any]:
     """``batchkit_summary``. Times of the API's clock and of ours are never subtracted from each other.
 
     ``rendering_s`` reads and renders the source, ``submitting_s`` goes from the journaled intent to the journaled batch id, added up over
-    the batches, ``waiting_s`` from the first batch's creation to the last one's end, ``landing_s`` writes the results. ``shared_rows``
-    were answered by another row's request; ``dedupe_hit_ratio`` is their share of all rows, 0 to 1. All but ``open_batches`` is of what
-    has landed.
+    the batches, ``waiting_s`` from the first batch's creation to the last one's end, ``landing_s`` writes the results. ``source_rows``
+    counts each row once, ``requests`` and ``shared_rows``, which were answered by another row's request, in every round that asked them;
+    ``dedupe_hit_ratio`` is the share of the latter in all rows asked, 0 to 1. All but ``open_batches`` is of what has landed.
     """
     is_landed = batch.c.state == BatchState.LANDED.value
 
@@ -140,13 +140,15 @@ def summary() -> sa.Select[Any]:
 
     group = (job.c.job_id, job.c.dag_id, job.c.run_id, job.c.task_id, job.c.map_index, job.c.created_at, job.c.rendering_ms)
     requests, rows = sa.func.sum(landed(batch.c.requests)), sa.func.sum(landed(batch.c.source_rows))
+    first_round = sa.case((batch.c.round == 1, batch.c.source_rows), else_=0)
     waited = seconds_between(sa.func.min(landed(batch.c.created_at)), sa.func.max(landed(batch.c.ended_at)))
     inner = (
         sa.select(
             *group[:-1],
             sa.func.count(landed(batch.c.shard)).label("batches"),
             sa.func.sum(sa.case((is_landed, 0), else_=1)).label("open_batches"),
-            rows.label("source_rows"),
+            sa.func.max(landed(batch.c.round)).label("rounds"),
+            sa.func.sum(landed(first_round)).label("source_rows"),
             requests.label("requests"),
             (rows - requests).label("shared_rows"),
             (sa.cast(rows - requests, sa.Double()) / sa.func.nullif(rows, 0)).label("dedupe_hit_ratio"),

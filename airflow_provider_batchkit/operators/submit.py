@@ -18,7 +18,7 @@ from airflow_provider_batchkit.lineage import BatchLineage
 from airflow_provider_batchkit.links import ConsoleLink, push_console_link
 from airflow_provider_batchkit.model import MAX_BYTES_PER_BATCH, MAX_REQUESTS_PER_BATCH, parse_usd
 from airflow_provider_batchkit.operators.metrics import count_submitted
-from airflow_provider_batchkit.operators.tasks import batchkit_errors, job_of
+from airflow_provider_batchkit.operators.tasks import as_batch_ids, batchkit_errors, job_of
 
 if TYPE_CHECKING:
     from airflow.providers.common.compat.sdk import Context
@@ -68,7 +68,11 @@ class SubmitBatchOperator(BatchLineage, BaseOperator):
         The upper bound is reserved before anything is sent; a task that does not fit fails, or is skipped if the budget says so
     :param dry_run: log what would be sent and what it would cost, push that under the XCom key ``estimate``, and skip: nothing is sent
         or journaled, and tasks behind this one are skipped too
-    :param on_empty: a source without rows: ``"skip"`` the task, ``"succeed"`` with no batches, or ``"fail"``
+    :param only_failed_of: landed batches of an earlier task, usually its output: ask only rows whose key failed in them in a way that is
+        worth asking again (expired, canceled, overloaded, rate limited, API errors; never what the API refused). Give the rows as that
+        task had them: the requests are rendered anew (templated)
+    :param retry_invalid_output: count answers that do not fit the schema among what is worth asking again, although they are billed
+    :param on_empty: a source without rows, or without a row to ask again: ``"skip"`` the task, ``"succeed"`` with no batches, or ``"fail"``
     """
 
     template_fields: Sequence[str] = (
@@ -81,6 +85,7 @@ class SubmitBatchOperator(BatchLineage, BaseOperator):
         "sql_conn_id",
         "source_conn_id",
         "input_conn_id",
+        "only_failed_of",
     )
     template_ext: Sequence[str] = (".sql",)
     template_fields_renderers = {"sql": "sql", "requests": "json"}  # noqa: RUF012 - Airflow's own attribute
@@ -113,6 +118,8 @@ class SubmitBatchOperator(BatchLineage, BaseOperator):
         max_cost_usd: Decimal | str | float | None = None,
         budget: Budget | Mapping[str, Any] | None = None,
         dry_run: bool = False,
+        only_failed_of: Any = None,
+        retry_invalid_output: bool = False,
         on_empty: str = "skip",
         **kwargs: Any,
     ) -> None:
@@ -139,6 +146,10 @@ class SubmitBatchOperator(BatchLineage, BaseOperator):
         self.settle_seconds = settle_seconds
         self.cancel_on_kill = cancel_on_kill
         self._job_id: str | None = None
+        self.only_failed_of = only_failed_of
+        # a task's output may turn out to be None, which must not mean "ask all rows"
+        self._asks_again = only_failed_of is not None
+        self.retry_invalid_output = retry_invalid_output
         self.on_empty = on_empty
         self.max_cost_usd = None if max_cost_usd is None else parse_usd(max_cost_usd, f"Task {self.task_id}: max_cost_usd")
         self.budget = None if budget is None else Budget.parse(budget)
@@ -162,34 +173,51 @@ class SubmitBatchOperator(BatchLineage, BaseOperator):
 
     def execute(self, context: Context) -> list[str]:
         with batchkit_errors():
-            try:
-                report = self._submit(context)
-            except BatchKitError as e:
-                push_console_link(context, e.submitted)
-                # what an earlier attempt sent is paid for and must be fetched, so it is no reason to skip
-                if isinstance(e, BudgetExceededError) and self.budget and self.budget.on_exceeded == "skip" and not e.submitted:
-                    raise AirflowSkipException(str(e)) from e
-                raise
+            report = self._ask(context)
+        if not report.batch_ids:
+            return self._empty(report)
+        self.lineage_summary = {"batch_ids": report.batch_ids, "source_rows": report.rows, "submitted_requests": report.asked}
+        return report.batch_ids
+
+    def _ask(self, context: Context, round_number: int = 1) -> SubmitReport:
+        """Submit a round of the job, and tell of it."""
+        try:
+            report = self._submit(context, round_number)
+        except BatchKitError as e:
+            push_console_link(context, e.submitted)
+            # what an earlier attempt sent is paid for and must be fetched, so it is no reason to skip
+            if isinstance(e, BudgetExceededError) and self.budget and self.budget.on_exceeded == "skip" and not e.submitted:
+                raise AirflowSkipException(str(e)) from e
+            raise
         if self.is_dry_run and report.rows:
             self._end_dry_run(context, report)
         if not report.batch_ids:
-            return self._empty()
+            return report
         push_console_link(context, report.batch_ids)
         count_submitted(context["ti"], report.asked)
-        self.lineage_summary = {"batch_ids": report.batch_ids, "source_rows": report.rows, "submitted_requests": report.asked}
         context["ti"].xcom_push(key="batch_id", value=report.batch_ids[0])
         self.log.info(
-            "%s rows: %s asked now, %s share a request, %s were asked by an earlier attempt; %d batches: %s",
+            "%s rows: %s asked now, %s share a request, %s were asked by an earlier attempt, %s are not to be asked; %d batches: %s",
             f"{report.rows:,}",
             f"{report.asked:,}",
             f"{report.copies:,}",
             f"{report.known:,}",
+            f"{report.passed_over:,}",
             len(report.batch_ids),
             ", ".join(report.batch_ids),
         )
-        return report.batch_ids
+        return report
 
-    def _submit(self, context: Context) -> SubmitReport:
+    def _only(self, context: Context, ledger: Ledger, job_id: str, round_number: int) -> Iterable[str] | None:
+        """Keys of the rows to ask in a round; None for all."""
+        from airflow_provider_batchkit.ledger.rounds import failed_keys_of
+
+        if not self._asks_again:
+            return None
+        ti, batch_ids = context["ti"], as_batch_ids(self.only_failed_of)
+        return failed_keys_of(ledger.engine, batch_ids, ti.dag_id, ti.run_id, invalid_output=self.retry_invalid_output)
+
+    def _submit(self, context: Context, round_number: int) -> SubmitReport:
         from airflow_provider_batchkit.files import FileRows
         from airflow_provider_batchkit.jobs import rehearse_job, submit_job
         from airflow_provider_batchkit.ledger import Ledger
@@ -204,9 +232,10 @@ class SubmitBatchOperator(BatchLineage, BaseOperator):
         items = self._items()
         requests = self._requests(context, job.job_id, key, types, items)
         cut = {"max_requests": self.max_requests_per_batch, "max_bytes": self.max_bytes_per_batch}
+        only = self._only(context, ledger, job.job_id, round_number)
         with items.naming_places() if isinstance(items, FileRows) else nullcontext():
             if self.is_dry_run:
-                return rehearse_job(self.hook.kit, ledger, job, requests, **cut)
+                return rehearse_job(self.hook.kit, ledger, job, requests, **cut, only=only)
             return submit_job(
                 self.hook.kit,
                 ledger,
@@ -217,6 +246,8 @@ class SubmitBatchOperator(BatchLineage, BaseOperator):
                 settle_seconds=self.settle_seconds,
                 before_send=lambda: self._note_key(ledger, job.job_id, types),
                 limits=Limits(self.max_cost_usd, self.budget),
+                round_number=round_number,
+                only=only,
             )
 
     def _end_dry_run(self, context: Context, report: SubmitReport) -> None:
@@ -231,8 +262,7 @@ class SubmitBatchOperator(BatchLineage, BaseOperator):
         self.log.info("Estimate for %s", found)
         raise AirflowSkipException("Dry run: nothing was sent.")
 
-    @staticmethod
-    def _note_key(ledger: Ledger, job_id: str, types: KeyTypes) -> None:
+    def _note_key(self, ledger: Ledger, job_id: str, types: KeyTypes) -> None:
         """Journal the key's columns and types for the result table, and refuse now what no table could hold later."""
         from airflow_provider_batchkit.landing import ResultTable
 
@@ -277,19 +307,20 @@ class SubmitBatchOperator(BatchLineage, BaseOperator):
         return read_sql(sql_engine(self.source_conn_id or self.sql_conn_id), self.sql, self.parameters)
 
     def on_kill(self) -> None:
-        from airflow_provider_batchkit.jobs import running_ids
-        from airflow_provider_batchkit.ledger import Ledger
+        from airflow_provider_batchkit.ledger import BatchState, Ledger
 
         if not self.cancel_on_kill or self._job_id is None:
             return
-        for batch_id in running_ids(Ledger(sql_engine(self.sql_conn_id)), self._job_id):
+        batches = Ledger(sql_engine(self.sql_conn_id)).batches(self._job_id)
+        for batch_id in (b.batch_id for b in batches if b.batch_id and b.state is BatchState.SUBMITTED):
             self.log.info("The task was killed and cancel_on_kill is set: canceling %s", batch_id)
             self.hook.kit.cancel(batch_id)
 
-    def _empty(self) -> list[str]:
+    def _empty(self, report: SubmitReport) -> list[str]:
+        why = f"None of the source's {report.rows:,} rows is to be asked again" if report.rows else "The source has no rows"
         if self.on_empty == "fail":
-            raise BatchInputError("The source has no rows, and on_empty is 'fail'. Nothing was sent.")
+            raise BatchInputError(f"{why}, and on_empty is 'fail'. Nothing was sent.")
         if self.on_empty == "skip":
-            raise AirflowSkipException("The source has no rows; nothing was sent.")
-        self.log.info("The source has no rows; nothing was sent.")
+            raise AirflowSkipException(f"{why}; nothing was sent.")
+        self.log.info("%s; nothing was sent.", why)
         return []
