@@ -13,13 +13,15 @@ import logging
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from itertools import chain
 from typing import Any
 
 from airflow_provider_batchkit.estimate import Estimate, estimate_shards
 from airflow_provider_batchkit.exceptions import (
+    BatchInputError,
     BatchUnavailableError,
     CostLimitError,
     LedgerError,
@@ -30,10 +32,10 @@ from airflow_provider_batchkit.exceptions import (
 )
 from airflow_provider_batchkit.kit import BatchKit
 from airflow_provider_batchkit.landing import LandingReport, WriteDisposition, land_batches
-from airflow_provider_batchkit.ledger import BatchState, JobRecord, Landed, Ledger
+from airflow_provider_batchkit.ledger import BatchRecord, BatchState, JobRecord, Landed, Ledger
 from airflow_provider_batchkit.ledger.account import note_rendering
 from airflow_provider_batchkit.ledger.history import output_per_request
-from airflow_provider_batchkit.ledger.rounds import note_sent
+from airflow_provider_batchkit.ledger.rounds import failed_keys, note_sent
 from airflow_provider_batchkit.model import MAX_BYTES_PER_BATCH, MAX_REQUESTS_PER_BATCH, BatchSnapshot, PreparedRequest, Shard
 from airflow_provider_batchkit.reconcile import SETTLE_S, Settler
 from airflow_provider_batchkit.shards import ShardWriter, remove_shard_files, split_shard
@@ -294,3 +296,32 @@ def _current_id(ledger: Ledger, settler: Settler, batch_id: str, dag_id: str, ru
             )
         batch_id = record.batch_id
     return batch_id
+
+
+def failed_keys_of(ledger: Ledger, batch_ids: Iterable[str], *, dag_id: str, run_id: str, invalid_output: bool = False) -> Iterator[str]:
+    """Keys of the rows that failed in these batches in a way that is worth asking again.
+
+    :param dag_id: of the asking task, with ``run_id``: tells whose batch is meant when one was exchanged
+    :param invalid_output: count answers that do not fit the schema among them
+    :raises BatchInputError: for a batch that has not landed, or that the ledger does not have
+    """
+    ledger.ensure()
+    landed = [_landed_record(ledger, batch_id, dag_id, run_id) for batch_id in batch_ids]
+    return chain.from_iterable(failed_keys(ledger.engine, r.job_id, r.shard, invalid_output=invalid_output) for r in landed)
+
+
+def _landed_record(ledger: Ledger, batch_id: str, dag_id: str, run_id: str) -> BatchRecord:
+    record, current, seen = ledger.find(batch_id), batch_id, set()
+    while current not in seen and (follower := ledger.replacement(current, dag_id, run_id)) is not None:
+        seen.add(current)
+        record, current = follower, follower.batch_id or ""
+    if record is None:
+        raise BatchInputError(
+            f"The ledger does not know the batch {batch_id}, so it cannot tell which of its rows to ask again. It must be one that this "
+            "provider submitted with the same sql_conn_id. Nothing was sent."
+        )
+    if record.state is not BatchState.LANDED:
+        raise BatchInputError(
+            f"The batch {batch_id} has not landed, so nobody knows which of its rows to ask again. Fetch it first. Nothing was sent."
+        )
+    return record

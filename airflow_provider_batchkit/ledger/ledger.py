@@ -170,7 +170,7 @@ class Ledger:
     # --- requests -----------------------------------------------------------------------------------------------------------------
 
     def known(self, job_id: str, round_number: int = 1) -> Iterator[Known]:
-        """Rows that earlier attempts have asked in this round of the job: they are in flight or landed."""
+        """Rows that earlier attempts have in flight or landed in this round of the job, or in a later one."""
         with self.engine.connect() as connection:
             for shard in rounds.shards(connection, job_id, round_number):
                 for entry in journal.entries(connection, job_id, shard):

@@ -12,16 +12,14 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
-from itertools import chain
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 
-from airflow_provider_batchkit.exceptions import BatchInputError
 from airflow_provider_batchkit.ledger.engine import write_transaction
 from airflow_provider_batchkit.ledger.leases import hold_lease
 from airflow_provider_batchkit.ledger.states import BatchState
@@ -68,7 +66,8 @@ def note_sent(engine: Engine, job_id: str, lease: int, round_number: int) -> Non
     """
     with write_transaction(engine) as connection:
         hold_lease(connection, job_id, lease)
-        connection.execute(sa.update(job).where(job.c.job_id == job_id).values(rounds_sent=round_number))
+        behind = (job.c.job_id == job_id) & (job.c.rounds_sent < round_number)
+        connection.execute(sa.update(job).where(behind).values(rounds_sent=round_number))
 
 
 def reopen(connection: Connection, job_id: str, shard: int) -> None:
@@ -78,8 +77,8 @@ def reopen(connection: Connection, job_id: str, shard: int) -> None:
 
 
 def shards(connection: Connection, job_id: str, round_number: int) -> list[int]:
-    """Numbers of the round's shards whose requests are journaled."""
-    statement = sa.select(batch.c.shard).where(batch.c.job_id == job_id, batch.c.round == round_number, batch.c.state.in_(_LIVING))
+    """Numbers of the shards whose requests are journaled, of this round and later ones."""
+    statement = sa.select(batch.c.shard).where(batch.c.job_id == job_id, batch.c.round >= round_number, batch.c.state.in_(_LIVING))
     return list(connection.execute(statement.order_by(batch.c.shard)).scalars())
 
 
@@ -89,65 +88,17 @@ def shards(connection: Connection, job_id: str, round_number: int) -> list[int]:
 def count_failed(engine: Engine, job_id: str, *, invalid_output: bool = False) -> int:
     """How many rows of a job are worth asking again."""
     statement = sa.select(sa.func.count()).select_from(request)
-    with engine.connect() as connection:
-        return int(
-            connection.execute(statement.where(request.c.job_id == job_id, _worth_asking(invalid_output=invalid_output))).scalar_one()
-        )
-
-
-def failed_keys(engine: Engine, job_id: str, *, invalid_output: bool = False) -> Iterator[str]:
-    """Keys of a job's rows that are worth asking again, by their last outcome."""
-    yield from _keys(engine, request.c.job_id == job_id, _worth_asking(invalid_output=invalid_output))
-
-
-def failed_keys_of(engine: Engine, batch_ids: Iterable[str], dag_id: str, run_id: str, *, invalid_output: bool = False) -> Iterator[str]:
-    """Keys of rows that are worth asking again and whose last outcome is of one of these batches.
-
-    :param dag_id: of the asking task, with ``run_id``: tells whose batch is meant when one was exchanged
-    :raises BatchInputError: for a batch that has not landed, or that the ledger does not have
-    """
-    landed = [_landed_batch(engine, batch_id, dag_id, run_id) for batch_id in batch_ids]
     worth = _worth_asking(invalid_output=invalid_output)
-    return chain.from_iterable(_keys(engine, request.c.job_id == job_id, request.c.shard == shard, worth) for job_id, shard in landed)
+    with engine.connect() as connection:
+        return int(connection.execute(statement.where(request.c.job_id == job_id, worth)).scalar_one())
 
 
-def _keys(engine: Engine, *where: sa.ColumnElement[bool]) -> Iterator[str]:
+def failed_keys(engine: Engine, job_id: str, shard: int | None = None, *, invalid_output: bool = False) -> Iterator[str]:
+    """Keys of a job's rows that are worth asking again, by their last outcome; with ``shard`` only where that is one of this shard."""
+    here = [request.c.job_id == job_id] if shard is None else [request.c.job_id == job_id, request.c.shard == shard]
     with engine.connect() as connection:
         connection = connection.execution_options(yield_per=_KEYS_AT_A_TIME)
-        yield from connection.execute(sa.select(request.c.key).where(*where)).scalars()
-
-
-def _landed_batch(engine: Engine, batch_id: str, dag_id: str, run_id: str) -> tuple[str, int]:
-    follower = batch.alias()
-    exchanged = (
-        sa.select(follower.c.batch_id)
-        .join(batch, (batch.c.job_id == follower.c.job_id) & (batch.c.replaced_by == follower.c.shard))
-        .join(job, job.c.job_id == batch.c.job_id)
-        .where(job.c.dag_id == dag_id, job.c.run_id == run_id)
-    )
-    current: str | None = batch_id
-    seen: set[str | None] = set()
-    with engine.connect() as connection:
-        exists = sa.inspect(connection).has_table(batch.name)
-        while (
-            exists
-            and current not in seen
-            and (found := connection.execute(exchanged.where(batch.c.adopted_id == current)).first()) is not None
-        ):
-            seen.add(current)
-            current = found.batch_id
-        statement = sa.select(batch.c.job_id, batch.c.shard, batch.c.state).where(batch.c.batch_id == current)
-        row = connection.execute(statement).first() if exists else None
-    if row is None:
-        raise BatchInputError(
-            f"only_failed_of: the ledger does not know the batch {batch_id}. Only what this provider submitted, with the same sql_conn_id, "
-            "can be asked again. Nothing was sent."
-        )
-    if row.state != BatchState.LANDED.value:
-        raise BatchInputError(
-            f"only_failed_of: the batch {batch_id} has not landed, so nobody knows yet which rows failed. Fetch it first. Nothing was sent."
-        )
-    return row.job_id, row.shard
+        yield from connection.execute(sa.select(request.c.key).where(*here, _worth_asking(invalid_output=invalid_output))).scalars()
 
 
 # --- the end ----------------------------------------------------------------------------------------------------------------------

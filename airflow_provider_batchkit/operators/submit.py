@@ -210,12 +210,12 @@ class SubmitBatchOperator(BatchLineage, BaseOperator):
 
     def _only(self, context: Context, ledger: Ledger, job_id: str, round_number: int) -> Iterable[str] | None:
         """Keys of the rows to ask in a round; None for all."""
-        from airflow_provider_batchkit.ledger.rounds import failed_keys_of
+        from airflow_provider_batchkit.jobs import failed_keys_of
 
         if not self._asks_again:
             return None
         ti, batch_ids = context["ti"], as_batch_ids(self.only_failed_of)
-        return failed_keys_of(ledger.engine, batch_ids, ti.dag_id, ti.run_id, invalid_output=self.retry_invalid_output)
+        return failed_keys_of(ledger, batch_ids, dag_id=ti.dag_id, run_id=ti.run_id, invalid_output=self.retry_invalid_output)
 
     def _submit(self, context: Context, round_number: int) -> SubmitReport:
         from airflow_provider_batchkit.files import FileRows

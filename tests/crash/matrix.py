@@ -202,7 +202,8 @@ def run(engine: sa.Engine, simulator: RemoteControl, folder: Path) -> int:
     return faults
 
 
-def main() -> int:
+def main(run: Callable[[sa.Engine, RemoteControl, Path], int] = run) -> int:
+    """Set up the database that the arguments name, and ``run`` all cases in it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--url", required=True, help="SQLAlchemy URL of an empty database")
     parser.add_argument("--airflow-uri", required=True, help="the same as an Airflow connection")

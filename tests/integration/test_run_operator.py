@@ -375,6 +375,46 @@ def test_killing_it_cancels_what_runs_only_where_that_is_asked_for(
     assert {b["id"]: b["status"] for b in sim.stats()["batches"]}[running] == ("canceling" if cancel else "in_progress")
 
 
+def test_a_round_whose_batch_proves_to_be_anothers_is_sent_by_the_next_attempt(
+    home: Path, database: Database, sim: SimulatorProcess
+) -> None:
+    """A cut POST and a running batch of the same size: adopted as a guess, disproved at landing, and the retry sends the rows once."""
+    from airflow_provider_batchkit.hooks.batchkit import BatchKitHook
+
+    fill(database, {1: "one", 2: "two [[sim:expired-once]]"})
+    sim.set(clock="manual")
+    (foreign,) = BatchKitHook().kit.submit(["a", "b"], model="claude-haiku-5-5", max_tokens=9)
+    sim.faults.add("cut_before_accept")
+    legs = Legs(max_rounds=2)
+    assert legs.run().trigger.batch_ids == [foreign]
+    sim.end(foreign)
+    sim.set(clock="instant")
+    with pytest.raises(AirflowFailException, match="is another job's"):
+        legs.resume()
+    asked = sim.stats()["requests_accepted"]
+    assert legs.run()["counts"] == {"succeeded": 2}
+    assert sim.stats()["requests_accepted"] == asked + 3
+
+
+def test_a_retry_in_the_middle_of_a_round_sends_only_the_rest_of_it(home: Path, database: Database, sim: SimulatorProcess) -> None:
+    """The second round's second batch is refused for a while: the retry sends that one, and lands both."""
+    fill(database, {i: f"{i} [[sim:expired-once]]" for i in range(4)})
+    sim.set(clock="manual")
+    legs = Legs(max_rounds=2, max_requests_per_batch=2)
+    for batch_id in legs.run().trigger.batch_ids:
+        sim.end(batch_id)
+    sim.faults.add("status", endpoint="create", status=403, after=1)
+    with pytest.raises(AirflowFailException, match="403"):
+        legs.resume()
+    deferred = legs.run()
+    assert len(deferred.trigger.batch_ids) == 2
+    for batch_id in deferred.trigger.batch_ids:
+        sim.end(batch_id)
+    summary = legs.resume()
+    assert [(r["rows"], r["requests"]) for r in summary["rounds"]] == [(4, 4), (4, 4)]
+    assert sim.stats()["requests_accepted"] == 8
+
+
 # --- the three-task form ----------------------------------------------------------------------------------------------------------
 
 AGAIN = """
