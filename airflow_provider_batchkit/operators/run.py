@@ -124,11 +124,11 @@ class RunBatchOperator(SubmitBatchOperator, LandingOperator):
         """The round that is to be begun now, or that an earlier attempt has not sent whole; None when there is none."""
         from airflow_provider_batchkit.ledger import BatchState, rounds
 
+        if self._stopped is not None:
+            return None
         batches = job.batches()
         begun = max((b.round for b in batches), default=0)
         sent = rounds.sent(job.ledger.engine, job.job_id)
-        if self._stopped is not None:
-            return None
         if begun == 0 or begun > sent or any(b.state is BatchState.SENDING for b in batches):
             return max(begun, 1)
         if begun >= self.max_rounds or any(b.state is BatchState.SUBMITTED for b in batches):
