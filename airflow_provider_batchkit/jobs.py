@@ -13,14 +13,16 @@ import logging
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
+from itertools import chain
 from typing import Any
 
 from airflow_provider_batchkit.estimate import Estimate, estimate_shards
 from airflow_provider_batchkit.exceptions import (
+    BatchInputError,
     BatchUnavailableError,
     CostLimitError,
     LedgerError,
@@ -31,9 +33,10 @@ from airflow_provider_batchkit.exceptions import (
 )
 from airflow_provider_batchkit.kit import BatchKit
 from airflow_provider_batchkit.landing import LandingReport, WriteDisposition, land_batches
-from airflow_provider_batchkit.ledger import BatchState, JobRecord, Landed, Ledger
+from airflow_provider_batchkit.ledger import BatchRecord, BatchState, JobRecord, Landed, Ledger
 from airflow_provider_batchkit.ledger.account import note_rendering
 from airflow_provider_batchkit.ledger.history import answered, output_per_request
+from airflow_provider_batchkit.ledger.rounds import failed_keys, note_sent
 from airflow_provider_batchkit.model import MAX_BYTES_PER_BATCH, MAX_REQUESTS_PER_BATCH, BatchSnapshot, PreparedRequest, Shard
 from airflow_provider_batchkit.priming import Hold, Priming
 from airflow_provider_batchkit.reconcile import SETTLE_S, Settler
@@ -79,11 +82,15 @@ def submit_job(
     before_send: Callable[[], None] = lambda: None,
     limits: Limits = NO_LIMITS,
     priming: Priming | None = None,
+    round_number: int = 1,
+    only: Iterable[str] | None = None,
 ) -> SubmitReport:
     """Submit whatever of ``requests`` the job has not in flight or landed.
 
     :param requests: built with the job's id; consumed once, to its end, before anything is sent
     :param skip_unchanged: leave rows out whose request has succeeded in another run of the task
+    :param round_number: from 1; what the rounds before it asked may be asked again in it, where ``only`` says so
+    :param only: keys of the rows to ask; None for all
     :param settle_seconds: how long a shard that an earlier attempt may have sent is looked for before it counts as never accepted
     :param before_send: called once the source has been read and found good, before the first POST
     :param limits: what the job may cost
@@ -105,7 +112,7 @@ def submit_job(
         writer = ShardWriter(folder, first_number=first_new, max_requests=max_requests, max_bytes=max_bytes, first_alone=first_alone)
         started = time.monotonic()
         history = answered(ledger.engine, job) if skip_unchanged else ()
-        spool(requests, ledger.known(job.job_id), writer, folder, report, answered=history)
+        spool(requests, ledger.known(job.job_id, round_number), writer, folder, report, only=only, answered=history)
         shards = writer.close()
         rendering_s = time.monotonic() - started
         before_send()
@@ -123,7 +130,7 @@ def submit_job(
                             report.waits_for = priming.hold(kit, ledger.batches(job.job_id))
                         if report.waits_for is not None:
                             break
-                        _send(kit, ledger, settler, job, lease, shard, anthropic_conn_id, spending)
+                        _send(kit, ledger, settler, job, lease, shard, anthropic_conn_id, spending, round_number)
                         report.asked += shard.requests
             except CostLimitError as e:
                 e.submitted = running_ids(ledger, job.job_id)
@@ -134,6 +141,8 @@ def submit_job(
             f"{len(doubtful)} shards of job {job.job_id} had taken batches for their own that proved to be other jobs'. The next attempt "
             "looks for their own, and sends them if they were never accepted."
         )
+    if report.waits_for is None:
+        note_sent(ledger.engine, job.job_id, lease, round_number)
     report.batch_ids = running_ids(ledger, job.job_id)
     return report
 
@@ -148,6 +157,7 @@ def rehearse_job(
     max_bytes: int = MAX_BYTES_PER_BATCH,
     skip_unchanged: bool = False,
     priming: Priming | None = None,
+    only: Iterable[str] | None = None,
 ) -> SubmitReport:
     """What :func:`submit_job` would send, with its estimate. Sends nothing but the token counts of a sample, and journals nothing.
 
@@ -161,7 +171,7 @@ def rehearse_job(
         writer = ShardWriter(folder, first_number=first_new, max_requests=max_requests, max_bytes=max_bytes, first_alone=first_alone)
         known = ledger.known(job.job_id) if exists else ()
         history = answered(ledger.engine, job) if exists and skip_unchanged else ()
-        spool(requests, known, writer, folder, report, answered=history)
+        spool(requests, known, writer, folder, report, only=only, answered=history)
         shards = writer.close()
         report.batches = len(shards)
         report.estimate, _ = estimate_shards(
@@ -180,7 +190,15 @@ def running_ids(ledger: Ledger, job_id: str) -> list[str]:
 
 
 def _send(
-    kit: BatchKit, ledger: Ledger, settler: Settler, job: JobRecord, lease: int, shard: Shard, anthropic_conn_id: str, spending: Spending
+    kit: BatchKit,
+    ledger: Ledger,
+    settler: Settler,
+    job: JobRecord,
+    lease: int,
+    shard: Shard,
+    anthropic_conn_id: str,
+    spending: Spending,
+    round_number: int,
 ) -> None:
     """Send a shard until the API has it: in two halves after a 413, and again after a POST that proved never to have been accepted."""
     waiting = deque([shard])
@@ -188,7 +206,7 @@ def _send(
     while waiting:
         # shards that failed keep their numbers in the ledger
         piece = replace(waiting.popleft(), number=ledger.next_shard(job.job_id))
-        ledger.intend(job.job_id, lease, piece, anthropic_conn_id, spending.bound(piece), spending.budget)
+        ledger.intend(job.job_id, lease, piece, anthropic_conn_id, spending.bound(piece), spending.budget, round_number)
         try:
             found = kit.send(piece, fence=lambda: ledger.check_lease(job.job_id, lease), answer_timeout_s=settler.answer_timeout_s)
         except SubmitUncertainError as e:
@@ -300,3 +318,32 @@ def _current_id(ledger: Ledger, settler: Settler, batch_id: str, dag_id: str, ru
             )
         batch_id = record.batch_id
     return batch_id
+
+
+def failed_keys_of(ledger: Ledger, batch_ids: Iterable[str], *, dag_id: str, run_id: str, invalid_output: bool = False) -> Iterator[str]:
+    """Keys of the rows that failed in these batches in a way that is worth asking again.
+
+    :param dag_id: of the asking task, with ``run_id``: tells whose batch is meant when one was exchanged
+    :param invalid_output: count answers that do not fit the schema among them
+    :raises BatchInputError: for a batch that has not landed, or that the ledger does not have
+    """
+    ledger.ensure()
+    landed = [_landed_record(ledger, batch_id, dag_id, run_id) for batch_id in batch_ids]
+    return chain.from_iterable(failed_keys(ledger.engine, r.job_id, r.shard, invalid_output=invalid_output) for r in landed)
+
+
+def _landed_record(ledger: Ledger, batch_id: str, dag_id: str, run_id: str) -> BatchRecord:
+    record, current, seen = ledger.find(batch_id), batch_id, set()
+    while current not in seen and (follower := ledger.replacement(current, dag_id, run_id)) is not None:
+        seen.add(current)
+        record, current = follower, follower.batch_id or ""
+    if record is None:
+        raise BatchInputError(
+            f"The ledger does not know the batch {batch_id}, so it cannot tell which of its rows to ask again. It must be one that this "
+            "provider submitted with the same sql_conn_id. Nothing was sent."
+        )
+    if record.state is not BatchState.LANDED:
+        raise BatchInputError(
+            f"The batch {batch_id} has not landed, so nobody knows which of its rows to ask again. Fetch it first. Nothing was sent."
+        )
+    return record

@@ -11,7 +11,7 @@ from array import array
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import islice
+from itertools import compress, islice
 from pathlib import Path
 
 from airflow_provider_batchkit.exceptions import RequestError
@@ -42,6 +42,8 @@ class RowCounts:
     rows: int = 0
     #: rows that share another row's request
     copies: int = 0
+    #: rows that are not among those to ask
+    passed_over: int = 0
     #: rows that an earlier attempt has in flight or landed
     known: int = 0
     #: of those, rows whose request would be another one now; they are not asked again
@@ -57,16 +59,18 @@ def spool(
     folder: str,
     counts: RowCounts,
     *,
+    only: Iterable[str] | None = None,
     answered: Iterable[tuple[str, str]] = (),
 ) -> None:
     """Write what is new into shards.
 
     :param known: rows of earlier attempts
     :param folder: for files of this call's own
+    :param only: keys of the rows to ask; None for all
     :param answered: (key, digest) of requests that earlier runs have answered, the latest first: the same again is left out
     :raises RequestError: for a key that comes twice
     """
-    with closing(_Seen(folder, known, answered)) as seen:
+    with closing(_Seen(folder, known, only, answered)) as seen:
         _spool(requests, seen, writer, counts)
 
 
@@ -103,7 +107,8 @@ def _spool(requests: Iterable[PreparedRequest], seen: _Seen, writer: ShardWriter
 class _Seen:
     """Keys and questions of the job so far; memory: 32 bytes a row, 64 for rows of earlier attempts."""
 
-    def __init__(self, folder: str, known: Iterable[Known], answered: Iterable[tuple[str, str]]) -> None:
+    def __init__(self, folder: str, known: Iterable[Known], only: Iterable[str] | None, answered: Iterable[tuple[str, str]]) -> None:
+        """For the parameters see :func:`spool`."""
         self._answered_keys = MarkTable(Path(folder, "answered-keys"))
         #: by number of the answered key, the beginning of its request's digest
         self._answers = array("Q")
@@ -115,6 +120,10 @@ class _Seen:
         self.new_keys = MarkTable(Path(folder, "new-keys"))
         self.questions = MarkTable(Path(folder, "questions"))
         self._known_keys = MarkTable(Path(folder, "known-keys"))
+        self._only = None if only is None else MarkTable(Path(folder, "only-keys"))
+        keys = iter(only or ())
+        while self._only is not None and (part := list(islice(keys, _CHUNK_ROWS))):
+            self._only.add_all([_key_mark(key) for key in part])
         #: by number of the known key, the number of its question
         self._asked = array("I")
         #: by number of the question, the shard that asks it
@@ -128,7 +137,11 @@ class _Seen:
                     self._shards.append(row.shard)
 
     def unknown(self, chunk: _Requests, keys: list[bytes], counts: RowCounts) -> tuple[_Requests, list[bytes]]:
-        """Those requests, and their keys, that no earlier attempt has in flight or landed; the others are counted."""
+        """Those requests to ask, with their keys, that no earlier attempt has in flight or landed; the others are counted."""
+        if self._only is not None:
+            wanted = [number is not None for number in self._only.find_all(keys)]
+            counts.passed_over += wanted.count(False)
+            chunk, keys = list(compress(chunk, wanted)), list(compress(keys, wanted))
         if not self._asked:
             return chunk, keys
         fresh, fresh_keys = [], []
@@ -161,8 +174,9 @@ class _Seen:
         return self._shards[question] if question < earlier else writer.shard_of(question - earlier)
 
     def close(self) -> None:
-        for table in (self.new_keys, self.questions, self._known_keys, self._answered_keys):
-            table.close()
+        for table in (self.new_keys, self.questions, self._known_keys, self._answered_keys, self._only):
+            if table is not None:
+                table.close()
 
 
 def _chunks(requests: Iterable[PreparedRequest]) -> Iterator[list[PreparedRequest]]:

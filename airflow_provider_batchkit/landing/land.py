@@ -19,6 +19,7 @@ from sqlalchemy.engine import Connection
 
 from airflow_provider_batchkit.exceptions import BatchInputError, WrongBatchError
 from airflow_provider_batchkit.landing.report import NAMED, LandedBatch, LandingReport, log_faults
+from airflow_provider_batchkit.landing.rounds import leave_out_superseded
 from airflow_provider_batchkit.landing.stage import AskedKeys, Stage
 from airflow_provider_batchkit.landing.table import ResultTable, WriteDisposition
 from airflow_provider_batchkit.landing.write import TableWriter, prepare_connection, queue_for_table, settle_requests
@@ -108,12 +109,13 @@ class _Landing:
         for landed, stage, record in filled:
             if record is not None:
                 self._book(connection, record, landed, now)
+                leave_out_superseded(connection, stage, record)
                 settle_requests(connection, stage, record)
         queue_for_table(connection, self.table)
         if self.disposition is WriteDisposition.REPLACE:
             writer.empty()
-        for landed, stage, _ in filled:
-            writer.write(stage, landed.snapshot.batch_id)
+        for landed, stage, record in filled:
+            writer.write(stage, landed.snapshot.batch_id, record)
             stage.drop(connection)
         written_s = time.monotonic() - started
         for landed, _, record in filled:

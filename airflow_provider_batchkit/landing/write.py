@@ -8,6 +8,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
+from airflow_provider_batchkit.landing.rounds import forget_outcomes, remove_rows
 from airflow_provider_batchkit.landing.table import ResultTable, WriteDisposition
 from airflow_provider_batchkit.ledger.ledger import BatchRecord
 from airflow_provider_batchkit.ledger.tables import request as request_table
@@ -42,6 +43,7 @@ def settle_requests(connection: Connection, stage: sa.Table, record: BatchRecord
     """Write each source row's outcome and cost to the ledger, anew when the batch has landed before."""
     here = (request_table.c.job_id == record.job_id) & (request_table.c.shard == record.shard)
     connection.execute(sa.delete(request_table).where(here))
+    forget_outcomes(connection, stage, record)
     values: dict[str, Any] = {
         "job_id": sa.literal(record.job_id),
         "key": stage.c.batchkit_key,
@@ -75,7 +77,7 @@ class TableWriter:
         """Delete every row of the table."""
         self._connection.execute(sa.delete(self._table.table))
 
-    def write(self, stage: sa.Table, batch_id: str) -> None:
+    def write(self, stage: sa.Table, batch_id: str, record: BatchRecord | None) -> None:
         """Write one batch's rows as the disposition says."""
         target, names, keys = self._table.table, self._table.column_names, self._table.key_names
         staged = {
@@ -93,4 +95,6 @@ class TableWriter:
             select = select.where(~sa.exists().where(same_key))
         elif self._disposition is WriteDisposition.APPEND:
             self._connection.execute(sa.delete(target).where(target.c.batch_id == batch_id))
+            if record is not None:
+                remove_rows(self._connection, target, record, sa.exists().where(same_key, wanted))
         self._connection.execute(sa.insert(target).from_select(list(names), select))

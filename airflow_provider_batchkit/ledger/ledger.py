@@ -15,7 +15,7 @@ from sqlalchemy.exc import DBAPIError, IntegrityError
 
 from airflow_provider_batchkit.budget import Budget
 from airflow_provider_batchkit.exceptions import LedgerError
-from airflow_provider_batchkit.ledger import budgets, journal
+from airflow_provider_batchkit.ledger import budgets, journal, rounds
 from airflow_provider_batchkit.ledger.account import bill_columns, write_bill
 from airflow_provider_batchkit.ledger.engine import prepare_engine, write_transaction
 from airflow_provider_batchkit.ledger.leases import hold_lease, lease_lost
@@ -51,6 +51,8 @@ class BatchRecord:
     batch_id: str | None
     anthropic_conn_id: str
     state: BatchState
+    #: of asking, from 1
+    round: int
     #: its id is a guess
     adopted: bool
     requests: int
@@ -145,6 +147,7 @@ class Ledger:
                         created_at=_now(),
                         lease=1,
                         key_columns="[]",
+                        rounds_sent=0,
                     )
                 )
             return int(connection.execute(sa.select(job.c.lease).where(job.c.job_id == record.job_id)).scalar_one())
@@ -169,10 +172,10 @@ class Ledger:
 
     # --- requests -----------------------------------------------------------------------------------------------------------------
 
-    def known(self, job_id: str) -> Iterator[Known]:
-        """Rows of the job that earlier attempts have in flight or landed."""
+    def known(self, job_id: str, round_number: int = 1) -> Iterator[Known]:
+        """Rows that earlier attempts have in flight or landed in this round of the job, or in a later one."""
         with self.engine.connect() as connection:
-            for shard in journal.shards(connection, job_id):
+            for shard in rounds.shards(connection, job_id, round_number):
                 for entry in journal.entries(connection, job_id, shard):
                     yield Known(entry.key, entry.custom_id, shard)
 
@@ -210,6 +213,7 @@ class Ledger:
         anthropic_conn_id: str,
         bound: Bound = budgets.UNBOUNDED,
         budget: Budget | None = None,
+        round_number: int = 1,
     ) -> None:
         """Journal a shard's requests and its batch as ``sending``. Must be committed before the POST.
 
@@ -225,6 +229,7 @@ class Ledger:
                     shard=shard.number,
                     anthropic_conn_id=anthropic_conn_id,
                     state=BatchState.SENDING.value,
+                    round=round_number,
                     requests=shard.requests,
                     body_bytes=shard.bytes,
                     intended_at=_now(),
@@ -325,7 +330,8 @@ class Ledger:
         with write_transaction(self.engine) as connection:
             fresh = self._requeue(connection, record, f"adopted {found.batch_id}, which is not its own")
             job_id = custom_id[:20]
-            owner = next((n for n in journal.shards(connection, job_id) if journal.asks(connection, job_id, n, custom_id)), None)
+            # a later round asks under the same ids, and only the last one can be looking for its batch
+            owner = next((n for n in reversed(journal.shards(connection, job_id)) if journal.asks(connection, job_id, n, custom_id)), None)
             if owner is not None:
                 rightful = _record(connection.execute(sa.select(batch).where(batch.c.job_id == job_id, batch.c.shard == owner)).one())
                 if rightful.state is BatchState.SUBMITTED and rightful.adopted:
@@ -362,6 +368,7 @@ class Ledger:
                 shard=number,
                 anthropic_conn_id=record.anthropic_conn_id,
                 state=BatchState.SENDING.value,
+                round=record.round,
                 adopted=False,
                 requests=record.requests,
                 body_bytes=record.body_bytes,
@@ -403,6 +410,7 @@ class Ledger:
         with write_transaction(self.engine) as connection:
             self._move(connection, job_id, shard, target, source=BatchState.SENDING, note=reason)
             journal.remove(connection, job_id, shard)
+            rounds.reopen(connection, job_id, shard)
             budgets.put_back(connection, job_id, shard)
 
 
@@ -417,6 +425,7 @@ def _record(row: Row[Any]) -> BatchRecord:
         row.batch_id,
         row.anthropic_conn_id,
         BatchState(row.state),
+        row.round,
         row.adopted,
         row.requests,
         row.body_bytes,

@@ -129,9 +129,10 @@ def summary() -> sa.Select[Any]:
     """``batchkit_summary``. Times of the API's clock and of ours are never subtracted from each other.
 
     ``rendering_s`` reads and renders the source, ``submitting_s`` goes from the journaled intent to the journaled batch id, added up over
-    the batches, ``waiting_s`` from the first batch's creation to the last one's end, ``landing_s`` writes the results. ``shared_rows``
-    were answered by another row's request; ``dedupe_hit_ratio`` is their share of all rows, 0 to 1. ``unchanged_rows`` were not asked,
-    since an earlier run had answered them; ``skip_hit_ratio`` is their share. All but ``open_batches`` and these is of what has landed.
+    the batches, ``waiting_s`` from the first batch's creation to the last one's end, ``landing_s`` writes the results. ``source_rows``
+    counts each row once, ``requests`` and ``shared_rows``, which were answered by another row's request, in every round that asked them;
+    ``dedupe_hit_ratio`` is the share of the latter in all rows asked, 0 to 1. ``unchanged_rows`` were not asked, since an earlier run had
+    answered them; ``skip_hit_ratio`` is their share. All but ``open_batches`` and these is of what has landed.
     """
     is_landed = batch.c.state == BatchState.LANDED.value
 
@@ -142,13 +143,15 @@ def summary() -> sa.Select[Any]:
     unchanged = sa.func.coalesce(job.c.unchanged_rows, 0)
     nothing_sent = sa.func.count(batch.c.shard) == 0
     requests, rows = sa.func.sum(landed(batch.c.requests)), sa.func.sum(landed(batch.c.source_rows))
+    first_round = sa.case((batch.c.round == 1, batch.c.source_rows), else_=0)
     waited = seconds_between(sa.func.min(landed(batch.c.created_at)), sa.func.max(landed(batch.c.ended_at)))
     inner = (
         sa.select(
             *identity,
             sa.func.count(landed(batch.c.shard)).label("batches"),
             (sa.func.count(batch.c.shard) - sa.func.count(landed(batch.c.shard))).label("open_batches"),
-            rows.label("source_rows"),
+            sa.func.max(landed(batch.c.round)).label("rounds"),
+            sa.func.sum(landed(first_round)).label("source_rows"),
             requests.label("requests"),
             (rows - requests).label("shared_rows"),
             (sa.cast(rows - requests, sa.Double()) / sa.func.nullif(rows, 0)).label("dedupe_hit_ratio"),

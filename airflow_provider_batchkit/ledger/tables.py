@@ -3,7 +3,7 @@
 ``batchkit_job``       one row per task instance of a DAG run
 ``batchkit_batch``     one row per attempt to create a batch, with its state and, once landed, its bill
 ``batchkit_journal``   what each batch asks, written before it is sent: some thousand source rows in a row
-``batchkit_request``   one row per source row that has landed: its key, the request that asked for it, and the outcome
+``batchkit_request``   one row per source row that has landed: its key, the request that asked for it last, and the outcome
 ``batchkit_bill``      one row per landed batch and model: its tokens and what they cost
 ``batchkit_budget``    one row per budget, with the cap that was last given for it; its books are the rows of ``batchkit_batch``
 ``batchkit_budget_hold``  one row per attempt that is about to send: what it holds of a budget and has not journaled yet
@@ -65,6 +65,8 @@ job = sa.Table(
     sa.Column("rendering_ms", sa.BigInteger),
     # rows of the source that the latest attempt left out, since an earlier run had answered their very request
     sa.Column("unchanged_rows", sa.BigInteger),
+    # so many rounds of asking have been sent whole
+    sa.Column("rounds_sent", sa.Integer, nullable=False, default=0),
 )
 
 batch = sa.Table(
@@ -75,6 +77,8 @@ batch = sa.Table(
     sa.Column("batch_id", sa.String(100), unique=True),
     sa.Column("anthropic_conn_id", sa.String(250), nullable=False),
     sa.Column("state", sa.String(10), nullable=False),
+    # 1 for what the job asks first; a later round asks again what failed in the rounds before it
+    sa.Column("round", sa.Integer, nullable=False, default=1),
     # the id was taken by a settling while the batch ran: a guess, until its results prove it
     sa.Column("adopted", sa.Boolean, nullable=False, default=False),
     sa.Column("requests", sa.Integer, nullable=False),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from airflow_provider_batchkit.operators.fetch import FetchBatchOperator
+from airflow_provider_batchkit.operators.run import RunBatchOperator
 from airflow_provider_batchkit.operators.submit import SubmitBatchOperator
 
-__all__ = ["FetchBatchOperator", "SubmitBatchOperator"]
+__all__ = ["FetchBatchOperator", "RunBatchOperator", "SubmitBatchOperator"]

@@ -20,7 +20,49 @@ if TYPE_CHECKING:
     from airflow.providers.common.compat.sdk import Context
 
 
-class FetchBatchOperator(BatchLineage, BaseOperator):
+class LandingOperator(BatchLineage, BaseOperator):
+    """The parameters of every task that writes results to a table, checked, and what it does with them."""
+
+    def __init__(
+        self,
+        *,
+        table: str,
+        write_disposition: str = "merge",
+        include_failed: bool = False,
+        fail_on_error_rate: float | None = None,
+        delete_after_fetch: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.table = table
+        self.write_disposition = write_disposition
+        self.include_failed = include_failed
+        self.fail_on_error_rate = fail_on_error_rate
+        self.delete_after_fetch = delete_after_fetch
+        if write_disposition not in ("merge", "append", "replace"):
+            raise BatchInputError(
+                f"Task {self.task_id}: write_disposition must be 'merge', 'append' or 'replace', not {write_disposition!r}."
+            )
+        if fail_on_error_rate is not None and not 0 <= fail_on_error_rate <= 1:
+            raise BatchInputError(f"Task {self.task_id}: fail_on_error_rate must be 0.0 to 1.0, not {fail_on_error_rate!r}.")
+
+    def _refuse_mapped_replace(self, context: Context) -> None:
+        if self.write_disposition == "replace" and (context["ti"].map_index or 0) >= 0 and context["ti"].map_index is not None:
+            raise AirflowFailException(
+                "write_disposition='replace' in a mapped task: each would replace the others' rows. Nothing was written."
+            )
+
+    def _check_error_rate(self, counts: Mapping[str, int]) -> None:
+        total = sum(counts.values())
+        failed = total - counts.get(RequestStatus.SUCCEEDED.value, 0)
+        if self.fail_on_error_rate is not None and total and failed / total > self.fail_on_error_rate:
+            raise ErrorRateError(
+                f"{failed:,} of {total:,} rows have no answer ({failed / total:.2%}), above fail_on_error_rate="
+                f"{self.fail_on_error_rate:.2%}: {dict(counts)}. The answers that came have landed in {self.table}."
+            )
+
+
+class FetchBatchOperator(LandingOperator):
     """Write the results of ended batches to a table, with their costs. Returns a summary with the cost tally.
 
     The rows, each request's outcome and the batch's bill are written in one transaction per batch: killed anywhere, it can run again.
@@ -46,30 +88,14 @@ class FetchBatchOperator(BatchLineage, BaseOperator):
         self,
         *,
         batch_id: Any,
-        table: str,
         anthropic_conn_id: str = BatchKitHook.default_conn_name,
         sql_conn_id: str,
-        write_disposition: str = "merge",
-        include_failed: bool = False,
-        fail_on_error_rate: float | None = None,
-        delete_after_fetch: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.batch_id = batch_id
-        self.table = table
         self.anthropic_conn_id = anthropic_conn_id
         self.sql_conn_id = sql_conn_id
-        self.write_disposition = write_disposition
-        self.include_failed = include_failed
-        self.fail_on_error_rate = fail_on_error_rate
-        self.delete_after_fetch = delete_after_fetch
-        if write_disposition not in ("merge", "append", "replace"):
-            raise BatchInputError(
-                f"Task {self.task_id}: write_disposition must be 'merge', 'append' or 'replace', not {write_disposition!r}."
-            )
-        if fail_on_error_rate is not None and not 0 <= fail_on_error_rate <= 1:
-            raise BatchInputError(f"Task {self.task_id}: fail_on_error_rate must be 0.0 to 1.0, not {fail_on_error_rate!r}.")
 
     @cached_property
     def hook(self) -> BatchKitHook:
@@ -82,10 +108,7 @@ class FetchBatchOperator(BatchLineage, BaseOperator):
         from airflow_provider_batchkit.tally import format_tally
 
         batch_ids = as_batch_ids(self.batch_id)
-        if self.write_disposition == "replace" and (context["ti"].map_index or 0) >= 0 and context["ti"].map_index is not None:
-            raise AirflowFailException(
-                "write_disposition='replace' in a mapped fetch: each would replace the others' rows. Nothing was written."
-            )
+        self._refuse_mapped_replace(context)
         push_console_link(context, batch_ids)
         with batchkit_errors():
             kit = self.hook.kit
@@ -111,12 +134,3 @@ class FetchBatchOperator(BatchLineage, BaseOperator):
         with batchkit_errors():
             self._check_error_rate(report.counts)
         return summary
-
-    def _check_error_rate(self, counts: Mapping[str, int]) -> None:
-        total = sum(counts.values())
-        failed = total - counts.get(RequestStatus.SUCCEEDED.value, 0)
-        if self.fail_on_error_rate is not None and total and failed / total > self.fail_on_error_rate:
-            raise ErrorRateError(
-                f"{failed:,} of {total:,} rows have no answer ({failed / total:.2%}), above fail_on_error_rate="
-                f"{self.fail_on_error_rate:.2%}: {dict(counts)}. The answers that came have landed in {self.table}."
-            )

@@ -19,7 +19,7 @@ from airflow_provider_batchkit.lineage import BatchLineage
 from airflow_provider_batchkit.links import ConsoleLink, push_console_link
 from airflow_provider_batchkit.model import MAX_BYTES_PER_BATCH, MAX_REQUESTS_PER_BATCH, parse_usd
 from airflow_provider_batchkit.operators.metrics import count_submitted
-from airflow_provider_batchkit.operators.tasks import batchkit_errors, job_of
+from airflow_provider_batchkit.operators.tasks import as_batch_ids, batchkit_errors, job_of
 from airflow_provider_batchkit.polling import validate_event
 from airflow_provider_batchkit.requests import CACHE_TTL_S, cache_system_problem
 
@@ -83,7 +83,11 @@ class SubmitBatchOperator(BatchLineage, BaseOperator):
     :param poke_interval: seconds between looks at the first row's batch
     :param dry_run: log what would be sent and what it would cost, push that under the XCom key ``estimate``, and skip: nothing is sent
         or journaled, and tasks behind this one are skipped too
-    :param on_empty: a source without rows: ``"skip"`` the task, ``"succeed"`` with no batches, or ``"fail"``
+    :param only_failed_of: landed batches of an earlier task, usually its output: ask only rows whose key failed in them in a way that is
+        worth asking again (expired, canceled, overloaded, rate limited, API errors; never what the API refused). Give the rows as that
+        task had them: the requests are rendered anew (templated)
+    :param retry_invalid_output: count answers that do not fit the schema among what is worth asking again, although they are billed
+    :param on_empty: a source without rows, or without a row to ask again: ``"skip"`` the task, ``"succeed"`` with no batches, or ``"fail"``
     """
 
     template_fields: Sequence[str] = (
@@ -96,6 +100,7 @@ class SubmitBatchOperator(BatchLineage, BaseOperator):
         "sql_conn_id",
         "source_conn_id",
         "input_conn_id",
+        "only_failed_of",
     )
     template_ext: Sequence[str] = (".sql",)
     template_fields_renderers = {"sql": "sql", "requests": "json"}  # noqa: RUF012 - Airflow's own attribute
@@ -133,6 +138,8 @@ class SubmitBatchOperator(BatchLineage, BaseOperator):
         prime_timeout: float = 3600.0,
         poke_interval: float = 10.0,
         dry_run: bool = False,
+        only_failed_of: Any = None,
+        retry_invalid_output: bool = False,
         on_empty: str = "skip",
         **kwargs: Any,
     ) -> None:
@@ -160,6 +167,12 @@ class SubmitBatchOperator(BatchLineage, BaseOperator):
         self.settle_seconds = settle_seconds
         self.cancel_on_kill = cancel_on_kill
         self._job_id: str | None = None
+        #: of a task that goes on after its primer: nothing waits for it any more, and what the leg before sent
+        self._primer_is_over, self._asked_before = False, 0
+        self.only_failed_of = only_failed_of
+        # a task's output may turn out to be None, which must not mean "ask all rows"
+        self._asks_again = only_failed_of is not None
+        self.retry_invalid_output = retry_invalid_output
         self.on_empty = on_empty
         self.max_cost_usd = None if max_cost_usd is None else parse_usd(max_cost_usd, f"Task {self.task_id}: max_cost_usd")
         self.budget = None if budget is None else Budget.parse(budget)
@@ -190,10 +203,21 @@ class SubmitBatchOperator(BatchLineage, BaseOperator):
     def hook(self) -> BatchKitHook:
         return BatchKitHook(self.anthropic_conn_id)
 
-    def execute(self, context: Context) -> list[str]:
-        return self._run(context)
+    def execute(self, context: Context) -> Any:
+        with batchkit_errors():
+            report = self._ask(context)
+        if not report.batch_ids:
+            return self._nothing_to_ask(report)
+        if report.waits_for is not None:
+            self._wait_for(report.waits_for, self._asked_before + report.asked)
+        self.lineage_summary = {
+            "batch_ids": report.batch_ids,
+            "source_rows": report.rows,
+            "submitted_requests": self._asked_before + report.asked,
+        }
+        return report.batch_ids
 
-    def execute_complete(self, context: Context, event: Any = None, asked_before: int = 0) -> list[str]:
+    def primer_over(self, context: Context, event: Any = None, asked_before: int = 0) -> Any:
         """The waiting for the primer is over, however it ended: the rest is sent.
 
         :param asked_before: requests that the leg before sent
@@ -202,43 +226,39 @@ class SubmitBatchOperator(BatchLineage, BaseOperator):
             known = validate_event(event)
         if known["status"] != "ended":
             self.log.warning("%s", known["message"])
-        return self._run(context, primer_over=True, asked_before=asked_before)
+        self._primer_is_over, self._asked_before = True, asked_before
+        return self.execute(context)
 
-    def _run(self, context: Context, *, primer_over: bool = False, asked_before: int = 0) -> list[str]:
-        with batchkit_errors():
-            try:
-                report = self._submit(context, primer_over=primer_over)
-            except BatchKitError as e:
-                push_console_link(context, e.submitted)
-                # what an earlier attempt sent is paid for and must be fetched, so it is no reason to skip
-                if isinstance(e, BudgetExceededError) and self.budget and self.budget.on_exceeded == "skip" and not e.submitted:
-                    raise AirflowSkipException(str(e)) from e
-                raise
+    def _ask(self, context: Context, round_number: int = 1) -> SubmitReport:
+        """Submit a round of the job, and tell of it."""
+        try:
+            report = self._submit(context, round_number)
+        except BatchKitError as e:
+            push_console_link(context, e.submitted)
+            # what an earlier attempt sent is paid for and must be fetched, so it is no reason to skip
+            if isinstance(e, BudgetExceededError) and self.budget and self.budget.on_exceeded == "skip" and not e.submitted:
+                raise AirflowSkipException(str(e)) from e
+            raise
         if self.is_dry_run and report.rows:
             self._end_dry_run(context, report)
         if not report.batch_ids:
-            return self._nothing_to_ask(report)
+            return report
         push_console_link(context, report.batch_ids)
         count_submitted(context["ti"], report.asked)
-        if report.waits_for is not None:
-            self._wait_for(report.waits_for, report.asked)
-        self.lineage_summary = {
-            "batch_ids": report.batch_ids,
-            "source_rows": report.rows,
-            "submitted_requests": report.asked + asked_before,
-        }
         context["ti"].xcom_push(key="batch_id", value=report.batch_ids[0])
         self.log.info(
-            "%s rows: %s asked now, %s share a request, %s were asked before, %s are answered and unchanged; %d batches: %s",
+            "%s rows: %s asked now, %s share a request, %s were asked before, %s are answered and unchanged, %s are not to be asked; "
+            "%d batches: %s",
             f"{report.rows:,}",
             f"{report.asked:,}",
             f"{report.copies:,}",
             f"{report.known:,}",
             f"{report.unchanged:,}",
+            f"{report.passed_over:,}",
             len(report.batch_ids),
             ", ".join(report.batch_ids),
         )
-        return report.batch_ids
+        return report
 
     def _wait_for(self, hold: Hold, asked: int) -> None:
         """:raises TaskDeferred: always; the worker is free until the primer has ended"""
@@ -253,12 +273,21 @@ class SubmitBatchOperator(BatchLineage, BaseOperator):
                 deadline=hold.until.timestamp(),
                 cancel_on_kill=self.cancel_on_kill,
             ),
-            method_name="execute_complete",
+            method_name="primer_over",
             kwargs={"asked_before": asked},
             timeout=hold.until - datetime.now(UTC) + _GRACE,
         )
 
-    def _submit(self, context: Context, *, primer_over: bool) -> SubmitReport:
+    def _only(self, context: Context, ledger: Ledger, job_id: str, round_number: int) -> Iterable[str] | None:
+        """Keys of the rows to ask in a round; None for all."""
+        from airflow_provider_batchkit.jobs import failed_keys_of
+
+        if not self._asks_again:
+            return None
+        ti, batch_ids = context["ti"], as_batch_ids(self.only_failed_of)
+        return failed_keys_of(ledger, batch_ids, dag_id=ti.dag_id, run_id=ti.run_id, invalid_output=self.retry_invalid_output)
+
+    def _submit(self, context: Context, round_number: int) -> SubmitReport:
         from airflow_provider_batchkit.files import FileRows
         from airflow_provider_batchkit.jobs import rehearse_job, submit_job
         from airflow_provider_batchkit.ledger import Ledger
@@ -277,9 +306,10 @@ class SubmitBatchOperator(BatchLineage, BaseOperator):
             "max_requests": self.max_requests_per_batch,
             "max_bytes": self.max_bytes_per_batch,
             "skip_unchanged": self.skip_unchanged,
+            "only": self._only(context, ledger, job.job_id, round_number),
         }
         if self.prime_cache and self.cache_system is not None:
-            how["priming"] = Priming(CACHE_TTL_S[self.cache_system], self.prime_timeout, over=primer_over)
+            how["priming"] = Priming(CACHE_TTL_S[self.cache_system], self.prime_timeout, over=self._primer_is_over)
         with items.naming_places() if isinstance(items, FileRows) else nullcontext():
             if self.is_dry_run:
                 return rehearse_job(self.hook.kit, ledger, job, requests, **how)
@@ -293,6 +323,7 @@ class SubmitBatchOperator(BatchLineage, BaseOperator):
                 settle_seconds=self.settle_seconds,
                 before_send=lambda: self._note_key(ledger, job.job_id, types),
                 limits=Limits(self.max_cost_usd, self.budget),
+                round_number=round_number,
             )
 
     def _end_dry_run(self, context: Context, report: SubmitReport) -> None:
@@ -307,8 +338,7 @@ class SubmitBatchOperator(BatchLineage, BaseOperator):
         self.log.info("Estimate for %s", found)
         raise AirflowSkipException("Dry run: nothing was sent.")
 
-    @staticmethod
-    def _note_key(ledger: Ledger, job_id: str, types: KeyTypes) -> None:
+    def _note_key(self, ledger: Ledger, job_id: str, types: KeyTypes) -> None:
         """Journal the key's columns and types for the result table, and refuse now what no table could hold later."""
         from airflow_provider_batchkit.landing import ResultTable
 
@@ -355,23 +385,25 @@ class SubmitBatchOperator(BatchLineage, BaseOperator):
         return read_sql(sql_engine(self.source_conn_id or self.sql_conn_id), self.sql, self.parameters)
 
     def on_kill(self) -> None:
-        from airflow_provider_batchkit.jobs import running_ids
-        from airflow_provider_batchkit.ledger import Ledger
+        from airflow_provider_batchkit.ledger import BatchState, Ledger
 
         if not self.cancel_on_kill or self._job_id is None:
             return
-        for batch_id in running_ids(Ledger(sql_engine(self.sql_conn_id)), self._job_id):
+        batches = Ledger(sql_engine(self.sql_conn_id)).batches(self._job_id)
+        for batch_id in (b.batch_id for b in batches if b.batch_id and b.state is BatchState.SUBMITTED):
             self.log.info("The task was killed and cancel_on_kill is set: canceling %s", batch_id)
             self.hook.kit.cancel(batch_id)
 
     def _nothing_to_ask(self, report: SubmitReport) -> list[str]:
         if report.unchanged:
-            reason = f"Each of the {report.rows:,} rows was answered by an earlier run and has not changed since; nothing was sent."
-        elif self.on_empty == "fail":
-            raise BatchInputError("The source has no rows, and on_empty is 'fail'. Nothing was sent.")
+            reason = f"Each of the {report.rows:,} rows was answered by an earlier run and has not changed since"
+        elif report.rows:
+            reason = f"None of the source's {report.rows:,} rows is to be asked again"
         else:
-            reason = "The source has no rows; nothing was sent."
+            reason = "The source has no rows"
         if self.on_empty == "skip":
-            raise AirflowSkipException(reason)
-        self.log.info("%s", reason)
+            raise AirflowSkipException(f"{reason}; nothing was sent.")
+        if self.on_empty == "fail" and not report.unchanged:
+            raise BatchInputError(f"{reason}, and on_empty is 'fail'. Nothing was sent.")
+        self.log.info("%s; nothing was sent.", reason)
         return []

@@ -27,6 +27,7 @@ class Outcome(IntEnum):
 MARKERS: dict[str, tuple[Outcome, str, str]] = {
     "errored": (Outcome.ERRORED, "invalid_request_error", "The simulator was told to fail this request."),
     "overloaded": (Outcome.ERRORED, "overloaded_error", "Overloaded"),
+    "rate-limit": (Outcome.ERRORED, "rate_limit_error", "This request would exceed the rate limit."),
     "api-error": (Outcome.ERRORED, "api_error", "Internal server error"),
     "credit": (Outcome.ERRORED, "invalid_request_error", "Your credit balance is too low to access the Anthropic API."),
     "expired": (Outcome.EXPIRED, "", ""),

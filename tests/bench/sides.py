@@ -54,7 +54,7 @@ class Bench:
     def batchkit_submit(self) -> list[str]:
         from airflow_provider_batchkit.operators.batch import SubmitBatchOperator
 
-        return SubmitBatchOperator(
+        submit = SubmitBatchOperator(
             task_id="submit",
             sql="SELECT id, name FROM products",
             key="id",
@@ -63,7 +63,8 @@ class Bench:
             max_tokens=200,
             sql_conn_id="warehouse",
             settle_seconds=2,
-        ).execute(context("submit"))
+        )
+        return list(submit.execute(context("submit")))
 
     def batchkit_fetch(self, ids: list[str]) -> None:
         from airflow_provider_batchkit.operators.batch import FetchBatchOperator

@@ -20,6 +20,7 @@ import tempfile
 import traceback
 from collections.abc import Callable
 from decimal import Decimal
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -185,7 +186,7 @@ def _nowhere(*_: Any, **__: Any) -> None:
     """An XCom push: what a killed attempt pushed is cleared before a retry anyway."""
 
 
-def run(engine: sa.Engine, simulator: RemoteControl, folder: Path, *, primed: bool) -> int:
+def run_all(engine: sa.Engine, simulator: RemoteControl, folder: Path, *, primed: bool) -> int:
     """All cases; prints a JSON line each. Gives the number of cases with a fault. A primed job is fetched like any other."""
     rehearsal = Case("rehearsal", engine, simulator, folder, primed=primed)
     assert rehearsal.attempt(rehearsal.submit) == "done"
@@ -208,7 +209,8 @@ def run(engine: sa.Engine, simulator: RemoteControl, folder: Path, *, primed: bo
     return faults
 
 
-def main() -> int:
+def main(run: Callable[[sa.Engine, RemoteControl, Path], int] | None = None) -> int:
+    """Set up the database that the arguments name, and ``run`` all cases in it; by default those of this module."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--url", required=True, help="SQLAlchemy URL of an empty database")
     parser.add_argument("--airflow-uri", required=True, help="the same as an Airflow connection")
@@ -232,7 +234,8 @@ def main() -> int:
         warm = Case("warm", engine, simulator, Path(folder))
         warm.submit()
         warm.fetch()
-        return min(run(engine, simulator, Path(folder), primed=args.primed), 100)
+        cases = partial(run_all, primed=args.primed) if run is None else run
+        return min(cases(engine, simulator, Path(folder)), 100)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,272 @@
+"""Run: submit, wait and land in one deferrable task, in rounds that ask again what failed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from airflow_provider_batchkit.exceptions import BatchInputError, BatchWaitTimeout, CostLimitError, PollError
+from airflow_provider_batchkit.hooks.batchkit import sql_engine
+from airflow_provider_batchkit.links import push_console_link
+from airflow_provider_batchkit.model import RequestStatus
+from airflow_provider_batchkit.operators.fetch import LandingOperator
+from airflow_provider_batchkit.operators.metrics import count_landed
+from airflow_provider_batchkit.operators.publish import publish_summary
+from airflow_provider_batchkit.operators.submit import SubmitBatchOperator
+from airflow_provider_batchkit.operators.tasks import batchkit_errors, job_of
+from airflow_provider_batchkit.polling import Ended, GaveUp, PollState, validate_event
+
+if TYPE_CHECKING:
+    from airflow.providers.common.compat.sdk import Context
+
+    from airflow_provider_batchkit.ledger import BatchRecord, Ledger
+    from airflow_provider_batchkit.ledger.rounds import Outcome
+    from airflow_provider_batchkit.sources import KeyTypes
+
+#: how much later than the trigger's own deadline Airflow ends a deferral that never came back
+_GRACE_S = 300.0
+_WEEK_S = 7 * 24 * 3600.0
+
+
+class RunBatchOperator(SubmitBatchOperator, LandingOperator):
+    """Ask Claude about every row of a source and write the answers to a table; what failed is asked again. Returns a summary.
+
+    One task in place of submit, wait and fetch. It takes the parameters of :class:`SubmitBatchOperator` and those of
+    :class:`FetchBatchOperator` but ``batch_id``, and waits in the triggerer, without a worker slot.
+
+    A round's answers land as soon as its batches have ended. The next round asks again only rows that the API failed on its own side:
+    expired, canceled, overloaded, rate limited, timed out, API errors; never what it refused, nor a row whose result line is missing
+    (its answer may be billed: clear the task to read the results again). Rows that the source has gained meanwhile wait for the next DAG
+    run. Where the task stands is in the ledger: a retry or a cleared task goes on from there, and pays for nothing twice. When
+    ``max_cost_usd`` or the ``budget`` has no room for another round, the task ends with the answers it has.
+
+    The summary holds what fetch's does, over all rounds: ``counts`` are rows by their last outcome, ``cost_tally`` is what all rounds
+    cost, ``rounds`` says what each asked and got, ``failed`` which rows have no answer and why, ``stopped`` why no further round was
+    asked. The batch ids are pushed under ``batch_ids``, too, and the first under ``batch_id``.
+
+    :param max_rounds: how often a row may be asked, from 1
+    :param retry_invalid_output: also ask again for answers that do not fit the schema; each of them is billed
+    :param poke_interval: seconds between looks at running batches
+    :param timeout: seconds that a round's batches are waited for; then the task fails, the batches go on, and a retry waits again
+    :param cancel_on_kill: cancel the running batches when the task is killed, also while it waits. Off by default: clearing a task counts
+        as killing it on Airflow 3.3, and paid work must survive that
+    """
+
+    template_fields: Sequence[str] = (*SubmitBatchOperator.template_fields, "table")
+
+    def __init__(self, *, max_rounds: int = 1, poke_interval: float = 60.0, timeout: float = _WEEK_S, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.max_rounds = max_rounds
+        self.poke_interval = poke_interval
+        self.timeout = timeout
+        self._stopped: str | None = None
+        if max_rounds < 1:
+            raise BatchInputError(f"Task {self.task_id}: max_rounds must be a whole number from 1, not {max_rounds!r}.")
+        if poke_interval <= 0 or timeout <= 0:
+            raise BatchInputError(f"Task {self.task_id}: poke_interval and timeout are seconds above 0.")
+
+    def execute(self, context: Context) -> Any:
+        from airflow_provider_batchkit.ledger import BatchState
+
+        self._refuse_mapped_replace(context)
+        with batchkit_errors():
+            if self.is_dry_run:
+                return self._nothing_to_ask(self._ask(context))
+            job = self._open(context)
+            landed = [b for b in job.batches() if b.state is BatchState.LANDED]
+            if landed:
+                # a retry or a cleared task: the table may be another one now, or gone
+                self._land(context, job, landed, self.write_disposition)
+            return self._advance(context, job)
+
+    def execute_complete(self, context: Context, event: Any = None) -> Any:
+        """The trigger has ended: with every batch, with a time-out, or because looking kept failing."""
+        with batchkit_errors():
+            known = validate_event(event)
+            if known["status"] == "timeout":
+                raise BatchWaitTimeout(str(known["message"]))
+            if known["status"] == "error":
+                raise PollError(str(known["message"]))
+            return self._advance(context, self._open(context))
+
+    def _open(self, context: Context) -> _Job:
+        from airflow_provider_batchkit.ledger import Ledger
+
+        ledger = Ledger(sql_engine(self.sql_conn_id))
+        ledger.ensure()
+        self._job_id = job_of(context).job_id
+        return _Job(ledger, self._job_id)
+
+    def _advance(self, context: Context, job: _Job) -> Any:
+        """Go on from where the ledger says that the job is, until it waits or is done."""
+        from airflow_provider_batchkit.ledger import BatchState
+
+        while True:
+            round_number = self._round_to_ask(job)
+            if round_number is not None:
+                self._ask_round(context, round_number)
+            batches = job.batches()
+            running = [b for b in batches if b.state is BatchState.SUBMITTED]
+            if not running:
+                return self._finish(context, job)
+            self._tell(context, [str(b.batch_id) for b in batches if b.state in (BatchState.SUBMITTED, BatchState.LANDED)])
+            self._wait([str(b.batch_id) for b in running])
+            # what an earlier round wrote is not to be replaced by this one
+            begun = any(b.state is BatchState.LANDED for b in batches)
+            self._land(context, job, running, "merge" if begun and self.write_disposition == "replace" else self.write_disposition)
+
+    # --- asking -------------------------------------------------------------------------------------------------------------------
+
+    def _round_to_ask(self, job: _Job) -> int | None:
+        """The round that is to be begun now, or that an earlier attempt has not sent whole; None when there is none."""
+        from airflow_provider_batchkit.ledger import BatchState, rounds
+
+        if self._stopped is not None:
+            return None
+        batches = job.batches()
+        begun = max((b.round for b in batches), default=0)
+        sent = rounds.sent(job.ledger.engine, job.job_id)
+        if begun == 0 or begun > sent or any(b.state is BatchState.SENDING for b in batches):
+            return max(begun, 1)
+        if begun >= self.max_rounds or any(b.state is BatchState.SUBMITTED for b in batches):
+            return None
+        failed = rounds.count_failed(job.ledger.engine, job.job_id, invalid_output=self.retry_invalid_output)
+        return begun + 1 if failed else None
+
+    def _ask_round(self, context: Context, round_number: int) -> None:
+        """A later round that the caps have no room for ends the asking, not the task: what landed is paid for."""
+        try:
+            report = self._ask(context, round_number)
+        except CostLimitError as e:
+            if round_number == 1:
+                raise
+            self._stopped = str(e)
+        else:
+            if round_number == 1 and not report.batch_ids:
+                self._nothing_to_ask(report)
+                self._stopped = "There was nothing to ask."
+            elif not report.asked and not report.known:
+                self._stopped = "The source has none of the failed rows any more."
+            elif report.waits_for is not None:
+                self._wait_for(report.waits_for, report.asked)
+        if self._stopped is not None:
+            self.log.warning("Nothing was asked in round %d: %s", round_number, self._stopped)
+
+    def _only(self, context: Context, ledger: Ledger, job_id: str, round_number: int) -> Iterable[str] | None:
+        from airflow_provider_batchkit.ledger.rounds import failed_keys
+
+        if round_number == 1:
+            return super()._only(context, ledger, job_id, round_number)
+        return failed_keys(ledger.engine, job_id, invalid_output=self.retry_invalid_output)
+
+    def _note_key(self, ledger: Ledger, job_id: str, types: KeyTypes) -> None:
+        """Also refuse a result table that does not fit while nothing is sent."""
+        from airflow_provider_batchkit.landing import ResultTable
+
+        super()._note_key(ledger, job_id, types)
+        if types.rows_seen:
+            ResultTable(self.table, ledger.key_columns(job_id)).check(ledger.engine)
+
+    # --- waiting and landing ------------------------------------------------------------------------------------------------------
+
+    def _wait(self, batch_ids: list[str]) -> None:
+        """Return when all have ended, which one look may show; else defer, which does not return.
+
+        :raises PollError: when they cannot be seen
+        """
+        state = PollState(batch_ids, interval=self.poke_interval)
+        self.hook.kit.look(state)
+        decision = state.decide(time.monotonic())
+        if isinstance(decision, Ended):
+            return
+        if isinstance(decision, GaveUp):
+            raise PollError(f"{decision.reason}. The batches are untouched; waiting again costs nothing.")
+        from airflow_provider_batchkit.triggers.batch import BatchTrigger
+
+        self.defer(
+            trigger=BatchTrigger(
+                batch_ids=batch_ids,
+                anthropic_conn_id=self.anthropic_conn_id,
+                poke_interval=float(self.poke_interval),
+                deadline=time.time() + self.timeout,
+                cancel_on_kill=self.cancel_on_kill,
+            ),
+            method_name="execute_complete",
+            timeout=timedelta(seconds=self.timeout + _GRACE_S),
+        )
+
+    def _land(self, context: Context, job: _Job, batches: Sequence[BatchRecord], disposition: str) -> None:
+        from airflow_provider_batchkit.jobs import fetch_job
+        from airflow_provider_batchkit.landing import WriteDisposition
+
+        ti = context["ti"]
+        report = fetch_job(
+            self.hook.kit,
+            job.ledger,
+            [str(b.batch_id) for b in batches],
+            self.table,
+            dag_id=ti.dag_id,
+            run_id=ti.run_id,
+            settle_seconds=self.settle_seconds,
+            disposition=WriteDisposition.parse(disposition),
+            include_failed=self.include_failed,
+        )
+        count_landed(ti, report.first)
+        self.log.info("Landed %s rows in %s; outcomes: %s", f"{report.rows:,}", self.table, dict(report.counts))
+
+    def _finish(self, context: Context, job: _Job) -> dict[str, Any]:
+        from airflow_provider_batchkit.ledger import rounds
+        from airflow_provider_batchkit.tally import format_tally
+
+        found = rounds.outcome(job.ledger.engine, job.job_id, invalid_output=self.retry_invalid_output)
+        self._tell(context, found.batch_ids)
+        for round_ in found.rounds:
+            self.log.info("Round %(round)d: %(rows)d rows in %(requests)d requests; outcomes: %(counts)s", round_)
+        for failed in found.failed:
+            self.log.warning("No answer: %s", failed)
+        self.log.info("Cost of %s:\n%s", ", ".join(found.batch_ids) or "no batches", format_tally(found.tally))
+        summary = self._summary(found)
+        publish_summary(self, context, summary, ())
+        if self.delete_after_fetch and not found.complete:
+            self.log.warning("Not every request has a readable result; the batches are not deleted")
+        elif self.delete_after_fetch:
+            for batch_id in found.batch_ids:
+                self.hook.kit.delete(batch_id)
+        self._check_error_rate(found.counts)
+        return summary
+
+    def _summary(self, found: Outcome) -> dict[str, Any]:
+        answered = found.counts[RequestStatus.SUCCEEDED.value]
+        return {
+            "batch_ids": found.batch_ids,
+            "table": self.table,
+            "rows": found.counts.total() if self.include_failed else answered,
+            "counts": dict(sorted(found.counts.items())),
+            "cost_tally": found.tally.to_json(),
+            "latency_s": found.latency_s,
+            "rounds": found.rounds,
+            "failed": [asdict(failed) for failed in found.failed],
+            "stopped": self._stopped,
+        }
+
+    @staticmethod
+    def _tell(context: Context, batch_ids: list[str]) -> None:
+        """Where the batches are seen from outside, also while the task waits."""
+        push_console_link(context, batch_ids)
+        context["ti"].xcom_push(key="batch_ids", value=batch_ids)
+        if batch_ids:
+            context["ti"].xcom_push(key="batch_id", value=batch_ids[0])
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """The task's job in the ledger."""
+
+    ledger: Ledger
+    job_id: str
+
+    def batches(self) -> list[BatchRecord]:
+        return self.ledger.batches(self.job_id)
