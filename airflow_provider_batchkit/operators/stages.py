@@ -71,7 +71,7 @@ def batch_stage(
     def given(task: str) -> dict[str, Any]:
         return {name: value for name, value in parameters.items() if name in names[task]}
 
-    stage = BatchStage(group_id=group_id, default_args=dict(default_args or {}))  # type: ignore[arg-type] - attrs' type of a converter
+    stage = BatchStage(group_id=group_id, default_args=dict(default_args or {}))  # type: ignore[arg-type]  # its converter is generic
     with stage:
         submit = SubmitBatchOperator(task_id="submit", **given("submit"))
         wait = BatchSensor(task_id="wait", batch_id=submit.output, **given("wait"))
