@@ -162,7 +162,8 @@ def test_the_examples_without_a_schedule_run_when_they_are_triggered(shop: Shop)
     shop.sim.set(clock="seconds:2")
     scheduled = {DAG_ID, COST_DAG_ID}
     runs = {dag_id: shop.airflow.trigger_dag(dag_id) for dag_id in sorted({path.stem for path in EXAMPLES.glob("*.py")} - scheduled)}
-    assert {dag_id: shop.airflow.wait_for_run(dag_id, run_id) for dag_id, run_id in runs.items()} == dict.fromkeys(runs, "success")
+    states = {dag_id: shop.airflow.wait_for_run(dag_id, run_id, timeout=300) for dag_id, run_id in runs.items()}
+    assert states == dict.fromkeys(runs, "success")
     fetches = {"classify_then_write": "write.fetch", "one_task_run": "run"}
     for dag_id, run_id in runs.items():
         summary = shop.airflow.xcom(dag_id, run_id, fetches.get(dag_id, "fetch"))

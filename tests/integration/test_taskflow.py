@@ -73,6 +73,36 @@ def test_a_generator_of_rows_is_asked_row_by_row(home: Path, database: Database)
     assert dict(rows(database, "SELECT id, response FROM answers")) == {n: answer_for(f"About test {n} in manu") for n in range(10, 19)}
 
 
+def test_the_rows_of_a_generator_are_not_held(home: Path, tmp_path: Path) -> None:
+    """Of 5,000 rows no more than two chunks of 500 and a chunk of requests are alive at a time."""
+    ended = run_dag(
+        home,
+        f"""
+        from pathlib import Path
+
+        class Row(dict):
+            alive = peak = 0
+
+            def __init__(self, **columns):
+                super().__init__(**columns)
+                Row.alive += 1
+                Row.peak = max(Row.peak, Row.alive)
+
+            def __del__(self):
+                Row.alive -= 1
+
+        @task.claude_batch(key="id", prompt="Row {{{{ row.id }}}}", model="claude-haiku-5-5", max_tokens=10, sql_conn_id="warehouse")
+        def ask():
+            yield from (Row(id=number) for number in range(5_000))
+            Path({str(tmp_path / "peak")!r}).write_text(str(Row.peak))
+
+        ask()
+        """,
+    )
+    assert ended.state == "success"
+    assert int((tmp_path / "peak").read_text()) <= 1_500
+
+
 def test_prompts_and_native_requests_are_asked_as_they_are(home: Path, database: Database) -> None:
     """A bare decorator takes its parameters from the DAG's ``default_args``; Jinja in what the function returns is the user's own text."""
     ended = run_dag(
