@@ -33,7 +33,7 @@ with DAG(
         key="sku",
         prompt="Who buys {{ row.name }} ({{ row.attributes }})?",
         params={"output_config": {"format": {"type": "json_schema", "schema": AUDIENCE}}},
-        max_tokens=50,
+        max_tokens=100,
         table="product_audience",
     )
     write = batch_stage(

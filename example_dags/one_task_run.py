@@ -29,7 +29,7 @@ with DAG(
         key="sku",
         prompt="Give three search keywords for {{ row.name }}: {{ row.attributes }}",
         model="claude-haiku-5-5",
-        max_tokens=60,
+        max_tokens=100,
         table="product_keywords",
         max_rounds=3,
         budget=Budget("catalog", usd=Decimal(25), window="month"),

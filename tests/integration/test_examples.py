@@ -15,7 +15,7 @@ import pytest
 import sqlalchemy as sa
 
 from airflow_provider_batchkit.simulator import SimulatorProcess, SimulatorSettings
-from airflow_provider_batchkit.simulator.demo import fill_catalog, write_reviews
+from airflow_provider_batchkit.simulator.demo import INPUT_TOKENS, OUTPUT_TOKENS, fill_catalog, write_reviews
 from tests.databases import Database
 from tests.integration.airflow_runs import Run
 
@@ -35,7 +35,7 @@ RESULTS: dict[str, tuple[str, str, int] | None] = {
 
 @pytest.fixture(scope="module")
 def simulator() -> Iterator[SimulatorProcess]:
-    with SimulatorProcess(SimulatorSettings(input_tokens=2700, output_tokens=40)) as process:
+    with SimulatorProcess(SimulatorSettings(input_tokens=INPUT_TOKENS, output_tokens=OUTPUT_TOKENS)) as process:
         yield process
 
 
@@ -73,17 +73,17 @@ def test_every_example_is_run_here() -> None:
 
 @pytest.mark.parametrize("name", RESULTS)
 def test_an_example_runs_as_it_is(home: Path, database: Database, name: str) -> None:
-    """Each task succeeds, and the result table has an answered and priced row for every key."""
+    """Each task succeeds, and the result table has a whole answer and its price for every key, with as many tokens as in the demo."""
     ended = run_example(home, name)
     assert set(ended.states().values()) == {"success"}
     result = RESULTS[name]
     if result is None:
         return
     table, key, count = result
-    landed = rows(database, f"SELECT {key}, response, status, cost_usd FROM {table} ORDER BY {key}")
+    landed = rows(database, f"SELECT {key}, response, stop_reason, cost_usd FROM {table} ORDER BY {key}")
     print(table, *landed[:5], sep="\n")  # noqa: T201 - pytest shows it with the failure, and with -rP
     assert len({row[0] for row in landed}) == len(landed) == count
-    assert {status for _, _, status, _ in landed} == {"succeeded"}
+    assert {stop_reason for _, _, stop_reason, _ in landed} == {"end_turn"}
     assert all(response and float(cost) > 0 for _, response, _, cost in landed)
 
 
