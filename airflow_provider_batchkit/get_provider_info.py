@@ -24,6 +24,7 @@ def get_provider_info() -> dict[str, Any]:
         "operators": [{"integration-name": integration, "python-modules": [f"{package}.operators.batch"]}],
         "sensors": [{"integration-name": integration, "python-modules": [f"{package}.sensors.batch"]}],
         "triggers": [{"integration-name": integration, "python-modules": [f"{package}.triggers.batch"]}],
+        "task-decorators": [{"name": "claude_batch", "class-name": f"{package}.decorators.claude_batch.claude_batch_task"}],
         "extra-links": [f"{package}.links.ConsoleLink"],
         "config": {"batchkit": {"description": "Message batches: prices and the Console's address.", "options": _OPTIONS}},
     }

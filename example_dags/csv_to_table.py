@@ -27,7 +27,7 @@ with DAG(
         key="review_id",
         prompt="Is this review of {{ row.product }} positive, negative or mixed? Answer with one word.\n\n{{ row.text }}",
         model="claude-haiku-5-5",
-        max_tokens=50,
+        max_tokens=100,
         sql_conn_id="warehouse",
     )
     wait = BatchSensor(task_id="wait", batch_id=submit.output, poke_interval=5)

@@ -19,7 +19,7 @@ from airflow_provider_batchkit.lineage import BatchLineage
 from airflow_provider_batchkit.links import ConsoleLink, push_console_link
 from airflow_provider_batchkit.model import MAX_BYTES_PER_BATCH, MAX_REQUESTS_PER_BATCH, parse_usd
 from airflow_provider_batchkit.operators.metrics import count_submitted
-from airflow_provider_batchkit.operators.tasks import as_batch_ids, batchkit_errors, job_of
+from airflow_provider_batchkit.operators.tasks import as_batch_ids, batchkit_errors, job_of, own_params
 from airflow_provider_batchkit.polling import validate_event
 from airflow_provider_batchkit.requests import CACHE_TTL_S, cache_system_problem
 
@@ -153,7 +153,7 @@ class SubmitBatchOperator(BatchLineage, BaseOperator):
         self.system = system
         self.model = model
         self.max_tokens = max_tokens
-        self.request_params = params
+        self.request_params = own_params(params, self.get_dag())
         self.anthropic_conn_id = anthropic_conn_id
         self.sql_conn_id = sql_conn_id
         self.source_conn_id = source_conn_id
@@ -353,9 +353,7 @@ class SubmitBatchOperator(BatchLineage, BaseOperator):
 
         per_run = dict(context)
         builder = RequestBuilder(
-            RequestDefaults(
-                self.model or self.hook.default_model, self.max_tokens, None, dict(self.request_params or {}), self.cache_system
-            ),
+            RequestDefaults(self.model or self.hook.default_model, self.max_tokens, None, self.request_params, self.cache_system),
             job_id=job_id,
             key=key,
             prompt=None if self.prompt is None else RowTemplate(self.prompt, name="prompt", context=per_run),

@@ -38,6 +38,23 @@ def job_of(context: Context) -> JobRecord:
     return JobRecord(make_job_id(ti.dag_id, ti.run_id, ti.task_id, map_index), ti.dag_id, ti.run_id, ti.task_id, map_index)
 
 
+def own_params(params: Any, dag: Any) -> dict[str, Any]:
+    """The ``params`` that a task was given itself. Airflow merges the DAG's own into what an operator's ``__init__`` gets under this name;
+    they are for the run's form and the templates, and the API would refuse the requests for them.
+    """
+    get_param = getattr(params, "get_param", None)
+    if get_param is None:
+        return dict(params or {})
+
+    def given_by_dag(name: str) -> bool:
+        source = getattr(get_param(name), "source", None)
+        if source is None:  # an Airflow whose params do not know where they come from
+            return dag is not None and name in dag.params and dag.params.get_param(name).value == get_param(name).value
+        return bool(source == "dag")
+
+    return {name: params[name] for name in params if not given_by_dag(name)}
+
+
 def as_batch_ids(value: Any) -> list[str]:
     """One id or many, as an XCom gives them or as Jinja renders a list, without repeats and in order.
 

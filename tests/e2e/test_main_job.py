@@ -60,11 +60,14 @@ def shop(tmp_path_factory: pytest.TempPathFactory, start_airflow: StartAirflow) 
         connection.exec_driver_sql("CREATE TABLE products (sku TEXT PRIMARY KEY, name TEXT, attributes TEXT)")
         for i in range(ROWS):
             connection.execute(sa.text("INSERT INTO products VALUES (:s, :n, 'blue')"), {"s": f"S{i}", "n": f"thing {i}"})
+    reviews = folder / "reviews.csv"
+    reviews.write_text("review_id,product,stars,text\n" + "".join(f"R{i},thing {i // 2},4,good\n" for i in range(ROWS)))
     events = folder / "lineage.jsonl"
     with SimulatorProcess(SimulatorSettings(clock="manual", input_tokens=2700, output_tokens=100)) as sim:
         env = {
             "AIRFLOW_CONN_WAREHOUSE": warehouse.airflow_uri,
             "AIRFLOW_CONN_ANTHROPIC_DEFAULT": anthropic_connection(sim.base_url),
+            "AIRFLOW_VAR_REVIEWS_CSV": str(reviews),
             "AIRFLOW__OPENLINEAGE__TRANSPORT": json.dumps({"type": "file", "log_file_path": str(events), "append": True}),
         }
         yield Shop(start_airflow(EXAMPLES, env), sim, engine, events)
@@ -152,3 +155,18 @@ def test_openlineage_is_told_of_the_run_and_its_cost(shop: Shop) -> None:
     assert submitted["run"]["facets"]["batchkit"]["source_rows"] == ROWS
     tally = CostTally.from_json(fetched["run"]["facets"]["batchkit"]["cost_tally"])
     assert (tally.batch_cost_usd, tally.input_tokens) == (Decimal("2.40"), 2700 * ROWS)
+
+
+def test_the_examples_without_a_schedule_run_when_they_are_triggered(shop: Shop) -> None:
+    """All at once, on one warehouse and one triggerer; the table of each has a row for every key. After the tests that count requests."""
+    shop.sim.set(clock="seconds:2")
+    scheduled = {DAG_ID, COST_DAG_ID}
+    runs = {dag_id: shop.airflow.trigger_dag(dag_id) for dag_id in sorted({path.stem for path in EXAMPLES.glob("*.py")} - scheduled)}
+    states = {dag_id: shop.airflow.wait_for_run(dag_id, run_id, timeout=300) for dag_id, run_id in runs.items()}
+    assert states == dict.fromkeys(runs, "success")
+    fetches = {"classify_then_write": "write.fetch", "one_task_run": "run"}
+    for dag_id, run_id in runs.items():
+        summary = shop.airflow.xcom(dag_id, run_id, fetches.get(dag_id, "fetch"))
+        assert summary["rows"] == summary["counts"]["succeeded"] > 0, dag_id
+        with shop.engine.connect() as connection:
+            assert connection.exec_driver_sql(f"SELECT COUNT(*) FROM {summary['table']}").scalar() == summary["rows"]

@@ -1,0 +1,86 @@
+"""Submit, wait and fetch as one task group: a stage of a chain whose next stage reads the table that this one wrote."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from airflow.providers.common.compat.sdk import BaseOperator, TaskGroup
+
+from airflow_provider_batchkit.operators.fetch import FetchBatchOperator
+from airflow_provider_batchkit.operators.submit import SubmitBatchOperator
+from airflow_provider_batchkit.sensors.batch import BatchSensor
+
+#: what the stage itself gives to its tasks
+_SET_BY_STAGE = frozenset({"batch_id", "table", "self", "kwargs"})
+
+
+class BatchStage(TaskGroup):
+    """The task group that :func:`batch_stage` makes, with its tasks ``submit``, ``wait`` and ``fetch``."""
+
+    @property
+    def submit(self) -> SubmitBatchOperator:
+        return self._task("submit")  # type: ignore[no-any-return]
+
+    @property
+    def wait(self) -> BatchSensor:
+        return self._task("wait")  # type: ignore[no-any-return]
+
+    @property
+    def fetch(self) -> FetchBatchOperator:
+        return self._task("fetch")  # type: ignore[no-any-return]
+
+    @property
+    def output(self) -> Any:
+        """The fetch's summary, for another task: rows, counts and the bill."""
+        return self.fetch.output
+
+    def _task(self, name: str) -> Any:
+        return self.children[f"{self.group_id}.{name}"]
+
+
+def batch_stage(
+    group_id: str, *, table: str, outlets: Any = None, default_args: Mapping[str, Any] | None = None, **parameters: Any
+) -> BatchStage:
+    """A task group ``submit >> wait >> fetch``: ask about every row of a source, and land the answers in ``table``.
+
+    Each further parameter goes to those of the three tasks that have a parameter of its name:
+
+    - to ``submit``, all of :class:`SubmitBatchOperator`: the source, ``key``, ``prompt``, ``model``, ``max_cost_usd`` …
+    - to ``wait``, all of :class:`BatchSensor` and of any sensor: ``deferrable``, ``poke_interval``, ``timeout`` …
+    - to ``fetch``, all of :class:`FetchBatchOperator`: ``write_disposition``, ``include_failed``, ``fail_on_error_rate`` …
+
+    So ``sql_conn_id``, ``anthropic_conn_id`` and ``cancel_on_kill`` are given once. ``stage_a >> stage_b`` runs one after the other.
+
+    :param group_id: id of the group; its tasks are ``<group_id>.submit``, ``.wait`` and ``.fetch``
+    :param table: result table of ``fetch``
+    :param outlets: assets that ``fetch`` updates
+    :param default_args: parameters that any task has (``retries``, ``pool``, ``queue`` …), for all three
+    :raises TypeError: when the DAG is parsed, for a parameter that none of the three has
+    """
+    tasks: dict[str, type[BaseOperator]] = {"submit": SubmitBatchOperator, "wait": BatchSensor, "fetch": FetchBatchOperator}
+    names = {task: _parameters(operator) for task, operator in tasks.items()}
+    unknown = sorted(set(parameters) - set().union(*names.values()))
+    if unknown:
+        raise TypeError(
+            f"Stage {group_id}: {', '.join(unknown)} is a parameter of neither submit, wait nor fetch. What every task of Airflow has, "
+            "such as retries, goes into default_args."
+        )
+
+    def given(task: str) -> dict[str, Any]:
+        return {name: value for name, value in parameters.items() if name in names[task]}
+
+    stage = BatchStage(group_id=group_id, default_args=dict(default_args or {}))  # type: ignore[arg-type]  # its converter is generic
+    with stage:
+        submit = SubmitBatchOperator(task_id="submit", **given("submit"))
+        wait = BatchSensor(task_id="wait", batch_id=submit.output, **given("wait"))
+        fetch = FetchBatchOperator(task_id="fetch", batch_id=submit.output, table=table, outlets=outlets, **given("fetch"))
+        wait >> fetch
+    return stage
+
+
+def _parameters(operator: type[BaseOperator]) -> set[str]:
+    """Names of the parameters that an operator, or a class between it and :class:`BaseOperator`, adds to those of every task."""
+    own = operator.__mro__[: operator.__mro__.index(BaseOperator)]
+    return {name for cls in own if "__init__" in vars(cls) for name in inspect.signature(cls.__init__).parameters} - _SET_BY_STAGE  # type: ignore[misc]
