@@ -1,4 +1,4 @@
-"""Every month, a short description for each product of a catalog, at half price.
+"""Every month, a short description for each product of a catalog that is new or has changed, at half price.
 
 Needs two connections: ``anthropic_default`` and ``warehouse``, a SQL database with a table ``products (sku, name, attributes)``.
 The asset ``product_copy`` tells other DAGs what a run cost, see ``catalog_cost.py``. ``make demo`` runs this file against the simulator.
@@ -28,6 +28,7 @@ with DAG(
         prompt="Write a two-sentence description of {{ row.name }}: {{ row.attributes }}",
         model="claude-opus-4-8",
         max_tokens=200,
+        skip_unchanged=True,  # the next month pays for products that are new or have changed
         sql_conn_id="warehouse",
     )
     wait = BatchSensor(task_id="wait", batch_id=submit.output, poke_interval=5)

@@ -147,6 +147,25 @@ def test_it_waits_without_a_worker_in_every_round(home: Path, database: Database
     assert legs.resume()["counts"] == {"succeeded": 3}
 
 
+def test_a_primed_run_sends_the_rest_when_its_first_row_has_ended(home: Path, database: Database, sim: SimulatorProcess) -> None:
+    """The first row alone, then the others, then the landing of both; a retry in between waits for the same batch."""
+    fill(database, {i: f"primed {i}" for i in range(4)})
+    sim.set(clock="manual")
+    before = sim.stats()["requests_accepted"]
+    legs = Legs(system="Be brief. " * 2_000, cache_system="5m", prime_cache=True)
+    primer = legs.run()
+    assert primer.method_name == "primer_over"
+    assert sim.stats()["requests_accepted"] - before == 1
+    assert legs.run().trigger.batch_ids == primer.trigger.batch_ids
+    sim.end(primer.trigger.batch_ids[0])
+    rest = legs.run("primer_over", event={"status": "ended", "batch_ids": [], "counts": {}}, asked_before=1)
+    assert (rest.method_name, sim.stats()["requests_accepted"] - before) == ("execute_complete", 4)
+    for batch_id in rest.trigger.batch_ids:
+        sim.end(batch_id)
+    summary = legs.resume()
+    assert (summary["rows"], summary["counts"], len(summary["batch_ids"])) == (4, {"succeeded": 4}, 2)
+
+
 def test_what_asking_again_cannot_help_is_not_asked_again(home: Path, database: Database, sim: SimulatorProcess) -> None:
     """A permanent error stays, a passing one is asked until the rounds are over; the summary says which is which."""
     fill(database, {1: "fine", 2: "bad [[sim:errored]]", 3: "poor [[sim:credit]]", 4: "late [[sim:expired]]", 5: "down [[sim:api-error]]"})
