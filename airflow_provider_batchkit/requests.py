@@ -141,6 +141,8 @@ class RequestDefaults(msgspec.Struct, frozen=True):
     system: Any = None
     #: any further Messages API parameters
     params: dict[str, Any] = {}
+    #: ``output_config.format`` of a schema that all answers are to fit; then no params may name another
+    output_format: dict[str, Any] | None = None
 
     def merged(self, own: Mapping[str, Any]) -> dict[str, Any]:
         """Params of a request: the defaults, overlaid by its own."""
@@ -150,6 +152,11 @@ class RequestDefaults(msgspec.Struct, frozen=True):
             if value is not None:
                 merged[name] = value
         merged.update(own)
+        if self.output_format is not None:
+            config = merged.get("output_config") or {}
+            if not isinstance(config, Mapping) or config.get("format") is not None or merged.get("output_format") is not None:
+                raise RequestError("params name an output format, and so does output_schema: leave one of them out. Nothing was sent.")
+            merged["output_config"] = {**config, "format": self.output_format}
         return merged
 
 

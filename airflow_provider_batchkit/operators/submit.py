@@ -19,6 +19,7 @@ from airflow_provider_batchkit.links import ConsoleLink, push_console_link
 from airflow_provider_batchkit.model import MAX_BYTES_PER_BATCH, MAX_REQUESTS_PER_BATCH, parse_usd
 from airflow_provider_batchkit.operators.metrics import count_submitted
 from airflow_provider_batchkit.operators.tasks import batchkit_errors, job_of
+from airflow_provider_batchkit.schema import OutputSchema
 
 if TYPE_CHECKING:
     from airflow.providers.common.compat.sdk import Context
@@ -50,6 +51,8 @@ class SubmitBatchOperator(BatchLineage, BaseOperator):
     :param model: model id; else the connection's default
     :param max_tokens: bound on an answer's length, in tokens
     :param params: any further Messages API parameters
+    :param output_schema: what each answer must be: a JSON Schema (a mapping) of an object, or a Pydantic model class. Its properties become
+        typed columns of the result table, nested ones as JSON; an answer that does not fit lands as ``invalid_output`` with its raw text
     :param anthropic_conn_id: connection of type ``anthropic``
     :param sql_conn_id: SQL connection of the ledger, and of the source unless ``source_conn_id`` names another
     :param source_conn_id: SQL connection to read ``sql`` from
@@ -101,6 +104,7 @@ class SubmitBatchOperator(BatchLineage, BaseOperator):
         model: str | None = None,
         max_tokens: int | None = None,
         params: Mapping[str, Any] | None = None,
+        output_schema: Any = None,
         anthropic_conn_id: str = BatchKitHook.default_conn_name,
         sql_conn_id: str,
         source_conn_id: str | None = None,
@@ -130,6 +134,7 @@ class SubmitBatchOperator(BatchLineage, BaseOperator):
         self.model = model
         self.max_tokens = max_tokens
         self.request_params = params
+        self.output_schema = None if output_schema is None else OutputSchema.parse(output_schema)
         self.anthropic_conn_id = anthropic_conn_id
         self.sql_conn_id = sql_conn_id
         self.source_conn_id = source_conn_id
@@ -226,6 +231,7 @@ class SubmitBatchOperator(BatchLineage, BaseOperator):
                 settle_seconds=self.settle_seconds,
                 before_send=lambda: self._note_key(ledger, job.job_id, types),
                 limits=Limits(self.max_cost_usd, self.budget),
+                output_schema=None if self.output_schema is None else self.output_schema.text,
             )
 
     def _end_dry_run(self, context: Context, report: SubmitReport) -> None:
@@ -240,14 +246,13 @@ class SubmitBatchOperator(BatchLineage, BaseOperator):
         self.log.info("Estimate for %s", found)
         raise AirflowSkipException("Dry run: nothing was sent.")
 
-    @staticmethod
-    def _note_key(ledger: Ledger, job_id: str, types: KeyTypes) -> None:
+    def _note_key(self, ledger: Ledger, job_id: str, types: KeyTypes) -> None:
         """Journal the key's columns and types for the result table, and refuse now what no table could hold later."""
         from airflow_provider_batchkit.landing import ResultTable
 
         if types.rows_seen:
             columns = types.result(ledger.key_columns(job_id))
-            ResultTable("results", columns)
+            ResultTable("results", columns, self.output_schema)
             ledger.set_key_columns(job_id, columns)
 
     def _requests(self, context: Context, job_id: str, key: list[str], types: KeyTypes, items: Iterable[Any]) -> Iterator[PreparedRequest]:
@@ -256,7 +261,13 @@ class SubmitBatchOperator(BatchLineage, BaseOperator):
 
         per_run = dict(context)
         builder = RequestBuilder(
-            RequestDefaults(self.model or self.hook.default_model, self.max_tokens, None, dict(self.request_params or {})),
+            RequestDefaults(
+                self.model or self.hook.default_model,
+                self.max_tokens,
+                None,
+                dict(self.request_params or {}),
+                None if self.output_schema is None else self.output_schema.format,
+            ),
             job_id=job_id,
             key=key,
             prompt=None if self.prompt is None else RowTemplate(self.prompt, name="prompt", context=per_run),
