@@ -39,7 +39,10 @@ _NEVER = (sa.SmallInteger, sa.Enum)
 
 
 def fits(kind: str, found: Any, dialect: Dialect) -> bool:
-    """Whether an existing column can hold values of ``kind``: of the same class of types, in which they all mean the same."""
+    """Whether an existing column is of the class of types in which values of ``kind`` mean the same.
+
+    It may be narrower than ours (INTEGER, VARCHAR(200)): a value that is too large is then the database's own error, and nothing lands.
+    """
     if dialect.name == "sqlite" and isinstance(found, _FITTING_SQLITE.get(kind, ())):
         return True
     if isinstance(found, _NEVER) or not isinstance(found, _FITTING[kind]):

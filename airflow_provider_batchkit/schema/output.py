@@ -48,17 +48,15 @@ class OutputSchema:
         return schema
 
     def _check(self) -> None:
-        assert self.format
+        wire_schema(self._root)
         try:
-            columns = self.columns
             msgspec.json.Decoder(self.types.answer)
+        except BatchInputError:
+            raise
         except (TypeError, ValueError, OverflowError, NotImplementedError) as e:
-            if isinstance(e, BatchInputError):
-                raise
             raise BatchInputError(f"output_schema cannot be checked: {e}. Nothing was sent.") from e
         names: dict[str, str] = {}
-        for column in columns:
-            name = column.name
+        for name in (column.name for column in self.columns):
             if not _COLUMN_NAME.fullmatch(name) or name.lower().startswith(_RESERVED_PREFIX):
                 refuse(
                     f"the property {name!r}",
