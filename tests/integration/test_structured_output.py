@@ -65,7 +65,7 @@ SCHEMA = {
     },
     "required": ["title", "stock", "price", "organic", "seen_on", "seen_at", "parts"],
 }
-NAMES = tuple(SCHEMA["properties"])  # type: ignore[arg-type]
+NAMES = tuple(SCHEMA["properties"])
 
 
 def items(*names: str) -> list[dict[str, Any]]:
@@ -185,6 +185,19 @@ def test_a_table_of_the_users_own_types_is_filled(warehouse: Warehouse) -> None:
             answer[n] for n in ("title", "stock", "organic", "parts")
         )
         assert float(row["price"]) == answer["price"]
+
+
+def test_a_time_without_its_zone_does_not_fit_on_postgresql(postgres: Database, sim: Simulator) -> None:
+    """The value would be shifted to the session's local time; nor does text go into a number, or a large whole number into a small one."""
+    warehouse = Warehouse(postgres.engine(), kit_for(sim.base_url))
+    warehouse.fetch(warehouse.submit(items("lamp"), output_schema=SCHEMA).batch_ids)
+    for column, type_name in (("seen_at", "TIMESTAMP"), ("title", "JSONB USING NULL"), ("stock", "SMALLINT USING 1")):
+        warehouse.execute(f"ALTER TABLE answers ALTER COLUMN {column} TYPE {type_name}")
+    with pytest.raises(TableError) as caught:
+        warehouse.fetch(warehouse.submit(items("cup"), output_schema=SCHEMA, run_id="run-2").batch_ids)
+    message = str(caught.value)
+    assert "title is JSONB and must be TEXT, stock is SMALLINT and must be BIGINT" in message
+    assert "seen_at is TIMESTAMP WITHOUT TIME ZONE and must be TIMESTAMP WITH TIME ZONE" in message
 
 
 def test_a_property_with_another_columns_name_is_refused(warehouse: Warehouse) -> None:

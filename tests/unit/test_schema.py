@@ -252,6 +252,7 @@ def test_a_schema_joins_the_other_output_settings_and_excludes_another_format() 
     output_format = OutputSchema.parse(Product).format
     merged = RequestDefaults(params={"output_config": {"effort": "low"}}, output_format=output_format).merged({})
     assert merged["output_config"] == {"effort": "low", "format": output_format}
-    for own in ({"output_config": {"format": {"type": "json_schema", "schema": {}}}}, {"output_format": {}}):
+    refused: list[dict[str, Any]] = [{"output_config": {"format": {"type": "json_schema", "schema": {}}}}, {"output_format": {}}]
+    for own in refused:
         with pytest.raises(RequestError, match="leave one of them out"):
             RequestDefaults(output_format=output_format).merged(own)
