@@ -41,15 +41,15 @@ class SchemaTypes:
         node, refs = self._resolved(root, "$", ())
         if node.get("type") != "object":
             refuse("$", "must be an object whose properties are the columns; wrap an array or a single value into one property")
-        self._names = list(properties_of(node, "$"))
+        properties = properties_of(node, "$")
         kinds, fields = [], []
-        for name, member in properties_of(node, "$").items():
+        for name, member in properties.items():
             kind, type_ = self._value(member, f"$.{name}", refs)
             kinds.append(kind)
             # absent or null: no value in the column either way
             fields.append(type_ if name in node.get("required", ()) else (type_ | None, None))
-        self.columns = tuple(Column(name, kind) for name, kind in zip(self._names, kinds, strict=True))
-        self.answer = _struct("Answer", self._names, fields)
+        self.columns = tuple(Column(name, kind) for name, kind in zip(properties, kinds, strict=True))
+        self.answer = _struct("Answer", list(properties), fields)
 
     def _resolved(self, node: Mapping[str, Any], where: str, refs: _Refs) -> tuple[Mapping[str, Any], _Refs]:
         """What stands behind a ``$ref`` or an ``allOf`` of one."""

@@ -231,6 +231,15 @@ def test_a_nul_character_is_replaced_and_an_escaped_backslash_is_not() -> None:
     assert read(schema, r'{"a": "x\u0000y", "b": ["\\u0000", "\\\u0000"]}')[1] == ("x\ufffdy", r'["\\u0000","\\' + '\ufffd"]')
 
 
+def test_values_of_several_types_may_be_absent_at_any_depth() -> None:
+    """What may be of several types is taken as it comes; what is optional and absent is NULL, or is not in the nested JSON."""
+    several = {"anyOf": [{"type": "string"}, {"type": "integer"}]}
+    schema = {"type": "object", "properties": {"a": several, "b": {"type": "object", "properties": {"c": several, "d": {"type": "null"}}}}}
+    assert read(schema, '{"a": "x", "b": {"c": 1}}')[1] == ('"x"', '{"c":1}')
+    assert read(schema, '{"b": {"d": null}}')[1] == (None, '{"d":null}')
+    assert read(schema, "{}")[1] == (None, None)
+
+
 def test_a_failed_request_is_passed_through() -> None:
     """Only answers are read."""
     item = BatchItem("c", RequestStatus.EXPIRED)
