@@ -36,6 +36,7 @@ from airflow_provider_batchkit.landing import LandingReport, WriteDisposition, l
 from airflow_provider_batchkit.ledger import BatchRecord, BatchState, JobRecord, Landed, Ledger
 from airflow_provider_batchkit.ledger.account import note_rendering
 from airflow_provider_batchkit.ledger.history import answered, output_per_request
+from airflow_provider_batchkit.ledger.outputs import note_output_schema
 from airflow_provider_batchkit.ledger.rounds import failed_keys, note_sent
 from airflow_provider_batchkit.model import MAX_BYTES_PER_BATCH, MAX_REQUESTS_PER_BATCH, BatchSnapshot, PreparedRequest, Shard
 from airflow_provider_batchkit.priming import Hold, Priming
@@ -84,6 +85,7 @@ def submit_job(
     priming: Priming | None = None,
     round_number: int = 1,
     only: Iterable[str] | None = None,
+    output_schema: str | None = None,
 ) -> SubmitReport:
     """Submit whatever of ``requests`` the job has not in flight or landed.
 
@@ -95,6 +97,7 @@ def submit_job(
     :param before_send: called once the source has been read and found good, before the first POST
     :param limits: what the job may cost
     :param priming: send the job's first request alone; the rest is not sent before it has ended (``waits_for`` in the report)
+    :param output_schema: the text of the :class:`~airflow_provider_batchkit.schema.OutputSchema` that ``requests`` ask for
     :raises RequestError: bad input, a key that comes twice; nothing was sent by this attempt
     :raises CostLimitError: it may cost more than ``limits`` allow; nothing was sent by this attempt
     :raises SubmitRefusedError: the API refused a shard; ``submitted`` lists the job's batches that run
@@ -116,6 +119,7 @@ def submit_job(
         shards = writer.close()
         rendering_s = time.monotonic() - started
         before_send()
+        note_output_schema(ledger.engine, job.job_id, lease, output_schema, sends=bool(shards))
         spending = Spending(kit, ledger, job, lease, limits)
         ledger.add_copies(job.job_id, lease, writer.earlier_copies())
         if shards or report.unchanged:

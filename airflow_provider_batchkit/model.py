@@ -36,6 +36,10 @@ class RequestStatus(str, Enum):
     MISSING = "missing"
 
 
+#: outcomes of requests that were answered, and are billed: their rows are always written, a failed request's only when that is asked for
+ANSWERED = (RequestStatus.SUCCEEDED, RequestStatus.INVALID_OUTPUT)
+
+
 class Usage(msgspec.Struct, frozen=True, gc=False):
     """What the API counted for one request.
 

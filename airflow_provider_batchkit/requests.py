@@ -153,6 +153,8 @@ class RequestDefaults(msgspec.Struct, frozen=True):
     params: dict[str, Any] = {}
     #: how long the API caches the job's system prompt, ``"5m"`` or ``"1h"``; a system prompt of a request's own is sent as it is
     cache_system: str | None = None
+    #: ``output_config.format`` of a schema that all answers are to fit; then no params may name another
+    output_format: dict[str, Any] | None = None
 
     def merged(self, own: Mapping[str, Any]) -> dict[str, Any]:
         """Params of a request: the defaults, overlaid by its own."""
@@ -164,6 +166,11 @@ class RequestDefaults(msgspec.Struct, frozen=True):
         if "system" in merged:
             merged["system"] = self.system_param(merged["system"])
         merged.update(own)
+        if self.output_format is not None:
+            config = merged.get("output_config") or {}
+            if not isinstance(config, Mapping) or config.get("format") is not None or merged.get("output_format") is not None:
+                raise RequestError("params name an output format, and so does output_schema: leave one of them out. Nothing was sent.")
+            merged["output_config"] = {**config, "format": self.output_format}
         return merged
 
     def system_param(self, system: Any) -> Any:

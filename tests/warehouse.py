@@ -14,6 +14,7 @@ from airflow_provider_batchkit.landing import LandingReport, WriteDisposition
 from airflow_provider_batchkit.ledger import JobRecord, Ledger, make_job_id, prepare_engine
 from airflow_provider_batchkit.model import PreparedRequest
 from airflow_provider_batchkit.requests import RequestBuilder, RequestDefaults, items_of
+from airflow_provider_batchkit.schema import OutputSchema
 from airflow_provider_batchkit.sources import KeyTypes
 from airflow_provider_batchkit.templates import RowTemplate
 
@@ -42,14 +43,16 @@ class Warehouse:
         model: str = "claude-haiku-5-5",
         max_tokens: int = 100,
         dedupe: bool = True,
+        output_schema: Any = None,
+        params: Mapping[str, Any] | None = None,
         **limits: Any,
     ) -> SubmitReport:
         """Submit rows as the job of ``run_id``."""
         job = JobRecord(make_job_id("dag", run_id, "submit"), "dag", run_id, "submit")
         types = KeyTypes(key)
-        builder = RequestBuilder(
-            RequestDefaults(model, max_tokens), job_id=job.job_id, key=key, prompt=RowTemplate(prompt, name="prompt"), dedupe=dedupe
-        )
+        schema = None if output_schema is None else OutputSchema.parse(output_schema)
+        defaults = RequestDefaults(model, max_tokens, params=dict(params or {}), output_format=None if schema is None else schema.format)
+        builder = RequestBuilder(defaults, job_id=job.job_id, key=key, prompt=RowTemplate(prompt, name="prompt"), dedupe=dedupe)
 
         def note_key() -> None:
             if types.rows_seen:
@@ -67,6 +70,7 @@ class Warehouse:
             requests(),
             anthropic_conn_id="anthropic_default",
             before_send=note_key,
+            output_schema=None if schema is None else schema.text,
             **limits,
         )
 

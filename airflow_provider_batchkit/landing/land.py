@@ -26,11 +26,13 @@ from airflow_provider_batchkit.landing.write import TableWriter, prepare_connect
 from airflow_provider_batchkit.ledger.account import note_landing
 from airflow_provider_batchkit.ledger.engine import prepare_engine
 from airflow_provider_batchkit.ledger.ledger import BatchRecord, Ledger
+from airflow_provider_batchkit.ledger.outputs import output_schema_of
 from airflow_provider_batchkit.ledger.states import BatchState
-from airflow_provider_batchkit.model import BatchItem, BatchSnapshot, RequestStatus
+from airflow_provider_batchkit.model import ANSWERED, BatchItem, BatchSnapshot, RequestStatus
 from airflow_provider_batchkit.pricing import PriceBook
 from airflow_provider_batchkit.progress import Progress
 from airflow_provider_batchkit.results import Reconciler
+from airflow_provider_batchkit.schema import AnswerReader, OutputSchema
 from airflow_provider_batchkit.tally import TallyBuilder
 
 log = logging.getLogger(__name__)
@@ -56,14 +58,14 @@ def land_batches(
 
     :param snapshots: the batches as the API shows them, all ended
     :param table_name: ``table`` or ``schema.table`` in the ledger's database; created when missing
-    :param include_failed: also write a row, without a response, for each request that did not succeed
+    :param include_failed: also write a row, without a response, for each request that was not answered
     :param portable: use no database's own bulk path
     :raises TableError: the table does not fit; nothing was written
     :raises ResultStreamError: the results could not be read to their end; nothing of that batch was written
     """
     ledger.ensure()
     records = [ledger.find(s.batch_id) for s in snapshots]
-    table = ResultTable(table_name, _common_key(ledger, records, snapshots))
+    table = ResultTable(table_name, _common_key(ledger, records, snapshots), _common_schema(ledger, records, snapshots))
     if not table.check(ledger.engine):
         table.create(ledger.engine, unique_key=disposition is not WriteDisposition.APPEND)
     landing = _Landing(ledger, table, read_items, price_book, disposition, include_failed, portable)
@@ -88,6 +90,19 @@ def _common_key(ledger: Ledger, records: Sequence[BatchRecord | None], snapshots
             "Nothing was written."
         )
     return list(keys.pop()) if keys else []
+
+
+def _common_schema(ledger: Ledger, records: Sequence[BatchRecord | None], snapshots: Sequence[BatchSnapshot]) -> OutputSchema | None:
+    texts = {output_schema_of(ledger.engine, job_id) for job_id in {r.job_id for r in records if r is not None}}
+    if None in records:
+        texts.add(None)
+    if len(texts) > 1:
+        raise BatchInputError(
+            f"The batches {', '.join(s.batch_id for s in snapshots)} asked with different output schemas, or some with none, and cannot "
+            "land together. Fetch those of one schema at a time. Nothing was written."
+        )
+    text = texts.pop() if texts else None
+    return None if text is None else OutputSchema(text)
 
 
 @dataclass(slots=True)
@@ -128,13 +143,19 @@ class _Landing:
         started = time.monotonic()
         keys = None if record is None else AskedKeys(self.ledger.rows_of(record))
         stage = Stage(connection, self.table, keys, portable=self.portable)
+        answers = None if self.table.schema is None else AnswerReader(self.table.schema)
         tally = TallyBuilder(self.price_book, snapshot.created_at)
         reconciler = Reconciler(None if keys is None else keys.custom_ids)
         total = snapshot.counts.total
         progress = Progress(log, f"landing {snapshot.batch_id}", total)
         for item in self.read_items(snapshot.batch_id, reconciler, total, lambda size: progress.add(0, size)):
             usage = item.usage
-            stage.put(item, _FREE if usage is None else tally.add_pico(item.model or "", usage))
+            cost = _FREE if usage is None else tally.add_pico(item.model or "", usage)
+            if answers is None:
+                stage.put(item, cost)
+            else:
+                item, values = answers.read(item)
+                stage.put(item, cost, values)
             progress.rows += 1
         _refuse_anothers(snapshot, reconciler)
         missing = [] if keys is None else [c for c in keys.custom_ids if c not in reconciler.answered]
@@ -144,7 +165,7 @@ class _Landing:
         progress.done()
         names = [] if keys is None else [key for c in missing[:NAMED] for key in (keys.billed(c), *keys.copies(c))]
         log_faults(snapshot, reconciler.faults, len(missing), names)
-        rows = stage.counts.total() if self.include_failed else stage.counts[RequestStatus.SUCCEEDED.value]
+        rows = stage.counts.total() if self.include_failed else sum(stage.counts[status.value] for status in ANSWERED)
         first = record is None or record.state is not BatchState.LANDED
         read_s = time.monotonic() - started
         return LandedBatch(snapshot, stage.counts, tally.tally(), reconciler.faults, names, rows, first, read_s), stage.table

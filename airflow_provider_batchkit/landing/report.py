@@ -10,7 +10,7 @@ from datetime import datetime
 from typing import Any
 
 from airflow_provider_batchkit.ledger.ledger import Landed
-from airflow_provider_batchkit.model import BatchSnapshot, CostTally, RequestStatus
+from airflow_provider_batchkit.model import ANSWERED, BatchSnapshot, CostTally
 from airflow_provider_batchkit.results import StreamFaults
 
 log = logging.getLogger(__name__)
@@ -96,7 +96,7 @@ class LandingReport:
     def recall(self, landed: Landed) -> None:
         """Add a batch that landed before and whose results are gone: nothing is written, its counts and its bill are in the ledger."""
         self.batch_ids.append(landed.batch_id)
-        self.rows += landed.counts.get(RequestStatus.SUCCEEDED.value, 0)
+        self.rows += sum(landed.counts.get(status.value, 0) for status in ANSWERED)
         self.counts.update(landed.counts)
         self.tally = self.tally + CostTally.from_json(landed.tally)
         self.created_at = min(filter(None, (self.created_at, landed.created_at)), default=None)

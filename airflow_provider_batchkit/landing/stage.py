@@ -21,7 +21,8 @@ from airflow_provider_batchkit.model import BatchItem, RequestStatus, format_pic
 _CHUNK_ROWS = 1_000
 _CHUNK_CHARACTERS = 4_000_000
 
-#: what differs from row to row, behind the table's key columns; money for the table is text here, as every database takes it exactly
+#: what differs from row to row, behind the table's key and answer columns; money for the table is text here, which every database takes
+#: exactly
 _COLUMNS: tuple[tuple[str, Any], ...] = (
     ("response", sa.Text()),
     ("status", sa.String(16)),
@@ -94,28 +95,32 @@ class Stage:
         self._row_keys: list[str] = []
         self._characters = 0
         key_types = [(c.name, c.type) for c in table.table.columns][: len(table.key_columns)]
+        answer_types = [(name, sa.Text() if name in table.json_names else type_) for name, type_ in table.answer_columns]
+        self._no_values: BulkRow = (None,) * len(answer_types)
         self.table = sa.Table(
             f"batchkit_stage_{secrets.token_hex(6)}",
             sa.MetaData(),
-            *(sa.Column(name, type_, nullable=True, autoincrement=False) for name, type_ in (*key_types, *_COLUMNS)),
+            *(sa.Column(name, type_, nullable=True, autoincrement=False) for name, type_ in (*key_types, *answer_types, *_COLUMNS)),
             prefixes=["TEMPORARY"],
             postgresql_on_commit="DROP",
         )
         self.table.create(connection, checkfirst=False)
 
-    def put(self, item: BatchItem, cost: tuple[int, int] | None) -> None:
+    def put(self, item: BatchItem, cost: tuple[int, int] | None, values: BulkRow | None = None) -> None:
         """Add the rows that one result answers.
 
         :param cost: batch and standard cost in picodollars; None when it is not known
+        :param values: the answer's, in the order of the table's answer columns
         """
+        values = self._no_values if values is None else values
         if self._keys is None:
-            self._add(item, "", cost, asked=1)
+            self._add(item, "", cost, values, asked=1)
             return
-        self._add(item, self._keys.billed(item.custom_id), cost, asked=1)
+        self._add(item, self._keys.billed(item.custom_id), cost, values, asked=1)
         for key in self._keys.copies(item.custom_id):
-            self._add(item, key, None if cost is None else (0, 0), asked=0)
+            self._add(item, key, None if cost is None else (0, 0), values, asked=0)
 
-    def _add(self, item: BatchItem, key: str, cost: tuple[int, int] | None, *, asked: int) -> None:
+    def _add(self, item: BatchItem, key: str, cost: tuple[int, int] | None, values: BulkRow, *, asked: int) -> None:
         text, usage = item.text, item.usage
         status = "succeeded" if item.status is RequestStatus.SUCCEEDED else item.status.value
         self.counts[status] += 1
@@ -123,6 +128,7 @@ class Stage:
         self._row_keys.append(key)
         self._rows.append(
             (
+                *values,
                 text,
                 status,
                 item.stop_reason,

@@ -5,20 +5,22 @@ from __future__ import annotations
 import datetime as dt
 import json
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from enum import Enum
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.engine import Engine
+from sqlalchemy.engine import Dialect, Engine
 from sqlalchemy.exc import DBAPIError, NoSuchTableError
 from sqlalchemy.types import TypeDecorator
 
 from airflow_provider_batchkit.exceptions import BatchInputError, TableError
+from airflow_provider_batchkit.landing.columns import ANSWER_TYPES, fits, sql_type
 from airflow_provider_batchkit.ledger.engine import write_transaction
 from airflow_provider_batchkit.ledger.tables import UtcDateTime
 from airflow_provider_batchkit.model import format_usd_exact
+from airflow_provider_batchkit.schema import OutputSchema
 
 
 class WriteDisposition(str, Enum):
@@ -107,13 +109,14 @@ RESULT_NAMES = tuple(name for name, _ in RESULT_COLUMNS)
 class ResultTable:
     """A target table and the key that its rows are known by."""
 
-    def __init__(self, name: str, key_columns: Sequence[tuple[str, str]]) -> None:
+    def __init__(self, name: str, key_columns: Sequence[tuple[str, str]], schema: OutputSchema | None = None) -> None:
         """
         :param name: ``table`` or ``schema.table``
         :param key_columns: (column, type name) as the source gave them; none for a batch without a source: then ``custom_id`` is the key
-        :raises TableError: for a key column that has the name of a result column
+        :param schema: what the answers are to fit; each of its properties is a column
+        :raises TableError: for a key column or a property that has the name of another column
         """
-        schema, _, table_name = name.rpartition(".")
+        in_schema, _, table_name = name.rpartition(".")
         if not table_name:
             raise TableError(f"The table name {name!r} is empty.")
         names = [column.lower() for column, _ in key_columns]
@@ -125,6 +128,17 @@ class ResultTable:
                 f"The key column {', '.join(clash)} has the name of a result column of {name}. Give it an alias in the source's sql "
                 f"(result columns: {', '.join(RESULT_NAMES)})."
             )
+        answers = () if schema is None else schema.columns
+        clash = [column.name for column in answers if column.name.lower() in (*names, *RESULT_NAMES)]
+        if clash:
+            raise TableError(
+                f"The property {', '.join(clash)} of output_schema has the name of another column of the result table. Rename it; "
+                f"taken are {', '.join(column for column, _ in key_columns)}, {', '.join(RESULT_NAMES)}. Nothing was sent or written."
+            )
+        self.schema = schema
+        #: (name, type) of the answers' properties
+        self.answer_columns = tuple((column.name, ANSWER_TYPES[column.kind]) for column in answers)
+        self.json_names = frozenset(column.name for column in answers if column.kind == "json")
         self.name = name
         self.key_columns = tuple(key_columns)
         self.key_names = tuple(column for column, _ in key_columns) or ("custom_id",)
@@ -135,13 +149,14 @@ class ResultTable:
             table_name,
             sa.MetaData(),
             *keys,
+            *(sa.Column(column, type_) for column, type_ in self.answer_columns),
             *results,
-            schema=schema or None,
+            schema=in_schema or None,
         )
 
     @property
     def column_names(self) -> tuple[str, ...]:
-        """Key columns, then result columns."""
+        """Key columns, the answers' properties, then result columns."""
         return tuple(column.name for column in self.table.columns)
 
     def keys_of(self, journaled: Sequence[str]) -> Sequence[tuple[Any, ...]]:
@@ -153,27 +168,36 @@ class ResultTable:
         decoded = (map(decode, column) if decode else column for decode, column in zip(self._decoders, columns, strict=True))
         return list(zip(*decoded, strict=True))
 
-    def missing_columns(self, engine: Engine) -> list[str] | None:
-        """Columns that an existing table lacks; None when there is no such table."""
-        try:
-            found = sa.inspect(engine).get_columns(self.table.name, schema=self.table.schema)
-        except NoSuchTableError:
-            return None
-        names = {column["name"] for column in found}
-        return [name for name in self.column_names if name not in names]
-
     def check(self, engine: Engine) -> bool:
         """Whether the table exists.
 
-        :raises TableError: when it exists and lacks columns; the message lists them
+        :raises TableError: when it exists and lacks columns, or has them with types that cannot hold the answers; the message lists them
         """
-        missing = self.missing_columns(engine)
-        if missing:
+        try:
+            found = sa.inspect(engine).get_columns(self.table.name, schema=self.table.schema)
+        except NoSuchTableError:
+            return False
+        types = {column["name"]: column["type"] for column in found}
+        differences = self._differences(types, engine.dialect)
+        if differences:
             raise TableError(
-                f"The table {self.name} exists and lacks the columns {', '.join(missing)}. Add them, or name another table. "
+                f"The table {self.name} exists and {'; it '.join(differences)}. Alter it, or name another table. "
                 "Nothing was written; the results stay with the API for 29 days."
             )
-        return missing is not None
+        return True
+
+    def _differences(self, found: Mapping[str, Any], dialect: Dialect) -> list[str]:
+        """What an existing table of these column types lacks, and what does not fit."""
+        wanted = {name: sql_type(type_, dialect) for name, type_ in self.answer_columns}
+        lacking = [f"{name} {wanted.get(name, '')}".rstrip() for name in self.column_names if name not in found]
+        answers = self.schema.columns if self.schema is not None else ()
+        unfit = [
+            f"{column.name} is {sql_type(found[column.name], dialect)} and must be {wanted[column.name]}"
+            for column in answers
+            if column.name in found and not fits(column.kind, found[column.name], dialect)
+        ]
+        differences = [f"lacks the columns {', '.join(lacking)}"] if lacking else []
+        return [*differences, f"does not fit output_schema: {', '.join(unfit)}"] if unfit else differences
 
     def create(self, engine: Engine, *, unique_key: bool) -> None:
         """Create the table unless somebody just did; ``unique_key`` makes the key its primary key."""

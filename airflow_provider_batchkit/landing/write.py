@@ -12,7 +12,7 @@ from airflow_provider_batchkit.landing.rounds import forget_outcomes, remove_row
 from airflow_provider_batchkit.landing.table import ResultTable, WriteDisposition
 from airflow_provider_batchkit.ledger.ledger import BatchRecord
 from airflow_provider_batchkit.ledger.tables import request as request_table
-from airflow_provider_batchkit.model import RequestStatus
+from airflow_provider_batchkit.model import ANSWERED, RequestStatus
 
 _SUCCEEDED = RequestStatus.SUCCEEDED.value
 
@@ -80,12 +80,13 @@ class TableWriter:
     def write(self, stage: sa.Table, batch_id: str, record: BatchRecord | None) -> None:
         """Write one batch's rows as the disposition says."""
         target, names, keys = self._table.table, self._table.column_names, self._table.key_names
-        staged = {
+        staged: dict[str, sa.ColumnElement[Any]] = {
             **{column.name: column for column in stage.columns},
             "batch_id": sa.literal(batch_id, target.c.batch_id.type),
             "landed_at": sa.literal(self._landed_at, target.c.landed_at.type),
         }
-        wanted = sa.true() if self._include_failed else stage.c.status == _SUCCEEDED
+        staged.update({name: sa.cast(stage.c[name], target.c[name].type) for name in self._table.json_names})
+        wanted = sa.true() if self._include_failed else stage.c.status.in_([status.value for status in ANSWERED])
         same_key = sa.and_(*(target.c[name] == stage.c[name] for name in keys))
         select = sa.select(*(staged[name].label(name) for name in names)).select_from(stage).where(wanted)
         if self._disposition is WriteDisposition.MERGE:

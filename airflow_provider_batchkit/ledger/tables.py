@@ -61,6 +61,8 @@ job = sa.Table(
     sa.Column("lease", sa.Integer, nullable=False),
     # [[column, type], ...] of the source's key, for the result table
     sa.Column("key_columns", sa.Text, nullable=False),
+    # the JSON Schema that its answers are to fit, as it was given; null for plain text
+    sa.Column("output_schema", sa.Text),
     # reading and rendering the source took so long, in all attempts that sent anything
     sa.Column("rendering_ms", sa.BigInteger),
     # rows of the source that the latest attempt left out, since an earlier run had answered their very request

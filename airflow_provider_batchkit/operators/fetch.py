@@ -66,6 +66,8 @@ class FetchBatchOperator(LandingOperator):
     """Write the results of ended batches to a table, with their costs. Returns a summary with the cost tally.
 
     The rows, each request's outcome and the batch's bill are written in one transaction per batch: killed anywhere, it can run again.
+    Answers to an ``output_schema`` are typed columns beside their raw text; one that does not fit is written with the status
+    ``invalid_output``, its text and the reason, and never over an answer that fits.
     Fetching twice changes nothing; fetching an older run again writes that run's answers over newer ones of the same keys. Works on any
     batch id, also one that was submitted elsewhere: its rows are keyed by ``custom_id``. The summary is the ``extra`` of the events of
     outlet assets, too.
@@ -75,7 +77,7 @@ class FetchBatchOperator(LandingOperator):
     :param anthropic_conn_id: connection of type ``anthropic``
     :param sql_conn_id: SQL connection of the table and the ledger
     :param write_disposition: ``"merge"`` by key, ``"append"``, or ``"replace"`` the table's content
-    :param include_failed: also write a row for each request that has no answer
+    :param include_failed: also write a row for each request that was not answered
     :param fail_on_error_rate: fail the task, after the results have landed, when a greater share of rows has no answer, 0.0 to 1.0
     :param delete_after_fetch: delete the batches from the API once every request's result has landed
     """

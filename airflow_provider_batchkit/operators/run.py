@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from airflow_provider_batchkit.exceptions import BatchInputError, BatchWaitTimeout, CostLimitError, PollError
 from airflow_provider_batchkit.hooks.batchkit import sql_engine
 from airflow_provider_batchkit.links import push_console_link
-from airflow_provider_batchkit.model import RequestStatus
+from airflow_provider_batchkit.model import ANSWERED
 from airflow_provider_batchkit.operators.fetch import LandingOperator
 from airflow_provider_batchkit.operators.metrics import count_landed
 from airflow_provider_batchkit.operators.publish import publish_summary
@@ -168,7 +168,7 @@ class RunBatchOperator(SubmitBatchOperator, LandingOperator):
 
         super()._note_key(ledger, job_id, types)
         if types.rows_seen:
-            ResultTable(self.table, ledger.key_columns(job_id)).check(ledger.engine)
+            ResultTable(self.table, ledger.key_columns(job_id), self.output_schema).check(ledger.engine)
 
     # --- waiting and landing ------------------------------------------------------------------------------------------------------
 
@@ -239,7 +239,7 @@ class RunBatchOperator(SubmitBatchOperator, LandingOperator):
         return summary
 
     def _summary(self, found: Outcome) -> dict[str, Any]:
-        answered = found.counts[RequestStatus.SUCCEEDED.value]
+        answered = sum(found.counts[status.value] for status in ANSWERED)
         return {
             "batch_ids": found.batch_ids,
             "table": self.table,

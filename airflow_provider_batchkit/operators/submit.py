@@ -22,6 +22,7 @@ from airflow_provider_batchkit.operators.metrics import count_submitted
 from airflow_provider_batchkit.operators.tasks import as_batch_ids, batchkit_errors, job_of, own_params
 from airflow_provider_batchkit.polling import validate_event
 from airflow_provider_batchkit.requests import CACHE_TTL_S, cache_system_problem
+from airflow_provider_batchkit.schema import OutputSchema
 
 if TYPE_CHECKING:
     from airflow.providers.common.compat.sdk import Context
@@ -56,6 +57,8 @@ class SubmitBatchOperator(BatchLineage, BaseOperator):
     :param model: model id; else the connection's default
     :param max_tokens: bound on an answer's length, in tokens
     :param params: any further Messages API parameters
+    :param output_schema: what each answer must be: a JSON Schema (a mapping) of an object, or a Pydantic model class. Its properties become
+        typed columns of the result table, nested ones as JSON; an answer that does not fit lands as ``invalid_output`` with its raw text
     :param anthropic_conn_id: connection of type ``anthropic``
     :param sql_conn_id: SQL connection of the ledger, and of the source unless ``source_conn_id`` names another
     :param source_conn_id: SQL connection to read ``sql`` from
@@ -119,6 +122,7 @@ class SubmitBatchOperator(BatchLineage, BaseOperator):
         model: str | None = None,
         max_tokens: int | None = None,
         params: Mapping[str, Any] | None = None,
+        output_schema: Any = None,
         anthropic_conn_id: str = BatchKitHook.default_conn_name,
         sql_conn_id: str,
         source_conn_id: str | None = None,
@@ -154,6 +158,7 @@ class SubmitBatchOperator(BatchLineage, BaseOperator):
         self.model = model
         self.max_tokens = max_tokens
         self.request_params = own_params(params, self.get_dag())
+        self.output_schema = None if output_schema is None else OutputSchema.parse(output_schema)
         self.anthropic_conn_id = anthropic_conn_id
         self.sql_conn_id = sql_conn_id
         self.source_conn_id = source_conn_id
@@ -182,22 +187,27 @@ class SubmitBatchOperator(BatchLineage, BaseOperator):
         self.poke_interval = poke_interval
         # every operator has a method of the parameter's own name
         self.is_dry_run = dry_run
-        if sum(source is not None for source in (sql, input_path, requests)) != 1:
+        self._refuse_bad_parameters()
+
+    def _refuse_bad_parameters(self) -> None:
+        """:raises BatchInputError: for parameters that could not work, when the DAG is parsed"""
+        if sum(source is not None for source in (self.sql, self.input_path, self.requests)) != 1:
             raise BatchInputError(f"Task {self.task_id}: give exactly one of sql, input_path and requests.")
-        if requests is None and (not key or prompt is None):
-            source = "input_path" if sql is None else "sql"
+        if self.requests is None and (not self.key or self.prompt is None):
+            source = "input_path" if self.sql is None else "sql"
             raise BatchInputError(f"Task {self.task_id}: {source} needs key (the columns that identify a row) and prompt.")
-        if input_options is not None:
+        if self.input_options is not None:
             from airflow_provider_batchkit.files import InputOptions
 
-            InputOptions.parse(input_options)
-        problem = cache_system_problem(cache_system, system=None if prompt is None else system, params=params)
+            InputOptions.parse(self.input_options)
+        system = None if self.prompt is None else self.system
+        problem = cache_system_problem(self.cache_system, system=system, params=self.request_params)
         if problem:
             raise BatchInputError(f"Task {self.task_id}: {problem}.")
-        if prime_cache and cache_system is None:
+        if self.prime_cache and self.cache_system is None:
             raise BatchInputError(f"Task {self.task_id}: prime_cache needs cache_system: without it nothing is written to the cache.")
-        if on_empty not in ("skip", "succeed", "fail"):
-            raise BatchInputError(f"Task {self.task_id}: on_empty must be 'skip', 'succeed' or 'fail', not {on_empty!r}.")
+        if self.on_empty not in ("skip", "succeed", "fail"):
+            raise BatchInputError(f"Task {self.task_id}: on_empty must be 'skip', 'succeed' or 'fail', not {self.on_empty!r}.")
 
     @cached_property
     def hook(self) -> BatchKitHook:
@@ -324,6 +334,7 @@ class SubmitBatchOperator(BatchLineage, BaseOperator):
                 before_send=lambda: self._note_key(ledger, job.job_id, types),
                 limits=Limits(self.max_cost_usd, self.budget),
                 round_number=round_number,
+                output_schema=None if self.output_schema is None else self.output_schema.text,
             )
 
     def _end_dry_run(self, context: Context, report: SubmitReport) -> None:
@@ -344,7 +355,7 @@ class SubmitBatchOperator(BatchLineage, BaseOperator):
 
         if types.rows_seen:
             columns = types.result(ledger.key_columns(job_id))
-            ResultTable("results", columns)
+            ResultTable("results", columns, self.output_schema)
             ledger.set_key_columns(job_id, columns)
 
     def _requests(self, context: Context, job_id: str, key: list[str], types: KeyTypes, items: Iterable[Any]) -> Iterator[PreparedRequest]:
@@ -353,7 +364,14 @@ class SubmitBatchOperator(BatchLineage, BaseOperator):
 
         per_run = dict(context)
         builder = RequestBuilder(
-            RequestDefaults(self.model or self.hook.default_model, self.max_tokens, None, self.request_params, self.cache_system),
+            RequestDefaults(
+                self.model or self.hook.default_model,
+                self.max_tokens,
+                None,
+                self.request_params,
+                self.cache_system,
+                None if self.output_schema is None else self.output_schema.format,
+            ),
             job_id=job_id,
             key=key,
             prompt=None if self.prompt is None else RowTemplate(self.prompt, name="prompt", context=per_run),

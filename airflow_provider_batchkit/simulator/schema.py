@@ -38,7 +38,7 @@ def decoded(schema: bytes) -> Any:
 
 @lru_cache(maxsize=256)
 def problem_of(schema: bytes) -> str:
-    """What the API would not take about a schema, ``""`` for nothing: open objects, bounds, and what is no schema at all."""
+    """What the API would not take about a schema, ``""`` for nothing: open objects, bounds, recursion, and what is no schema at all."""
     root = decoded(schema)
     if not isinstance(root, dict):
         return "Input should be a valid dictionary"
@@ -55,6 +55,8 @@ def problem_of(schema: bytes) -> str:
             found = [keyword for keyword in _UNSUPPORTED.get(str(name), ()) if keyword in node]
             if found:
                 return f"For {name!r} type, properties {', '.join(found)} are not supported"
+    if _is_recursive(root, root, frozenset()):
+        return "Recursive schemas are not supported"
     try:
         answer_in_schema(root, "0" * 12)
     except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
@@ -74,14 +76,28 @@ def _nodes(schema: object) -> Iterator[dict[str, Any]]:
     if not isinstance(schema, dict):
         return
     yield schema
+    for member in _members(schema):
+        yield from _nodes(member)
+
+
+def _members(schema: dict[str, Any]) -> Iterator[object]:
+    """The schemas that stand directly in a schema."""
     for keyword in ("properties", "$defs", "definitions"):
         members = schema.get(keyword)
-        for member in members.values() if isinstance(members, dict) else ():
-            yield from _nodes(member)
+        yield from members.values() if isinstance(members, dict) else ()
     for keyword in ("anyOf", "oneOf", "allOf", "prefixItems"):
-        for member in schema.get(keyword) or ():
-            yield from _nodes(member)
-    yield from _nodes(schema.get("items"))
+        yield from schema.get(keyword) or ()
+    yield schema.get("items")
+
+
+def _is_recursive(schema: object, root: object, inside: frozenset[str]) -> bool:
+    """Whether a ``$ref`` leads to a schema that it stands in."""
+    if not isinstance(schema, dict):
+        return False
+    if "$ref" not in schema:
+        return any(_is_recursive(member, root, inside) for member in _members(schema))
+    pointer = str(schema["$ref"])
+    return pointer in inside or _is_recursive(_resolve(root, pointer), root, inside | {pointer})
 
 
 def answer_in_schema(schema: object, digest: str) -> str:

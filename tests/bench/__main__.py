@@ -23,7 +23,7 @@ from tests.databases import Database, postgres_database, running_postgres, sqlit
 
 #: above this the official provider's side is left out: it takes minutes a run, and gigabytes for its list
 OFFICIAL_ROWS = 100_000
-WORK = ("cut", "submit", "fetch", "wait")
+WORK = ("cut", "submit", "fetch", "typed", "wait")
 
 
 def measure(side: str, what: str, simulator: str, database: Database, rows: int) -> dict[str, Any]:
@@ -80,6 +80,23 @@ def pair(what: str, rows: int, rounds: int, postgres: str | None = None) -> dict
     return line
 
 
+def typed(rows: int, rounds: int, postgres: str | None = None) -> dict[str, Any]:
+    """Medians of a fetch of plain text and of one into six typed columns, and the speed of the second in parts of the first's."""
+    runs: dict[str, list[dict[str, Any]]] = {"batchkit": [], "typed": []}
+    with SimulatorProcess(SimulatorSettings(input_tokens=2700, output_tokens=100)) as simulator:
+        for _ in range(rounds):
+            for side, results in runs.items():
+                with fresh(postgres) as database:
+                    results.append(measure(side, "fetch", simulator.base_url, database, rows))
+    line: dict[str, Any] = {"what": "typed fetch", "database": "sqlite" if postgres is None else "postgres", "rows": rows}
+    for name, side in (("plain", "batchkit"), ("typed", "typed")):
+        for figure in ("seconds", "cpu_seconds", "peak_mb_over_base"):
+            line[f"{name} {figure}"] = round(statistics.median(r[figure] for r in runs[side]), 2)
+    for ratio, figure in (("speed", "seconds"), ("cpu speed", "cpu_seconds")):
+        line[ratio] = round(line[f"plain {figure}"] / line[f"typed {figure}"], 2)
+    return line
+
+
 def cuts(times: int) -> dict[str, Any]:
     """Batches that exist after the connection was cut ``times`` times after acceptance, for one batch that was wanted."""
     line: dict[str, Any] = {"what": "cut after acceptance", "cuts": times}
@@ -105,14 +122,14 @@ def main() -> int:
     parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 100_000], help="sizes (1000000 takes minutes a round)")
     parser.add_argument("--rounds", type=int, default=3, help="runs per side, of which the median counts")
     parser.add_argument("--what", nargs="+", default=WORK, choices=WORK)
-    parser.add_argument("--database", nargs="+", default=["sqlite", "postgres"], choices=("sqlite", "postgres"), help="of fetch")
+    parser.add_argument("--database", nargs="+", default=["sqlite", "postgres"], choices=("sqlite", "postgres"), help="of fetch and typed")
     args = parser.parse_args()
     tables = []
     if "cut" in args.what:
         tables.append([cuts(times) for times in (1, 2, 5)])
         show(tables[-1])
     with contextlib.ExitStack() as stack:
-        server = stack.enter_context(running_postgres()) if {"fetch", "postgres"} <= {*args.what, *args.database} else None
+        server = stack.enter_context(running_postgres()) if "postgres" in args.database and {"fetch", "typed"} & set(args.what) else None
         places = {"sqlite": None, "postgres": server}
         work = []
         for rows in args.rows:
@@ -120,6 +137,9 @@ def main() -> int:
                 work.append(pair("submit", rows, args.rounds))
             if "fetch" in args.what:
                 work += [pair("fetch", rows, args.rounds, places[database]) for database in args.database]
+        if "typed" in args.what:
+            tables.append([typed(rows, args.rounds, places[database]) for rows in args.rows for database in args.database])
+            show(tables[-1])
     if work:
         tables.append(work)
         show(work)

@@ -2,6 +2,7 @@
 
 ``submit``: batchkit reads a SQL table, renders, digests, journals and sends; the official operator sends a list that lies in memory.
 ``fetch``: results into a table; batchkit with costs and ledger, the official provider through its iterator and ``insert_rows``.
+The side ``typed`` is batchkit with a schema of six columns.
 ``cut``: one small batch while the simulator cuts connections after acceptance, with one retry of the task.
 """
 
@@ -24,6 +25,19 @@ import sqlalchemy as sa
 
 from tests.databases import Database
 
+#: of the typed side: an answer of six columns
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "title": {"type": "string"},
+        "category": {"type": "string", "enum": ["home", "garden", "kitchen"]},
+        "stock": {"type": "integer"},
+        "price": {"type": "number"},
+        "organic": {"type": "boolean"},
+        "seen_on": {"type": "string", "format": "date"},
+    },
+    "required": ["title", "category", "stock", "price", "organic", "seen_on"],
+}
 PROMPT = "Write a two-sentence description of product {} " + "x" * 900
 
 
@@ -51,7 +65,7 @@ class Bench:
                 connection.execute(sa.insert(products), [{"id": i, "name": f"product {i} " + "x" * 900} for i in chunk])
             connection.exec_driver_sql("CREATE TABLE official (custom_id TEXT, response TEXT, input_tokens INTEGER, output_tokens INTEGER)")
 
-    def batchkit_submit(self) -> list[str]:
+    def batchkit_submit(self, output_schema: Any = None) -> list[str]:
         from airflow_provider_batchkit.operators.batch import SubmitBatchOperator
 
         submit = SubmitBatchOperator(
@@ -61,6 +75,7 @@ class Bench:
             prompt="Write a two-sentence description of {{ row.name }}",
             model="claude-opus-4-8",
             max_tokens=200,
+            output_schema=output_schema,
             sql_conn_id="warehouse",
             settle_seconds=2,
         )
@@ -148,7 +163,7 @@ def watched(work: Callable[[], Any]) -> dict[str, float]:
 def main() -> None:
     """Prepare, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("side", choices=("batchkit", "official"))
+    parser.add_argument("side", choices=("batchkit", "official", "typed"))
     parser.add_argument("what", choices=("submit", "fetch", "cut"))
     parser.add_argument("--simulator", required=True)
     parser.add_argument("--url", required=True, help="SQLAlchemy URL of an empty database")
@@ -166,9 +181,9 @@ def main() -> None:
             with contextlib.suppress(Exception):
                 bench.batchkit_submit() if args.side == "batchkit" else bench.official_submit(bench.requests())
                 break
-    elif args.side == "batchkit":
+    elif args.side in ("batchkit", "typed"):
         ids: list[str] = []
-        submitted = watched(lambda: ids.extend(bench.batchkit_submit()))
+        submitted = watched(lambda: ids.extend(bench.batchkit_submit(SCHEMA if args.side == "typed" else None)))
         figures = submitted if args.what == "submit" else watched(lambda: bench.batchkit_fetch(ids))
     else:
         requests = bench.requests()

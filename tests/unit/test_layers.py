@@ -21,7 +21,7 @@ SOURCES = {
 #: Values and errors: what every other module may build on.
 FOUNDATION = {"model", "exceptions"}
 #: One stage of the way from rows to costs each. They know the foundation, not each other.
-STAGES = {"sources", "files", "templates", "requests", "shards", "results", "pricing", "polling", "budget"}
+STAGES = {"sources", "files", "templates", "requests", "shards", "results", "pricing", "polling", "budget", "schema"}
 #: The parts that know Airflow.
 AIRFLOW_SIDE = {"hooks", "operators", "sensors", "triggers", "decorators", "links", "lineage", "ui"}
 #: The only modules of the simulator's folder that know Airflow and the client side: the demo's drivers, which start both.

@@ -307,6 +307,7 @@ def test_a_request_with_a_schema_is_answered_in_it() -> None:
         ({"type": "integer", "minimum": 1, "maximum": 5}, "For 'integer' type, properties maximum, minimum are not supported"),
         ({"type": "array", "items": {"type": "string", "maxLength": 5}}, "For 'string' type, properties maxLength are not supported"),
         ({"type": "array", "items": {"type": "string"}, "minItems": 2}, "'minItems' values other than 0 or 1 are not supported"),
+        ({**CLOSED, "$defs": {"maker": {"type": "array", "items": {"$ref": "#/$defs/maker"}}}}, "Recursive schemas are not supported"),
         ({"type": "string", "anyOf": [5]}, "not a JSON Schema that the simulator understands"),
         (5, "Input should be a valid dictionary"),
     ],
