@@ -16,7 +16,6 @@ AUDIENCE = {
     "type": "object",
     "properties": {"audience": {"type": "string", "enum": ["home", "office", "outdoors"]}},
     "required": ["audience"],
-    "additionalProperties": False,
 }
 
 with DAG(
@@ -32,13 +31,13 @@ with DAG(
         sql="SELECT sku, name, attributes FROM products",
         key="sku",
         prompt="Who buys {{ row.name }} ({{ row.attributes }})?",
-        params={"output_config": {"format": {"type": "json_schema", "schema": AUDIENCE}}},
+        output_schema=AUDIENCE,  # its property becomes a column of the table
         max_tokens=100,
         table="product_audience",
     )
     write = batch_stage(
         "write",
-        sql="SELECT p.sku, p.name FROM products p JOIN product_audience a ON a.sku = p.sku WHERE a.response LIKE '%office%'",
+        sql="SELECT p.sku, p.name FROM products p JOIN product_audience a ON a.sku = p.sku WHERE a.audience = 'office'",
         key="sku",
         prompt="Write one sentence that sells {{ row.name }} to an office manager.",
         max_tokens=100,

@@ -35,9 +35,9 @@ def test_a_worker_killed_at_any_point_pays_once_and_loses_nothing(database: Data
     assert len(cases) >= 60
 
 
-def test_a_worker_killed_while_it_primes_the_cache_pays_once_and_loses_nothing(database: Database) -> None:
+def test_a_worker_killed_while_it_primes_the_cache_pays_once_and_loses_nothing(sqlite: Database) -> None:
     """Submit of a job whose first row goes alone: three batches, one after the other."""
-    cases = cases_of("tests.crash.matrix", database, "--primed")
+    cases = cases_of("tests.crash.matrix", sqlite, "--primed")
     assert sum("POST /v1/messages/batches HTTP" in case["point"] or "POST /v1/messages/batches'" in case["point"] for case in cases) >= 3
 
 

@@ -166,6 +166,22 @@ def test_a_primed_run_sends_the_rest_when_its_first_row_has_ended(home: Path, da
     assert (summary["rows"], summary["counts"], len(summary["batch_ids"])) == (4, {"succeeded": 4}, 2)
 
 
+def test_an_answer_that_does_not_fit_is_asked_again_only_where_that_is_wanted(
+    home: Path, database: Database, sim: SimulatorProcess
+) -> None:
+    """It is billed each time, so the default keeps the raw text and asks no more; the rows' columns are typed either way."""
+    schema = {"type": "object", "properties": {"size": {"type": "integer"}}, "required": ["size"]}
+    fill(database, {0: "a cup", 1: "a pot [[sim:invalid-output-once]]"})
+    once = Legs(run_id="once", max_rounds=3, output_schema=schema, table="once").run()
+    assert (once["counts"], len(once["rounds"])) == ({"invalid_output": 1, "succeeded": 1}, 1)
+    assert rows(database, "SELECT id, size IS NULL, status FROM once ORDER BY id") == [(0, 0, "succeeded"), (1, 1, "invalid_output")]
+    fill(database, {0: "a mug", 1: "a jar [[sim:invalid-output-once]]"})
+    again = Legs(run_id="again", max_rounds=3, output_schema=schema, table="again", retry_invalid_output=True).run()
+    assert (again["counts"], [r["requests"] for r in again["rounds"]]) == ({"succeeded": 2}, [2, 1])
+    assert Decimal(again["cost_tally"]["batch_cost_usd"]) == 3 * COST
+    assert rows(database, "SELECT id, size IS NULL, status FROM again ORDER BY id") == [(0, 0, "succeeded"), (1, 0, "succeeded")]
+
+
 def test_what_asking_again_cannot_help_is_not_asked_again(home: Path, database: Database, sim: SimulatorProcess) -> None:
     """A permanent error stays, a passing one is asked until the rounds are over; the summary says which is which."""
     fill(database, {1: "fine", 2: "bad [[sim:errored]]", 3: "poor [[sim:credit]]", 4: "late [[sim:expired]]", 5: "down [[sim:api-error]]"})
