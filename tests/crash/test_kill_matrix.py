@@ -7,6 +7,8 @@ import subprocess
 import sys
 from typing import Any
 
+import pytest
+
 from airflow_provider_batchkit.simulator import SimulatorProcess, SimulatorSettings
 from tests.databases import Database
 
@@ -35,12 +37,14 @@ def test_a_worker_killed_at_any_point_pays_once_and_loses_nothing(database: Data
     assert len(cases) >= 60
 
 
+@pytest.mark.long
 def test_a_worker_killed_while_it_primes_the_cache_pays_once_and_loses_nothing(sqlite: Database) -> None:
     """Submit of a job whose first row goes alone: three batches, one after the other."""
     cases = cases_of("tests.crash.matrix", sqlite, "--primed")
     assert sum("POST /v1/messages/batches HTTP" in case["point"] or "POST /v1/messages/batches'" in case["point"] for case in cases) >= 3
 
 
+@pytest.mark.long
 def test_a_run_killed_at_any_point_of_its_rounds_asks_nothing_once_too_often(sqlite: Database) -> None:
     """Every kill point of both rounds by name; after each, the retry has asked the failed rows once more and nothing else twice."""
     cases = cases_of("tests.crash.run_matrix", sqlite)
