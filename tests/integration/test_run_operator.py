@@ -133,7 +133,11 @@ def test_it_waits_without_a_worker_in_every_round(home: Path, database: Database
     legs = Legs(max_rounds=2, max_requests_per_batch=2, cancel_on_kill=True, timeout=60)
     first = legs.run()
     assert isinstance(first, TaskDeferred)
-    assert first.trigger.batch_ids == legs.pushed["batch_ids"] == [b for (b,) in rows(database, "SELECT batch_id FROM batchkit_batch")]
+    assert (
+        first.trigger.batch_ids
+        == legs.pushed["batch_ids"]
+        == [b for (b,) in rows(database, "SELECT batch_id FROM batchkit_batch ORDER BY shard")]
+    )
     assert first.trigger.cancel_on_kill
     for batch_id in first.trigger.batch_ids:
         sim.end(batch_id)
