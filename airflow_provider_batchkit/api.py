@@ -23,8 +23,9 @@ from airflow_provider_batchkit.exceptions import (
     SubmitThrottledError,
     SubmitUncertainError,
 )
-from airflow_provider_batchkit.model import BatchCounts, BatchSnapshot, Shard
+from airflow_provider_batchkit.model import BatchCounts, BatchSnapshot
 from airflow_provider_batchkit.polling import ENDED
+from airflow_provider_batchkit.shards import Shard
 
 if TYPE_CHECKING:
     import anthropic

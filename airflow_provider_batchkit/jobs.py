@@ -20,7 +20,7 @@ from functools import partial
 from itertools import chain
 from typing import Any
 
-from airflow_provider_batchkit.estimate import Estimate, estimate_shards
+from airflow_provider_batchkit.estimate import SAMPLES, Estimate, estimate_shards
 from airflow_provider_batchkit.exceptions import (
     BatchInputError,
     BatchUnavailableError,
@@ -38,10 +38,10 @@ from airflow_provider_batchkit.ledger.account import note_rendering
 from airflow_provider_batchkit.ledger.history import answered, output_per_request
 from airflow_provider_batchkit.ledger.outputs import note_output_schema
 from airflow_provider_batchkit.ledger.rounds import failed_keys, note_sent
-from airflow_provider_batchkit.model import MAX_BYTES_PER_BATCH, MAX_REQUESTS_PER_BATCH, BatchSnapshot, PreparedRequest, Shard
+from airflow_provider_batchkit.model import MAX_BYTES_PER_BATCH, MAX_REQUESTS_PER_BATCH, BatchSnapshot, PreparedRequest
 from airflow_provider_batchkit.priming import Hold, Priming
 from airflow_provider_batchkit.reconcile import SETTLE_S, Settler
-from airflow_provider_batchkit.shards import ShardWriter, remove_shard_files, split_shard
+from airflow_provider_batchkit.shards import Shard, ShardWriter, remove_shard_files, split_shard
 from airflow_provider_batchkit.spending import NO_LIMITS, Limits, Spending
 from airflow_provider_batchkit.spool import RowCounts, spool
 
@@ -73,7 +73,7 @@ def submit_job(
     kit: BatchKit,
     ledger: Ledger,
     job: JobRecord,
-    requests: Iterable[PreparedRequest],
+    requests: Iterable[Sequence[PreparedRequest]],
     *,
     anthropic_conn_id: str,
     max_requests: int = MAX_REQUESTS_PER_BATCH,
@@ -89,7 +89,7 @@ def submit_job(
 ) -> SubmitReport:
     """Submit whatever of ``requests`` the job has not in flight or landed.
 
-    :param requests: built with the job's id; consumed once, to its end, before anything is sent
+    :param requests: in pieces, built with the job's id; consumed once, to its end, before anything is sent
     :param skip_unchanged: leave rows out whose request has succeeded in another run of the task
     :param round_number: from 1; what the rounds before it asked may be asked again in it, where ``only`` says so
     :param only: keys of the rows to ask; None for all
@@ -125,7 +125,7 @@ def submit_job(
         if shards or report.unchanged:
             note_rendering(ledger.engine, job.job_id, rendering_s, report.unchanged)
         if shards:
-            report.estimate = spending.estimate(shards)
+            report.estimate = spending.estimate(shards, writer.samples(SAMPLES))
             log.info("Estimate for %s", report.estimate)
             try:
                 with spending.allowed(report.estimate):
@@ -155,7 +155,7 @@ def rehearse_job(
     kit: BatchKit,
     ledger: Ledger,
     job: JobRecord,
-    requests: Iterable[PreparedRequest],
+    requests: Iterable[Sequence[PreparedRequest]],
     *,
     max_requests: int = MAX_REQUESTS_PER_BATCH,
     max_bytes: int = MAX_BYTES_PER_BATCH,
@@ -178,8 +178,9 @@ def rehearse_job(
         spool(requests, known, writer, folder, report, only=only, answered=history)
         shards = writer.close()
         report.batches = len(shards)
-        report.estimate, _ = estimate_shards(
+        report.estimate = estimate_shards(
             shards,
+            writer.samples(SAMPLES),
             kit.price_book,
             datetime.now(UTC),
             count_tokens=kit.count_tokens,

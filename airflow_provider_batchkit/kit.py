@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from airflow_provider_batchkit.api import BatchApi, poll_failure
-from airflow_provider_batchkit.estimate import Estimate, estimate_shards
+from airflow_provider_batchkit.estimate import SAMPLES, Estimate, estimate_shards
 from airflow_provider_batchkit.exceptions import (
     BatchUnavailableError,
     BatchWaitTimeout,
@@ -34,7 +34,7 @@ from airflow_provider_batchkit.polling import Ended, GaveUp, PollState, TimedOut
 from airflow_provider_batchkit.pricing import PriceBook
 from airflow_provider_batchkit.requests import RequestBuilder, RequestDefaults, items_of, refuse_repeated_ids
 from airflow_provider_batchkit.results import Reconciler, StreamFaults, parse_stream
-from airflow_provider_batchkit.shards import remove_shard_files, write_shards
+from airflow_provider_batchkit.shards import ShardWriter, remove_shard_files, write_shards
 from airflow_provider_batchkit.tally import TallyBuilder
 
 if TYPE_CHECKING:
@@ -135,9 +135,11 @@ class BatchKit(BatchApi):
         builder = RequestBuilder(RequestDefaults(model, max_tokens, system, dict(params or {})))
         built = refuse_repeated_ids(builder.build(item, position) for position, item in enumerate(items_of(requests)))
         with tempfile.TemporaryDirectory(prefix="batchkit-") as folder:
-            shards = write_shards(built, folder)
-            found, _ = estimate_shards(shards, self.price_book, datetime.now(UTC), count_tokens=self.count_tokens)
-        return found
+            writer = ShardWriter(folder)
+            for request in built:
+                writer.add([request])
+            shards = writer.close()
+            return estimate_shards(shards, writer.samples(SAMPLES), self.price_book, datetime.now(UTC), count_tokens=self.count_tokens)
 
     def wait(
         self,

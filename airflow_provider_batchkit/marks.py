@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import os
 from array import array
-from collections.abc import Sequence
 from pathlib import Path
 
 #: of a mark: as much of a cryptographic digest
 MARK_BYTES = 16
-_FIRST_SLOTS = 1 << 12
+_FIRST_SLOTS = 1 << 14
+_SMALL_SLOTS = 1 << 18
 _BUFFER_BYTES = MARK_BYTES * 4096
 _NUMBER = (1 << 32) - 1
 
@@ -31,35 +31,39 @@ class MarkTable:
         self._buffer = bytearray()
         self._flushed = 0
 
-    def add_all(self, marks: Sequence[bytes]) -> list[int | None]:
-        """For each mark the number that it has from an earlier coming, or None when it is new and gets the next number."""
-        while 2 * (self._count + len(marks)) > len(self._slots):
+    def add_all(self, marks: bytes) -> list[int | None]:
+        """For each mark the number that it has from an earlier coming, or None when it is new and gets the next number.
+
+        :param marks: one behind the other
+        """
+        beginnings = _beginnings(marks)
+        while 2 * (self._count + len(beginnings)) > len(self._slots):
             self._grow()
-        slots, mask = self._slots, len(self._slots) - 1
-        found: list[int | None] = []
-        for mark, beginning in zip(marks, _beginnings(marks), strict=True):
+        slots, mask, count = self._slots, len(self._slots) - 1, self._count
+        found: list[int | None] = [None] * len(beginnings)
+        for position, beginning in enumerate(beginnings):
             slot = beginning & mask
             while taken := slots[slot]:
-                if taken >> 32 == beginning and self._is(taken & _NUMBER, mark):
-                    found.append((taken & _NUMBER) - 1)
+                if taken >> 32 == beginning and self._is(taken & _NUMBER, marks, position):
+                    found[position] = (taken & _NUMBER) - 1
                     break
                 slot = (slot + 1) & mask
             else:
-                self._count += 1
-                slots[slot] = beginning << 32 | self._count
-                self._buffer += mark
-                found.append(None)
+                count += 1
+                slots[slot] = beginning << 32 | count
+                self._buffer += marks[MARK_BYTES * position : MARK_BYTES * (position + 1)]
+        self._count = count
         if len(self._buffer) >= _BUFFER_BYTES:
             self._flush()
         return found
 
-    def find_all(self, marks: Sequence[bytes]) -> list[int | None]:
+    def find_all(self, marks: bytes) -> list[int | None]:
         """For each mark its number, or None when it did not come."""
         slots, mask = self._slots, len(self._slots) - 1
         found: list[int | None] = []
-        for mark, beginning in zip(marks, _beginnings(marks), strict=True):
+        for position, beginning in enumerate(_beginnings(marks)):
             slot = beginning & mask
-            while (taken := slots[slot]) and not (taken >> 32 == beginning and self._is(taken & _NUMBER, mark)):
+            while (taken := slots[slot]) and not (taken >> 32 == beginning and self._is(taken & _NUMBER, marks, position)):
                 slot = (slot + 1) & mask
             found.append((taken & _NUMBER) - 1 if taken else None)
         return found
@@ -71,13 +75,14 @@ class MarkTable:
         """Free the file's handle."""
         os.close(self._file)
 
-    def _is(self, number: int, mark: bytes) -> bool:
-        """Whether the mark of that number, counted from 1, is ``mark``."""
+    def _is(self, number: int, marks: bytes, position: int) -> bool:
+        """Whether the mark of that number, counted from 1, is the one at a position of ``marks``."""
         start = (number - 1) * MARK_BYTES
         if start < self._flushed:
-            return os.pread(self._file, MARK_BYTES, start) == mark
-        start -= self._flushed
-        return self._buffer[start : start + MARK_BYTES] == mark
+            known = os.pread(self._file, MARK_BYTES, start)
+        else:
+            known = bytes(self._buffer[start - self._flushed : start - self._flushed + MARK_BYTES])
+        return marks.startswith(known, MARK_BYTES * position)
 
     def _flush(self) -> None:
         with memoryview(self._buffer) as data:
@@ -89,7 +94,8 @@ class MarkTable:
 
     def _grow(self) -> None:
         old = self._slots
-        slots = self._slots = array("Q", [0]) * (2 * len(old))
+        # a small table quadruples: every growth costs as much as filling it anew
+        slots = self._slots = array("Q", [0]) * ((4 if len(old) < _SMALL_SLOTS else 2) * len(old))
         mask = len(slots) - 1
         for taken in old:
             if taken:
@@ -99,6 +105,6 @@ class MarkTable:
                 slots[slot] = taken
 
 
-def _beginnings(marks: Sequence[bytes]) -> memoryview:
+def _beginnings(marks: bytes) -> memoryview:
     """The first four bytes of each mark as a number."""
-    return memoryview(b"".join(marks)).cast("I")[:: MARK_BYTES // 4]
+    return memoryview(marks).cast("I")[:: MARK_BYTES // 4]

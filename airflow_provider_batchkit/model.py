@@ -89,18 +89,6 @@ class PreparedRequest(msgspec.Struct, frozen=True, gc=False):
 
 
 @dataclass(frozen=True, slots=True)
-class Shard:
-    """Requests of one batch as an upload body on disk, cut at the API's limits. ``index`` lists their keys beside it."""
-
-    number: int
-    requests: int
-    #: length of the body in bytes, brackets included
-    bytes: int
-    body_path: str
-    index_path: str
-
-
-@dataclass(frozen=True, slots=True)
 class BatchSnapshot:
     """A batch as the API last showed it. Times are aware and UTC."""
 

@@ -15,6 +15,7 @@ import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from decimal import Decimal
 from functools import cached_property
+from itertools import islice, repeat
 from typing import Any, Protocol
 
 import msgspec
@@ -32,13 +33,14 @@ _ENCODE_KEY = msgspec.json.Encoder(decimal_format="string")
 _MAX_KEY_BYTES = 2_000
 _INT64 = 2**63
 _DIGEST_CHARS = 40
+#: items that are built at a time: at first, and at most where bodies are small
+_FIRST_ROWS = 64
+_PIECE_ROWS = 512
+_PIECE_BYTES = 2 << 20
 #: how long a cached prompt lives after its last use, in seconds
 CACHE_TTL_S = {"5m": 300, "1h": 3600}
 #: fewer bytes than this are fewer tokens than any model caches
 _CACHED_BYTES = 512
-
-
-_Render = Callable[[Mapping[str, Any]], str]
 
 
 class Template(Protocol):
@@ -46,6 +48,9 @@ class Template(Protocol):
 
     def render(self, row: Mapping[str, Any]) -> str:
         """:raises RequestError: when the row does not give one"""
+
+    def render_all(self, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+        """:meth:`render` for each row."""
 
 
 def check_params(params: Any) -> None:
@@ -120,6 +125,22 @@ def encode_key(values: Sequence[Any]) -> str:
     if len(key) > _MAX_KEY_BYTES:
         raise RequestError(f"the key is {len(key):,} bytes long, over the limit of {_MAX_KEY_BYTES:,}. Nothing was sent.")
     return key.decode()
+
+
+def encode_keys(columns: Sequence[Sequence[Any]]) -> list[str]:
+    """:func:`encode_key` for many rows, whose key columns are given column by column."""
+    rows = list(zip(*columns, strict=True))
+    if not all(_plain(column) for column in columns):
+        return [encode_key(row) for row in rows]
+    keys = _ENCODE_KEY.encode_lines(rows).decode().split("\n")[:-1]
+    # a character is four bytes at most
+    return keys if 4 * max(map(len, keys)) <= _MAX_KEY_BYTES else [encode_key(row) for row in rows]
+
+
+def _plain(column: Sequence[Any]) -> bool:
+    """Whether a key column's values are encoded as they are."""
+    types = set(map(type, column))
+    return types == {str} or (types == {int} and min(column) >= -_INT64 and max(column) < _INT64)
 
 
 def _key_value(value: Any) -> Any:
@@ -226,6 +247,15 @@ class _Frame:
             self._turn_to(system)
         return b"".join((self._head, encode_params(content), self._after))
 
+    def fill_all(self, contents: Sequence[str], systems: Sequence[str] | None = None) -> list[bytes]:
+        """:meth:`fill` for many rows."""
+        if not all(contents) or any(map(str.isspace, contents)) or (systems is not None and len(set(systems)) > 1):
+            return [self.fill(content, system) for content, system in zip(contents, systems or repeat(None), strict=False)]
+        if systems is not None and systems[0] != self._system:
+            self._turn_to(systems[0])
+        head, after = self._head, self._after
+        return [head + encode_params(content) + after for content in contents]
+
     def _turn_to(self, system: str) -> None:
         self._system = system
         self._after = self._middle + encode_params(system) + self._tail
@@ -285,25 +315,41 @@ class RequestBuilder:
         except RequestError as e:
             raise RequestError(f"{self._place(item, position)}: {e}", position=position) from e.__cause__
 
+    def pieces(self, items: Iterable[Any], see: Callable[[Sequence[Any]], None] = lambda _: None) -> Iterator[list[PreparedRequest]]:
+        """:meth:`build_all` for any number of items, some hundred at a time, and fewer when they are large.
+
+        :param see: called with the items of each piece that proved good
+        :raises RequestError: naming the item, when the API would refuse it
+        """
+        left, position, rows = iter(items), 0, _FIRST_ROWS
+        while chunk := list(islice(left, rows)):
+            requests = self.build_all(chunk, position)
+            see(chunk)
+            yield requests
+            position += len(chunk)
+            fitting = _PIECE_BYTES * len(chunk) // sum(len(request.body) for request in requests)
+            rows = min(max(fitting, 1), 2 * rows, _PIECE_ROWS)
+
     def build_all(self, items: Sequence[Any], position: int) -> list[PreparedRequest]:
         """:meth:`build` for items that follow each other from ``position`` on; faster, for rows of a job."""
         if self._prompt is not None and self._key and self._job_id is not None and self._dedupe:
             try:
-                return self._rows(items, self._prompt.render, None if self._system is None else self._system.render, f"{self._job_id}-")
+                return self._rows(items, self._prompt, f"{self._job_id}-")
             except (RequestError, KeyError, TypeError, ValueError):
                 pass  # one of them is bad: the slow way names it
         return [self.build(item, number) for number, item in enumerate(items, start=position)]
 
-    def _rows(self, rows: Sequence[Mapping[str, Any]], render: _Render, system: _Render | None, job: str) -> list[PreparedRequest]:
-        """What :meth:`_row` does, without its calls: a million rows pay for each of them."""
-        fill, columns, sha256 = self._row_frame.fill, self._key, hashlib.sha256
-        requests = []
-        for row in rows:
-            params = fill(render(row)) if system is None else fill(render(row), system(row))
-            custom_id = job + sha256(params).hexdigest()[:_DIGEST_CHARS]
-            body = b'{"custom_id":"%b","params":%b}' % (custom_id.encode(), params)
-            requests.append(PreparedRequest(custom_id, encode_key([row[column] for column in columns]), body))
-        return requests
+    def _rows(self, rows: Sequence[Mapping[str, Any]], prompt: Template, job: str) -> list[PreparedRequest]:
+        """What :meth:`_row` does, step by step for all rows together: a million rows pay for each call."""
+        contents = prompt.render_all(rows)
+        params = self._row_frame.fill_all(contents, None if self._system is None else self._system.render_all(rows))
+        keys = encode_keys([[row[column] for row in rows] for column in self._key])
+        sha256 = hashlib.sha256
+        custom_ids = [job + sha256(json).hexdigest()[:_DIGEST_CHARS] for json in params]
+        return [
+            PreparedRequest(custom_id, key, b'{"custom_id":"%b","params":%b}' % (custom_id.encode(), json))
+            for custom_id, key, json in zip(custom_ids, keys, params, strict=True)
+        ]
 
     def _place(self, item: Any, position: int) -> str:
         if self._prompt is not None and isinstance(item, Mapping):

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import IO
 
 import msgspec
 
 from airflow_provider_batchkit.exceptions import BatchInputError, RequestError
-from airflow_provider_batchkit.model import MAX_BYTES_PER_BATCH, MAX_REQUESTS_PER_BATCH, PreparedRequest, Shard
+from airflow_provider_batchkit.exposure import Exposure
+from airflow_provider_batchkit.model import MAX_BYTES_PER_BATCH, MAX_REQUESTS_PER_BATCH, PreparedRequest
 
 _HEAD = b'{"requests":['
 _TAIL = b"]}"
@@ -24,6 +27,22 @@ _ENCODE = msgspec.json.Encoder()
 _COPIES_HELD = 1_000
 #: of an index, read at a time
 _PART_BYTES = 1 << 20
+#: places of requests that are kept for samples, at least half as many of a long job
+_PLACES = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """Requests of one batch as an upload body on disk, cut at the API's limits, with an index of their keys beside it."""
+
+    number: int
+    requests: int
+    #: length of the body in bytes, brackets included
+    bytes: int
+    body_path: str
+    index_path: str
+    #: what its requests may cost
+    exposure: Exposure
 
 
 class IndexEntry(msgspec.Struct, array_like=True, frozen=True, gc=False):
@@ -80,35 +99,64 @@ class ShardWriter:
         self._requests = 0
         self._room = max_requests
         self._bytes = 0
+        self._exposure = Exposure()
+        self._spread = _Spread()
         self._copies: dict[int, list[bytes]] = {}
         self._copies_held = 0
         self._earlier: set[int] = set()
         #: per shard how many requests are in the shards before it
         self._firsts: list[int] = []
 
-    def add(self, request: PreparedRequest) -> None:
-        """Append a request to the open shard, or to a new one when it would not fit.
+    def add(self, requests: Sequence[PreparedRequest]) -> None:
+        """Append requests to the open shard as far as they fit, and to new ones.
 
-        :raises RequestError: when the request alone is over the byte limit
+        :raises RequestError: when a request alone is over the byte limit
         """
-        size = len(request.body)
-        if size + _ENVELOPE > self._max_bytes:
-            raise RequestError(
-                f"key {request.key}: the request is {size + _ENVELOPE:,} bytes, over the limit of {self._max_bytes:,} for a whole batch. "
-                "Nothing was sent."
-            )
-        if self._body is not None and (self._requests == self._room or self._bytes + 1 + size > self._max_bytes):
-            self._finish()
-        if self._body is None:
+        if not requests:
+            return
+        sizes = [len(request.body) for request in requests]
+        if self._fit(sizes):
+            self._write(requests, sizes)
+        elif len(requests) > 1:
+            half = len(requests) // 2
+            self.add(requests[:half])
+            self.add(requests[half:])
+        else:
+            self._refuse_oversized(requests[0])
+            if self._body is not None:
+                self._finish()
             self._open()
+            self._write(requests, sizes)
+
+    def _fit(self, sizes: Sequence[int]) -> bool:
+        """Whether requests of these sizes have room in the open shard."""
+        return (
+            self._body is not None
+            and self._requests + len(sizes) <= self._room
+            # a comma before each; the first in a shard has none, and opens it
+            and self._bytes + sum(sizes) + len(sizes) <= self._max_bytes
+        )
+
+    def _write(self, requests: Sequence[PreparedRequest], sizes: Sequence[int]) -> None:
         assert self._body is not None and self._index is not None
+        bodies = [request.body for request in requests]
         if self._requests:
             self._body.write(b",")
             self._bytes += 1
-        self._body.write(request.body)
-        self._bytes += size
-        self._requests += 1
-        self._index.write(_entry_line(request, size))
+        self._spread.see(self._body.name, self._bytes - len(_TAIL), sizes)
+        self._body.write(b",".join(bodies))
+        self._bytes += sum(sizes) + len(sizes) - 1
+        self._requests += len(sizes)
+        self._exposure.add(bodies)
+        self._index.write(_ENCODE.encode_lines([(r.key, r.custom_id, size) for r, size in zip(requests, sizes, strict=True)]))
+
+    def _refuse_oversized(self, request: PreparedRequest) -> None:
+        size = len(request.body) + _ENVELOPE
+        if size > self._max_bytes:
+            raise RequestError(
+                f"key {request.key}: the request is {size:,} bytes, over the limit of {self._max_bytes:,} for a whole batch. "
+                "Nothing was sent."
+            )
 
     def shard_of(self, added: int) -> int:
         """Number of the shard that took the request which was added after ``added`` others."""
@@ -121,7 +169,7 @@ class ShardWriter:
         """
         if number < self._first_number:
             self._earlier.add(number)
-        self._copies.setdefault(number, []).append(_entry_line(request, 0))
+        self._copies.setdefault(number, []).append(_ENCODE.encode((request.key, request.custom_id, 0)) + b"\n")
         self._copies_held += 1
         if self._copies_held >= _COPIES_HELD:
             self._write_copies()
@@ -132,6 +180,16 @@ class ShardWriter:
             self._finish()
         self._write_copies()
         return self._shards
+
+    def samples(self, count: int) -> Iterator[bytes]:
+        """After :meth:`close`, while the bodies are there: that many requests, spread evenly; all where there are no more."""
+        places = self._spread.places
+        count = min(count, len(places))
+        for i in range(count):
+            path, start, size = places[(2 * i + 1) * len(places) // (2 * count)]
+            with Path(path).open("rb") as body:
+                body.seek(start)
+                yield body.read(size)
 
     def earlier_copies(self) -> Iterator[tuple[int, bytes]]:
         """After :meth:`close`: the index lines of copies of shards before ``first_number``, each piece with its shard's number."""
@@ -161,19 +219,39 @@ class ShardWriter:
         self._firsts.append(sum(shard.requests for shard in self._shards))
         self._requests = 0
         self._bytes = _ENVELOPE
+        self._exposure = Exposure()
 
     def _finish(self) -> None:
         assert self._body is not None and self._index is not None
         self._body.write(_TAIL)
+        # the POST is announced with this length: one that is wrong would hang, and leave in doubt what was accepted
+        assert self._body.tell() == self._bytes
         self._body.close()
         self._index.close()
-        self._shards.append(Shard(self._number, self._requests, self._bytes, self._body.name, self._index.name))
+        self._shards.append(Shard(self._number, self._requests, self._bytes, self._body.name, self._index.name, self._exposure))
         self._body = self._index = None
 
 
-def _entry_line(request: PreparedRequest, size: int) -> bytes:
-    # as IndexEntry decodes it
-    return _ENCODE.encode((request.key, request.custom_id, size)) + b"\n"
+class _Spread:
+    """Places of requests that are evenly spread over any number of them."""
+
+    def __init__(self) -> None:
+        #: path of the body, offset and size in it
+        self.places: list[tuple[str, int, int]] = []
+        self._every = 1
+        self._seen = 0
+
+    def see(self, path: str, start: int, sizes: Sequence[int]) -> None:
+        """Requests of these sizes follow each other from ``start`` on, with a comma between."""
+        first = -self._seen % self._every
+        self._seen += len(sizes)
+        if first >= len(sizes):
+            return
+        starts = list(accumulate(sizes, lambda total, size: total + size + 1, initial=start))
+        self.places.extend((path, starts[i], sizes[i]) for i in range(first, len(sizes), self._every))
+        while len(self.places) > _PLACES:
+            self.places = self.places[::2]
+            self._every *= 2
 
 
 def decode_entries(part: bytes) -> list[IndexEntry]:
@@ -200,16 +278,6 @@ def read_index(shard: Shard) -> Iterator[IndexEntry]:
         yield from decode_entries(part)
 
 
-def read_bodies(shard: Shard) -> Iterator[bytes]:
-    """The requests of a shard as they are in its body, in order."""
-    with Path(shard.body_path).open("rb", buffering=1 << 18) as body:
-        body.seek(len(_HEAD))
-        for entry in read_index(shard):
-            if entry.asked:
-                yield body.read(entry.size)
-                body.seek(1, os.SEEK_CUR)
-
-
 def split_shard(shard: Shard) -> list[Shard]:
     """Two shards of half the requests each, in a folder beside the shard's files; the shard's own files are removed."""
     folder = Path(shard.body_path).with_suffix(".halves")
@@ -220,7 +288,7 @@ def split_shard(shard: Shard) -> list[Shard]:
         body.seek(len(_HEAD))
         for entry in read_index(shard):
             if entry.asked:
-                writer.add(PreparedRequest(entry.custom_id, entry.key, body.read(entry.size)))
+                writer.add([PreparedRequest(entry.custom_id, entry.key, body.read(entry.size))])
                 halves[entry.custom_id] = writer.shard_of(len(halves))
                 body.seek(1, os.SEEK_CUR)
             else:
@@ -249,5 +317,5 @@ def write_shards(
     """Write all requests; returns their shards, none for no requests."""
     writer = ShardWriter(folder, max_requests=max_requests, max_bytes=max_bytes)
     for request in requests:
-        writer.add(request)
+        writer.add([request])
     return writer.close()

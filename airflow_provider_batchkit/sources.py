@@ -13,7 +13,10 @@ from airflow_provider_batchkit.exceptions import BatchInputError
 if TYPE_CHECKING:
     from sqlalchemy.engine import Engine
 
+#: rows that are fetched at a time: at first, and at most where they are small
+_FIRST_ROWS = 16
 _FETCH_ROWS = 500
+_FETCH_BYTES = 1 << 20
 
 #: SQL-neutral names of key column types, from the narrowest Python type
 _TYPE_NAMES: dict[type, str] = {
@@ -47,9 +50,12 @@ def read_sql(engine: Engine, sql: str, parameters: Any = None) -> Iterator[dict[
             raise BatchInputError(
                 f"The source's sql has more than one column named {', '.join(repeated)}; give them aliases. Nothing was sent."
             )
-        for chunk in result.partitions(_FETCH_ROWS):
+        rows = _FIRST_ROWS
+        while chunk := result.fetchmany(rows):
             for row in chunk:
                 yield dict(zip(columns, row))  # noqa: B905 - a row has as many values as the result has columns
+            size = sum(len(value) for value in chunk[-1] if isinstance(value, str | bytes))
+            rows = max(_FIRST_ROWS, min(_FETCH_BYTES // max(size, 1), _FETCH_ROWS))
 
 
 class KeyTypes:
@@ -62,8 +68,12 @@ class KeyTypes:
     def see(self, rows: Iterable[Mapping[str, Any]]) -> None:
         for column, seen in self._seen:
             # a native request's own id is its key, whatever the key column is called
-            for value in [row.get(column, "") for row in rows]:
-                seen.add("timestamptz" if isinstance(value, dt.datetime) and value.tzinfo is not None else type(value))
+            values = [row.get(column, "") for row in rows]
+            types = set(map(type, values))
+            if any(issubclass(type_, dt.datetime) for type_ in types):
+                seen.update(_seen_type(value) for value in values)
+            else:
+                seen.update(types)
 
     def result(self, before: Sequence[tuple[str, str]] = ()) -> list[tuple[str, str]]:
         """(column, type name) of every key column, in order; ``before`` is what earlier attempts saw.
@@ -82,6 +92,10 @@ class KeyTypes:
     def rows_seen(self) -> bool:
         """Whether any row has passed."""
         return not self._seen or any(seen for _, seen in self._seen)
+
+
+def _seen_type(value: Any) -> type | str:
+    return "timestamptz" if isinstance(value, dt.datetime) and value.tzinfo is not None else type(value)
 
 
 def _type_name(seen: type | str) -> str:

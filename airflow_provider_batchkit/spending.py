@@ -6,21 +6,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
 
 from airflow_provider_batchkit.budget import Budget
-from airflow_provider_batchkit.estimate import Estimate, bound_of, estimate_shards, scan
+from airflow_provider_batchkit.estimate import Estimate, bound_of, estimate_shards
 from airflow_provider_batchkit.exceptions import CostLimitError
 from airflow_provider_batchkit.kit import BatchKit
 from airflow_provider_batchkit.ledger import JobRecord, Ledger
 from airflow_provider_batchkit.ledger.budgets import give_up_hold, reserve
 from airflow_provider_batchkit.ledger.history import committed_usd, output_per_request
-from airflow_provider_batchkit.model import Bound, Shard, usd_text
-from airflow_provider_batchkit.shards import read_bodies
+from airflow_provider_batchkit.model import Bound, usd_text
+from airflow_provider_batchkit.shards import Shard
 
 log = logging.getLogger(__name__)
 
@@ -49,19 +49,17 @@ class Spending:
         self._limits = limits
         #: prices are those of one moment, also when an attempt goes over midnight
         self._at = datetime.now(UTC)
-        self._bounds: dict[str, Bound] = {}
 
-    def estimate(self, shards: Sequence[Shard]) -> Estimate:
-        """Look at every request, and let the API count some."""
-        found, bounds = estimate_shards(
+    def estimate(self, shards: Sequence[Shard], samples: Iterable[bytes]) -> Estimate:
+        """What they will cost; the API counts the tokens of ``samples``."""
+        return estimate_shards(
             shards,
+            samples,
             self._kit.price_book,
             self._at,
             count_tokens=self._kit.count_tokens,
             output_per_request=output_per_request(self._ledger.engine, self._job.dag_id, self._job.task_id),
         )
-        self._bounds = {shard.body_path: most for shard, most in zip(shards, bounds, strict=True)}
-        return found
 
     @property
     def budget(self) -> Budget | None:
@@ -69,9 +67,8 @@ class Spending:
         return self._limits.budget
 
     def bound(self, shard: Shard) -> Bound:
-        """The most that a shard can cost. A half of a shard is looked at anew; the halves' bounds add up to no more than the whole's."""
-        known = self._bounds.get(shard.body_path)
-        return known if known is not None else bound_of(scan(read_bodies(shard)), self._kit.price_book, self._at)
+        """The most that a shard can cost. The bounds of a shard's halves add up to no more than its own."""
+        return bound_of(shard.exposure, self._kit.price_book, self._at)
 
     @contextmanager
     def allowed(self, found: Estimate) -> Iterator[None]:

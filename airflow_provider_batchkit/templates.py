@@ -7,7 +7,7 @@ whatever does more (filters, loops, conditions) goes through Jinja itself, with 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jinja2 import StrictUndefined, TemplateError, UndefinedError, nodes
@@ -57,6 +57,15 @@ class RowTemplate:
         except TemplateError as e:
             raise BatchInputError(f"The {name} template is not valid Jinja: {e}. Nothing was sent.") from e
 
+    def render_all(self, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+        """:meth:`render` for each of ``rows``."""
+        if self._filler is not None:
+            try:
+                return self._filler.fill_all(rows)
+            except KeyError:
+                pass  # Jinja says which column is missing
+        return [self.render(row) for row in rows]
+
     def render(self, row: Mapping[str, Any]) -> str:
         """The text for one row.
 
@@ -64,7 +73,7 @@ class RowTemplate:
         """
         if self._filler is not None:
             try:
-                return self._filler.fill(row)
+                return self._filler.fill_all([row])[0]
             except KeyError:
                 pass  # Jinja says which column is missing
         try:
@@ -86,9 +95,13 @@ class _Filler:
         self._form = form
         self._columns = tuple(columns)
 
-    def fill(self, row: Mapping[str, Any]) -> str:
-        """:raises KeyError: for a column that the row has not"""
-        return self._form % tuple(["" if (value := row[column]) is None else value for column in self._columns])
+    def fill_all(self, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+        """:raises KeyError: for a column that a row has not"""
+        form = self._form
+        if len(self._columns) == 1:
+            (column,) = self._columns
+            return [form % ("" if (value := row[column]) is None else value,) for row in rows]
+        return [form % tuple(["" if (value := row[column]) is None else value for column in self._columns]) for row in rows]
 
     @classmethod
     def of(cls, template: nodes.Template) -> _Filler | None:

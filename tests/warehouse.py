@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import anthropic
@@ -12,7 +12,6 @@ from airflow_provider_batchkit import BatchKit
 from airflow_provider_batchkit.jobs import SubmitReport, fetch_job, submit_job
 from airflow_provider_batchkit.landing import LandingReport, WriteDisposition
 from airflow_provider_batchkit.ledger import JobRecord, Ledger, make_job_id, prepare_engine
-from airflow_provider_batchkit.model import PreparedRequest
 from airflow_provider_batchkit.requests import RequestBuilder, RequestDefaults, items_of
 from airflow_provider_batchkit.schema import OutputSchema
 from airflow_provider_batchkit.sources import KeyTypes
@@ -58,16 +57,11 @@ class Warehouse:
             if types.rows_seen:
                 self.ledger.set_key_columns(job.job_id, types.result(self.ledger.key_columns(job.job_id)))
 
-        def requests() -> Iterator[PreparedRequest]:
-            for position, row in enumerate(rows):
-                yield builder.build(row, position)
-                types.see([row])
-
         return submit_job(
             self.kit,
             self.ledger,
             job,
-            requests(),
+            builder.pieces(rows, types.see),
             anthropic_conn_id="anthropic_default",
             before_send=note_key,
             output_schema=None if schema is None else schema.text,
@@ -82,7 +76,7 @@ class Warehouse:
             self.kit,
             self.ledger,
             job,
-            (builder.build(item, position) for position, item in enumerate(items_of(requests))),
+            builder.pieces(items_of(requests)),
             anthropic_conn_id="anthropic_default",
             before_send=lambda: self.ledger.set_key_columns(job.job_id, KeyTypes(()).result()),
             **limits,

@@ -22,8 +22,8 @@ from airflow_provider_batchkit.ledger.leases import hold_lease, lease_lost
 from airflow_provider_batchkit.ledger.rollup import create_views
 from airflow_provider_batchkit.ledger.states import BatchState, check_move, sources_of
 from airflow_provider_batchkit.ledger.tables import VERSION, batch, job, metadata, version
-from airflow_provider_batchkit.model import BatchSnapshot, Bound, CostTally, Shard
-from airflow_provider_batchkit.shards import index_parts
+from airflow_provider_batchkit.model import BatchSnapshot, Bound, CostTally
+from airflow_provider_batchkit.shards import Shard, index_parts
 
 
 def make_job_id(dag_id: str, run_id: str, task_id: str, map_index: int = -1) -> str:

@@ -7,7 +7,6 @@ from contextlib import nullcontext
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from functools import cached_property
-from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from airflow.providers.common.compat.sdk import AirflowSkipException, BaseOperator, XComArg, literal
@@ -33,7 +32,6 @@ if TYPE_CHECKING:
     from airflow_provider_batchkit.priming import Hold
     from airflow_provider_batchkit.sources import KeyTypes
 
-_ROWS_AT_A_TIME = 500
 #: how much later than the trigger's own deadline Airflow ends a deferral that never came back
 _GRACE = timedelta(minutes=5)
 
@@ -358,7 +356,9 @@ class SubmitBatchOperator(BatchLineage, BaseOperator):
             ResultTable("results", columns, self.output_schema)
             ledger.set_key_columns(job_id, columns)
 
-    def _requests(self, context: Context, job_id: str, key: list[str], types: KeyTypes, items: Iterable[Any]) -> Iterator[PreparedRequest]:
+    def _requests(
+        self, context: Context, job_id: str, key: list[str], types: KeyTypes, items: Iterable[Any]
+    ) -> Iterator[list[PreparedRequest]]:
         from airflow_provider_batchkit.requests import RequestBuilder, RequestDefaults
         from airflow_provider_batchkit.templates import RowTemplate
 
@@ -378,12 +378,7 @@ class SubmitBatchOperator(BatchLineage, BaseOperator):
             system=None if self.system is None else RowTemplate(self.system, name="system", context=per_run),
             dedupe=self.dedupe,
         )
-        rows, position = iter(items), 0
-        while chunk := list(islice(rows, _ROWS_AT_A_TIME)):
-            requests = builder.build_all(chunk, position)
-            types.see(chunk)
-            position += len(chunk)
-            yield from requests
+        return builder.pieces(items, types.see)
 
     def _items(self) -> Iterable[Any]:
         if self.input_path is not None:

@@ -77,7 +77,7 @@ class Bench:
             max_tokens=200,
             output_schema=output_schema,
             sql_conn_id="warehouse",
-            settle_seconds=2,
+            settle_seconds=60,
         )
         return list(submit.execute(context("submit")))
 

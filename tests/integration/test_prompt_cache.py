@@ -73,7 +73,7 @@ def submit(
         warehouse.kit,
         warehouse.ledger,
         JOB,
-        builder(cache_system).build_all(rows, 0),
+        [builder(cache_system).build_all(rows, 0)],
         anthropic_conn_id="anthropic_default",
         before_send=lambda: warehouse.ledger.set_key_columns(JOB.job_id, types.result(warehouse.ledger.key_columns(JOB.job_id))),
         priming=priming,
@@ -199,14 +199,14 @@ def test_a_row_that_asks_what_the_primer_asks_lands_with_it(warehouse: Warehouse
 
 def test_a_rehearsal_counts_the_primer(warehouse: Warehouse) -> None:
     """A dry run says how many batches there would be."""
-    report = rehearse_job(warehouse.kit, warehouse.ledger, JOB, builder().build_all(products(5), 0), priming=PRIMING)
+    report = rehearse_job(warehouse.kit, warehouse.ledger, JOB, [builder().build_all(products(5), 0)], priming=PRIMING)
     assert report.batches == 2
 
 
 def test_caps_hold_over_both_legs(warehouse: Warehouse, sim: Simulator) -> None:
     """A job that fits into its cap fits with its primer too; the budget counts both legs."""
     sim.set(clock="manual")
-    upper = rehearse_job(warehouse.kit, warehouse.ledger, JOB, builder().build_all(products(5), 0)).estimate
+    upper = rehearse_job(warehouse.kit, warehouse.ledger, JOB, [builder().build_all(products(5), 0)]).estimate
     assert upper is not None
     limits = Limits(upper.upper_usd, Budget("cache", usd=upper.upper_usd))
     first = submit(warehouse, products(5), PRIMING, limits=limits)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from airflow_provider_batchkit import BatchKit
-from airflow_provider_batchkit.estimate import Estimate, bound_of, estimate, sample_positions, scan
+from airflow_provider_batchkit.estimate import Estimate, bound_of, estimate
 from airflow_provider_batchkit.exceptions import BatchInputError
+from airflow_provider_batchkit.exposure import Exposure
 from airflow_provider_batchkit.model import COST_QUANTUM, Bound, parse_usd
 from airflow_provider_batchkit.pricing import PriceBook
 from airflow_provider_batchkit.requests import RequestBuilder, RequestDefaults
@@ -42,12 +43,18 @@ def user(content: Any) -> list[dict[str, Any]]:
     return [{"role": "user", "content": content}]
 
 
+def exposed(bodies: Sequence[bytes]) -> Exposure:
+    exposure = Exposure()
+    exposure.add(bodies)
+    return exposure
+
+
 def most(*bodies: bytes) -> Bound:
-    return bound_of(scan(bodies), BOOK, NOW)
+    return bound_of(exposed(bodies), BOOK, NOW)
 
 
 def expect(*bodies: bytes, count: Any = lambda _: 10, **options: Any) -> Estimate:
-    return estimate(scan(bodies, samples=sample_positions(len(bodies))), BOOK, NOW, count_tokens=count, **options)
+    return estimate(exposed(bodies), bodies[:10], BOOK, NOW, count_tokens=count, **options)
 
 
 # --- the bound, worked out by hand: opus-4-8 in a batch is $2.50 in, $12.50 out, $3.125 / $5 cache writes per MTok -----------------
@@ -138,12 +145,29 @@ def test_a_model_without_a_price_has_no_bound_in_usd() -> None:
     assert "no price is known for claude-unheard-of" in found.why_unbounded
 
 
+def test_a_request_counts_the_same_among_others_and_alone() -> None:
+    """Most requests of a job differ in one text alone and are counted many at a time; one that differs in more is looked at by itself."""
+    marked = body(system=[{"type": "text", "text": "long", "cache_control": {"type": "ephemeral", "ttl": "1h"}}])
+    plain = [body(messages=user("x" * (i % 40 + 1))) for i in range(300)]
+    others = [body(max_tokens=7), body(model="claude-haiku-5-5"), body(messages=user([PNG])), marked, body(inference_geo="us")]
+    mixed = [*plain[:100], *others[:2], *plain[100:200], *others[2:], *plain[200:]]
+    alone, together = Exposure(), Exposure()
+    for request in mixed:
+        one = Exposure()
+        one.add([request])
+        alone.include(one)
+    for start in range(0, len(mixed), 100):
+        together.add(mixed[start : start + 100])
+    assert alone.groups == together.groups
+    assert together.requests == len(mixed) and together.body_bytes == sum(map(len, mixed))
+
+
 def test_the_bounds_of_parts_add_up_to_no_more_than_the_whole() -> None:
     """Shards, and halves of them, share what was reserved for all; also at a price of a fraction of a picodollar a token."""
     book = PriceBook({"m": {"input_usd_per_mtok": "0.000003", "output_usd_per_mtok": "0.333333"}})
     bodies = [body(model="m", messages=user("x" * (n + 1)), max_tokens=n + 1, inference_geo=None) for n in range(60)]
-    whole = bound_of(scan(bodies), book, NOW)
-    parts = [bound_of(scan(bodies[i : i + 7]), book, NOW) for i in range(0, 60, 7)]
+    whole = bound_of(exposed(bodies), book, NOW)
+    parts = [bound_of(exposed(bodies[i : i + 7]), book, NOW) for i in range(0, 60, 7)]
     assert whole.usd is not None
     assert sum(part.usd for part in parts if part.usd is not None) <= whole.usd
 
@@ -152,7 +176,7 @@ def test_the_bounds_of_parts_add_up_to_no_more_than_the_whole() -> None:
 
 
 def test_a_sample_is_counted_and_the_rest_goes_by_bytes() -> None:
-    """Ten of 1,000 are counted, spread evenly; with the answers of earlier runs the output is what they were."""
+    """Ten of 1,000 are counted; with the answers of earlier runs the output is what they were."""
     asked: list[Mapping[str, Any]] = []
 
     def count(params: Mapping[str, Any]) -> int:
@@ -161,7 +185,7 @@ def test_a_sample_is_counted_and_the_rest_goes_by_bytes() -> None:
 
     bodies = [body(messages=user(f"{i:06}")) for i in range(1000)]
     found = expect(*bodies, count=count, output_per_request=Decimal("12.5"))
-    assert [int(p["messages"][0]["content"]) for p in asked] == [50, 150, 250, 350, 450, 550, 650, 750, 850, 950]
+    assert [int(p["messages"][0]["content"]) for p in asked] == list(range(10))
     assert (found.input_tokens, found.output_tokens) == (20_000, 12_500)
     # 20,000 * 2.5 + 12,500 * 12.5 = 206,250 millionths
     assert found.expected_usd == Decimal("0.20625")

@@ -16,6 +16,7 @@ from airflow_provider_batchkit.requests import (
     RequestDefaults,
     check_custom_id,
     encode_key,
+    encode_keys,
     encode_params,
     key_values,
     params_digest,
@@ -228,6 +229,33 @@ def test_rows_built_together_are_the_same_requests() -> None:
     rows = [{"sku": "A", "n": 1, "name": 't\u2028 "é'}, {"sku": "B", "n": decimal.Decimal("2.50"), "name": None}]
     assert builder.build_all(rows, 7) == [builder.build(row, 7 + i) for i, row in enumerate(rows)]
     assert json.loads(builder.build(rows[1], 0).body)["params"]["messages"][0]["content"] == " 100% 2.50"
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        [1, 2, -(2**63), 2**63 - 1],
+        ["a", 'quo"te', "new\nline", "é\u2028", ""],
+        [True, 1, "1", decimal.Decimal("1.50")],
+        [dt.datetime(2026, 11, 23, 12, tzinfo=dt.timezone(dt.timedelta(hours=2))), dt.date(2026, 11, 23)],
+        ["x" * 600, "x" * 1900],
+    ],
+)
+def test_keys_of_many_rows_are_the_keys_of_each(column: list[Any]) -> None:
+    """Alone or in two columns."""
+    assert encode_keys([column]) == [encode_key([value]) for value in column]
+    numbers = list(range(len(column)))
+    assert encode_keys([column, numbers]) == [encode_key(row) for row in zip(column, numbers, strict=True)]
+
+
+@pytest.mark.parametrize("bad", [2**63, -(2**63) - 1, None, "x" * 2000, "é" * 999, 1e400])
+def test_one_bad_key_among_many_is_refused(bad: Any) -> None:
+    """As it is alone."""
+    with pytest.raises(RequestError):
+        encode_keys([[bad]])
+    same = 1 if isinstance(bad, int) else "a"
+    with pytest.raises(RequestError):
+        encode_keys([[same, bad, same]])
 
 
 @pytest.mark.parametrize(

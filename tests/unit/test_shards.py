@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 
 from airflow_provider_batchkit.exceptions import BatchInputError, RequestError
-from airflow_provider_batchkit.model import PreparedRequest, Shard
-from airflow_provider_batchkit.shards import ShardWriter, decode_entries, read_index, remove_shard_files, write_shards
+from airflow_provider_batchkit.model import PreparedRequest
+from airflow_provider_batchkit.shards import Shard, ShardWriter, decode_entries, read_index, remove_shard_files, write_shards
 
 ENVELOPE = len('{"requests":[]}')
 
 
 def request(number: int, size: int = 0) -> PreparedRequest:
-    body = json.dumps({"custom_id": f"id-{number}", "params": {}}).encode()
+    body = json.dumps({"custom_id": f"id-{number}", "params": {"model": "m", "max_tokens": 1, "messages": []}}).encode()
     body += b" " * max(size - len(body), 0)
     return PreparedRequest(f"id-{number}", f"[{number}]", body)
 
@@ -40,7 +40,7 @@ def test_the_first_request_may_have_a_shard_of_its_own(tmp_path: Path, count: in
     """The others are cut as ever, and every request knows its shard."""
     writer = ShardWriter(str(tmp_path), max_requests=3, first_alone=True)
     for i in range(count):
-        writer.add(request(i))
+        writer.add([request(i)])
     shards = writer.close()
     assert [s.requests for s in shards] == sizes
     assert [i for s in shards for i in ids(s)] == [f"id-{i}" for i in range(count)]
@@ -77,11 +77,44 @@ def test_limits_beyond_the_apis_are_refused(tmp_path: Path, limits: dict[str, An
         ShardWriter(str(tmp_path), **limits)
 
 
+@pytest.mark.parametrize("piece", [1, 3, 7, 100])
+def test_the_pieces_in_which_requests_come_do_not_matter(tmp_path: Path, piece: int) -> None:
+    """The same cuts, by count and by bytes, whether requests come one by one or many at a time."""
+    requests = [request(i, 30 + 17 * i % 90) for i in range(100)]
+    (tmp_path / "one").mkdir()
+    (tmp_path / "many").mkdir()
+    one, many = (ShardWriter(str(tmp_path / name), max_requests=9, max_bytes=900) for name in ("one", "many"))
+    for single in requests:
+        one.add([single])
+    for start in range(0, len(requests), piece):
+        many.add(requests[start : start + piece])
+        many.add([])  # of a piece whose rows were all asked before
+    whole, parts = one.close(), many.close()
+    assert [Path(s.body_path).read_bytes() for s in parts] == [Path(s.body_path).read_bytes() for s in whole]
+    assert [list(read_index(s)) for s in parts] == [list(read_index(s)) for s in whole]
+    assert [s.bytes for s in parts] == [Path(s.body_path).stat().st_size for s in parts]
+    assert max(s.requests for s in parts) == 9 and max(s.bytes for s in parts) > 850  # both limits were met
+    assert [many.shard_of(i) for i in range(100)] == [one.shard_of(i) for i in range(100)]
+
+
+@pytest.mark.parametrize("count", [1, 9, 10, 130, 1000, 4321])
+def test_samples_are_whole_requests_spread_evenly(tmp_path: Path, count: int) -> None:
+    """Ten of any number, one of each tenth, over all shards."""
+    requests = [request(i, 40 + i % 50) for i in range(count)]
+    writer = ShardWriter(str(tmp_path), max_requests=300)
+    for start in range(0, count, 64):
+        writer.add(requests[start : start + 64])
+    writer.close()
+    bodies = {r.body: i for i, r in enumerate(requests)}
+    found = [bodies[sample] for sample in writer.samples(10)]
+    assert found == list(range(count)) if count <= 10 else [position * 10 // count for position in found] == list(range(10))
+
+
 def test_copies_are_listed_with_the_shard_that_asks_for_them(tmp_path: Path) -> None:
     """A copy is in the index of its question's shard, not in any body, also when that shard is closed or an earlier attempt's."""
     writer = ShardWriter(str(tmp_path), first_number=4, max_requests=2)
     for i in range(3):
-        writer.add(request(i))
+        writer.add([request(i)])
     numbers = [writer.shard_of(added) for added in range(3)]
     writer.add_copy(request(9), numbers[0])
     writer.add_copy(request(8), 2)
@@ -96,7 +129,7 @@ def test_copies_are_listed_with_the_shard_that_asks_for_them(tmp_path: Path) -> 
 def test_removing_a_shard_frees_its_files(tmp_path: Path) -> None:
     """Nothing of a sent shard stays on disk."""
     writer = ShardWriter(str(tmp_path))
-    writer.add(request(0))
+    writer.add([request(0)])
     writer.add_copy(request(1), writer.shard_of(0))
     (shard,) = writer.close()
     assert len(list(tmp_path.iterdir())) == 3
