@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from airflow_provider_batchkit.api import BatchApi, poll_failure
@@ -33,7 +34,7 @@ from airflow_provider_batchkit.model import (
 from airflow_provider_batchkit.polling import Ended, GaveUp, PollState, TimedOut, Wait
 from airflow_provider_batchkit.pricing import PriceBook
 from airflow_provider_batchkit.requests import RequestBuilder, RequestDefaults, items_of, refuse_repeated_ids
-from airflow_provider_batchkit.results import Reconciler, StreamFaults, parse_stream
+from airflow_provider_batchkit.results import Reconciler, StreamFaults, parse_pieces
 from airflow_provider_batchkit.shards import ShardWriter, remove_shard_files, write_shards
 from airflow_provider_batchkit.tally import TallyBuilder
 
@@ -180,7 +181,11 @@ class BatchKit(BatchApi):
         except anthropic.APIError as e:
             state.failed(**poll_failure(e))
 
-    def read_items(
+    def read_items(self, batch_id: str, reconciler: Reconciler, expected: int) -> Iterator[BatchItem]:
+        """:meth:`read_pieces` with whole messages, one item at a time."""
+        return chain.from_iterable(self.read_pieces(batch_id, reconciler, expected))
+
+    def read_pieces(
         self,
         batch_id: str,
         reconciler: Reconciler,
@@ -189,9 +194,10 @@ class BatchKit(BatchApi):
         *,
         keep_message: bool = True,
         sleep: Callable[[float], None] = time.sleep,
-    ) -> Iterator[BatchItem]:
-        """First answers of an ended batch, each once, also when the stream is cut: it is then read again and what was seen is passed over.
+    ) -> Iterator[list[BatchItem]]:
+        """First answers of an ended batch as they come, some together, each once.
 
+        A stream that is cut is read again, and what was seen is passed over.
         ``reconciler`` counts what does not belong, and what is missing of the ``expected`` results that the API counts: a stream that ends
         too early without an error is read once more. The broken end of a cut stream is not counted.
 
@@ -203,10 +209,8 @@ class BatchKit(BatchApi):
         while True:
             done = len(reconciler.answered)
             try:
-                for item in parse_stream(_counted(self.stream_results(batch_id), on_bytes), keep_message=keep_message):
-                    if reconciler.accept(item):
-                        assert isinstance(item, BatchItem)
-                        yield item
+                for piece in parse_pieces(_counted(self.stream_results(batch_id), on_bytes), keep_message=keep_message):
+                    yield reconciler.accept_all(piece)
             except ResultStreamError as e:
                 failures = 1 if len(reconciler.answered) > done else failures + 1
                 if failures >= _STREAM_ATTEMPTS:

@@ -62,6 +62,18 @@ class Usage(msgspec.Struct, frozen=True, gc=False):
         """All tokens of the prompt, cached or not: what price tiers by prompt size look at."""
         return self.input_tokens + self.cache_write_5m_tokens + self.cache_write_1h_tokens + self.cache_read_tokens
 
+    @property
+    def counts(self) -> tuple[int, int, int, int, int, int]:
+        """Everything that is counted, in the order of the fields."""
+        return (
+            self.input_tokens,
+            self.output_tokens,
+            self.cache_write_5m_tokens,
+            self.cache_write_1h_tokens,
+            self.cache_read_tokens,
+            self.web_searches,
+        )
+
     def uncached(self) -> Usage:
         """What would have been counted without prompt caching."""
         return msgspec.structs.replace(
@@ -203,16 +215,7 @@ class UsageLine:
     @property
     def counts(self) -> tuple[int, ...]:
         """Requests, tokens and searches, as ``ModelTally`` begins with them."""
-        usage = self.usage
-        return (
-            self.requests,
-            usage.input_tokens,
-            usage.output_tokens,
-            usage.cache_write_5m_tokens,
-            usage.cache_write_1h_tokens,
-            usage.cache_read_tokens,
-            usage.web_searches,
-        )
+        return (self.requests, *self.usage.counts)
 
     @property
     def usage(self) -> Usage:

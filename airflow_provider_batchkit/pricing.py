@@ -22,7 +22,7 @@ import json
 import logging
 import re
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, field
 from datetime import UTC, date, datetime
 from decimal import Context, Decimal, InvalidOperation, localcontext
@@ -114,32 +114,38 @@ class ModelRates:
         """``min_prompt_tokens`` of the tier that a prompt of that size is priced in."""
         return max(minimum for minimum, _ in self._lines if prompt_tokens >= minimum)
 
-    def pico_usd(self, usage: Usage, tier_prompt: int | None = None) -> tuple[int, int]:
+    def pico_usd(self, usage: Usage, tier: int | None = None) -> tuple[int, int]:
         """Batch and standard cost of one request in whole pico-dollars, a half rounded to even.
 
-        :param tier_prompt: prompt tokens that choose the price tier; by default the usage's own
+        :param tier: ``min_prompt_tokens`` of the price tier; by default the one of the usage's own prompt
         """
-        write_5m, write_1h = usage.cache_write_5m_tokens, usage.cache_write_1h_tokens
-        fresh, read, output = usage.input_tokens, usage.cache_read_tokens, usage.output_tokens
-        lines = self._lines[0][1]
-        if len(self._lines) > 1:
-            prompt_tokens = fresh + write_5m + write_1h + read if tier_prompt is None else tier_prompt
-            for minimum, candidate in self._lines:
-                if prompt_tokens >= minimum:
-                    lines = candidate
-        line = lines[(2 if usage.inference_geo == "us" else 0) + (usage.speed == "fast")]
+        tier = self.tier_start(usage.prompt_tokens) if tier is None else tier
+        return self.pico_usd_all([[count] for count in usage.counts], usage.inference_geo, usage.speed, tier)[0]
+
+    def pico_usd_all(
+        self, counts: Sequence[Sequence[int]], inference_geo: str | None, speed: str | None, tier: int
+    ) -> list[tuple[int, int]]:
+        """:meth:`pico_usd` of many requests that are priced alike.
+
+        :param counts: ``Usage.counts`` of each, by column
+        :param tier: ``min_prompt_tokens`` of the price tier of all of them
+        """
+        lines = next(lines for minimum, lines in self._lines if minimum == tier)
+        line = lines[(2 if inference_geo == "us" else 0) + (speed == "fast")]
         scale, b_input, b_output, b_5m, b_1h, b_read, s_input, s_output, s_5m, s_1h, s_read, search = line
-        batch = fresh * b_input + output * b_output
-        standard = fresh * s_input + output * s_output
-        if write_5m or write_1h or read:
-            batch += write_5m * b_5m + write_1h * b_1h + read * b_read
-            standard += write_5m * s_5m + write_1h * s_1h + read * s_read
-        if usage.web_searches:
-            batch += usage.web_searches * search
-            standard += usage.web_searches * search
+        fresh, output, *rest = counts
+        costs = [(i * b_input + o * b_output, i * s_input + o * s_output) for i, o in zip(fresh, output, strict=True)]
+        if any(map(any, rest)):
+            costs = [
+                (
+                    batch + write_5m * b_5m + write_1h * b_1h + read * b_read + searches * search,
+                    standard + write_5m * s_5m + write_1h * s_1h + read * s_read + searches * search,
+                )
+                for (batch, standard), write_5m, write_1h, read, searches in zip(costs, *rest, strict=True)
+            ]
         if scale == 1:
-            return batch, standard
-        return _divide_half_even(batch, scale), _divide_half_even(standard, scale)
+            return costs
+        return [(_divide_half_even(batch, scale), _divide_half_even(standard, scale)) for batch, standard in costs]
 
 
 class PriceBook:

@@ -6,8 +6,10 @@ A line that cannot be read is kept as :class:`BrokenLine`, never dropped.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import msgspec
@@ -135,6 +137,32 @@ def _usage(wire: _WireUsage) -> Usage:
     )
 
 
+class _Undocumented(Exception):
+    """A line that is JSON and is not what the API documents."""
+
+
+def _item(line: _Line, message_json: bytes | None = None) -> BatchItem:
+    """:raises _Undocumented: for what the API does not send"""
+    result = line.result
+    message = result.message
+    if result.type != "succeeded":
+        status = _STATUSES.get(result.type)
+        if status is None:
+            raise _Undocumented(f"unknown result type {result.type!r}")
+        error = result.error.error if result.error is not None else None
+        return BatchItem(line.custom_id, status, error_type=error.type if error else None, error_message=error.message if error else None)
+    if message is None:
+        raise _Undocumented("a succeeded result without a message")
+    blocks = message.content
+    if len(blocks) == 1 and blocks[0].type == "text":
+        text = blocks[0].text
+    else:
+        text = "".join([block.text or "" for block in blocks if block.type == "text"])
+    return BatchItem(
+        line.custom_id, RequestStatus.SUCCEEDED, text, message.stop_reason, message.model, _usage(message.usage), None, None, message_json
+    )
+
+
 def parse_line(line: bytes, number: int, *, keep_message: bool = True) -> BatchItem | BrokenLine:
     """One result line. Never raises: what cannot be read comes back as :class:`BrokenLine`.
 
@@ -142,54 +170,39 @@ def parse_line(line: bytes, number: int, *, keep_message: bool = True) -> BatchI
     """
     try:
         decoded = _decode_line(line)
-        result = decoded.result
-        if result.type == "succeeded":
-            message = result.message
-            if message is None:
-                return _broken(number, line, "a succeeded result without a message")
-            blocks = message.content
-            text = (
-                blocks[0].text
-                if len(blocks) == 1 and blocks[0].type == "text"
-                else "".join(block.text or "" for block in blocks if block.type == "text")
-            )
-            return BatchItem(
-                decoded.custom_id,
-                RequestStatus.SUCCEEDED,
-                text,
-                message.stop_reason,
-                message.model,
-                _usage(message.usage),
-                None,
-                None,
-                bytes(_decode_raw_line(line).result.message) if keep_message else None,
-            )
-        status = _STATUSES.get(result.type)
-        if status is None:
-            return _broken(number, line, f"unknown result type {result.type!r}")
-        error = result.error.error if result.error is not None else None
-        return BatchItem(
-            decoded.custom_id, status, error_type=error.type if error else None, error_message=error.message if error else None
-        )
-    except (msgspec.MsgspecError, UnicodeDecodeError) as e:
-        return _broken(number, line, str(e))
+        keeps = keep_message and decoded.result.message is not None
+        return _item(decoded, bytes(_decode_raw_line(line).result.message) if keeps else None)
+    except (msgspec.MsgspecError, UnicodeDecodeError, _Undocumented) as e:
+        return BrokenLine(number, str(e), line[:_SAMPLE_CHARS].decode("utf-8", "replace"))
 
 
-def _broken(number: int, line: bytes, reason: str) -> BrokenLine:
-    return BrokenLine(number, reason, line[:_SAMPLE_CHARS].decode("utf-8", "replace"))
-
-
-def parse_stream(chunks: Iterable[bytes], *, keep_message: bool = True) -> Iterator[BatchItem | BrokenLine]:
-    """Raw chunks of a results stream → items, in the order of the stream. Blank lines are skipped."""
+def parse_pieces(chunks: Iterable[bytes], *, keep_message: bool = True) -> Iterator[list[BatchItem | BrokenLine]]:
+    """Raw chunks of a results stream → items, as many together as a chunk completes. Blank lines are skipped."""
     splitter = LineSplitter()
     number = 0
     for chunk in chunks:
-        for line in splitter.feed(chunk):
-            number += 1
-            if line and not line.isspace():
-                yield parse_line(line, number, keep_message=keep_message)
-    for line in splitter.flush():
-        yield parse_line(line, number + 1, keep_message=keep_message)
+        lines = splitter.feed(chunk)
+        yield _parse(lines, number, keep_message)
+        number += len(lines)
+    yield _parse(splitter.flush(), number, keep_message)
+
+
+def _parse(lines: list[bytes], before: int, keep_message: bool) -> list[BatchItem | BrokenLine]:
+    if not keep_message:
+        try:
+            return [_item(_decode_line(line)) for line in lines]
+        except (msgspec.MsgspecError, UnicodeDecodeError, _Undocumented):
+            pass  # one of them is broken or blank: it is looked for
+    return [
+        parse_line(line, number, keep_message=keep_message)
+        for number, line in enumerate(lines, start=before + 1)
+        if line and not line.isspace()
+    ]
+
+
+def parse_stream(chunks: Iterable[bytes], *, keep_message: bool = True) -> Iterator[BatchItem | BrokenLine]:
+    """:func:`parse_pieces`, one item at a time."""
+    return chain.from_iterable(parse_pieces(chunks, keep_message=keep_message))
 
 
 @dataclass(slots=True)
@@ -242,7 +255,7 @@ class Reconciler:
     counted in ``faults``. Resident: the ids asked and the ids answered.
     """
 
-    def __init__(self, asked: Container[str] | None) -> None:
+    def __init__(self, asked: AbstractSet[str] | None) -> None:
         """:param asked: every ``custom_id`` of the batch, or None when nobody knows (a batch submitted elsewhere)"""
         self.faults = StreamFaults()
         self.answered: set[str] = set()
@@ -258,7 +271,17 @@ class Reconciler:
         """How many lines fewer than ``expected`` the stream has held so far."""
         return max(expected - len(self.answered) - self.faults.broken - self.faults.foreign, 0)
 
+    def accept_all(self, items: Sequence[BatchItem | BrokenLine]) -> list[BatchItem]:
+        """Those of the items that are first answers."""
+        if self._this_read is self.answered:
+            ids = {item.custom_id for item in items if isinstance(item, BatchItem)}
+            if len(ids) == len(items) and self.answered.isdisjoint(ids) and (self._asked is None or ids <= self._asked):
+                self.answered |= ids
+                return list(items)  # type: ignore[arg-type] # none of them is broken
+        return [item for item in items if self.accept(item)]  # type: ignore[misc] # nor is any that is accepted
+
     def accept(self, item: BatchItem | BrokenLine) -> bool:
+        """Whether the item is a first answer."""
         if isinstance(item, BrokenLine):
             self.faults.add_broken(item)
             return False

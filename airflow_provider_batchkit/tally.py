@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from datetime import datetime
 from decimal import Context, Decimal
+from itertools import groupby
+
+from msgspec.structs import astuple
 
 from airflow_provider_batchkit.exceptions import BatchInputError
-from airflow_provider_batchkit.model import Cost, CostTally, ModelTally, Usage, UsageLine, format_usd_exact
+from airflow_provider_batchkit.model import BatchItem, Cost, CostTally, ModelTally, Usage, UsageLine, format_usd_exact
 from airflow_provider_batchkit.pricing import ModelRates, PriceBook, cost_of_pico, usd_of_pico
 
 #: in a list of sums: the counts of ``ModelTally`` and ``UsageLine``, then money in pico-dollars, then the prompts' sizes
 _COUNTS = 7
 _BATCH, _STANDARD, _CACHE_SAVINGS, _SMALLEST, _LARGEST = range(_COUNTS, _COUNTS + 5)
+_FREE = (0, 0)
+
+#: what is priced alike: model, ``inference_geo``, ``speed``, start of the price tier
+_Kind = tuple[str, str | None, str | None, int]
 
 
 class TallyBuilder:
@@ -23,51 +30,61 @@ class TallyBuilder:
         self._book = price_book
         self._at = at
         self._rates: dict[str, ModelRates | None] = {}
-        #: running sums of what is priced alike: model, ``inference_geo``, ``speed``, start of the price tier
-        self._lines: dict[tuple[str, str | None, str | None, int], list[int]] = {}
+        self._lines: dict[_Kind, list[int]] = {}
 
     def add(self, model: str, usage: Usage) -> Cost | None:
         """Count one request; what it costs, or ``None`` for an unknown model (its tokens are counted all the same)."""
-        pico = self.add_pico(model, usage)
+        pico = self._add_alike(*self._kind(model, usage), [usage])[0]
         return None if pico is None else cost_of_pico(*pico)
 
-    def add_pico(self, model: str, usage: Usage) -> tuple[int, int] | None:
-        """Like :meth:`add`, but gives batch and standard cost in whole pico-dollars: what a landing of many rows works with."""
-        if model in self._rates:
-            rates = self._rates[model]
-        else:
-            rates = self._rates[model] = self._book.rates(model, self._at)
-        fresh, write_5m, write_1h, read = (
-            usage.input_tokens,
-            usage.cache_write_5m_tokens,
-            usage.cache_write_1h_tokens,
-            usage.cache_read_tokens,
-        )
-        prompt = fresh + write_5m + write_1h + read
-        tier = 0 if rates is None or len(rates.tiers) == 1 else rates.tier_start(prompt)
-        key = (model, usage.inference_geo, usage.speed, tier)
-        sums = self._lines.get(key)
-        if sums is None:
-            sums = self._lines[key] = [0] * _SMALLEST + [prompt, prompt]
-        sums[0] += 1
-        sums[1] += fresh
-        sums[2] += usage.output_tokens
-        sums[3] += write_5m
-        sums[4] += write_1h
-        sums[5] += read
-        sums[6] += usage.web_searches
-        if prompt < sums[_SMALLEST]:
-            sums[_SMALLEST] = prompt
-        elif prompt > sums[_LARGEST]:
-            sums[_LARGEST] = prompt
+    def add_all(self, items: Iterable[BatchItem]) -> list[tuple[int, int] | None]:
+        """Count the results of many requests; what each costs in whole pico-dollars, as batch and standard cost.
+
+        A result that the API counts nothing for costs nothing; ``None`` for an unknown model, whose tokens are counted all the same.
+        """
+        costs: list[tuple[int, int] | None] = []
+        for kind, alike in groupby(items, lambda item: None if item.usage is None else self._kind(item.model or "", item.usage)):
+            if kind is None:
+                costs += [_FREE for _ in alike]
+            else:
+                costs += self._add_alike(*kind, [item.usage for item in alike if item.usage is not None])
+        return costs
+
+    def _kind(self, model: str, usage: Usage) -> _Kind:
+        """What decides the prices of a request."""
+        if model not in self._rates:
+            self._rates[model] = self._book.rates(model, self._at)
+        rates = self._rates[model]
+        tier = 0 if rates is None or len(rates.tiers) == 1 else rates.tier_start(usage.prompt_tokens)
+        return model, usage.inference_geo, usage.speed, tier
+
+    def _add_alike(
+        self, model: str, geo: str | None, speed: str | None, tier: int, usages: list[Usage]
+    ) -> Sequence[tuple[int, int] | None]:
+        """Count requests that are priced alike, together: a million rows pay for each step."""
+        rates = self._rates[model]
+        # what is counted comes first among a usage's fields
+        counts = list(zip(*map(astuple, usages), strict=True))[: _COUNTS - 1]
+        fresh, _, write_5m, write_1h, read, _ = counts
+        cached = any(write_5m) or any(write_1h) or any(read)
+        prompts = list(map(sum, zip(fresh, write_5m, write_1h, read, strict=True))) if cached else fresh
+        sums = self._lines.setdefault((model, geo, speed, tier), [0] * _SMALLEST + [prompts[0], prompts[0]])
+        sums[0] += len(usages)
+        for place, column in enumerate(counts, start=1):
+            sums[place] += sum(column)
+        sums[_SMALLEST] = min(sums[_SMALLEST], *prompts)
+        sums[_LARGEST] = max(sums[_LARGEST], *prompts)
         if rates is None:
-            return None
-        costs = rates.pico_usd(usage)
-        sums[_BATCH] += costs[0]
-        sums[_STANDARD] += costs[1]
-        if write_5m or write_1h or read:
+            return [None] * len(usages)
+        costs = rates.pico_usd_all(counts, geo, speed, tier)
+        batch = sum(cost for cost, _ in costs)
+        sums[_BATCH] += batch
+        sums[_STANDARD] += sum(cost for _, cost in costs)
+        if cached:
             # a price tier looks at the whole prompt, cached or not, so it is the same one
-            sums[_CACHE_SAVINGS] += rates.pico_usd(usage.uncached())[0] - costs[0]
+            nothing = [0] * len(usages)
+            uncached = rates.pico_usd_all([prompts, counts[1], nothing, nothing, nothing, counts[5]], geo, speed, tier)
+            sums[_CACHE_SAVINGS] += sum(cost for cost, _ in uncached) - batch
         return costs
 
     def tally(self) -> CostTally:

@@ -37,17 +37,17 @@ from airflow_provider_batchkit.tally import TallyBuilder
 
 log = logging.getLogger(__name__)
 
+#: requests without a result line that are staged together
+_AT_A_TIME = 1_000
 #: reads a batch's first answers, each once, through a reconciler; told how many results the API counts, and tells how many bytes came
-ReadItems = Callable[[str, Reconciler, int, Callable[[int], None]], Iterator[BatchItem]]
-
-_FREE = (0, 0)
+ReadPieces = Callable[[str, Reconciler, int, Callable[[int], None]], Iterator[list[BatchItem]]]
 
 
 def land_batches(
     ledger: Ledger,
     snapshots: Sequence[BatchSnapshot],
     table_name: str,
-    read_items: ReadItems,
+    read_pieces: ReadPieces,
     price_book: PriceBook,
     *,
     disposition: WriteDisposition = WriteDisposition.MERGE,
@@ -68,7 +68,7 @@ def land_batches(
     table = ResultTable(table_name, _common_key(ledger, records, snapshots), _common_schema(ledger, records, snapshots))
     if not table.check(ledger.engine):
         table.create(ledger.engine, unique_key=disposition is not WriteDisposition.APPEND)
-    landing = _Landing(ledger, table, read_items, price_book, disposition, include_failed, portable)
+    landing = _Landing(ledger, table, read_pieces, price_book, disposition, include_failed, portable)
     batches = list(zip(snapshots, records, strict=True))
     together = [batches] if disposition is WriteDisposition.REPLACE else [[batch] for batch in batches]
     report = LandingReport(table=table_name)
@@ -109,7 +109,7 @@ def _common_schema(ledger: Ledger, records: Sequence[BatchRecord | None], snapsh
 class _Landing:
     ledger: Ledger
     table: ResultTable
-    read_items: ReadItems
+    read_pieces: ReadPieces
     price_book: PriceBook
     disposition: WriteDisposition
     include_failed: bool
@@ -148,19 +148,19 @@ class _Landing:
         reconciler = Reconciler(None if keys is None else keys.custom_ids)
         total = snapshot.counts.total
         progress = Progress(log, f"landing {snapshot.batch_id}", total)
-        for item in self.read_items(snapshot.batch_id, reconciler, total, lambda size: progress.add(0, size)):
-            usage = item.usage
-            cost = _FREE if usage is None else tally.add_pico(item.model or "", usage)
+        for items in self.read_pieces(snapshot.batch_id, reconciler, total, lambda size: progress.add(0, size)):
+            costs = tally.add_all(items)
             if answers is None:
-                stage.put(item, cost)
+                stage.put(items, costs)
             else:
-                item, values = answers.read(item)
-                stage.put(item, cost, values)
-            progress.rows += 1
+                read = [answers.read(item) for item in items]
+                stage.put([item for item, _ in read], costs, [values for _, values in read])
+            progress.rows += len(items)
         _refuse_anothers(snapshot, reconciler)
         missing = [] if keys is None else [c for c in keys.custom_ids if c not in reconciler.answered]
-        for custom_id in missing:
-            stage.put(BatchItem(custom_id, RequestStatus.MISSING), _FREE)
+        for start in range(0, len(missing), _AT_A_TIME):
+            absent = [BatchItem(custom_id, RequestStatus.MISSING) for custom_id in missing[start : start + _AT_A_TIME]]
+            stage.put(absent, tally.add_all(absent))
         stage.flush()
         progress.done()
         names = [] if keys is None else [key for c in missing[:NAMED] for key in (keys.billed(c), *keys.copies(c))]

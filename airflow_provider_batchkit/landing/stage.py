@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import secrets
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from airflow_provider_batchkit.landing.table import ResultTable
-from airflow_provider_batchkit.ledger.bulk import BulkRow, loader_for
+from airflow_provider_batchkit.ledger.bulk import loader_for
 from airflow_provider_batchkit.model import BatchItem, RequestStatus, format_pico_exact
+from airflow_provider_batchkit.schema.answers import Values
+from airflow_provider_batchkit.shards import IndexEntry
 
 #: a chunk is written when it has this many rows (more cost the garbage collector more than they save), or characters of text
 _CHUNK_ROWS = 1_000
@@ -46,25 +49,34 @@ _COLUMNS: tuple[tuple[str, Any], ...] = (
 class AskedKeys:
     """The source rows that a batch answers, by ``custom_id``. Resident: two strings a row."""
 
-    def __init__(self, rows: Iterable[tuple[str, str, bool]]) -> None:
-        """:param rows: (custom_id, key, asked); of rows that share a request, the one that is asked is billed"""
+    def __init__(self, pieces: Iterable[Sequence[IndexEntry]]) -> None:
+        """:param pieces: what the batch asks; of rows that share a request, the one that is asked is billed"""
         self._billed: dict[str, str] = {}
         self._copies: dict[str, list[str]] = {}
-        for custom_id, key, asked in rows:
+        for piece in pieces:
+            fresh = {entry.custom_id: entry.key for entry in piece}
+            if len(fresh) == len(piece) and self._billed.keys().isdisjoint(fresh):
+                self._billed.update(fresh)
+            else:
+                self._add_one_by_one(piece)
+
+    def _add_one_by_one(self, entries: Iterable[IndexEntry]) -> None:
+        for entry in entries:
+            custom_id, key = entry.custom_id, entry.key
             if custom_id not in self._billed:
                 self._billed[custom_id] = key
                 continue
             copies = self._copies.setdefault(custom_id, [])
-            if asked:
+            if entry.asked:
                 copies.append(self._billed[custom_id])
                 self._billed[custom_id] = key
             else:
                 copies.append(key)
 
     @property
-    def custom_ids(self) -> Collection[str]:
+    def custom_ids(self) -> AbstractSet[str]:
         """Every request of the batch."""
-        return self._billed
+        return self._billed.keys()
 
     def billed(self, custom_id: str) -> str:
         """The key of the row that pays for the request."""
@@ -74,8 +86,17 @@ class AskedKeys:
         """Keys of the other rows that the request answers."""
         return self._copies.get(custom_id, _NONE)
 
+    @property
+    def any_copies(self) -> bool:
+        """Whether some rows share a request."""
+        return bool(self._copies)
+
 
 _NONE: list[str] = []
+_Cost = tuple[int, int] | None
+_UNKNOWN = (None, None)
+#: place of the status in ``_COLUMNS``
+_STATUS = 1
 
 
 class Stage:
@@ -91,12 +112,10 @@ class Stage:
         self._result_table = table
         self._keys = keys
         self._load = loader_for(connection, portable=portable)
-        self._rows: list[BulkRow] = []
-        self._row_keys: list[str] = []
-        self._characters = 0
+        self._waiting = _Rows()
         key_types = [(c.name, c.type) for c in table.table.columns][: len(table.key_columns)]
         answer_types = [(name, sa.Text() if name in table.json_names else type_) for name, type_ in table.answer_columns]
-        self._no_values: BulkRow = (None,) * len(answer_types)
+        self._answers = len(answer_types)
         self.table = sa.Table(
             f"batchkit_stage_{secrets.token_hex(6)}",
             sa.MetaData(),
@@ -106,53 +125,81 @@ class Stage:
         )
         self.table.create(connection, checkfirst=False)
 
-    def put(self, item: BatchItem, cost: tuple[int, int] | None, values: BulkRow | None = None) -> None:
-        """Add the rows that one result answers.
+    def put(self, items: Sequence[BatchItem], costs: Sequence[_Cost], values: Sequence[Values] | None = None) -> None:
+        """Add the rows that results answer.
 
-        :param cost: batch and standard cost in picodollars; None when it is not known
-        :param values: the answer's, in the order of the table's answer columns
+        :param costs: of each, batch and standard cost in picodollars; None when it is not known
+        :param values: of each answer, in the order of the table's answer columns
         """
-        values = self._no_values if values is None else values
+        waiting = self._waiting
         if self._keys is None:
-            self._add(item, "", cost, values, asked=1)
-            return
-        self._add(item, self._keys.billed(item.custom_id), cost, values, asked=1)
-        for key in self._keys.copies(item.custom_id):
-            self._add(item, key, None if cost is None else (0, 0), values, asked=0)
-
-    def _add(self, item: BatchItem, key: str, cost: tuple[int, int] | None, values: BulkRow, *, asked: int) -> None:
-        text, usage = item.text, item.usage
-        status = "succeeded" if item.status is RequestStatus.SUCCEEDED else item.status.value
-        self.counts[status] += 1
-        batch, standard = (None, None) if cost is None else cost
-        self._row_keys.append(key)
-        self._rows.append(
-            (
-                *values,
-                text,
-                status,
-                item.stop_reason,
-                item.error_type,
-                item.error_message,
-                item.model,
-                None if usage is None else usage.prompt_tokens,
-                None if usage is None else usage.output_tokens,
-                None if batch is None else format_pico_exact(batch),
-                item.custom_id,
-                key,
-                batch,
-                standard,
-                asked,
-            )
-        )
-        if text is not None:
-            self._characters += len(text)
-        if len(self._rows) >= _CHUNK_ROWS or self._characters >= _CHUNK_CHARACTERS:
+            keys = [""] * len(items)
+        else:
+            billed = self._keys.billed
+            keys = [billed(item.custom_id) for item in items]
+        waiting.add(items, keys, costs, values or (), asked=1)
+        if self._keys is not None and self._keys.any_copies:
+            self._put_copies(self._keys, items, costs, values)
+        if len(waiting.items) >= _CHUNK_ROWS or waiting.characters >= _CHUNK_CHARACTERS:
             self.flush()
+
+    def _put_copies(self, keys: AskedKeys, items: Sequence[BatchItem], costs: Sequence[_Cost], values: Sequence[Values] | None) -> None:
+        """Add the rows that share a request with another, which pays for it."""
+        for place, item in enumerate(items):
+            if copies := keys.copies(item.custom_id):
+                many = len(copies)
+                free = [None if costs[place] is None else (0, 0)] * many
+                self._waiting.add([item] * many, copies, free, () if values is None else [values[place]] * many, asked=0)
 
     def flush(self) -> None:
         """Write what is waiting."""
-        if self._rows:
-            keys = self._result_table.keys_of(self._row_keys)
-            self._load(self._connection, self.table, [(*key, *row) for key, row in zip(keys, self._rows, strict=True)])
-        self._rows, self._row_keys, self._characters = [], [], 0
+        rows = self._waiting
+        if rows.items:
+            keys = self._result_table.key_values(rows.keys)
+            answers = list(zip(*rows.values, strict=True)) if rows.values else [[None] * len(rows.items)] * self._answers
+            columns = rows.columns()
+            self.counts.update(columns[_STATUS])
+            self._load(self._connection, self.table, [*keys, *answers, *columns])
+        self._waiting = _Rows()
+
+
+class _Rows:
+    """Rows on their way into a stage."""
+
+    def __init__(self) -> None:
+        self.items: list[BatchItem] = []
+        self.keys: list[str] = []
+        self.values: list[Values] = []
+        self.characters = 0
+        self._costs: list[_Cost] = []
+        self._asked: list[int] = []
+
+    def add(self, items: Sequence[BatchItem], keys: Sequence[str], costs: Sequence[_Cost], values: Sequence[Values], *, asked: int) -> None:
+        self.items += items
+        self.keys += keys
+        self.values += values
+        self._costs += costs
+        self._asked += [asked] * len(items)
+        self.characters += sum([len(item.text) for item in items if item.text is not None])
+
+    def columns(self) -> list[Sequence[Any]]:
+        """The values of ``_COLUMNS``."""
+        items, usages = self.items, [item.usage for item in self.items]
+        succeeded = RequestStatus.SUCCEEDED
+        batch, standard = zip(*[_UNKNOWN if cost is None else cost for cost in self._costs], strict=True)
+        return [
+            [item.text for item in items],
+            ["succeeded" if item.status is succeeded else item.status.value for item in items],
+            [item.stop_reason for item in items],
+            [item.error_type for item in items],
+            [item.error_message for item in items],
+            [item.model for item in items],
+            [None if usage is None else usage.prompt_tokens for usage in usages],
+            [None if usage is None else usage.output_tokens for usage in usages],
+            [None if cost is None else format_pico_exact(cost) for cost in batch],
+            [item.custom_id for item in items],
+            self.keys,
+            batch,
+            standard,
+            self._asked,
+        ]

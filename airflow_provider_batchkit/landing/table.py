@@ -159,14 +159,13 @@ class ResultTable:
         """Key columns, the answers' properties, then result columns."""
         return tuple(column.name for column in self.table.columns)
 
-    def keys_of(self, journaled: Sequence[str]) -> Sequence[tuple[Any, ...]]:
-        """Journaled keys, each a JSON array, as values of the key columns' types."""
+    def key_values(self, journaled: Sequence[str]) -> Sequence[Sequence[Any]]:
+        """Journaled keys, each a JSON array, as the values of each key column, of its type."""
         if not self.key_columns:
-            return [()] * len(journaled)
+            return []
         # as one document: parsing each alone takes three times as long
         columns = zip(*json.loads(f"[{','.join(journaled)}]"), strict=True)
-        decoded = (map(decode, column) if decode else column for decode, column in zip(self._decoders, columns, strict=True))
-        return list(zip(*decoded, strict=True))
+        return [list(map(decode, column)) if decode else column for decode, column in zip(self._decoders, columns, strict=True)]
 
     def check(self, engine: Engine) -> bool:
         """Whether the table exists.

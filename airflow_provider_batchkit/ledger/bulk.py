@@ -8,14 +8,15 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Sequence
 from itertools import chain
+from types import NoneType
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-#: one row: values in the order of the table's columns
-BulkRow = tuple[Any, ...]
-Loader = Callable[[Connection, sa.Table, Sequence[BulkRow]], None]
+#: the values of each of the table's columns, in the order of the rows, of which there are some
+BulkColumns = Sequence[Sequence[Any]]
+Loader = Callable[[Connection, sa.Table, BulkColumns], None]
 
 #: rows in one SQLite INSERT: that many values stay below the 999 parameters that a statement of any SQLite may have
 _SQLITE_VALUES = 900
@@ -31,8 +32,9 @@ def loader_for(connection: Connection, *, portable: bool = False) -> Loader:
     return _load_core
 
 
-def _load_core(connection: Connection, table: sa.Table, rows: Sequence[BulkRow]) -> None:
+def _load_core(connection: Connection, table: sa.Table, columns: BulkColumns) -> None:
     names = [column.name for column in table.columns]
+    rows = zip(*columns, strict=True)
     connection.execute(sa.insert(table), [dict(zip(names, row, strict=True)) for row in rows])
 
 
@@ -42,29 +44,26 @@ def _quoted(connection: Connection, table: sa.Table) -> tuple[str, str]:
     return preparer.format_table(table), ", ".join(preparer.quote(c.name) for c in table.columns)
 
 
-def _bound(connection: Connection, table: sa.Table, rows: Sequence[BulkRow]) -> Sequence[BulkRow]:
-    """The rows as the driver takes them: only columns whose type converts values are touched."""
+def _bound(connection: Connection, table: sa.Table, columns: BulkColumns) -> BulkColumns:
+    """The values as the driver takes them: only columns whose type converts values are touched."""
     dialect = connection.dialect
     processors = [column.type.dialect_impl(dialect).bind_processor(dialect) for column in table.columns]
-    if not any(processors):
-        return rows
-    columns = zip(*rows, strict=True)
-    return list(zip(*(map(p, column) if p else column for p, column in zip(processors, columns, strict=True)), strict=True))
+    return [list(map(p, column)) if p else column for p, column in zip(processors, columns, strict=True)]
 
 
-def _load_driver(connection: Connection, table: sa.Table, rows: Sequence[BulkRow]) -> None:
+def _load_driver(connection: Connection, table: sa.Table, columns: BulkColumns) -> None:
     """Many rows a statement: what the driver does for each statement costs as much as for twenty values."""
-    name, columns = _quoted(connection, table)
-    rows = _bound(connection, table, rows)
+    name, names = _quoted(connection, table)
+    rows = list(zip(*_bound(connection, table, columns), strict=True))
     marks = f"({', '.join('?' * len(table.columns))})"
-    insert = f"INSERT INTO {name} ({columns}) VALUES "
+    insert = f"INSERT INTO {name} ({names}) VALUES "
     many = max(_SQLITE_VALUES // len(table.columns), 1)
     whole = len(rows) - len(rows) % many
     if whole:
         statements = [tuple(chain.from_iterable(rows[i : i + many])) for i in range(0, whole, many)]
         connection.exec_driver_sql(insert + ", ".join([marks] * many), statements)
     if whole < len(rows):
-        connection.exec_driver_sql(insert + marks, list(rows[whole:]))
+        connection.exec_driver_sql(insert + marks, rows[whole:])
 
 
 _NULL = "\\N"
@@ -88,9 +87,11 @@ def _copy_value(value: Any) -> str:
     return str(value)
 
 
-def _copy_column(values: tuple[Any, ...]) -> Sequence[str]:
+def _copy_column(values: Sequence[Any]) -> Sequence[str]:
     """A column in COPY's text format. Columns of one plain type, as most are, are converted as a whole."""
     types = set(map(type, values))
+    if types == {NoneType}:
+        return [_NULL] * len(values)
     if types == {int}:
         return list(map(str, values))
     if types == {str}:
@@ -100,11 +101,11 @@ def _copy_column(values: tuple[Any, ...]) -> Sequence[str]:
     return list(map(_copy_value, values))
 
 
-def _load_copy(connection: Connection, table: sa.Table, rows: Sequence[BulkRow]) -> None:
-    name, columns = _quoted(connection, table)
+def _load_copy(connection: Connection, table: sa.Table, columns: BulkColumns) -> None:
+    name, names = _quoted(connection, table)
     # no parameters, so a percent sign in a name is not doubled
-    statement = f"COPY {name} ({columns}) FROM STDIN".replace("%%", "%")
-    lines = map("\t".join, zip(*map(_copy_column, zip(*rows, strict=True)), strict=True))
+    statement = f"COPY {name} ({names}) FROM STDIN".replace("%%", "%")
+    lines = map("\t".join, zip(*map(_copy_column, columns), strict=True))
     data = ("\n".join(lines) + "\n").encode()
     cursor: Any = connection.connection.cursor()
     try:

@@ -7,6 +7,7 @@ by one. The landing writes them to ``batchkit_request``, each once, with its out
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from itertools import chain
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
@@ -25,11 +26,16 @@ def write(connection: Connection, job_id: str, shard: int, parts: Iterable[bytes
 
 def entries(connection: Connection, job_id: str, shard: int) -> Iterator[IndexEntry]:
     """Every source row that a shard answers, in the order in which they were written."""
+    return chain.from_iterable(pieces(connection, job_id, shard))
+
+
+def pieces(connection: Connection, job_id: str, shard: int) -> Iterator[list[IndexEntry]]:
+    """:func:`entries`, as many together as were written together."""
     statement = sa.select(journal.c.part).where(journal.c.job_id == job_id, journal.c.shard == shard).order_by(journal.c.part)
     # one piece at a time, on every driver
     for number in connection.execute(statement).scalars().all():
         piece = sa.select(journal.c.entries).where(journal.c.job_id == job_id, journal.c.shard == shard, journal.c.part == number)
-        yield from decode_entries(connection.execute(piece).scalar_one())
+        yield decode_entries(connection.execute(piece).scalar_one())
 
 
 def shards(connection: Connection, job_id: str) -> list[int]:

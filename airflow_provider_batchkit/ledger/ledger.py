@@ -23,7 +23,7 @@ from airflow_provider_batchkit.ledger.rollup import create_views
 from airflow_provider_batchkit.ledger.states import BatchState, check_move, sources_of
 from airflow_provider_batchkit.ledger.tables import VERSION, batch, job, metadata, version
 from airflow_provider_batchkit.model import BatchSnapshot, Bound, CostTally
-from airflow_provider_batchkit.shards import Shard, index_parts
+from airflow_provider_batchkit.shards import IndexEntry, Shard, index_parts
 
 
 def make_job_id(dag_id: str, run_id: str, task_id: str, map_index: int = -1) -> str:
@@ -179,11 +179,10 @@ class Ledger:
                 for entry in journal.entries(connection, job_id, shard):
                     yield Known(entry.key, entry.custom_id, shard)
 
-    def rows_of(self, record: BatchRecord) -> Iterator[tuple[str, str, bool]]:
-        """(custom_id, key, asked) of every source row that the batch answers."""
+    def rows_of(self, record: BatchRecord) -> Iterator[list[IndexEntry]]:
+        """Every source row that the batch answers, in pieces."""
         with self.engine.connect() as connection:
-            for entry in journal.entries(connection, record.job_id, record.shard):
-                yield entry.custom_id, entry.key, entry.asked
+            yield from journal.pieces(connection, record.job_id, record.shard)
 
     def asks(self, record: BatchRecord, custom_id: str) -> bool:
         """Whether the batch's body has this request."""

@@ -40,7 +40,7 @@ def test_rows_arrive_as_they_were_given(request: pytest.FixtureRequest, kind: st
     rows = [row(n) for n in range(ROWS)]
     with sa.create_engine(database.url.replace("+psycopg", f"+{kind}"), poolclass=sa.pool.NullPool).begin() as connection:
         loaded.create(connection)
-        loader_for(connection, portable=portable)(connection, loaded, rows)
+        loader_for(connection, portable=portable)(connection, loaded, list(zip(*rows, strict=True)))
         found = connection.execute(sa.select(loaded).order_by(loaded.c.n)).fetchall()
     assert [tuple(r) for r in found] == rows
 
@@ -52,5 +52,5 @@ def test_a_nul_in_a_text_lands_as_a_replacement_character(request: pytest.Fixtur
     loaded = sa.Table("loaded", sa.MetaData(), sa.Column("a", sa.Text), sa.Column("b", sa.Text))
     with sa.create_engine(database.url.replace("+psycopg", f"+{kind}"), poolclass=sa.pool.NullPool).begin() as connection:
         loaded.create(connection)
-        loader_for(connection)(connection, loaded, [("x\0y", "\0"), ("z", "\t")])
+        loader_for(connection)(connection, loaded, [["x\0y", "z"], ["\0", "\t"]])
         assert [tuple(r) for r in connection.execute(sa.select(loaded).order_by(loaded.c.a))] == [("x\ufffdy", "\ufffd"), ("z", "\t")]

@@ -414,7 +414,7 @@ def test_more_rows_than_a_chunk_land_whole(warehouse: Warehouse) -> None:
 
 def test_a_replace_that_is_cut_leaves_the_table_as_it_was(warehouse: Warehouse, sim: Simulator, monkeypatch: pytest.MonkeyPatch) -> None:
     """All batches of a replace are one transaction: when the last cannot be read, nothing of the first is there."""
-    monkeypatch.setattr(warehouse.kit, "read_items", partial(warehouse.kit.read_items, sleep=lambda _: None))
+    monkeypatch.setattr(warehouse.kit, "read_pieces", partial(warehouse.kit.read_pieces, sleep=lambda _: None))
     warehouse.fetch(warehouse.submit(products(3), run_id="run-1").batch_ids)
     ids = warehouse.submit(products(4, start=10), run_id="run-2", max_requests=2).batch_ids
     sim.faults.add("cut_results", batch=ids[-1], line=1, times=None)

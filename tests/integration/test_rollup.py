@@ -19,7 +19,7 @@ from airflow_provider_batchkit.ledger.account import note_rendering
 from airflow_provider_batchkit.ledger.tables import batch
 from airflow_provider_batchkit.model import BatchItem
 from airflow_provider_batchkit.pricing import PriceBook
-from airflow_provider_batchkit.results import Reconciler, parse_stream
+from airflow_provider_batchkit.results import Reconciler, parse_pieces
 from airflow_provider_batchkit.simulator import Simulator, SimulatorSettings
 from tests.databases import Database
 from tests.warehouse import Warehouse, kit_for
@@ -93,15 +93,12 @@ def test_sums_are_exact_for_random_usages(warehouse: Warehouse, answers: list[An
     report = warehouse.submit(rows, run_id=run, max_requests=shard)
     said = iter(answers)
 
-    def read(batch_id: str, reconciler: Reconciler, expected: int, count: Callable[[int], None]) -> Iterator[BatchItem]:
+    def read(batch_id: str, reconciler: Reconciler, expected: int, count: Callable[[int], None]) -> Iterator[list[BatchItem]]:
         record = warehouse.ledger.find(batch_id)
         assert record is not None
-        ids = sorted(custom_id for custom_id, _, asked in warehouse.ledger.rows_of(record) if asked)
+        ids = sorted(entry.custom_id for piece in warehouse.ledger.rows_of(record) for entry in piece if entry.asked)
         lines = [result_line(custom_id, answer) for custom_id, answer in zip(ids, said, strict=False) if answer != "no line"]
-        for item in parse_stream(iter(lines)):
-            if reconciler.accept(item):
-                assert isinstance(item, BatchItem)
-                yield item
+        yield from map(reconciler.accept_all, parse_pieces(iter(lines), keep_message=False))
 
     landed = land_batches(warehouse.ledger, [warehouse.kit.get(b) for b in report.batch_ids], table, read, BOOK, include_failed=True)
     tally = landed.tally

@@ -7,6 +7,8 @@ from typing import Any
 
 import msgspec
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from airflow_provider_batchkit.model import BatchItem, RequestStatus, Usage
 from airflow_provider_batchkit.results import BrokenLine, LineSplitter, Reconciler, parse_line, parse_stream
@@ -119,11 +121,12 @@ STREAM = (
 )
 
 
+@pytest.mark.parametrize("keep_message", [True, False])
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 100, 10_000])
-def test_a_stream_reads_the_same_however_it_is_cut(size: int) -> None:
+def test_a_stream_reads_the_same_however_it_is_cut(size: int, keep_message: bool) -> None:
     """Lines end at \\n bytes only: U+2028 and U+0085 inside an answer stay there, and cuts inside a character do no harm."""
     chunks = [STREAM[i : i + size] for i in range(0, len(STREAM), size)]
-    got = list(parse_stream(chunks))
+    got = list(parse_stream(chunks, keep_message=keep_message))
     assert [i.custom_id if isinstance(i, BatchItem) else None for i in got] == ["a", "b", "c"]
     assert isinstance(got[0], BatchItem) and got[0].text == "x\u2028y\u0085z"
 
@@ -142,6 +145,17 @@ def test_without_the_message_an_item_is_the_same_but_for_it(value: Any) -> None:
     lean = parse_line(line(value), 1, keep_message=False)
     assert isinstance(lean, BatchItem) and lean.message is None
     assert lean == msgspec.structs.replace(item(value), message=None)
+
+
+@pytest.mark.parametrize("size", [5, 60, 10_000])
+@pytest.mark.parametrize("keep_message", [True, False])
+def test_a_broken_line_among_good_ones_is_named_by_its_number(size: int, keep_message: bool) -> None:
+    """Lines are read many at a time; the others are none the worse for it. Blank lines count."""
+    stream = line(succeeded("a")) + b"\n" + b"  \n" + b'{"custom_id": "b"}\n' + line(succeeded("c")) + line(succeeded("d"))
+    chunks = [stream[i : i + size] for i in range(0, len(stream), size)]
+    a, broken, c, d = parse_stream(chunks, keep_message=keep_message)
+    assert isinstance(broken, BrokenLine) and broken.number == 4
+    assert [i.custom_id for i in (a, c, d) if isinstance(i, BatchItem)] == ["a", "c", "d"]
 
 
 def test_a_last_line_without_a_newline_counts() -> None:
@@ -183,6 +197,25 @@ def test_a_stream_that_is_read_again_gives_only_what_is_new_and_counts_faults_on
     assert (first, second) == ([True, False, True], [False, False, False, True])
     assert reconciler.faults.duplicate == 1
     assert reconciler.answered == {"a", "b", "c"}
+
+
+@given(
+    st.lists(st.lists(st.sampled_from([*"abcdefxy", None]), max_size=5), max_size=8),
+    st.sampled_from([None, set("abcdef")]),
+    st.integers(0, 8),
+)
+def test_answers_that_come_together_are_taken_as_one_by_one(pieces: list[list[str | None]], asked: set[str] | None, cut: int) -> None:
+    """Duplicates, foreign ids, broken lines, and a stream that is read again."""
+    together, one_by_one = Reconciler(asked), Reconciler(asked)
+    items = [[BrokenLine(1, "bad", "{") if i is None else BatchItem(i, RequestStatus.SUCCEEDED) for i in piece] for piece in pieces]
+    for number, piece in enumerate(items):
+        if number == cut:
+            together.read_again()
+            one_by_one.read_again()
+        assert together.accept_all(piece) == [item for item in piece if one_by_one.accept(item)]
+    assert together.answered == one_by_one.answered
+    assert together.faults == one_by_one.faults
+    assert together.short_of(9) == one_by_one.short_of(9)
 
 
 def test_of_an_unknown_batch_every_first_answer_is_taken() -> None:
