@@ -25,7 +25,7 @@ from tests.bench.sides import SIDES
 from tests.bench.turns import turns
 from tests.databases import Database, postgres_database, running_postgres, sqlite_database
 
-OURS, *PEERS = ("batchkit", "official", "common.ai")
+OURS, *PEERS = polling.SIDES
 #: above this the peers are not run: each sends one batch, and the API takes no more requests in one
 PEER_ROWS = 100_000
 WORK = ("cut", "submit", "fetch", "typed", "wait")
@@ -109,27 +109,30 @@ def main() -> int:
         "--database", nargs="+", default=["sqlite", "postgres"], choices=("sqlite", "postgres"), help="of submit, fetch and typed"
     )
     args = parser.parse_args()
-    tables = []
+    saved = []
 
-    def add(lines: list[dict[str, Any]]) -> None:
-        tables.append(lines)
-        show(lines)
+    def save(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        saved.extend(lines)
+        Path(".bench.json").write_text(json.dumps(saved, indent=1))  # now, since a run that is broken off has measured this all the same
+        return lines
 
     for side in (OURS, *PEERS):
         print(f"{side}: {inspect.getdoc(SIDES[side])}")
     if "cut" in args.what:
-        add([cuts(times) for times in (1, 2, 5)])
+        show(save([cuts(times) for times in (1, 2, 5)]))
     steps = [step for step in ("submit", "fetch") if step in args.what]
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(running_postgres()) if "postgres" in args.database and {*steps, "typed"} & {*args.what} else None
         places = [{"sqlite": None, "postgres": server}[database] for database in args.database]
         if steps:
-            add([line for rows in args.rows for place in places for line in compare((OURS, *PEERS), steps, rows, args.rounds, place)])
+            show(
+                [line for rows in args.rows for place in places for line in save(compare((OURS, *PEERS), steps, rows, args.rounds, place))]
+            )
         if "typed" in args.what:
-            add([line for rows in args.rows for place in places for line in compare((OURS, "typed"), ["fetch"], rows, args.rounds, place)])
+            sides = (OURS, "typed")
+            show([line for rows in args.rows for place in places for line in save(compare(sides, ["fetch"], rows, args.rounds, place))])
     if "wait" in args.what:
-        add(polling.compare(args.rounds))
-    Path(".bench.json").write_text(json.dumps([line for table in tables for line in table], indent=1))
+        show(save(polling.compare(args.rounds)))
     return 0
 
 

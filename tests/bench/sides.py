@@ -3,6 +3,7 @@
 ``submit``: from what lies ready to a batch that the API accepted. ``fetch``: from a batch that has ended to its results in their place.
 ``cut``: a small submit while the simulator cuts connections after acceptance, with one retry of the task.
 What each side does in a step, and what it does not, is in the docstring of its class. Each drives its operators and hooks as a DAG does.
+A peer's list of requests is made before its submit is measured: neither its time nor its memory counts.
 """
 
 from __future__ import annotations
@@ -135,7 +136,7 @@ class Typed(BatchKit):
 
 
 class Official(Side):
-    """submit: a list of native requests in memory, sent. fetch: the hook's iterator into ``insert_rows``. No ledger, no costs."""
+    """submit: a list of native requests, in memory, sent. fetch: the hook's iterator into ``insert_rows``. No ledger, no costs."""
 
     def prepare(self, rows: int) -> None:
         fixed = {"model": MODEL, "max_tokens": MAX_TOKENS}
@@ -171,8 +172,8 @@ class Official(Side):
 
 
 class CommonAI(Side):
-    """submit: a list of prompts in memory, sized, fingerprinted, sent, noted in a file. fetch: rows with tokens to a JSONL file on disk, in
-    the lines of both databases. No table, no costs.
+    """submit: a list of prompts, in memory, sized, fingerprinted, sent, noted in a file. fetch: rows with tokens to a JSONL file on
+    disk, in the lines of both databases. No table, no costs.
     """
 
     # a submit is execute() until the task defers, a fetch is execute_complete() with the event that its trigger gave
