@@ -50,7 +50,7 @@ check: $(VENV)/.dev ## lint, format, types, and what may import what
 	@$(BIN)/python -m pytest -q tests/unit/test_layers.py
 
 .PHONY: bench
-bench: $(VENV)/.bench ## the measurements beside the official provider
+bench: $(VENV)/.bench ## the measurements beside the official provider and common.ai
 	@$(BIN)/python -m tests.bench $(ARGS)
 
 .PHONY: crash

@@ -1,6 +1,6 @@
-"""``make bench``: each figure beside the official provider's, in one run, on one simulator process.
+"""``make bench``: each figure beside the official provider's and common.ai's, in one run, on one simulator process.
 
-Every measurement is a process of its own, so that imports and peaks do not mix; the sides take turns, and the table shows medians.
+Every measurement is a process of its own, so that imports and peaks do not mix; the sides take turns, and the tables show medians.
 The figures go to the terminal and to ``.bench.json``, which is not committed.
 """
 
@@ -8,103 +8,86 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import inspect
 import json
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from airflow_provider_batchkit.simulator import SimulatorProcess, SimulatorSettings
 from tests.bench import polling
+from tests.bench.sides import SIDES
+from tests.bench.turns import turns
 from tests.databases import Database, postgres_database, running_postgres, sqlite_database
 
-#: above this the official provider's side is left out: it takes minutes a run, and gigabytes for its list
-OFFICIAL_ROWS = 100_000
+OURS, *PEERS = polling.SIDES
+#: above this the peers are not run: each sends one batch, and the API takes no more requests in one
+PEER_ROWS = 100_000
 WORK = ("cut", "submit", "fetch", "typed", "wait")
 
 
-def measure(side: str, what: str, simulator: str, database: Database, rows: int) -> dict[str, Any]:
+def measure(side: str, step: str, simulator: str, database: Database, folder: Path, rows: int, submitted: Any = None) -> dict[str, Any]:
     """One measurement in a fresh process; see ``tests.bench.sides``."""
-    command = [
-        sys.executable,
-        "-m",
-        "tests.bench.sides",
-        side,
-        what,
-        "--simulator",
-        simulator,
-        "--url",
-        database.url,
-        "--airflow-uri",
-        database.airflow_uri,
-        "--rows",
-        str(rows),
-    ]
+    command = [sys.executable, "-m", "tests.bench.sides", side, step, "--simulator", simulator, "--folder", str(folder)]
+    command += ["--url", database.url, "--airflow-uri", database.airflow_uri, "--rows", str(rows), "--submitted", json.dumps(submitted)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise SystemExit(f"{side} {what} failed:\n{done.stderr[-3000:]}")
+        raise SystemExit(f"{side} {step} failed:\n{done.stderr[-3000:]}")
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result
 
 
 @contextlib.contextmanager
-def fresh(postgres: str | None) -> Iterator[Database]:
-    """An empty database: a SQLite file, or a new one on the server ``postgres``."""
-    if postgres is not None:
-        with postgres_database(postgres) as database:
-            yield database
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        yield sqlite_database(Path(folder) / "warehouse.db")
+def fresh(postgres: str | None) -> Iterator[tuple[Database, Path]]:
+    """An empty database, a SQLite file or a new one on the server ``postgres``, and an empty folder."""
+    with contextlib.ExitStack() as stack:
+        home = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        folder = home / "files"
+        folder.mkdir()
+        if postgres is not None:
+            yield stack.enter_context(postgres_database(postgres)), folder
+        else:
+            yield sqlite_database(home / "warehouse.db"), folder
 
 
-def pair(what: str, rows: int, rounds: int, postgres: str | None = None) -> dict[str, Any]:
-    """Medians of both sides for one piece of work, and the official provider's seconds and CPU time as multiples of ours."""
-    runs: dict[str, list[dict[str, Any]]] = {"batchkit": [], "official": []}
+def compare(sides: Sequence[str], steps: Sequence[str], rows: int, rounds: int, postgres: str | None = None) -> list[dict[str, Any]]:
+    """A line for each of ``steps`` and each figure: the sides' medians, and the later sides' as multiples of the first one's."""
+    runs = defaultdict[tuple[str, str], list[dict[str, float]]](list)
     with SimulatorProcess(SimulatorSettings(input_tokens=2700, output_tokens=100)) as simulator:
-        for _ in range(rounds):
-            for side, results in runs.items():
-                if side == "official" and rows > OFFICIAL_ROWS:
-                    continue
-                with fresh(postgres) as database:
-                    results.append(measure(side, what, simulator.base_url, database, rows))
-    line: dict[str, Any] = {"what": what, "database": "sqlite" if postgres is None else "postgres", "rows": rows}
-    for side, results in runs.items():
-        for figure in ("seconds", "cpu_seconds", "peak_mb_over_base"):
-            line[f"{side} {figure}"] = round(statistics.median(r[figure] for r in results), 2) if results else "not run"
-    for ratio, figure in (("times faster", "seconds"), ("cpu ratio", "cpu_seconds")):
-        line[ratio] = round(line[f"official {figure}"] / line[f"batchkit {figure}"], 2) if runs["official"] else "not run"
-    return line
-
-
-def typed(rows: int, rounds: int, postgres: str | None = None) -> dict[str, Any]:
-    """Medians of a fetch of plain text and of one into six typed columns, and the speed of the second in parts of the first's."""
-    runs: dict[str, list[dict[str, Any]]] = {"batchkit": [], "typed": []}
-    with SimulatorProcess(SimulatorSettings(input_tokens=2700, output_tokens=100)) as simulator:
-        for _ in range(rounds):
-            for side, results in runs.items():
-                with fresh(postgres) as database:
-                    results.append(measure(side, "fetch", simulator.base_url, database, rows))
-    line: dict[str, Any] = {"what": "typed fetch", "database": "sqlite" if postgres is None else "postgres", "rows": rows}
-    for name, side in (("plain", "batchkit"), ("typed", "typed")):
-        for figure in ("seconds", "cpu_seconds", "peak_mb_over_base"):
-            line[f"{name} {figure}"] = round(statistics.median(r[figure] for r in runs[side]), 2)
-    for ratio, figure in (("speed", "seconds"), ("cpu speed", "cpu_seconds")):
-        line[ratio] = round(line[f"plain {figure}"] / line[f"typed {figure}"], 2)
-    return line
+        for side in turns([side for side in sides if side not in PEERS or rows <= PEER_ROWS], rounds):
+            with fresh(postgres) as (database, folder):
+                done = measure(side, "submit", simulator.base_url, database, folder, rows)
+                runs[side, "submit"].append(done["figures"])
+                if "fetch" in steps:
+                    done = measure(side, "fetch", simulator.base_url, database, folder, rows, done["submitted"])
+                    runs[side, "fetch"].append(done["figures"])
+    lines = []
+    for step in steps:
+        for figure in runs[sides[0], step][0]:
+            line: dict[str, Any] = {"what": step, "database": "sqlite" if postgres is None else "postgres", "rows": rows, "figure": figure}
+            medians = {side: statistics.median(run[figure] for run in runs[side, step]) for side in sides if runs[side, step]}
+            line |= {side: round(medians[side], 2) if side in medians else "not run" for side in sides}
+            line |= {
+                f"{side} / {sides[0]}": round(medians[side] / medians[sides[0]], 2) if side in medians and medians[sides[0]] else "-"
+                for side in sides[1:]
+            }
+            lines.append(line)
+    return lines
 
 
 def cuts(times: int) -> dict[str, Any]:
     """Batches that exist after the connection was cut ``times`` times after acceptance, for one batch that was wanted."""
-    line: dict[str, Any] = {"what": "cut after acceptance", "cuts": times}
-    for side in ("batchkit", "official"):
-        with SimulatorProcess() as simulator, fresh(None) as database:
+    line: dict[str, Any] = {"what": "batches for one that was wanted", "cuts after acceptance": times}
+    for side in (OURS, *PEERS):
+        with SimulatorProcess() as simulator, fresh(None) as (database, folder):
             simulator.faults.add("cut_after_accept", times=times)
-            measure(side, "cut", simulator.base_url, database, 3)
-            line[f"{side} batches"] = simulator.stats()["batches_accepted"]
+            measure(side, "cut", simulator.base_url, database, folder, 3)
+            line[side] = simulator.stats()["batches_accepted"]
     return line
 
 
@@ -122,31 +105,34 @@ def main() -> int:
     parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 100_000], help="sizes (1000000 takes minutes a round)")
     parser.add_argument("--rounds", type=int, default=3, help="runs per side, of which the median counts")
     parser.add_argument("--what", nargs="+", default=WORK, choices=WORK)
-    parser.add_argument("--database", nargs="+", default=["sqlite", "postgres"], choices=("sqlite", "postgres"), help="of fetch and typed")
+    parser.add_argument(
+        "--database", nargs="+", default=["sqlite", "postgres"], choices=("sqlite", "postgres"), help="of submit, fetch and typed"
+    )
     args = parser.parse_args()
-    tables = []
+    saved = []
+
+    def save(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        saved.extend(lines)
+        Path(".bench.json").write_text(json.dumps(saved, indent=1))  # now, since a run that is broken off has measured this all the same
+        return lines
+
+    for side in (OURS, *PEERS):
+        print(f"{side}: {inspect.getdoc(SIDES[side])}")
     if "cut" in args.what:
-        tables.append([cuts(times) for times in (1, 2, 5)])
-        show(tables[-1])
+        show(save([cuts(times) for times in (1, 2, 5)]))
+    steps = [step for step in ("submit", "fetch") if step in args.what]
     with contextlib.ExitStack() as stack:
-        server = stack.enter_context(running_postgres()) if "postgres" in args.database and {"fetch", "typed"} & set(args.what) else None
-        places = {"sqlite": None, "postgres": server}
-        work = []
-        for rows in args.rows:
-            if "submit" in args.what:
-                work.append(pair("submit", rows, args.rounds))
-            if "fetch" in args.what:
-                work += [pair("fetch", rows, args.rounds, places[database]) for database in args.database]
+        server = stack.enter_context(running_postgres()) if "postgres" in args.database and {*steps, "typed"} & {*args.what} else None
+        places = [{"sqlite": None, "postgres": server}[database] for database in args.database]
+        if steps:
+            show(
+                [line for rows in args.rows for place in places for line in save(compare((OURS, *PEERS), steps, rows, args.rounds, place))]
+            )
         if "typed" in args.what:
-            tables.append([typed(rows, args.rounds, places[database]) for rows in args.rows for database in args.database])
-            show(tables[-1])
-    if work:
-        tables.append(work)
-        show(work)
+            sides = (OURS, "typed")
+            show([line for rows in args.rows for place in places for line in save(compare(sides, ["fetch"], rows, args.rounds, place))])
     if "wait" in args.what:
-        tables.append(polling.compare(args.rounds))
-        show(tables[-1])
-    Path(".bench.json").write_text(json.dumps([line for table in tables for line in table], indent=1))
+        show(save(polling.compare(args.rounds)))
     return 0
 
 

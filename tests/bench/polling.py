@@ -2,9 +2,11 @@
 
 The process of a side runs nothing but its triggers, on one event loop, started one by one as Airflow's triggerer does. A poll is an
 observation of one batch; ``polls due`` is how many the interval asks for in the time. The longest gap is the longest time that a batch
-went unobserved, the lag is how late the event loop got to a timer, and the own lag how much of that its thread was at work: the rest is
-the machine's other processes, and the process' other threads. Lag and memory come from a run of their own, since probing for them
-takes more CPU time than our side's waiting does.
+went unobserved, from its trigger's start on. The lag is how late the event loop got to a timer, and the own lag how much of that its
+thread was at work: the rest is the machine's other processes, and the process' other threads. Lag and memory come from a run of their
+own, since probing for them takes more CPU time than our side's waiting does.
+
+common.ai's operator asks for an interval of 30 seconds at least; its trigger does not, and is given the same one as the others here.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import gc
+import itertools
 import json
 import logging
 import os
@@ -22,37 +25,38 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import psutil
 
 from airflow_provider_batchkit.simulator import SimulatorProcess
+from tests.bench.sides import connect
+from tests.bench.turns import turns
 
+SIDES = ("batchkit", "official", "common.ai")
 SECONDS = 20.0
 INTERVAL_S = 5.0
 PROBE_S = 0.01
 
 
 def compare(rounds: int, few: int = 500, many: int = 5000) -> list[dict[str, Any]]:
-    """``few`` batches on both sides, medians of ``rounds``, then ``many`` on ours alone."""
+    """``few`` batches on all sides, medians of ``rounds``, then ``many`` on ours alone."""
     with SimulatorProcess(clock="manual") as simulator, tempfile.TemporaryDirectory() as folder:
         ids = Path(folder) / "ids.json"
         ids.write_text(json.dumps(_created(simulator.base_url, few)))
-        runs: dict[str, list[dict[str, float]]] = {"batchkit": [], "official": []}
-        for _ in range(rounds):
-            for side, figures in runs.items():
-                figures.append(_measured(side, simulator, ids))
-        ours, official = (
+        runs: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
+        for side in turns(SIDES, rounds):
+            runs[side].append(_measured(side, simulator, ids))
+        lines = [
             _line(side, few, {name: statistics.median(run[name] for run in figures) for name in figures[0]}, simulator, ids)
             for side, figures in runs.items()
-        )
-        ratio = official["cpu seconds"] / ours["cpu seconds"]
+        ]
+        ours = lines[0]["cpu seconds"]
+        lines = [line | {"cpu / batchkit": round(line["cpu seconds"] / ours, 1)} for line in lines]
         ids.write_text(json.dumps(json.loads(ids.read_text()) + _created(simulator.base_url, many - few)))
-        alone = _line("batchkit", many, _measured("batchkit", simulator, ids), simulator, ids)
-    return [ours | {"cpu ratio": round(ratio, 1)}, official | {"cpu ratio": 1}, alone | {"cpu ratio": "-"}]
+        return [*lines, _line(SIDES[0], many, _measured(SIDES[0], simulator, ids), simulator, ids) | {"cpu / batchkit": "-"}]
 
 
 def _line(side: str, batches: int, figures: dict[str, float], simulator: SimulatorProcess, ids: Path) -> dict[str, Any]:
@@ -83,22 +87,35 @@ def _measured(side: str, simulator: SimulatorProcess, ids: Path, *, probed: bool
 # in the process of one side
 
 
-def _triggers(side: str, ids: list[str], observed: Any) -> Iterable[Any]:
+def _counting(cls: Any, observed: Callable[[str], None]) -> None:
+    """``observed`` is called with the batch id after every ``get_batch`` of ``cls``."""
+    get_batch = cls.get_batch
+
+    def counted(self: Any, batch_id: str) -> Any:
+        batch = get_batch(self, batch_id)
+        observed(batch_id)
+        return batch
+
+    cls.get_batch = counted
+
+
+def _triggers(side: str, ids: list[str], observed: Callable[[str], None]) -> Iterable[Any]:
     """The side's triggers; ``observed`` is called with a batch id at each observation."""
     end = time.time() + 3600
     if side == "official":
         from airflow.providers.anthropic.hooks.anthropic import AnthropicHook
         from airflow.providers.anthropic.triggers.batch import AnthropicBatchTrigger
 
-        get_batch = AnthropicHook.get_batch
-
-        def counted(hook: AnthropicHook, batch_id: str) -> Any:
-            batch = get_batch(hook, batch_id)
-            observed(batch_id)
-            return batch
-
-        AnthropicHook.get_batch = counted  # type: ignore[method-assign, assignment]  # the bench counts
+        _counting(AnthropicHook, observed)
         return [AnthropicBatchTrigger("anthropic_default", batch_id, INTERVAL_S, end) for batch_id in ids]
+    if side == "common.ai":
+        from airflow.providers.common.ai.batch.anthropic import AnthropicBatchAdapter
+        from airflow.providers.common.ai.triggers.llm_batch import LLMBatchTrigger
+
+        _counting(AnthropicBatchAdapter, observed)
+        asked: dict[str, Any] = {"adapter": "anthropic", "poll_interval": INTERVAL_S, "end_time": end}
+        asked |= {"cancel_on_kill": False, "cancel_on_timeout": False}
+        return [LLMBatchTrigger(llm_conn_id="pydanticai_default", batch_id=batch_id, **asked) for batch_id in ids]
 
     from airflow_provider_batchkit.polling import PollState
     from airflow_provider_batchkit.triggers.batch import BatchTrigger
@@ -149,13 +166,13 @@ async def _watched(side: str, ids: list[str], *, probed: bool) -> dict[str, floa
             peak = max(peak, process.memory_info().rss)
 
     tasks: list[asyncio.Future[Any]] = [asyncio.create_task(probe())] if probed else []
-    cpu = resource.getrusage(resource.RUSAGE_SELF)
+    cpu, started = resource.getrusage(resource.RUSAGE_SELF), time.monotonic()
     for trigger in triggers:
         tasks.append(asyncio.ensure_future(anext(trigger.run())))
         await asyncio.sleep(0)
     await asyncio.sleep(stop - time.monotonic())
     after = resource.getrusage(resource.RUSAGE_SELF)
-    seen = [list(at) for at in times.values()]
+    seen = {batch_id: list(times[batch_id]) for batch_id in ids}
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
@@ -163,25 +180,24 @@ async def _watched(side: str, ids: list[str], *, probed: bool) -> dict[str, floa
         return {"lag ms": lag * 1000, "own lag ms": own * 1000, "peak MB over base": (peak - base) / 1e6}
     return {
         "cpu seconds": after.ru_utime + after.ru_stime - cpu.ru_utime - cpu.ru_stime,
-        "polls": sum(map(len, seen)),
+        "polls": sum(map(len, seen.values())),
         "polls due": len(ids) * int(SECONDS / INTERVAL_S),
-        "longest gap s": max(b - a for at in seen for a, b in zip(at, [*at[1:], stop], strict=True)),
+        "longest gap s": max(b - a for at in seen.values() for a, b in itertools.pairwise([started, *at, stop])),
     }
 
 
 def main() -> None:
     """Wait, and print the figures as a JSON line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("side", choices=("batchkit", "official"))
+    parser.add_argument("side", choices=SIDES)
     parser.add_argument("--simulator", required=True)
     parser.add_argument("--ids", type=Path, required=True)
     parser.add_argument("--probe", action="store_true")
     args = parser.parse_args()
     logging.disable(logging.WARNING)
-    extra = json.dumps({"anthropic_client_kwargs": {"base_url": args.simulator}})
-    os.environ["AIRFLOW_CONN_ANTHROPIC_DEFAULT"] = f"anthropic://:test-key@/?__extra__={quote(extra)}"
+    connect(args.simulator)
     print(json.dumps(asyncio.run(_watched(args.side, json.loads(args.ids.read_text()), probed=args.probe))), flush=True)
-    os._exit(0)  # the official side's threads would finish their polls first
+    os._exit(0)  # the peers' threads would finish their polls first
 
 
 if __name__ == "__main__":

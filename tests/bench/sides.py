@@ -1,22 +1,27 @@
-"""One measurement of one side, in a process of its own; prints a JSON line.
+"""One step of one side, in a process of its own as a task has; prints its figures, and what the next step needs, as a JSON line.
 
-``submit``: batchkit reads a SQL table, renders, digests, journals and sends; the official operator sends a list that lies in memory.
-``fetch``: results into a table; batchkit with costs and ledger, the official provider through its iterator and ``insert_rows``.
-The side ``typed`` is batchkit with a schema of six columns.
-``cut``: one small batch while the simulator cuts connections after acceptance, with one retry of the task.
+``submit``: from what lies ready to a batch that the API accepted. ``fetch``: from a batch that has ended to its results in their place.
+``cut``: a small submit while the simulator cuts connections after acceptance, with one retry of the task.
+What each side does in a step, and what it does not, is in the docstring of its class. Each drives its operators and hooks as a DAG does.
+A peer's list of requests is made before its submit is measured: neither its time nor its memory counts.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import contextlib
+import ctypes
+import gc
 import json
 import logging
 import os
 import resource
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -25,6 +30,8 @@ import sqlalchemy as sa
 
 from tests.databases import Database
 
+MODEL = "claude-opus-4-8"
+MAX_TOKENS = 200
 #: of the typed side: an answer of six columns
 SCHEMA = {
     "type": "object",
@@ -38,108 +45,195 @@ SCHEMA = {
     },
     "required": ["title", "category", "stock", "price", "organic", "seen_on"],
 }
-PROMPT = "Write a two-sentence description of product {} " + "x" * 900
 
 
-def context(task_id: str) -> Any:
-    """As much of a task's context as the operators read."""
-    ti = type(
-        "TI", (), {"dag_id": "bench", "run_id": "r", "task_id": task_id, "map_index": -1, "xcom_push": staticmethod(lambda **_: None)}
-    )
-    return {"ti": ti()}
+def product(i: int) -> str:
+    """What the prompts are about, which makes them 1 KB."""
+    return f"product {i} " + "x" * 900
 
 
-class Bench:
-    """Both sides' work on one database and one simulator."""
+def prompt(i: int) -> str:
+    """The prompt of row ``i``, the same on every side."""
+    return f"Write a two-sentence description of {product(i)}"
 
-    def __init__(self, simulator: str, database: Database, rows: int) -> None:
-        self.rows = rows
-        extra = json.dumps({"anthropic_client_kwargs": {"base_url": simulator}})
-        os.environ["AIRFLOW_CONN_ANTHROPIC_DEFAULT"] = f"anthropic://:test-key@/?__extra__={quote(extra)}"
-        os.environ["AIRFLOW_CONN_WAREHOUSE"] = database.airflow_uri
-        products = sa.table("products", sa.column("id"), sa.column("name"))
-        with database.engine().begin() as connection:
-            connection.exec_driver_sql("CREATE TABLE products (id INTEGER PRIMARY KEY, name TEXT)")
+
+class Side(ABC):
+    """One way of requests through one side. What it leaves in the database, and its job, go by ``name``; a fetch finds in ``folder`` what
+    the submit of that name put there.
+    """
+
+    def __init__(self, database: Database, folder: Path, name: str) -> None:
+        self.database = database
+        self.folder = folder
+        self.name = name
+
+    def context(self, task_id: str) -> Any:
+        """As much of a task's context as the operators read."""
+        ti = {"dag_id": self.name, "run_id": "r", "task_id": task_id, "map_index": -1, "xcom_push": staticmethod(lambda **_: None)}
+        instance = type("TI", (), ti)()
+        return {"ti": instance, "task_instance": instance}
+
+    @abstractmethod
+    def prepare(self, rows: int) -> None:
+        """Lay ready what the submit of ``rows`` requests begins with."""
+
+    @abstractmethod
+    def submit(self) -> None:
+        """Measured."""
+
+    @abstractmethod
+    def submitted(self) -> Any:
+        """What the fetch is handed: a JSON value."""
+
+    @abstractmethod
+    def fetch(self, submitted: Any) -> None:
+        """Measured."""
+
+
+class BatchKit(Side):
+    """submit: read a SQL table, render, digest, journal, stream. fetch: rows, costs and ledger into the database, in one transaction."""
+
+    output_schema: Any = None
+
+    def prepare(self, rows: int) -> None:
+        products = sa.table(f"products_{self.name}", sa.column("id"), sa.column("name"))
+        with self.database.engine().begin() as connection:
+            connection.exec_driver_sql(f"CREATE TABLE {products.name} (id INTEGER PRIMARY KEY, name TEXT)")
             for start in range(0, rows, 10_000):
                 chunk = range(start, min(start + 10_000, rows))
-                connection.execute(sa.insert(products), [{"id": i, "name": f"product {i} " + "x" * 900} for i in chunk])
-            connection.exec_driver_sql("CREATE TABLE official (custom_id TEXT, response TEXT, input_tokens INTEGER, output_tokens INTEGER)")
+                connection.execute(sa.insert(products), [{"id": i, "name": product(i)} for i in chunk])
 
-    def batchkit_submit(self, output_schema: Any = None) -> list[str]:
+    def submit(self) -> None:
         from airflow_provider_batchkit.operators.batch import SubmitBatchOperator
 
         submit = SubmitBatchOperator(
             task_id="submit",
-            sql="SELECT id, name FROM products",
+            sql=f"SELECT id, name FROM products_{self.name}",
             key="id",
             prompt="Write a two-sentence description of {{ row.name }}",
-            model="claude-opus-4-8",
-            max_tokens=200,
-            output_schema=output_schema,
+            model=MODEL,
+            max_tokens=MAX_TOKENS,
+            output_schema=self.output_schema,
             sql_conn_id="warehouse",
             settle_seconds=60,
         )
-        return list(submit.execute(context("submit")))
+        self.ids = list(submit.execute(self.context("submit")))
 
-    def batchkit_fetch(self, ids: list[str]) -> None:
+    def submitted(self) -> list[str]:
+        return self.ids
+
+    def fetch(self, submitted: list[str]) -> None:
         from airflow_provider_batchkit.operators.batch import FetchBatchOperator
 
-        FetchBatchOperator(task_id="fetch", batch_id=ids, table="answers", sql_conn_id="warehouse").execute(context("fetch"))
+        fetch = FetchBatchOperator(task_id="fetch", batch_id=submitted, table=f"answers_{self.name}", sql_conn_id="warehouse")
+        fetch.execute(self.context("fetch"))
 
-    def requests(self) -> list[dict[str, Any]]:
-        """The list that the official operator is given."""
-        return [
-            {
-                "custom_id": f"p-{i}",
-                "params": {
-                    "model": "claude-opus-4-8",
-                    "max_tokens": 200,
-                    "messages": [{"role": "user", "content": PROMPT.format(i)}],
-                },
-            }
-            for i in range(self.rows)
-        ]
 
-    def official_submit(self, requests: list[dict[str, Any]]) -> list[str]:
+class Typed(BatchKit):
+    """batchkit with an answer of six columns: every one is checked and lands in columns of its own."""
+
+    output_schema = SCHEMA
+
+
+class Official(Side):
+    """submit: a list of native requests, in memory, sent. fetch: the hook's iterator into ``insert_rows``. No ledger, no costs."""
+
+    def prepare(self, rows: int) -> None:
+        fixed = {"model": MODEL, "max_tokens": MAX_TOKENS}
+        messages = ([{"role": "user", "content": prompt(i)}] for i in range(rows))
+        self.requests = [{"custom_id": f"p-{i}", "params": {**fixed, "messages": asked}} for i, asked in enumerate(messages)]
+        columns = "custom_id TEXT, response TEXT, input_tokens INTEGER, output_tokens INTEGER"
+        with self.database.engine().begin() as connection:
+            connection.exec_driver_sql(f"CREATE TABLE answers_{self.name} ({columns})")
+
+    def submit(self) -> None:
         from airflow.providers.anthropic.operators.batch import AnthropicBatchOperator
 
-        submit = AnthropicBatchOperator(task_id="submit", requests=requests, conn_id="anthropic_default", wait_for_completion=False)
-        return [str(submit.execute(context("submit")))]
+        submit = AnthropicBatchOperator(task_id="submit", requests=self.requests, conn_id="anthropic_default", wait_for_completion=False)
+        self.batch_id = submit.execute(self.context("submit"))
 
-    def official_fetch(self, ids: list[str]) -> None:
+    def submitted(self) -> str:
+        return str(self.batch_id)
+
+    def fetch(self, submitted: str) -> None:
         from airflow.providers.anthropic.hooks.anthropic import AnthropicHook
         from airflow.providers.common.compat.sdk import BaseHook
 
         hook = AnthropicHook("anthropic_default")
 
         def rows() -> Any:
-            for line in hook.stream_batch_results(ids[0]):
+            for line in hook.stream_batch_results(submitted):
                 message: Any = line.result.message  # type: ignore[union-attr]  # all succeed here
                 yield line.custom_id, message.content[0].text, message.usage.input_tokens, message.usage.output_tokens
 
         columns = ["custom_id", "response", "input_tokens", "output_tokens"]
-        BaseHook.get_connection("warehouse").get_hook().insert_rows("official", rows(), columns, commit_every=1000, executemany=True)
+        warehouse = BaseHook.get_connection("warehouse").get_hook()
+        warehouse.insert_rows(f"answers_{self.name}", rows(), columns, commit_every=1000, executemany=True)
 
 
-def warm_up(bench: Bench) -> None:
+class CommonAI(Side):
+    """submit: a list of prompts, in memory, sized, fingerprinted, sent, noted in a file. fetch: rows with tokens to a JSONL file on
+    disk, in the lines of both databases. No table, no costs.
+    """
+
+    # a submit is execute() until the task defers, a fetch is execute_complete() with the event that its trigger gave
+
+    def prepare(self, rows: int) -> None:
+        self.requests = [prompt(i) for i in range(rows)]
+
+    def operator(self, requests: list[str]) -> Any:
+        from airflow.providers.common.ai.operators.llm_batch import LLMBatchOperator
+
+        return LLMBatchOperator(
+            task_id="ask",
+            requests=requests,
+            result_path=self.folder.as_uri(),
+            llm_conn_id="pydanticai_default",
+            model_id=f"anthropic:{MODEL}",
+            max_tokens=MAX_TOKENS,
+            deferrable=True,
+        )
+
+    def submit(self) -> None:
+        from airflow.providers.common.compat.sdk import TaskDeferred
+
+        try:
+            self.operator(self.requests).execute(self.context("ask"))
+        except TaskDeferred as deferred:
+            self.trigger: Any = deferred.trigger
+
+    def submitted(self) -> Any:
+        async def event() -> Any:
+            return await anext(self.trigger.run())
+
+        return asyncio.run(event()).payload
+
+    def fetch(self, submitted: Any) -> None:
+        self.operator([]).execute_complete(self.context("ask"), submitted)
+
+
+SIDES: dict[str, type[Side]] = {"batchkit": BatchKit, "typed": Typed, "official": Official, "common.ai": CommonAI}
+
+
+def connect(simulator: str) -> None:
+    """Every side's connection to the API, where Airflow looks for it first."""
+    extra = json.dumps({"anthropic_client_kwargs": {"base_url": simulator}})
+    os.environ["AIRFLOW_CONN_ANTHROPIC_DEFAULT"] = f"anthropic://:test-key@/?__extra__={quote(extra)}"
+    os.environ["AIRFLOW_CONN_PYDANTICAI_DEFAULT"] = json.dumps({"conn_type": "pydanticai", "password": "test-key", "host": simulator})
+
+
+def warm_up(side: Side) -> None:
     """Imports, the SDK's types, which it makes at their first use, and first connections are not what is measured."""
-    from airflow.providers.common.compat.sdk import BaseHook
-
-    import airflow_provider_batchkit.jobs
-    import airflow_provider_batchkit.operators.batch
-    import airflow_provider_batchkit.sources
-    import airflow_provider_batchkit.templates  # noqa: F401
-    from airflow_provider_batchkit.hooks.batchkit import BatchKitHook
-
-    BaseHook.get_connection("warehouse").get_hook()
-    params = {"model": "claude-opus-4-8", "messages": [{"role": "user", "content": "Hello"}]}
-    kit = BatchKitHook().kit
-    kit.count_tokens(params)
-    kit.retrieve(bench.official_submit([{"custom_id": "warm", "params": {**params, "max_tokens": 1}}]))
+    side.prepare(1)
+    side.submit()
+    side.fetch(side.submitted())
 
 
 def watched(work: Callable[[], Any]) -> dict[str, float]:
     """Seconds, CPU seconds and peak memory over what the process held before."""
+    gc.collect()
+    with contextlib.suppress(AttributeError):  # glibc only
+        ctypes.CDLL(None).malloc_trim(0)  # else memory that the warm-up freed, and the process kept, would hide as much of the peak
     process = psutil.Process()
     base = peak = process.memory_info().rss
     stop = threading.Event()
@@ -157,41 +251,42 @@ def watched(work: Callable[[], Any]) -> dict[str, float]:
     stop.set()
     thread.join()
     used = after.ru_utime + after.ru_stime - cpu.ru_utime - cpu.ru_stime
-    return {"seconds": seconds, "cpu_seconds": used, "peak_mb_over_base": (peak - base) / 1e6}
+    return {"seconds": seconds, "CPU seconds": used, "peak MB over base": (peak - base) / 1e6}
 
 
 def main() -> None:
     """Prepare, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("side", choices=("batchkit", "official", "typed"))
-    parser.add_argument("what", choices=("submit", "fetch", "cut"))
+    parser.add_argument("side", choices=SIDES)
+    parser.add_argument("step", choices=("submit", "fetch", "cut"))
     parser.add_argument("--simulator", required=True)
-    parser.add_argument("--url", required=True, help="SQLAlchemy URL of an empty database")
+    parser.add_argument("--url", required=True, help="SQLAlchemy URL of a database that is empty at the submit")
     parser.add_argument("--airflow-uri", required=True, help="the same as an Airflow connection")
+    parser.add_argument("--folder", type=Path, required=True, help="empty at the submit")
     parser.add_argument("--rows", type=int, required=True)
+    parser.add_argument("--submitted", type=json.loads, help="of a fetch: what the submit printed under this name")
     args = parser.parse_args()
     logging.disable(logging.WARNING)
-    kind = sa.make_url(args.url).get_backend_name()
-    bench = Bench(args.simulator, Database(kind, args.url, args.airflow_uri), args.rows)
-    if args.what != "cut":  # there the first call is what is counted
-        warm_up(bench)
-    figures: dict[str, float] = {}
-    if args.what == "cut":
+    database = Database(sa.make_url(args.url).get_backend_name(), args.url, args.airflow_uri)
+    connect(args.simulator)
+    os.environ["AIRFLOW_CONN_WAREHOUSE"] = args.airflow_uri
+    side = SIDES[args.side](database, args.folder, "bench")
+    if args.step != "cut":  # there the first call is what is counted
+        warm_up(SIDES[args.side](database, args.folder, f"warm_{args.step}"))
+    if args.step != "fetch":
+        side.prepare(args.rows)
+    result: dict[str, Any] = {}
+    if args.step == "submit":
+        result["figures"] = watched(side.submit)
+        result["submitted"] = side.submitted()
+    elif args.step == "fetch":
+        result["figures"] = watched(lambda: side.fetch(args.submitted))
+    else:
         for _ in range(2):  # the task and one retry
             with contextlib.suppress(Exception):
-                bench.batchkit_submit() if args.side == "batchkit" else bench.official_submit(bench.requests())
+                side.submit()
                 break
-    elif args.side in ("batchkit", "typed"):
-        ids: list[str] = []
-        submitted = watched(lambda: ids.extend(bench.batchkit_submit(SCHEMA if args.side == "typed" else None)))
-        figures = submitted if args.what == "submit" else watched(lambda: bench.batchkit_fetch(ids))
-    else:
-        requests = bench.requests()
-        ids = []
-        submitted = watched(lambda: ids.extend(bench.official_submit(requests)))
-        requests.clear()
-        figures = submitted if args.what == "submit" else watched(lambda: bench.official_fetch(ids))
-    print(json.dumps(figures))
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":
