@@ -115,7 +115,14 @@ class _Frame:
     def covers(self, bodies: Sequence[bytes]) -> bool:
         """Whether requests have the same frame, and text alone in it: a quote inside a text is escaped, and a block names its type."""
         head, tail = self.head, self.tail
-        return all(body.startswith(head, body.find(_PARAMS)) and body.endswith(tail) and _MARKED not in body for body in bodies)
+        for body in bodies:
+            start = body.find(_PARAMS)
+            if not (body.startswith(head, start) and body.endswith(tail)):
+                return False
+            # most texts have no quote at all, which takes a tenth of the time to see
+            if body.find(b'"', start + len(head)) != len(body) - len(tail) and _MARKED in body:
+                return False
+        return True
 
 
 #: model, ``inference_geo``, the dearest cache write (``""``, ``"5m"`` or ``"1h"``), class of size

@@ -376,12 +376,6 @@ def parse_usd(value: Any, name: str) -> Decimal:
     return amount
 
 
-def format_pico_exact(pico: int) -> str:
-    """Whole picodollars, not negative, as USD in the form of :func:`format_usd_exact`."""
-    whole, fraction = divmod(pico, PICO_PER_USD)
-    return f"{whole}.{f'{fraction:012d}'.rstrip('0').ljust(2, '0')}"
-
-
 def format_usd_exact(value: Decimal | None) -> str | None:
     """Every digit of an amount, without an exponent and without trailing zeros beyond the cents."""
     if value is None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from datetime import datetime
 from decimal import Context, Decimal
 from itertools import groupby
+from operator import attrgetter
 
 from msgspec.structs import astuple
 
@@ -18,9 +19,8 @@ from airflow_provider_batchkit.pricing import ModelRates, PriceBook, cost_of_pic
 _COUNTS = 7
 _BATCH, _STANDARD, _CACHE_SAVINGS, _SMALLEST, _LARGEST = range(_COUNTS, _COUNTS + 5)
 _FREE = (0, 0)
-
-#: what is priced alike: model, ``inference_geo``, ``speed``, start of the price tier
-_Kind = tuple[str, str | None, str | None, int]
+#: of a result, what decides its prices beside the size of its prompt
+_KIND = attrgetter("model", "usage.inference_geo", "usage.speed")
 
 
 class TallyBuilder:
@@ -30,33 +30,38 @@ class TallyBuilder:
         self._book = price_book
         self._at = at
         self._rates: dict[str, ModelRates | None] = {}
-        self._lines: dict[_Kind, list[int]] = {}
+        #: running sums of what is priced alike: model, ``inference_geo``, ``speed``, start of the price tier
+        self._lines: dict[tuple[str, str | None, str | None, int], list[int]] = {}
 
     def add(self, model: str, usage: Usage) -> Cost | None:
         """Count one request; what it costs, or ``None`` for an unknown model (its tokens are counted all the same)."""
-        pico = self._add_alike(*self._kind(model, usage), [usage])[0]
+        pico = self._add_alike(model, usage.inference_geo, usage.speed, self._tier_of(model)(usage), [usage])[0]
         return None if pico is None else cost_of_pico(*pico)
 
-    def add_all(self, items: Iterable[BatchItem]) -> list[tuple[int, int] | None]:
+    def add_all(self, items: Sequence[BatchItem]) -> list[tuple[int, int] | None]:
         """Count the results of many requests; what each costs in whole pico-dollars, as batch and standard cost.
 
         A result that the API counts nothing for costs nothing; ``None`` for an unknown model, whose tokens are counted all the same.
         """
+        billed = [item for item in items if item.usage is not None]
         costs: list[tuple[int, int] | None] = []
-        for kind, alike in groupby(items, lambda item: None if item.usage is None else self._kind(item.model or "", item.usage)):
-            if kind is None:
-                costs += [_FREE for _ in alike]
-            else:
-                costs += self._add_alike(*kind, [item.usage for item in alike if item.usage is not None])
-        return costs
+        for (model, geo, speed), alike in groupby(billed, _KIND):
+            usages: list[Usage] = [item.usage for item in alike]  # type: ignore[misc] # each has one
+            for tier, same in groupby(usages, self._tier_of(model or "")):
+                costs += self._add_alike(model or "", geo, speed, tier, list(same))
+        if len(billed) == len(items):
+            return costs
+        paid = iter(costs)
+        return [_FREE if item.usage is None else next(paid) for item in items]
 
-    def _kind(self, model: str, usage: Usage) -> _Kind:
-        """What decides the prices of a request."""
+    def _tier_of(self, model: str) -> Callable[[Usage], int]:
+        """What tells the start of the price tier of a request to that model."""
         if model not in self._rates:
             self._rates[model] = self._book.rates(model, self._at)
         rates = self._rates[model]
-        tier = 0 if rates is None or len(rates.tiers) == 1 else rates.tier_start(usage.prompt_tokens)
-        return model, usage.inference_geo, usage.speed, tier
+        if rates is None or len(rates.tiers) == 1:
+            return lambda _: 0
+        return lambda usage: rates.tier_start(usage.prompt_tokens)
 
     def _add_alike(
         self, model: str, geo: str | None, speed: str | None, tier: int, usages: list[Usage]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
 from typing import Any
 
 import sqlalchemy as sa
@@ -9,6 +10,7 @@ from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.engine import Dialect
 
 from airflow_provider_batchkit.ledger.tables import UtcDateTime
+from airflow_provider_batchkit.model import PICO_PER_USD
 
 #: by a column's kind; JSON comes as text and is cast when it moves from the stage into the table
 ANSWER_TYPES: dict[str, Any] = {
@@ -61,3 +63,13 @@ def sql_type(type_: Any, dialect: Dialect) -> str:
         return str(type_.compile(dialect=dialect))
     except sa.exc.CompileError:
         return "of an unknown type"
+
+
+def exact_usd(pico: sa.ColumnElement[Any], dialect: Dialect) -> sa.ColumnElement[Any]:
+    """A column of whole picodollars, not negative, as USD: NUMERIC, and on SQLite the text of ``format_usd_exact``."""
+    if dialect.name != "sqlite":
+        return sa.cast(pico, sa.Numeric(38, 0)) * sa.literal(Decimal(1) / PICO_PER_USD, sa.Numeric(13, 12))
+    cent = PICO_PER_USD // 100
+    dollars_and_cents = sa.func.printf("%d.%02d", pico // PICO_PER_USD, pico // cent % 100)
+    beyond = sa.func.rtrim(sa.func.printf("%010d", pico % cent), "0")
+    return sa.case((pico.is_not(None), dollars_and_cents.concat(beyond)))

@@ -157,13 +157,15 @@ class _Landing:
                 stage.put([item for item, _ in read], costs, [values for _, values in read])
             progress.rows += len(items)
         _refuse_anothers(snapshot, reconciler)
-        missing = [] if keys is None else [c for c in keys.custom_ids if c not in reconciler.answered]
+        missing = []
+        if keys is not None and len(keys.custom_ids) > len(reconciler.answered):
+            missing = [c for c in keys.custom_ids if c not in reconciler.answered]
         for start in range(0, len(missing), _AT_A_TIME):
             absent = [BatchItem(custom_id, RequestStatus.MISSING) for custom_id in missing[start : start + _AT_A_TIME]]
             stage.put(absent, tally.add_all(absent))
         stage.flush()
         progress.done()
-        names = [] if keys is None else [key for c in missing[:NAMED] for key in (keys.billed(c), *keys.copies(c))]
+        names = [] if keys is None else [key for c in missing[:NAMED] for key in (*keys.billed([c]), *keys.copies(c))]
         log_faults(snapshot, reconciler.faults, len(missing), names)
         rows = stage.counts.total() if self.include_failed else sum(stage.counts[status.value] for status in ANSWERED)
         first = record is None or record.state is not BatchState.LANDED

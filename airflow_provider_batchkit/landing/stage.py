@@ -16,7 +16,7 @@ from sqlalchemy.engine import Connection
 
 from airflow_provider_batchkit.landing.table import ResultTable
 from airflow_provider_batchkit.ledger.bulk import loader_for
-from airflow_provider_batchkit.model import BatchItem, RequestStatus, format_pico_exact
+from airflow_provider_batchkit.model import BatchItem, RequestStatus
 from airflow_provider_batchkit.schema.answers import Values
 from airflow_provider_batchkit.shards import IndexEntry
 
@@ -24,8 +24,7 @@ from airflow_provider_batchkit.shards import IndexEntry
 _CHUNK_ROWS = 1_000
 _CHUNK_CHARACTERS = 4_000_000
 
-#: what differs from row to row, behind the table's key and answer columns; money for the table is text here, which every database takes
-#: exactly
+#: what differs from row to row, behind the table's key and answer columns
 _COLUMNS: tuple[tuple[str, Any], ...] = (
     ("response", sa.Text()),
     ("status", sa.String(16)),
@@ -35,9 +34,8 @@ _COLUMNS: tuple[tuple[str, Any], ...] = (
     ("model", sa.String(100)),
     ("input_tokens", sa.BigInteger()),
     ("output_tokens", sa.BigInteger()),
-    ("cost_usd", sa.Numeric(38, 12).with_variant(sa.Text(), "sqlite")),
     ("custom_id", sa.String(64)),
-    # how the row is known in the ledger, and its exact cost there
+    # how the row is known in the ledger, and its exact cost
     ("batchkit_key", sa.Text()),
     ("batchkit_batch_cost", sa.BigInteger()),
     ("batchkit_standard_cost", sa.BigInteger()),
@@ -78,9 +76,10 @@ class AskedKeys:
         """Every request of the batch."""
         return self._billed.keys()
 
-    def billed(self, custom_id: str) -> str:
-        """The key of the row that pays for the request."""
-        return self._billed[custom_id]
+    def billed(self, custom_ids: Iterable[str]) -> list[str]:
+        """The keys of the rows that pay for the requests."""
+        billed = self._billed
+        return [billed[custom_id] for custom_id in custom_ids]
 
     def copies(self, custom_id: str) -> list[str]:
         """Keys of the other rows that the request answers."""
@@ -132,11 +131,7 @@ class Stage:
         :param values: of each answer, in the order of the table's answer columns
         """
         waiting = self._waiting
-        if self._keys is None:
-            keys = [""] * len(items)
-        else:
-            billed = self._keys.billed
-            keys = [billed(item.custom_id) for item in items]
+        keys = [""] * len(items) if self._keys is None else self._keys.billed(item.custom_id for item in items)
         waiting.add(items, keys, costs, values or (), asked=1)
         if self._keys is not None and self._keys.any_copies:
             self._put_copies(self._keys, items, costs, values)
@@ -196,7 +191,6 @@ class _Rows:
             [item.model for item in items],
             [None if usage is None else usage.prompt_tokens for usage in usages],
             [None if usage is None else usage.output_tokens for usage in usages],
-            [None if cost is None else format_pico_exact(cost) for cost in batch],
             [item.custom_id for item in items],
             self.keys,
             batch,

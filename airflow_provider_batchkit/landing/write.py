@@ -8,6 +8,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
+from airflow_provider_batchkit.landing.columns import exact_usd
 from airflow_provider_batchkit.landing.rounds import forget_outcomes, remove_rows
 from airflow_provider_batchkit.landing.table import ResultTable, WriteDisposition
 from airflow_provider_batchkit.ledger.ledger import BatchRecord
@@ -81,6 +82,7 @@ class TableWriter:
         target, names, keys = self._table.table, self._table.column_names, self._table.key_names
         staged: dict[str, sa.ColumnElement[Any]] = {
             **{column.name: column for column in stage.columns},
+            "cost_usd": exact_usd(stage.c.batchkit_batch_cost, self._connection.dialect),
             "batch_id": sa.literal(batch_id, target.c.batch_id.type),
             "landed_at": sa.literal(self._landed_at, target.c.landed_at.type),
         }

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from airflow_provider_batchkit.exceptions import BatchInputError
-from airflow_provider_batchkit.model import CostTally, ModelTally, Usage, format_pico_exact, format_usd_exact
+from airflow_provider_batchkit.model import CostTally, ModelTally, Usage
 from airflow_provider_batchkit.pricing import PriceBook, load_price_overrides
 from airflow_provider_batchkit.tally import TallyBuilder, format_tally
 
@@ -453,9 +453,3 @@ def test_money_reads_well_at_every_size(amount: str, text: str) -> None:
     """Cents from a dollar on, six significant digits below, and a tiny cost never reads as nothing."""
     tally = CostTally({"m": ModelTally(1, batch_cost_usd=Decimal(amount), standard_cost_usd=Decimal(amount))})
     assert format_tally(tally).splitlines()[-1] == f"batch {text}  standard {text}  savings $0.00"
-
-
-@pytest.mark.parametrize("pico", [0, 1, 10, 8_000_000_000, 10**12 - 1, 10**12, 12_340_000_000_000, 12_345_678_901_234_567_890])
-def test_picodollars_and_decimals_are_written_alike(pico: int) -> None:
-    """What a landing writes from integers is what a Decimal of the same amount gives."""
-    assert format_pico_exact(pico) == format_usd_exact(Decimal(pico).scaleb(-12))
