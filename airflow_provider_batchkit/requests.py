@@ -34,7 +34,7 @@ _MAX_KEY_BYTES = 2_000
 _INT64 = 2**63
 _DIGEST_CHARS = 40
 #: items that are built at a time: at first, and at most where bodies are small
-_FIRST_ROWS = 64
+_FIRST_ROWS = 8
 _PIECE_ROWS = 512
 _PIECE_BYTES = 2 << 20
 #: how long a cached prompt lives after its last use, in seconds

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import Engine
 
 #: rows that are fetched at a time: at first, and at most where they are small
-_FIRST_ROWS = 16
+_FIRST_ROWS = 8
 _FETCH_ROWS = 500
 _FETCH_BYTES = 1 << 20
 
@@ -55,7 +55,7 @@ def read_sql(engine: Engine, sql: str, parameters: Any = None) -> Iterator[dict[
             for row in chunk:
                 yield dict(zip(columns, row))  # noqa: B905 - a row has as many values as the result has columns
             size = sum(len(value) for value in chunk[-1] if isinstance(value, str | bytes))
-            rows = max(_FIRST_ROWS, min(_FETCH_BYTES // max(size, 1), _FETCH_ROWS))
+            rows = max(1, min(_FETCH_BYTES // max(size, 1), _FETCH_ROWS))
 
 
 class KeyTypes:

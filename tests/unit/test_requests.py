@@ -285,3 +285,14 @@ def test_a_simple_template_gives_what_jinja_gives(text: str) -> None:
     row = {"a": 1.50, "b": None, "items": [1, "x"]}
     slow = RowTemplate("{% if true %}" + text + "{% endif %}", name="prompt").render(row)
     assert prompt(text).render(row) == slow
+
+
+def test_large_rows_are_built_few_at_a_time() -> None:
+    """Memory is for some megabytes of them, whatever their number; small ones come by the hundred."""
+    builder = RequestBuilder(DEFAULTS, job_id="0" * 20, key=["sku"], prompt=prompt("{{ row.name }}"))
+    for size, at_most in ((10, 512), (500_000, 8)):
+        seen: list[Any] = []
+        sizes = [len(piece) for piece in builder.pieces(({"sku": i, "name": "x" * size} for i in range(1500)), seen.extend)]
+        assert sum(sizes) == 1500 and max(sizes) == at_most
+        assert [row["sku"] for row in seen] == list(range(1500))
+    assert sizes[-2:] == [4, 4]
