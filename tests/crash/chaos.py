@@ -572,17 +572,15 @@ def run_chaos(*, seed: int, kills: int, database: str = "sqlite", metadata: str 
         sim = stack.enter_context(SimulatorProcess(settings))
         sim.faults.add("late", seconds=POST_SECONDS, times=None)
         sim.faults.add("trickle", seconds=LINE_SECONDS, times=None)
-        metadata_url = airflows_own.url.replace("postgresql+psycopg:", "postgresql+psycopg2:")
         extra = json.dumps({"anthropic_client_kwargs": {"base_url": sim.base_url}})
         env = {
             **{f"AIRFLOW__{name}": str(value) for name, value in AIRFLOW_SETTINGS.items()},
-            "AIRFLOW__DATABASE__SQL_ALCHEMY_CONN": metadata_url,
             "PYTHONPATH": str(folder / "settings"),
             "TMPDIR": str(folder / "tmp"),  # a killed task leaves its temporary files behind
             "AIRFLOW_CONN_WAREHOUSE": warehouse.airflow_uri,
             "AIRFLOW_CONN_ANTHROPIC_DEFAULT": f"anthropic://:test-key@/?__extra__={quote(extra)}",
         }
-        airflow = stack.enter_context(AirflowStandalone(folder / "dags", env, keep_home=True))
+        airflow = stack.enter_context(AirflowStandalone(folder / "dags", airflows_own, env, keep_home=True))
         chaos = Chaos(airflow, sim, warehouse.engine(), airflows_own.engine(), outcome, faults=faults)
         chaos.storm(kills)
         chaos.compare_books()
