@@ -25,11 +25,11 @@ from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import psutil
 
 from airflow_provider_batchkit.simulator import SimulatorProcess
+from tests.connections import anthropic_connection
 
 SECONDS = 20.0
 INTERVAL_S = 5.0
@@ -178,8 +178,7 @@ def main() -> None:
     parser.add_argument("--probe", action="store_true")
     args = parser.parse_args()
     logging.disable(logging.WARNING)
-    extra = json.dumps({"anthropic_client_kwargs": {"base_url": args.simulator}})
-    os.environ["AIRFLOW_CONN_ANTHROPIC_DEFAULT"] = f"anthropic://:test-key@/?__extra__={quote(extra)}"
+    os.environ["AIRFLOW_CONN_ANTHROPIC_DEFAULT"] = anthropic_connection(args.simulator)
     print(json.dumps(asyncio.run(_watched(args.side, json.loads(args.ids.read_text()), probed=args.probe))), flush=True)
     os._exit(0)  # the official side's threads would finish their polls first
 

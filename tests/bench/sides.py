@@ -18,11 +18,11 @@ import threading
 import time
 from collections.abc import Callable
 from typing import Any
-from urllib.parse import quote
 
 import psutil
 import sqlalchemy as sa
 
+from tests.connections import anthropic_connection
 from tests.databases import Database
 
 #: of the typed side: an answer of six columns
@@ -54,8 +54,7 @@ class Bench:
 
     def __init__(self, simulator: str, database: Database, rows: int) -> None:
         self.rows = rows
-        extra = json.dumps({"anthropic_client_kwargs": {"base_url": simulator}})
-        os.environ["AIRFLOW_CONN_ANTHROPIC_DEFAULT"] = f"anthropic://:test-key@/?__extra__={quote(extra)}"
+        os.environ["AIRFLOW_CONN_ANTHROPIC_DEFAULT"] = anthropic_connection(simulator)
         os.environ["AIRFLOW_CONN_WAREHOUSE"] = database.airflow_uri
         products = sa.table("products", sa.column("id"), sa.column("name"))
         with database.engine().begin() as connection:
