@@ -40,6 +40,7 @@ demo: $(VENV)/.runtime ## 50,000 products, their descriptions and the bill, agai
 airflow: $(VENV)/.runtime ## the same catalog in a real Airflow with its UI; Ctrl-C ends it
 	@$(BIN)/python -m airflow_provider_batchkit.simulator.demo airflow $(ARGS)
 
+# two workers, because most tests wait for something; ARGS='-n 0' runs them in this process, for a debugger
 .PHONY: test
 test: $(VENV)/.dev ## the whole test suite, with a real PostgreSQL and a real Airflow
 	@$(BIN)/python -m pytest -n 2 $(ARGS)
