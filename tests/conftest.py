@@ -38,18 +38,18 @@ os.environ["AIRFLOW__DATABASE__SQL_ALCHEMY_CONN"] = f"sqlite:///{AIRFLOW_HOME / 
 os.environ.pop("SSL_CERT_FILE", None)
 os.environ["SSL_CERT_DIR"] = str(AIRFLOW_HOME / "plugins")
 
-#: tests that keep several processes busy, and some of them with deadlines
-HEAVY = ("tests/crash/", "tests/e2e/")
+#: tests that keep several processes busy, and those that measure seconds and must not run beside them
+ALONE = ("tests/crash/", "tests/e2e/", "tests/integration/test_poller.py", "tests/unit/test_simulator_faults.py")
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Where several workers share the tests (``make test``), one of them runs the heavy ones, one after the other, and begins with them."""
+    """Where several workers share the tests (``make test``), one of them begins with those of ``ALONE``, one after the other."""
     from xdist.scheduler import LoadScopeScheduling
 
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return "heavy" if nodeid.startswith(HEAVY) else nodeid
+            return "alone" if nodeid.startswith(ALONE) else nodeid
 
     return Scheduling(config, log)
 
