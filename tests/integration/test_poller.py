@@ -91,6 +91,11 @@ def calls(sim: Simulator, what: str) -> int:
     return int(sim.stats()["calls"].get(what, 0))
 
 
+def resting() -> bool:
+    """Whether the pollers have told what they saw, and wait for their next look."""
+    return all(shared._resting_until > 0 for shared in poller._pollers.values())
+
+
 def test_one_list_call_an_interval_answers_for_all(sim: Simulator) -> None:
     """1,050 triggers, two pages a look, no retrieve; each hears of its own batch, and nothing is left behind."""
     ids = create(sim, 1050)
@@ -164,7 +169,7 @@ def test_a_newcomer_does_not_wait_for_the_others_interval(sim: Simulator) -> Non
 
     async def work() -> None:
         tasks = start(ids[:7], poke_s=60.0)
-        await until(lambda: calls(sim, "list") == 1)
+        await until(lambda: calls(sim, "list") == 1 and resting())  # a look that is under way would speak for the newcomer, too
         sim.end(ids[7])
         began = time.monotonic()
         assert (await wait_for(ids[7], poke_s=60.0))["status"] == "ended"
