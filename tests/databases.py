@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import sqlalchemy as sa
@@ -35,6 +36,12 @@ class Database:
         return sa.create_engine(self.url, poolclass=sa.pool.NullPool)
 
 
+def rows(database: Database, sql: str) -> list[tuple[Any, ...]]:
+    """The rows of a query."""
+    with database.engine().connect() as connection:
+        return [tuple(row) for row in connection.exec_driver_sql(sql)]
+
+
 def sqlite_database(path: Path) -> Database:
     """A database in the file ``path``, which appears with the first write."""
     # Airflow's SqliteHook takes the path as a quoted host: the four slashes that SQLAlchemy wants break its own get_conn()
@@ -47,7 +54,7 @@ def postgres_database(server_url: str) -> Iterator[Database]:
     admin = sa.create_engine(server_url, isolation_level="AUTOCOMMIT", poolclass=sa.pool.NullPool)
     name = f"test_{secrets.token_hex(6)}"
     with admin.connect() as connection:
-        connection.execute(sa.text(f"CREATE DATABASE {name} TEMPLATE template0"))
+        connection.execute(sa.text(f"CREATE DATABASE {name} TEMPLATE template0 STRATEGY file_copy"))
     url = sa.make_url(server_url).set(database=name)
     try:
         yield Database(

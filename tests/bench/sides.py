@@ -23,11 +23,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import psutil
 import sqlalchemy as sa
 
+from tests.connections import anthropic_connection
 from tests.databases import Database
 
 MODEL = "claude-opus-4-8"
@@ -217,8 +217,7 @@ SIDES: dict[str, type[Side]] = {"batchkit": BatchKit, "typed": Typed, "official"
 
 def connect(simulator: str) -> None:
     """Every side's connection to the API, where Airflow looks for it first."""
-    extra = json.dumps({"anthropic_client_kwargs": {"base_url": simulator}})
-    os.environ["AIRFLOW_CONN_ANTHROPIC_DEFAULT"] = f"anthropic://:test-key@/?__extra__={quote(extra)}"
+    os.environ["AIRFLOW_CONN_ANTHROPIC_DEFAULT"] = anthropic_connection(simulator)
     os.environ["AIRFLOW_CONN_PYDANTICAI_DEFAULT"] = json.dumps({"conn_type": "pydanticai", "password": "test-key", "host": simulator})
 
 

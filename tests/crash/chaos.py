@@ -27,7 +27,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
-from urllib.parse import quote
 
 import httpx
 import psutil
@@ -35,6 +34,7 @@ import sqlalchemy as sa
 
 from airflow_provider_batchkit.model import CostTally
 from airflow_provider_batchkit.simulator import SimulatorProcess, SimulatorSettings, answer_for
+from tests.connections import anthropic_connection
 from tests.databases import Database, postgres_database, running_postgres, sqlite_database
 from tests.e2e.harness import AirflowStandalone
 
@@ -572,17 +572,14 @@ def run_chaos(*, seed: int, kills: int, database: str = "sqlite", metadata: str 
         sim = stack.enter_context(SimulatorProcess(settings))
         sim.faults.add("late", seconds=POST_SECONDS, times=None)
         sim.faults.add("trickle", seconds=LINE_SECONDS, times=None)
-        metadata_url = airflows_own.url.replace("postgresql+psycopg:", "postgresql+psycopg2:")
-        extra = json.dumps({"anthropic_client_kwargs": {"base_url": sim.base_url}})
         env = {
             **{f"AIRFLOW__{name}": str(value) for name, value in AIRFLOW_SETTINGS.items()},
-            "AIRFLOW__DATABASE__SQL_ALCHEMY_CONN": metadata_url,
             "PYTHONPATH": str(folder / "settings"),
             "TMPDIR": str(folder / "tmp"),  # a killed task leaves its temporary files behind
             "AIRFLOW_CONN_WAREHOUSE": warehouse.airflow_uri,
-            "AIRFLOW_CONN_ANTHROPIC_DEFAULT": f"anthropic://:test-key@/?__extra__={quote(extra)}",
+            "AIRFLOW_CONN_ANTHROPIC_DEFAULT": anthropic_connection(sim.base_url),
         }
-        airflow = stack.enter_context(AirflowStandalone(folder / "dags", env, keep_home=True))
+        airflow = stack.enter_context(AirflowStandalone(folder / "dags", airflows_own, env, keep_home=True))
         chaos = Chaos(airflow, sim, warehouse.engine(), airflows_own.engine(), outcome, faults=faults)
         chaos.storm(kills)
         chaos.compare_books()

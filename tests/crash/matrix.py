@@ -10,6 +10,7 @@ Run as a program by the tests: ``python -m tests.crash.matrix --url … --airflo
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import logging
 import os
@@ -23,7 +24,6 @@ from decimal import Decimal
 from functools import partial
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
@@ -32,6 +32,7 @@ from airflow_provider_batchkit import estimate
 from airflow_provider_batchkit.ledger.budgets import budget_status
 from airflow_provider_batchkit.simulator import answer_for
 from airflow_provider_batchkit.simulator.process import RemoteControl
+from tests.connections import anthropic_connection
 
 ROWS = 7
 SHARD = 4
@@ -218,8 +219,7 @@ def main(run: Callable[[sa.Engine, RemoteControl, Path], int] | None = None) -> 
     parser.add_argument("--primed", action="store_true", help="submit with prime_cache")
     args = parser.parse_args()
     logging.disable(logging.INFO)
-    extra = json.dumps({"anthropic_client_kwargs": {"base_url": args.simulator}})
-    os.environ["AIRFLOW_CONN_ANTHROPIC_DEFAULT"] = f"anthropic://:test-key@/?__extra__={quote(extra)}"
+    os.environ["AIRFLOW_CONN_ANTHROPIC_DEFAULT"] = anthropic_connection(args.simulator)
     os.environ["AIRFLOW_CONN_WAREHOUSE"] = args.airflow_uri
     engine = sa.create_engine(args.url, poolclass=sa.pool.NullPool)
     with engine.begin() as connection:
@@ -234,6 +234,9 @@ def main(run: Callable[[sa.Engine, RemoteControl, Path], int] | None = None) -> 
         warm = Case("warm", engine, simulator, Path(folder))
         warm.submit()
         warm.fetch()
+        # what is there by now is never looked at again by a fork's collector, which would copy its pages
+        gc.collect()
+        gc.freeze()
         cases = partial(run_all, primed=args.primed) if run is None else run
         return min(cases(engine, simulator, Path(folder)), 100)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.databases import postgres_database
 from tests.e2e.harness import AirflowStandalone
 
 StartAirflow = Callable[..., AirflowStandalone]
@@ -22,14 +23,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="module")
-def start_airflow() -> Iterator[StartAirflow]:
-    """A function that starts a real Airflow on a DAGs folder, with an environment; it ends with the module.
+def start_airflow(postgres_url: str) -> Iterator[StartAirflow]:
+    """A function that starts a real Airflow on a DAGs folder, with an environment and a metadata database of its own; it ends with the
+    module.
 
     A module starts one, in a module-scoped fixture of its own, and all its tests share it: a start takes about 20 seconds.
     """
     with contextlib.ExitStack() as stack:
 
         def start(dags_folder: Path, env: Mapping[str, str] | None = None, **options: float | bool) -> AirflowStandalone:
-            return stack.enter_context(AirflowStandalone(dags_folder, env, **options))  # type: ignore[arg-type]
+            metadata = stack.enter_context(postgres_database(postgres_url))
+            return stack.enter_context(AirflowStandalone(dags_folder, metadata, env, **options))  # type: ignore[arg-type]
 
         yield start

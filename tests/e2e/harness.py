@@ -20,6 +20,9 @@ from typing import IO, Any, Self, TypeVar
 
 import httpx
 import psutil
+import sqlalchemy as sa
+
+from tests.databases import Database
 
 USER = "admin"
 COMPONENTS = ("metadatabase", "scheduler", "triggerer", "dag_processor")
@@ -29,18 +32,21 @@ _T = TypeVar("_T")
 
 
 class AirflowStandalone:
-    """``airflow standalone`` with LocalExecutor on SQLite, as a context manager.
+    """``airflow standalone`` with LocalExecutor, as a context manager.
 
-    ``dags_folder`` holds the DAG files. ``env`` is added to the environment of every component: ``AIRFLOW_CONN_WAREHOUSE`` and the like,
-    and ``AIRFLOW__…`` settings, which win over the ones made here. What the caller's own environment says of Airflow and Anthropic is
-    left out. Listens on free loopback ports and has one user with a password. Entering waits until every component is healthy, at most
-    ``startup_seconds``; leaving interrupts it as Ctrl-C would, kills what is left of it after ``shutdown_seconds``, and removes the home
-    unless ``keep_home``. Everything that the components print is in ``log``; its end is printed when the block fails.
+    ``dags_folder`` holds the DAG files. ``metadata`` is an empty database for Airflow itself: PostgreSQL, because on SQLite a busy Airflow
+    sometimes finds its database locked and refuses a worker's report. ``env`` is added to the environment of every component:
+    ``AIRFLOW_CONN_WAREHOUSE`` and the like, and ``AIRFLOW__…`` settings, which win over the ones made here. What the caller's own
+    environment says of Airflow and Anthropic is left out. Listens on free loopback ports and has one user with a password. Entering waits
+    until every component is healthy, at most ``startup_seconds``; leaving interrupts it as Ctrl-C would, kills what is left of it after
+    ``shutdown_seconds``, and removes the home unless ``keep_home``. Everything that the components print is in ``log``; its end is printed
+    when the block fails.
     """
 
     def __init__(
         self,
         dags_folder: Path,
+        metadata: Database,
         env: Mapping[str, str] | None = None,
         *,
         startup_seconds: float = 180,
@@ -48,6 +54,7 @@ class AirflowStandalone:
         keep_home: bool = False,
     ) -> None:
         self.dags_folder = dags_folder
+        self.metadata = metadata
         self.env = dict(env or {})
         self.startup_seconds = startup_seconds
         self.shutdown_seconds = shutdown_seconds
@@ -104,13 +111,12 @@ class AirflowStandalone:
             "CORE__PLUGINS_FOLDER": self.home / "plugins",
             "CORE__LOAD_EXAMPLES": False,
             "CORE__DAGS_ARE_PAUSED_AT_CREATION": False,
-            # under load, Airflow's own SQLite sometimes refuses a worker's last report and the task is tried again
-            "CORE__DEFAULT_TASK_RETRY_DELAY": 5,
+            "CORE__DEFAULT_TASK_RETRY_DELAY": 5,  # Airflow's own is five minutes
             "CORE__EXECUTOR": "LocalExecutor",
             "CORE__PARALLELISM": 4,  # two cores
             "CORE__SIMPLE_AUTH_MANAGER_USERS": f"{USER}:admin",
             "CORE__EXECUTION_API_SERVER_URL": f"http://127.0.0.1:{api}/execution/",
-            "DATABASE__SQL_ALCHEMY_CONN": f"sqlite:///{self.home / 'airflow.db'}",
+            "DATABASE__SQL_ALCHEMY_CONN": _with_airflows_driver(self.metadata.url),
             "API__HOST": "127.0.0.1",
             "API__PORT": api,
             "API__BASE_URL": f"http://127.0.0.1:{api}",
@@ -196,12 +202,17 @@ class AirflowStandalone:
     # the REST API
 
     def request(self, method: str, path: str, **options: Any) -> Any:
-        """Call ``/api/v2`` + ``path`` as the logged-in user; gives the JSON, or None for an empty answer. Raises with the API's words."""
+        """Call ``/api/v2`` + ``path`` as the logged-in user; gives the JSON, or None for an empty answer.
+
+        Raises HTTPStatusError with the API's words, and with the end of Airflow's log where the fault is the server's.
+        """
         answer = self._client.request(method, f"{self.url}/api/v2{path}", **options)
         if not answer.is_success:
-            raise httpx.HTTPStatusError(
-                f"{method} {path}: {answer.status_code} {answer.text[:2000]}", request=answer.request, response=answer
-            )
+            words = f"{method} {path}: {answer.status_code} {answer.text[:2000]}"
+            if answer.is_server_error:
+                time.sleep(1)  # it answers first and logs the exception afterwards
+                words += f"\nAirflow's log ends with:\n{self.log_tail()}"
+            raise httpx.HTTPStatusError(words, request=answer.request, response=answer)
         return answer.json() if answer.content else None
 
     def get(self, path: str, **params: Any) -> Any:
@@ -334,12 +345,31 @@ class AirflowStandalone:
         return {error["filename"]: error["stack_trace"] for error in self.get("/importErrors")["import_errors"]}
 
     def asset_events(self, **filters: Any) -> list[dict[str, Any]]:
-        """Asset events, newest last: ``name``, ``extra``, ``source_dag_id`` and more. Filters are the API's, such as ``source_run_id``."""
-        return list(self.get("/assets/events", order_by="timestamp", limit=100, **filters)["asset_events"])
+        """Asset events, newest last: ``name``, ``extra``, ``source_dag_id`` and more. Filters are the API's, such as ``source_run_id``.
+
+        Airflow 3.3.2 answers 500 as long as a run that one of them triggered is queued, because that has no start date yet
+        (https://github.com/apache/airflow/issues/71360). So a 500 is asked again, for at most 30 seconds.
+        """
+        deadline = time.monotonic() + 30
+        while True:
+            try:
+                return list(self.get("/assets/events", order_by="timestamp", limit=100, **filters)["asset_events"])
+            except httpx.HTTPStatusError as error:
+                if error.response.status_code != httpx.codes.INTERNAL_SERVER_ERROR or time.monotonic() > deadline:
+                    raise
+            time.sleep(0.25)
 
     def task_page(self, dag_id: str, run_id: str, task_id: str, tab: str = "") -> str:
         """The UI address of a task instance, or of one of its tabs: ``xcom``, ``details``, ``task-state-store`` (Storage) and so on."""
         return f"{self.url}/dags/{dag_id}/runs/{run_id}/tasks/{task_id}" + (f"/{tab}" if tab else "")
+
+
+def _with_airflows_driver(url: str) -> str:
+    """The SQLAlchemy URL of a metadata database, with the driver that comes with Airflow's PostgreSQL provider."""
+    parsed = sa.make_url(url)
+    if parsed.get_backend_name() == "postgresql":
+        parsed = parsed.set(drivername="postgresql+psycopg2")
+    return parsed.render_as_string(hide_password=False)
 
 
 def free_ports(count: int) -> list[int]:

@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
-from urllib.parse import quote
 
 import pytest
 import sqlalchemy as sa
 
 from airflow_provider_batchkit.model import CostTally
 from airflow_provider_batchkit.simulator import SimulatorProcess, SimulatorSettings
+from tests.connections import anthropic_connection
 from tests.databases import sqlite_database
 from tests.e2e.conftest import StartAirflow
 from tests.e2e.harness import AirflowStandalone
@@ -23,12 +23,6 @@ ROWS = 300
 DAG_ID = "catalog_enrichment"
 COST_DAG_ID = "catalog_cost"
 EXAMPLES = Path(__file__).parents[2] / "example_dags"
-
-
-def anthropic_connection(base_url: str) -> str:
-    """The URI of an ``anthropic`` connection to a simulator."""
-    extra = json.dumps({"anthropic_client_kwargs": {"base_url": base_url}})
-    return f"anthropic://:test-key@/?__extra__={quote(extra)}"
 
 
 @dataclass(frozen=True)

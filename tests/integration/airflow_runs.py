@@ -45,12 +45,21 @@ class Run:
 
 
 def run_dag(airflow_home: Path, *bodies: str) -> Run:
-    """Write a DAG file with ``bodies`` inside its ``with DAG`` block, and run it once."""
+    """Run a DAG with ``bodies`` inside its ``with DAG`` block once."""
+    dag_id = f"test_{next(_numbers)}"
+    body = "".join(textwrap.indent(textwrap.dedent(part), "    ") + "\n" for part in bodies)
+    return run_source(airflow_home, dag_id, _HEAD.format(dag_id=dag_id, body=body))
+
+
+def run_source(airflow_home: Path, dag_id: str, source: str) -> Run:
+    """Put a DAG file into Airflow's DAGs folder, run its DAG once, and take the file away: ``dag.test()`` parses the whole folder."""
     from airflow.dag_processing.dagbag import DagBag
 
-    dag_id = f"test_{next(_numbers)}"
     path = airflow_home / "dags" / f"{dag_id}.py"
-    path.write_text(_HEAD.format(dag_id=dag_id, body="".join(textwrap.indent(textwrap.dedent(body), "    ") + "\n" for body in bodies)))
-    bag = DagBag(str(path))
-    assert bag.import_errors == {}
-    return Run(bag.dags[dag_id].test())
+    path.write_text(source)
+    try:
+        bag = DagBag(str(path))
+        assert bag.import_errors == {}
+        return Run(bag.dags[dag_id].test())
+    finally:
+        path.unlink()

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 import sqlite3
-from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import Any
-from urllib.parse import quote
 
 import pytest
 import sqlalchemy as sa
 
-from airflow_provider_batchkit.simulator import SimulatorProcess, SimulatorSettings
+from airflow_provider_batchkit.simulator import SimulatorSettings
 from airflow_provider_batchkit.simulator.demo import INPUT_TOKENS, OUTPUT_TOKENS, fill_catalog, write_reviews
-from tests.databases import Database
-from tests.integration.airflow_runs import Run
+from tests.databases import Database, rows
+from tests.integration.airflow_runs import run_source
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "example_dags"
 PRODUCTS = 30
@@ -34,17 +29,18 @@ RESULTS: dict[str, tuple[str, str, int] | None] = {
 
 
 @pytest.fixture(scope="module")
-def simulator() -> Iterator[SimulatorProcess]:
-    with SimulatorProcess(SimulatorSettings(input_tokens=INPUT_TOKENS, output_tokens=OUTPUT_TOKENS)) as process:
-        yield process
+def simulator_settings() -> SimulatorSettings:
+    return SimulatorSettings(input_tokens=INPUT_TOKENS, output_tokens=OUTPUT_TOKENS)
+
+
+@pytest.fixture(scope="module")
+def connection_model() -> None:
+    """Every example names its model."""
 
 
 @pytest.fixture
-def home(airflow_db: Path, simulator: SimulatorProcess, database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def home(home: Path, database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Airflow with what the examples ask for: two connections, a table of products, a variable with the path of a file."""
-    extra = json.dumps({"anthropic_client_kwargs": {"base_url": simulator.base_url}})
-    monkeypatch.setenv("AIRFLOW_CONN_ANTHROPIC_DEFAULT", f"anthropic://:test-key@/?__extra__={quote(extra)}")
-    monkeypatch.setenv("AIRFLOW_CONN_WAREHOUSE", database.airflow_uri)
     monkeypatch.setenv("AIRFLOW_VAR_REVIEWS_CSV", str(tmp_path / "reviews.csv"))
     catalog = tmp_path / "catalog.db"
     fill_catalog(catalog, PRODUCTS)
@@ -53,17 +49,7 @@ def home(airflow_db: Path, simulator: SimulatorProcess, database: Database, tmp_
         connection.exec_driver_sql("CREATE TABLE products (sku TEXT PRIMARY KEY, name TEXT NOT NULL, attributes TEXT NOT NULL)")
         for sku, name, attributes in source.execute("SELECT sku, name, attributes FROM products"):
             connection.execute(sa.text("INSERT INTO products VALUES (:s, :n, :a)"), {"s": sku, "n": name, "a": attributes})
-    return airflow_db
-
-
-def run_example(home: Path, name: str) -> Run:
-    """Run an example once; its file and its DAG have one name."""
-    from airflow.dag_processing.dagbag import DagBag
-
-    shutil.copy(EXAMPLES / f"{name}.py", home / "dags")
-    bag = DagBag(str(home / "dags" / f"{name}.py"))
-    assert bag.import_errors == {}
-    return Run(bag.dags[name].test())
+    return home
 
 
 def test_every_example_is_run_here() -> None:
@@ -74,7 +60,7 @@ def test_every_example_is_run_here() -> None:
 @pytest.mark.parametrize("name", RESULTS)
 def test_an_example_runs_as_it_is(home: Path, database: Database, name: str) -> None:
     """Each task succeeds, and the result table has a whole answer and its price for every key, with as many tokens as in the demo."""
-    ended = run_example(home, name)
+    ended = run_source(home, name, (EXAMPLES / f"{name}.py").read_text())
     assert set(ended.states().values()) == {"success"}
     result = RESULTS[name]
     if result is None:
@@ -85,8 +71,3 @@ def test_an_example_runs_as_it_is(home: Path, database: Database, name: str) -> 
     assert len({row[0] for row in landed}) == len(landed) == count
     assert {stop_reason for _, _, stop_reason, _ in landed} == {"end_turn"}
     assert all(response and float(cost) > 0 for _, response, _, cost in landed)
-
-
-def rows(database: Database, sql: str) -> list[tuple[Any, ...]]:
-    with database.engine().connect() as connection:
-        return [tuple(row) for row in connection.exec_driver_sql(sql)]

@@ -4,36 +4,19 @@ from __future__ import annotations
 
 import csv
 import gzip
-import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import pytest
 
 from airflow_provider_batchkit.exceptions import BatchInputError
-from airflow_provider_batchkit.simulator import SimulatorProcess, SimulatorSettings, answer_for
-from tests.databases import Database
-from tests.integration.airflow_runs import Run, run_dag
+from airflow_provider_batchkit.simulator import SimulatorProcess, answer_for
+from tests.databases import Database, rows
+from tests.integration.airflow_runs import Run, run_dag, run_source
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "example_dags"
-
-
-@pytest.fixture(scope="module")
-def simulator() -> Iterator[SimulatorProcess]:
-    with SimulatorProcess(SimulatorSettings()) as process:
-        yield process
-
-
-@pytest.fixture
-def home(airflow_db: Path, simulator: SimulatorProcess, database: Database, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Airflow with an anthropic connection to the simulator and a warehouse connection to the test's database."""
-    extra = json.dumps({"model": "claude-sonnet-5", "anthropic_client_kwargs": {"base_url": simulator.base_url}})
-    monkeypatch.setenv("AIRFLOW_CONN_ANTHROPIC_DEFAULT", f"anthropic://:test-key@/?__extra__={quote(extra)}")
-    monkeypatch.setenv("AIRFLOW_CONN_WAREHOUSE", database.airflow_uri)
-    return airflow_db
 
 
 @pytest.fixture
@@ -48,11 +31,6 @@ def memory_store() -> Iterator[Any]:
     yield store
     store.rm("/", recursive=True)
     _STORE_CACHE.pop("memory-store")
-
-
-def rows(database: Database, sql: str) -> list[tuple[Any, ...]]:
-    with database.engine().connect() as connection:
-        return [tuple(row) for row in connection.exec_driver_sql(sql)]
 
 
 def run(home: Path, path: Any, more: str = "", key: str = "sku", prompt: str = "About {{ row.name }}") -> Run:
@@ -292,17 +270,12 @@ def test_a_source_is_checked_when_the_dag_is_parsed(source: dict[str, Any], mess
 
 def test_the_example_lands_a_csv_in_a_table(home: Path, database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """example_dags/csv_to_table.py as it is, on the reviews that the demo writes."""
-    from airflow.dag_processing.dagbag import DagBag
-
     from airflow_provider_batchkit.simulator.demo import fill_catalog, write_reviews
 
     fill_catalog(tmp_path / "catalog.db", 3)
     write_reviews(tmp_path / "reviews.csv", tmp_path / "catalog.db")
     monkeypatch.setenv("AIRFLOW_VAR_REVIEWS_CSV", str(tmp_path / "reviews.csv"))
-    shutil.copy(EXAMPLES / "csv_to_table.py", home / "dags")
-    bag = DagBag(str(home / "dags" / "csv_to_table.py"))
-    assert bag.import_errors == {}
-    ended = Run(bag.dags["csv_to_table"].test())
+    ended = run_source(home, "csv_to_table", (EXAMPLES / "csv_to_table.py").read_text())
     assert ended.states() == {"submit": "success", "wait": "success", "fetch": "success"}
     with (tmp_path / "reviews.csv").open(newline="") as file:
         question = "Is this review of {product} positive, negative or mixed? Answer with one word.\n\n{text}"

@@ -4,43 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import csv
-import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import pytest
 import sqlalchemy as sa
 
-from airflow_provider_batchkit.simulator import SimulatorProcess, SimulatorSettings, answer_for
-from tests.databases import Database
+from airflow_provider_batchkit.simulator import SimulatorProcess, answer_for
+from tests.databases import Database, rows
 from tests.integration.airflow_runs import run_dag
-
-
-@pytest.fixture(scope="module")
-def simulator() -> Iterator[SimulatorProcess]:
-    with SimulatorProcess(SimulatorSettings()) as process:
-        yield process
-
-
-@pytest.fixture
-def sim(simulator: SimulatorProcess, monkeypatch: pytest.MonkeyPatch) -> SimulatorProcess:
-    extra = json.dumps({"model": "claude-sonnet-5", "anthropic_client_kwargs": {"base_url": simulator.base_url}})
-    monkeypatch.setenv("AIRFLOW_CONN_ANTHROPIC_DEFAULT", f"anthropic://:test-key@/?__extra__={quote(extra)}")
-    return simulator
-
-
-@pytest.fixture
-def home(airflow_db: Path, sim: SimulatorProcess, database: Database, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Airflow with an anthropic connection to the simulator and a warehouse connection to the test's database."""
-    monkeypatch.setenv("AIRFLOW_CONN_WAREHOUSE", database.airflow_uri)
-    return airflow_db
-
-
-def rows(database: Database, sql: str) -> list[tuple[Any, ...]]:
-    with database.engine().connect() as connection:
-        return [tuple(row) for row in connection.exec_driver_sql(sql)]
 
 
 def fill(database: Database, *statements: str) -> None:
@@ -146,9 +118,9 @@ def test_an_empty_source_does_what_on_empty_says(home: Path, database: Database,
 
 
 @pytest.mark.parametrize("mode", ["poke", "reschedule"])
-def test_the_sensor_waits_on_a_worker_where_that_is_wanted(home: Path, database: Database, sim: SimulatorProcess, mode: str) -> None:
+def test_the_sensor_waits_on_a_worker_where_that_is_wanted(home: Path, database: Database, api: SimulatorProcess, mode: str) -> None:
     """deferrable=False pokes, in either mode."""
-    sim.set(clock="polls:2" if mode == "poke" else "instant")
+    api.set(clock="polls:2" if mode == "poke" else "instant")
     run = run_dag(
         home,
         f"""
@@ -156,14 +128,14 @@ def test_the_sensor_waits_on_a_worker_where_that_is_wanted(home: Path, database:
         wait = BatchSensor(task_id="wait", batch_id=submit.output, deferrable=False, mode="{mode}", poke_interval=0.2)
         """,
     )
-    sim.set(clock="instant")
+    api.set(clock="instant")
     assert run.states() == {"submit": "success", "wait": "success"}
     assert run.xcom("wait") == {"succeeded": 1, "errored": 0, "canceled": 0, "expired": 0}
 
 
-def test_a_sensor_that_times_out_fails_and_says_that_the_batch_goes_on(home: Path, sim: SimulatorProcess) -> None:
+def test_a_sensor_that_times_out_fails_and_says_that_the_batch_goes_on(home: Path, api: SimulatorProcess) -> None:
     """The trigger's deadline becomes a sensor time-out; soft_fail makes it a skip."""
-    sim.set(clock="manual")
+    api.set(clock="manual")
     run = run_dag(
         home,
         """
@@ -172,7 +144,7 @@ def test_a_sensor_that_times_out_fails_and_says_that_the_batch_goes_on(home: Pat
         soft = BatchSensor(task_id="soft", batch_id=submit.output, poke_interval=0.2, timeout=0.5, soft_fail=True)
         """,
     )
-    sim.set(clock="instant")
+    api.set(clock="instant")
     assert run.states() == {"submit": "success", "wait": "failed", "soft": "skipped"}
 
 
@@ -233,7 +205,7 @@ def test_too_many_failures_fail_the_fetch_after_the_answers_have_landed(home: Pa
     assert rows(database, "SELECT COUNT(*) FROM lax") == [(2,)]
 
 
-def test_delete_after_fetch_removes_the_batch(home: Path, sim: SimulatorProcess) -> None:
+def test_delete_after_fetch_removes_the_batch(home: Path, api: SimulatorProcess) -> None:
     """Once landed, the results need not stay with the API."""
     run = run_dag(
         home,
@@ -243,7 +215,7 @@ def test_delete_after_fetch_removes_the_batch(home: Path, sim: SimulatorProcess)
         """,
     )
     assert run.state == "success"
-    assert run.xcom("submit")[0] not in {batch["id"] for batch in sim.stats()["batches"]}
+    assert run.xcom("submit")[0] not in {batch["id"] for batch in api.stats()["batches"]}
 
 
 @pytest.mark.parametrize(
@@ -287,24 +259,24 @@ def test_a_mapped_fetch_that_would_replace_its_siblings_is_refused(home: Path, d
     assert run.states() == {"submit": "success", "fetch[0]": "failed", "fetch[1]": "failed"}
 
 
-def test_a_refused_batch_fails_the_task_at_once_whatever_its_retries(home: Path, sim: SimulatorProcess) -> None:
+def test_a_refused_batch_fails_the_task_at_once_whatever_its_retries(home: Path, api: SimulatorProcess) -> None:
     """A 400 is the same on every try: no retry is burned, one POST goes out."""
-    posts = sim.stats()["posts"]
-    sim.faults.add("status", endpoint="create", status=400)
+    posts = api.stats()["posts"]
+    api.faults.add("status", endpoint="create", status=400)
     run = run_dag(
         home,
         'submit = SubmitBatchOperator(task_id="submit", requests=["a"], max_tokens=100, sql_conn_id="warehouse", retries=2, retry_delay=0)',
     )
     assert run.states() == {"submit": "failed"}
-    assert sim.stats()["posts"] == posts + 1
+    assert api.stats()["posts"] == posts + 1
 
 
 def test_a_key_that_no_result_table_can_hold_is_refused_before_anything_is_sent(
-    home: Path, sim: SimulatorProcess, database: Database
+    home: Path, api: SimulatorProcess, database: Database
 ) -> None:
     """A key column called status would clash with a result column: found at submit, not after the bill."""
     fill(database, "CREATE TABLE things (status TEXT)", "INSERT INTO things VALUES ('x')")
-    posts = sim.stats()["posts"]
+    posts = api.stats()["posts"]
     run = run_dag(
         home,
         """
@@ -314,16 +286,16 @@ def test_a_key_that_no_result_table_can_hold_is_refused_before_anything_is_sent(
         """,
     )
     assert run.states() == {"submit": "failed"}
-    assert sim.stats()["posts"] == posts
+    assert api.stats()["posts"] == posts
 
 
 @pytest.mark.parametrize("cancel", [True, False])
-def test_killing_submit_cancels_its_batches_only_where_that_is_asked_for(home: Path, sim: SimulatorProcess, cancel: bool) -> None:
+def test_killing_submit_cancels_its_batches_only_where_that_is_asked_for(home: Path, api: SimulatorProcess, cancel: bool) -> None:
     """on_kill of a running submit: cancel_on_kill decides, and paid work survives by default."""
     from airflow_provider_batchkit.links import XCOM_KEY, console_url
     from airflow_provider_batchkit.operators.batch import SubmitBatchOperator
 
-    sim.set(clock="manual")
+    api.set(clock="manual")
     operator = SubmitBatchOperator(task_id="submit", requests=["a"], max_tokens=100, sql_conn_id="warehouse", cancel_on_kill=cancel)
     pushed: dict[str, Any] = {}
     ti = type(
@@ -340,36 +312,36 @@ def test_killing_submit_cancels_its_batches_only_where_that_is_asked_for(home: P
     operator.requests = ["a"]  # type: ignore[assignment]  # as rendering leaves it
     (batch_id,) = operator.execute({"ti": ti()})
     operator.on_kill()
-    status = {b["id"]: b["status"] for b in sim.stats()["batches"]}[batch_id]
-    sim.set(clock="instant")
+    status = {b["id"]: b["status"] for b in api.stats()["batches"]}[batch_id]
+    api.set(clock="instant")
     assert status == ("canceling" if cancel else "in_progress")
     assert pushed == {"batch_id": batch_id, XCOM_KEY: console_url(batch_id)}
 
 
 @pytest.mark.parametrize("cancel", [True, False])
-def test_killing_the_deferred_sensor_cancels_only_where_that_is_asked_for(home: Path, sim: SimulatorProcess, cancel: bool) -> None:
+def test_killing_the_deferred_sensor_cancels_only_where_that_is_asked_for(home: Path, api: SimulatorProcess, cancel: bool) -> None:
     """The trigger's on_kill, which Airflow 3.3 also calls at a Clear, leaves the batch alone by default."""
     from airflow_provider_batchkit.hooks.batchkit import BatchKitHook
     from airflow_provider_batchkit.triggers.batch import BatchTrigger
 
-    sim.set(clock="manual")
+    api.set(clock="manual")
     (batch_id,) = BatchKitHook().kit.submit(["a"], model="claude-haiku-5-5", max_tokens=9)
     trigger = BatchTrigger(batch_ids=[batch_id], anthropic_conn_id="anthropic_default", poke_interval=1, cancel_on_kill=cancel)
     asyncio.run(trigger.on_kill())
-    status = {b["id"]: b["status"] for b in sim.stats()["batches"]}[batch_id]
-    sim.set(clock="instant")
+    status = {b["id"]: b["status"] for b in api.stats()["batches"]}[batch_id]
+    api.set(clock="instant")
     assert status == ("canceling" if cancel else "in_progress")
 
 
 @pytest.mark.parametrize("cancel", [True, False])
-def test_killing_a_poking_sensor_cancels_only_where_that_is_asked_for(home: Path, sim: SimulatorProcess, cancel: bool) -> None:
+def test_killing_a_poking_sensor_cancels_only_where_that_is_asked_for(home: Path, api: SimulatorProcess, cancel: bool) -> None:
     """The sensor's own on_kill, on a worker, follows cancel_on_kill too."""
     from airflow_provider_batchkit.hooks.batchkit import BatchKitHook
     from airflow_provider_batchkit.sensors.batch import BatchSensor
 
-    sim.set(clock="manual")
+    api.set(clock="manual")
     (batch_id,) = BatchKitHook().kit.submit(["a"], model="claude-haiku-5-5", max_tokens=9)
     BatchSensor(task_id="wait", batch_id=batch_id, deferrable=False, cancel_on_kill=cancel).on_kill()
-    status = {b["id"]: b["status"] for b in sim.stats()["batches"]}[batch_id]
-    sim.set(clock="instant")
+    status = {b["id"]: b["status"] for b in api.stats()["batches"]}[batch_id]
+    api.set(clock="instant")
     assert status == ("canceling" if cancel else "in_progress")

@@ -5,11 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
-import json
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from typing import Any, TypeVar, cast
-from urllib.parse import quote
 
 import anthropic
 import pytest
@@ -21,6 +19,7 @@ from airflow_provider_batchkit.polling import PollState
 from airflow_provider_batchkit.simulator import Simulator
 from airflow_provider_batchkit.triggers import looking, poller
 from airflow_provider_batchkit.triggers.batch import BatchTrigger
+from tests.connections import anthropic_connection
 
 T = TypeVar("T")
 #: One for all clients: making one takes 30 ms.
@@ -37,8 +36,7 @@ def sim(monkeypatch: pytest.MonkeyPatch) -> Iterator[Simulator]:
 
 
 def connect(monkeypatch: pytest.MonkeyPatch, name: str, simulator: Simulator, key: str = "k") -> None:
-    extra = json.dumps({"anthropic_client_kwargs": {"base_url": simulator.base_url}})
-    monkeypatch.setenv(f"AIRFLOW_CONN_{name}", f"anthropic://:{key}@/?__extra__={quote(extra)}")
+    monkeypatch.setenv(f"AIRFLOW_CONN_{name}", anthropic_connection(simulator.base_url, key=key))
 
 
 def create(sim: Simulator, count: int, key: str = "k") -> list[str]:
@@ -91,6 +89,11 @@ def run(work: Callable[[], Awaitable[T]]) -> T:
 
 def calls(sim: Simulator, what: str) -> int:
     return int(sim.stats()["calls"].get(what, 0))
+
+
+def resting() -> bool:
+    """Whether the pollers have told what they saw, and wait for their next look."""
+    return all(shared._resting_until > 0 for shared in poller._pollers.values())
 
 
 def test_one_list_call_an_interval_answers_for_all(sim: Simulator) -> None:
@@ -166,7 +169,7 @@ def test_a_newcomer_does_not_wait_for_the_others_interval(sim: Simulator) -> Non
 
     async def work() -> None:
         tasks = start(ids[:7], poke_s=60.0)
-        await until(lambda: calls(sim, "list") == 1)
+        await until(lambda: calls(sim, "list") == 1 and resting())  # a look that is under way would speak for the newcomer, too
         sim.end(ids[7])
         began = time.monotonic()
         assert (await wait_for(ids[7], poke_s=60.0))["status"] == "ended"

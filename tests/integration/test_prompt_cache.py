@@ -10,7 +10,6 @@ from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import pytest
 
@@ -25,6 +24,7 @@ from airflow_provider_batchkit.sources import KeyTypes
 from airflow_provider_batchkit.spending import Limits
 from airflow_provider_batchkit.tally import format_tally
 from airflow_provider_batchkit.templates import RowTemplate
+from tests.connections import anthropic_connection
 from tests.databases import Database
 from tests.integration.airflow_runs import run_dag
 from tests.warehouse import Warehouse, kit_for
@@ -352,8 +352,7 @@ def test_a_kill_while_priming_never_pays_twice(
 @pytest.fixture
 def api(monkeypatch: pytest.MonkeyPatch, database: Database) -> Iterator[SimulatorProcess]:
     with SimulatorProcess(SimulatorSettings()) as process:
-        extra = json.dumps({"model": MODEL, "anthropic_client_kwargs": {"base_url": process.base_url}})
-        monkeypatch.setenv("AIRFLOW_CONN_ANTHROPIC_DEFAULT", f"anthropic://:test-key@/?__extra__={quote(extra)}")
+        monkeypatch.setenv("AIRFLOW_CONN_ANTHROPIC_DEFAULT", anthropic_connection(process.base_url, MODEL))
         monkeypatch.setenv("AIRFLOW_CONN_WAREHOUSE", database.airflow_uri)
         with database.engine().begin() as connection:
             connection.exec_driver_sql("CREATE TABLE products (id INTEGER, name TEXT)")

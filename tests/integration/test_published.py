@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import datetime as dt
 import json
-from collections.abc import Iterator
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import pytest
 from airflow.providers.common.compat.sdk import Stats
@@ -21,18 +19,18 @@ from tests.integration.airflow_runs import run_dag
 
 
 @pytest.fixture(scope="module")
-def simulator() -> Iterator[SimulatorProcess]:
-    with SimulatorProcess(SimulatorSettings(input_tokens=2700, output_tokens=100)) as process:
-        yield process
+def simulator_settings() -> SimulatorSettings:
+    return SimulatorSettings(input_tokens=2700, output_tokens=100)
+
+
+@pytest.fixture(scope="module")
+def connection_model() -> None:
+    """Every task names its model."""
 
 
 @pytest.fixture
-def home(airflow_db: Path, simulator: SimulatorProcess, sqlite: Database, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Airflow with an anthropic connection to the simulator and a SQLite warehouse."""
-    extra = json.dumps({"anthropic_client_kwargs": {"base_url": simulator.base_url}})
-    monkeypatch.setenv("AIRFLOW_CONN_ANTHROPIC_DEFAULT", f"anthropic://:test-key@/?__extra__={quote(extra)}")
-    monkeypatch.setenv("AIRFLOW_CONN_WAREHOUSE", sqlite.airflow_uri)
-    return airflow_db
+def database(sqlite: Database) -> Database:
+    return sqlite
 
 
 SUBMIT = """

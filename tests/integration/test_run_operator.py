@@ -2,45 +2,31 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import pytest
 import sqlalchemy as sa
 from airflow.providers.common.compat.sdk import AirflowException, AirflowFailException, AirflowSkipException, TaskDeferred
 
 from airflow_provider_batchkit.simulator import SimulatorProcess, SimulatorSettings, answer_for
-from tests.databases import Database
+from tests.connections import anthropic_connection
+from tests.databases import Database, rows
 from tests.integration.airflow_runs import run_dag
 
 
 @pytest.fixture
-def sim(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimulatorProcess]:
+def api(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimulatorProcess]:
     """A simulator of the test's own: it remembers which prompts it has failed once."""
     with SimulatorProcess(SimulatorSettings(input_tokens=1000, output_tokens=100)) as process:
-        extra = json.dumps({"model": "claude-opus-4-8", "anthropic_client_kwargs": {"base_url": process.base_url}})
-        monkeypatch.setenv("AIRFLOW_CONN_ANTHROPIC_DEFAULT", f"anthropic://:test-key@/?__extra__={quote(extra)}")
+        monkeypatch.setenv("AIRFLOW_CONN_ANTHROPIC_DEFAULT", anthropic_connection(process.base_url, "claude-opus-4-8"))
         yield process
-
-
-@pytest.fixture
-def home(airflow_db: Path, sim: SimulatorProcess, database: Database, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Airflow with an anthropic connection to the simulator and a warehouse connection to the test's database."""
-    monkeypatch.setenv("AIRFLOW_CONN_WAREHOUSE", database.airflow_uri)
-    return airflow_db
 
 
 #: of one request of the simulator at the batch price of claude-opus-4-8: 1,000 tokens in at $2.50 per million, 100 out at $12.50
 COST = Decimal("0.00375")
-
-
-def rows(database: Database, sql: str) -> list[tuple[Any, ...]]:
-    with database.engine().connect() as connection:
-        return [tuple(row) for row in connection.exec_driver_sql(sql)]
 
 
 def fill(database: Database, notes: dict[int, str]) -> None:
@@ -86,14 +72,14 @@ class Legs:
 
 
 def test_three_rounds_answer_five_percent_expired_and_two_percent_overloaded_rows(
-    home: Path, database: Database, sim: SimulatorProcess
+    home: Path, database: Database, api: SimulatorProcess
 ) -> None:
     """1,000 rows in batches of 300: every row lands, and the bill is that of 1,000 answers."""
     notes = {
         i: f"thing {i}" + ("[[sim:expired-once]]" if i % 20 == 3 else "[[sim:overloaded-once]]" if i % 50 == 7 else "") for i in range(1000)
     }
     fill(database, notes)
-    before = sim.stats()
+    before = api.stats()
     run = run_dag(
         home,
         """
@@ -115,9 +101,9 @@ def test_three_rounds_answer_five_percent_expired_and_two_percent_overloaded_row
     ]
     assert Decimal(summary["cost_tally"]["batch_cost_usd"]) == 1000 * COST
     assert (
-        sum(line["requests"] for line in sim.stats()["bill"].values()) - sum(line["requests"] for line in before["bill"].values()) == 1000
+        sum(line["requests"] for line in api.stats()["bill"].values()) - sum(line["requests"] for line in before["bill"].values()) == 1000
     )
-    assert sim.stats()["requests_accepted"] - before["requests_accepted"] == 1070
+    assert api.stats()["requests_accepted"] - before["requests_accepted"] == 1070
     assert dict(rows(database, "SELECT id, response FROM answers")) == {i: answer_for(note) for i, note in notes.items()}
     assert rows(database, "SELECT SUM(batch_cost_picousd) FROM batchkit_batch") == [(1000 * int(COST * 10**12),)]
     assert rows(database, "SELECT SUM(batch_cost_picousd) FROM batchkit_request") == [(1000 * int(COST * 10**12),)]
@@ -126,10 +112,10 @@ def test_three_rounds_answer_five_percent_expired_and_two_percent_overloaded_row
     assert len(summary["batch_ids"]) == 5
 
 
-def test_it_waits_without_a_worker_in_every_round(home: Path, database: Database, sim: SimulatorProcess) -> None:
+def test_it_waits_without_a_worker_in_every_round(home: Path, database: Database, api: SimulatorProcess) -> None:
     """Each round defers to the trigger with its own batches, and goes on from the ledger alone."""
     fill(database, {i: f"slow {i}" + "[[sim:rate-limit-once]]" * (i == 1) for i in range(3)})
-    sim.set(clock="manual")
+    api.set(clock="manual")
     legs = Legs(max_rounds=2, max_requests_per_batch=2, cancel_on_kill=True, timeout=60)
     first = legs.run()
     assert isinstance(first, TaskDeferred)
@@ -140,38 +126,38 @@ def test_it_waits_without_a_worker_in_every_round(home: Path, database: Database
     )
     assert first.trigger.cancel_on_kill
     for batch_id in first.trigger.batch_ids:
-        sim.end(batch_id)
+        api.end(batch_id)
     second = legs.resume()
     assert isinstance(second, TaskDeferred)
     (again,) = second.trigger.batch_ids
     assert again not in first.trigger.batch_ids
     assert legs.pushed["batch_ids"] == [*first.trigger.batch_ids, again]
     assert rows(database, "SELECT COUNT(*) FROM answers") == [(2,)]
-    sim.end(again)
+    api.end(again)
     assert legs.resume()["counts"] == {"succeeded": 3}
 
 
-def test_a_primed_run_sends_the_rest_when_its_first_row_has_ended(home: Path, database: Database, sim: SimulatorProcess) -> None:
+def test_a_primed_run_sends_the_rest_when_its_first_row_has_ended(home: Path, database: Database, api: SimulatorProcess) -> None:
     """The first row alone, then the others, then the landing of both; a retry in between waits for the same batch."""
     fill(database, {i: f"primed {i}" for i in range(4)})
-    sim.set(clock="manual")
-    before = sim.stats()["requests_accepted"]
+    api.set(clock="manual")
+    before = api.stats()["requests_accepted"]
     legs = Legs(system="Be brief. " * 2_000, cache_system="5m", prime_cache=True)
     primer = legs.run()
     assert primer.method_name == "primer_over"
-    assert sim.stats()["requests_accepted"] - before == 1
+    assert api.stats()["requests_accepted"] - before == 1
     assert legs.run().trigger.batch_ids == primer.trigger.batch_ids
-    sim.end(primer.trigger.batch_ids[0])
+    api.end(primer.trigger.batch_ids[0])
     rest = legs.run("primer_over", event={"status": "ended", "batch_ids": [], "counts": {}}, asked_before=1)
-    assert (rest.method_name, sim.stats()["requests_accepted"] - before) == ("execute_complete", 4)
+    assert (rest.method_name, api.stats()["requests_accepted"] - before) == ("execute_complete", 4)
     for batch_id in rest.trigger.batch_ids:
-        sim.end(batch_id)
+        api.end(batch_id)
     summary = legs.resume()
     assert (summary["rows"], summary["counts"], len(summary["batch_ids"])) == (4, {"succeeded": 4}, 2)
 
 
 def test_an_answer_that_does_not_fit_is_asked_again_only_where_that_is_wanted(
-    home: Path, database: Database, sim: SimulatorProcess
+    home: Path, database: Database, api: SimulatorProcess
 ) -> None:
     """It is billed each time, so the default keeps the raw text and asks no more; the rows' columns are typed either way."""
     schema = {"type": "object", "properties": {"size": {"type": "integer"}}, "required": ["size"]}
@@ -186,7 +172,7 @@ def test_an_answer_that_does_not_fit_is_asked_again_only_where_that_is_wanted(
     assert rows(database, "SELECT id, size IS NULL, status FROM again ORDER BY id") == [(0, 0, "succeeded"), (1, 0, "succeeded")]
 
 
-def test_what_asking_again_cannot_help_is_not_asked_again(home: Path, database: Database, sim: SimulatorProcess) -> None:
+def test_what_asking_again_cannot_help_is_not_asked_again(home: Path, database: Database, api: SimulatorProcess) -> None:
     """A permanent error stays, a passing one is asked until the rounds are over; the summary says which is which."""
     fill(database, {1: "fine", 2: "bad [[sim:errored]]", 3: "poor [[sim:credit]]", 4: "late [[sim:expired]]", 5: "down [[sim:api-error]]"})
     summary = Legs(max_rounds=3, include_failed=True).run()
@@ -221,69 +207,69 @@ def test_one_round_is_the_default(home: Path, database: Database) -> None:
     assert len(summary["rounds"]) == 1
 
 
-def test_rows_that_share_a_request_are_asked_again_as_one(home: Path, database: Database, sim: SimulatorProcess) -> None:
+def test_rows_that_share_a_request_are_asked_again_as_one(home: Path, database: Database, api: SimulatorProcess) -> None:
     """Three equal rows expire together; one request answers them, and only it is billed."""
     fill(database, {1: "same [[sim:expired-once]]", 2: "same [[sim:expired-once]]", 3: "other", 4: "same [[sim:expired-once]]"})
-    before = sim.stats()["requests_accepted"]
+    before = api.stats()["requests_accepted"]
     summary = Legs(max_rounds=2).run()
     assert summary["counts"] == {"succeeded": 4}
     assert [(r["rows"], r["requests"]) for r in summary["rounds"]] == [(4, 2), (3, 1)]
-    assert sim.stats()["requests_accepted"] - before == 3
+    assert api.stats()["requests_accepted"] - before == 3
     assert Decimal(summary["cost_tally"]["batch_cost_usd"]) == 2 * COST
     assert rows(database, "SELECT COUNT(*) FROM answers") == [(4,)]
 
 
 def test_a_failed_row_that_has_changed_is_asked_as_it_is_now_and_new_rows_wait(
-    home: Path, database: Database, sim: SimulatorProcess
+    home: Path, database: Database, api: SimulatorProcess
 ) -> None:
     """Its key has no answer, so the new request is asked, even one that another row has had answered; a row that is new is not."""
     fill(database, {1: "one", 2: "two [[sim:expired]]", 3: "three [[sim:expired]]"})
-    sim.set(clock="manual")
+    api.set(clock="manual")
     legs = Legs(max_rounds=2)
     (batch_id,) = legs.run().trigger.batch_ids
     fill(database, {1: "one changed", 2: "one", 4: "new"})
-    sim.end(batch_id)
-    sim.set(clock="instant")
+    api.end(batch_id)
+    api.set(clock="instant")
     summary = legs.resume()
     assert summary["counts"] == {"succeeded": 2, "expired": 1}
     assert dict(rows(database, "SELECT id, response FROM answers")) == {1: answer_for("one"), 2: answer_for("one")}
     assert [r["rows"] for r in summary["rounds"]] == [3, 1]
 
 
-def test_rows_that_left_the_source_end_the_asking(home: Path, database: Database, sim: SimulatorProcess) -> None:
+def test_rows_that_left_the_source_end_the_asking(home: Path, database: Database, api: SimulatorProcess) -> None:
     """A failed row that the source does not have any more cannot be asked: the summary says so."""
     fill(database, {1: "one", 2: "two [[sim:expired]]"})
-    sim.set(clock="manual")
+    api.set(clock="manual")
     legs = Legs(max_rounds=5)
     (batch_id,) = legs.run().trigger.batch_ids
     fill(database, {1: "one"})
-    sim.end(batch_id)
+    api.end(batch_id)
     summary = legs.resume()
     assert summary["stopped"] == "The source has none of the failed rows any more."
     assert summary["failed"][0]["keys"] == ["[2]"]
 
 
-def test_a_cleared_task_pays_nothing_and_lands_again(home: Path, database: Database, sim: SimulatorProcess) -> None:
+def test_a_cleared_task_pays_nothing_and_lands_again(home: Path, database: Database, api: SimulatorProcess) -> None:
     """It re-attaches to all rounds, also in another table, and does not read the source; more rounds may be given to it."""
     fill(database, {1: "one", 2: "two [[sim:expired-once]]", 3: "three [[sim:expired]]"})
     legs = Legs(max_rounds=2, include_failed=True)
     first = legs.run()
-    asked = sim.stats()["requests_accepted"]
+    asked = api.stats()["requests_accepted"]
     fill(database, {9: "nine"})
     legs.parameters["table"] = "elsewhere"
     again = legs.run()
     assert {**again, "table": "answers"} == first
-    assert sim.stats()["requests_accepted"] == asked
+    assert api.stats()["requests_accepted"] == asked
     assert rows(database, "SELECT id, status FROM elsewhere ORDER BY id") == [(1, "succeeded"), (2, "succeeded"), (3, "expired")]
     fill(database, {3: "three"})
     legs.parameters["max_rounds"] = 3
     assert legs.run()["counts"] == {"succeeded": 3}
-    assert sim.stats()["requests_accepted"] == asked + 1
+    assert api.stats()["requests_accepted"] == asked + 1
 
 
 @pytest.mark.parametrize("disposition", ["merge", "append", "replace"])
 def test_a_row_has_its_last_outcome_whatever_the_disposition_and_order(
-    home: Path, database: Database, sim: SimulatorProcess, disposition: str
+    home: Path, database: Database, api: SimulatorProcess, disposition: str
 ) -> None:
     """Failed rows are replaced by a later round's; landing the first round again afterwards changes neither table nor ledger."""
     from airflow_provider_batchkit.operators.batch import FetchBatchOperator
@@ -315,15 +301,15 @@ def test_a_row_has_its_last_outcome_whatever_the_disposition_and_order(
     assert batch_of_3 == (summary["batch_ids"][1],)
 
 
-def test_a_cap_without_room_ends_the_asking_with_what_has_landed(home: Path, database: Database, sim: SimulatorProcess) -> None:
+def test_a_cap_without_room_ends_the_asking_with_what_has_landed(home: Path, database: Database, api: SimulatorProcess) -> None:
     """A round is held against the caps before it is sent; the answers of the rounds before it are kept, and the task says why."""
     fill(database, {i: f"thing {i}" + "[[sim:expired-once]]" * (i < 5) for i in range(10)})
-    sim.set(clock="manual")
+    api.set(clock="manual")
     # 10 requests are bounded by about $0.014; half of them again do not fit beside the $0.01875 that the others cost
     legs = Legs(max_rounds=3, budget={"name": "b", "usd": "0.020"})
     (batch_id,) = legs.run().trigger.batch_ids
-    sim.end(batch_id)
-    sim.set(clock="instant")
+    api.end(batch_id)
+    api.set(clock="instant")
     summary = legs.resume()
     assert summary["counts"] == {"succeeded": 5, "expired": 5}
     assert "The budget 'b' would be exceeded" in summary["stopped"]
@@ -339,10 +325,10 @@ def test_too_many_failures_are_judged_by_the_last_outcome(home: Path, database: 
         Legs(max_rounds=2, fail_on_error_rate=0.33).run()
 
 
-def test_a_wait_that_takes_too_long_fails_and_a_retry_goes_on(home: Path, database: Database, sim: SimulatorProcess) -> None:
+def test_a_wait_that_takes_too_long_fails_and_a_retry_goes_on(home: Path, database: Database, api: SimulatorProcess) -> None:
     """The trigger's time-out is worth a retry, which waits for the same batches."""
     fill(database, {1: "slow"})
-    sim.set(clock="manual")
+    api.set(clock="manual")
     legs = Legs()
     deferred = legs.run()
     with pytest.raises(AirflowException, match="did not end in time"):
@@ -350,20 +336,20 @@ def test_a_wait_that_takes_too_long_fails_and_a_retry_goes_on(home: Path, databa
     with pytest.raises(AirflowException, match="refuses"):
         legs.run("execute_complete", event={"status": "error", "message": "The API refuses the key."})
     assert legs.run().trigger.batch_ids == deferred.trigger.batch_ids
-    sim.end(deferred.trigger.batch_ids[0])
+    api.end(deferred.trigger.batch_ids[0])
     assert legs.run()["counts"] == {"succeeded": 1}
 
 
-def test_batches_are_deleted_only_when_the_last_round_has_landed(home: Path, database: Database, sim: SimulatorProcess) -> None:
+def test_batches_are_deleted_only_when_the_last_round_has_landed(home: Path, database: Database, api: SimulatorProcess) -> None:
     """delete_after_fetch waits for the end, and a cleared task recalls what is gone from the ledger."""
     fill(database, {1: "one", 2: "two [[sim:expired-once]]"})
     legs = Legs(max_rounds=2, delete_after_fetch=True)
     summary = legs.run()
-    assert not set(summary["batch_ids"]) & {b["id"] for b in sim.stats()["batches"]}
+    assert not set(summary["batch_ids"]) & {b["id"] for b in api.stats()["batches"]}
     assert legs.run() == summary
 
 
-def test_an_empty_source_and_a_dry_run_end_as_in_submit(home: Path, database: Database, sim: SimulatorProcess) -> None:
+def test_an_empty_source_and_a_dry_run_end_as_in_submit(home: Path, database: Database, api: SimulatorProcess) -> None:
     """Skipped by default, and asked anew when the cleared task finds rows; a dry run sends nothing."""
     with database.engine().begin() as connection:
         connection.exec_driver_sql("CREATE TABLE things (id INTEGER PRIMARY KEY, note TEXT)")
@@ -372,86 +358,86 @@ def test_an_empty_source_and_a_dry_run_end_as_in_submit(home: Path, database: Da
     empty = Legs(on_empty="succeed").run()
     assert (empty["batch_ids"], empty["rows"], empty["counts"]) == ([], 0, {})
     fill(database, {1: "one"})
-    asked = sim.stats()["requests_accepted"]
+    asked = api.stats()["requests_accepted"]
     with pytest.raises(AirflowSkipException, match="Dry run"):
         Legs(dry_run=True).run()
-    assert sim.stats()["requests_accepted"] == asked
+    assert api.stats()["requests_accepted"] == asked
     assert Legs().run()["counts"] == {"succeeded": 1}
 
 
 def test_bad_parameters_and_a_table_that_does_not_fit_are_refused_before_anything_is_sent(
-    home: Path, database: Database, sim: SimulatorProcess
+    home: Path, database: Database, api: SimulatorProcess
 ) -> None:
     """At parse time, or in the first leg: never after the bill."""
     for parameters in ({"max_rounds": 0}, {"poke_interval": 0}, {"write_disposition": "x"}, {"fail_on_error_rate": 2}):
         with pytest.raises(ValueError, match=next(iter(parameters))):
             Legs(**parameters).run()
     fill(database, {1: "one"})
-    asked = sim.stats()["requests_accepted"]
+    asked = api.stats()["requests_accepted"]
     with pytest.raises(AirflowFailException, match="lacks the columns"):
         Legs(table="things").run()
     with pytest.raises(AirflowFailException, match="mapped"):
         Legs(map_index=0, write_disposition="replace").run()
-    assert sim.stats()["requests_accepted"] == asked
+    assert api.stats()["requests_accepted"] == asked
 
 
 @pytest.mark.parametrize("cancel", [True, False])
 def test_killing_it_cancels_what_runs_only_where_that_is_asked_for(
-    home: Path, database: Database, sim: SimulatorProcess, cancel: bool
+    home: Path, database: Database, api: SimulatorProcess, cancel: bool
 ) -> None:
     """Batches of a round that has landed are over; only the running ones are canceled."""
     from airflow_provider_batchkit.ledger import make_job_id
     from airflow_provider_batchkit.operators.batch import RunBatchOperator
 
     fill(database, {1: "one", 2: "two [[sim:expired-once]]"})
-    sim.set(clock="manual")
+    api.set(clock="manual")
     legs = Legs(max_rounds=2, cancel_on_kill=cancel)
-    sim.end(legs.run().trigger.batch_ids[0])
+    api.end(legs.run().trigger.batch_ids[0])
     (running,) = legs.resume().trigger.batch_ids
     operator = RunBatchOperator(task_id="run", **legs.parameters)
     operator._job_id = make_job_id("d", "r", "run")
     operator.on_kill()
-    assert {b["id"]: b["status"] for b in sim.stats()["batches"]}[running] == ("canceling" if cancel else "in_progress")
+    assert {b["id"]: b["status"] for b in api.stats()["batches"]}[running] == ("canceling" if cancel else "in_progress")
 
 
 def test_a_round_whose_batch_proves_to_be_anothers_is_sent_by_the_next_attempt(
-    home: Path, database: Database, sim: SimulatorProcess
+    home: Path, database: Database, api: SimulatorProcess
 ) -> None:
     """A cut POST and a running batch of the same size: adopted as a guess, disproved at landing, and the retry sends the rows once."""
     from airflow_provider_batchkit.hooks.batchkit import BatchKitHook
 
     fill(database, {1: "one", 2: "two [[sim:expired-once]]"})
-    sim.set(clock="manual")
+    api.set(clock="manual")
     (foreign,) = BatchKitHook().kit.submit(["a", "b"], model="claude-haiku-5-5", max_tokens=9)
-    sim.faults.add("cut_before_accept")
+    api.faults.add("cut_before_accept")
     legs = Legs(max_rounds=2)
     assert legs.run().trigger.batch_ids == [foreign]
-    sim.end(foreign)
-    sim.set(clock="instant")
+    api.end(foreign)
+    api.set(clock="instant")
     with pytest.raises(AirflowFailException, match="is another job's"):
         legs.resume()
-    asked = sim.stats()["requests_accepted"]
+    asked = api.stats()["requests_accepted"]
     assert legs.run()["counts"] == {"succeeded": 2}
-    assert sim.stats()["requests_accepted"] == asked + 3
+    assert api.stats()["requests_accepted"] == asked + 3
 
 
-def test_a_retry_in_the_middle_of_a_round_sends_only_the_rest_of_it(home: Path, database: Database, sim: SimulatorProcess) -> None:
+def test_a_retry_in_the_middle_of_a_round_sends_only_the_rest_of_it(home: Path, database: Database, api: SimulatorProcess) -> None:
     """The second round's second batch is refused for a while: the retry sends that one, and lands both."""
     fill(database, {i: f"{i} [[sim:expired-once]]" for i in range(4)})
-    sim.set(clock="manual")
+    api.set(clock="manual")
     legs = Legs(max_rounds=2, max_requests_per_batch=2)
     for batch_id in legs.run().trigger.batch_ids:
-        sim.end(batch_id)
-    sim.faults.add("status", endpoint="create", status=403, after=1)
+        api.end(batch_id)
+    api.faults.add("status", endpoint="create", status=403, after=1)
     with pytest.raises(AirflowFailException, match="403"):
         legs.resume()
     deferred = legs.run()
     assert len(deferred.trigger.batch_ids) == 2
     for batch_id in deferred.trigger.batch_ids:
-        sim.end(batch_id)
+        api.end(batch_id)
     summary = legs.resume()
     assert [(r["rows"], r["requests"]) for r in summary["rounds"]] == [(4, 4), (4, 4)]
-    assert sim.stats()["requests_accepted"] == 8
+    assert api.stats()["requests_accepted"] == 8
 
 
 # --- the three-task form ----------------------------------------------------------------------------------------------------------
@@ -471,19 +457,19 @@ fetch >> again
 """
 
 
-def test_the_failed_rows_of_an_earlier_submit_are_asked_again(home: Path, database: Database, sim: SimulatorProcess) -> None:
+def test_the_failed_rows_of_an_earlier_submit_are_asked_again(home: Path, database: Database, api: SimulatorProcess) -> None:
     """The same operator with only_failed_of: the passing failures of both batches, and nothing else."""
     notes = {1: "a", 2: "b [[sim:expired-once]]", 3: "c [[sim:errored]]", 4: "d [[sim:overloaded-once]]"}
     fill(database, notes)
-    asked = sim.stats()["requests_accepted"]
+    asked = api.stats()["requests_accepted"]
     run = run_dag(home, AGAIN)
     assert run.state == "success"
-    assert sim.stats()["requests_accepted"] - asked == 6
+    assert api.stats()["requests_accepted"] - asked == 6
     assert run.xcom("fetch2")["counts"] == {"succeeded": 2}
     assert dict(rows(database, "SELECT id, response FROM answers")) == {i: answer_for(notes[i]) for i in (1, 2, 4)}
 
 
-def test_with_nothing_to_ask_again_the_second_submit_skips(home: Path, database: Database, sim: SimulatorProcess) -> None:
+def test_with_nothing_to_ask_again_the_second_submit_skips(home: Path, database: Database, api: SimulatorProcess) -> None:
     """on_empty says what happens: skip, by default."""
     fill(database, {1: "a", 2: "b [[sim:errored]]"})
     run = run_dag(home, AGAIN)
@@ -494,7 +480,7 @@ def test_with_nothing_to_ask_again_the_second_submit_skips(home: Path, database:
     ("batch_ids", "message"), [("msgbatch_none", "does not know"), (None, "must be an id"), ("landed-not", "has not landed")]
 )
 def test_only_failed_of_wants_batches_whose_outcomes_are_known(
-    home: Path, database: Database, sim: SimulatorProcess, batch_ids: Any, message: str
+    home: Path, database: Database, api: SimulatorProcess, batch_ids: Any, message: str
 ) -> None:
     """A batch of elsewhere, an output that is None, a batch that nobody has fetched: refused, and never read as "all rows"."""
     from airflow_provider_batchkit.operators.batch import SubmitBatchOperator
@@ -510,7 +496,7 @@ def test_only_failed_of_wants_batches_whose_outcomes_are_known(
     }
     first = SubmitBatchOperator(task_id="first", **source)
     again = SubmitBatchOperator(task_id="again", only_failed_of="{{ none }}", **source)
-    asked = sim.stats()["requests_accepted"]
+    asked = api.stats()["requests_accepted"]
     if batch_ids == "landed-not":
         (batch_ids,) = first.execute({"ti": ti()})
         asked += 1
@@ -519,4 +505,4 @@ def test_only_failed_of_wants_batches_whose_outcomes_are_known(
     ti.run_id = "r2"  # type: ignore[attr-defined]  # another job
     with pytest.raises(AirflowFailException, match=message):
         again.execute({"ti": ti()})
-    assert sim.stats()["requests_accepted"] == asked
+    assert api.stats()["requests_accepted"] == asked

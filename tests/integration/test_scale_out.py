@@ -7,11 +7,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from urllib.parse import quote
 
 import sqlalchemy as sa
 
 from airflow_provider_batchkit.simulator import SimulatorProcess, answer_for
+from tests.connections import anthropic_connection
 from tests.databases import Database
 from tests.warehouse import Warehouse, kit_for
 
@@ -38,7 +38,6 @@ def test_mapped_fetches_in_processes_that_share_no_folder_land_at_once(database:
         source = ({"id": i, "name": f"product {i}"} for i in range(WORKERS * ROWS))
         ids = warehouse.submit(source, max_requests=ROWS).batch_ids
         assert len(ids) == WORKERS
-        extra = json.dumps({"anthropic_client_kwargs": {"base_url": sim.base_url}})
         workers = []
         for index, batch_id in enumerate(ids):
             folder = tmp_path / f"worker-{index}"
@@ -50,7 +49,7 @@ def test_mapped_fetches_in_processes_that_share_no_folder_land_at_once(database:
                 "AIRFLOW_HOME": str(folder),
                 "AIRFLOW__DATABASE__SQL_ALCHEMY_CONN": f"sqlite:///{folder}/airflow.db",
                 "AIRFLOW_CONN_WAREHOUSE": database.airflow_uri,
-                "AIRFLOW_CONN_ANTHROPIC_DEFAULT": f"anthropic://:test-key@/?__extra__={quote(extra)}",
+                "AIRFLOW_CONN_ANTHROPIC_DEFAULT": anthropic_connection(sim.base_url),
                 "TMPDIR": str(temporary),
                 "SQLITE_TMPDIR": str(temporary),
             }

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import pytest
 
@@ -23,18 +21,8 @@ from tests.warehouse import Warehouse, kit_for
 
 
 @pytest.fixture(scope="module")
-def simulator() -> Iterator[SimulatorProcess]:
-    with SimulatorProcess(SimulatorSettings()) as process:
-        yield process
-
-
-@pytest.fixture
-def home(airflow_db: Path, simulator: SimulatorProcess, database: Database, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Airflow with an anthropic connection to the simulator and a warehouse connection to the test's database."""
-    extra = json.dumps({"model": "claude-opus-4-8", "anthropic_client_kwargs": {"base_url": simulator.base_url}})
-    monkeypatch.setenv("AIRFLOW_CONN_ANTHROPIC_DEFAULT", f"anthropic://:test-key@/?__extra__={quote(extra)}")
-    monkeypatch.setenv("AIRFLOW_CONN_WAREHOUSE", database.airflow_uri)
-    return airflow_db
+def connection_model() -> str:
+    return "claude-opus-4-8"
 
 
 SUBMIT = """

@@ -2,43 +2,26 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import pytest
 from airflow.sdk import DAG, Asset
 
 from airflow_provider_batchkit.exceptions import BatchInputError
 from airflow_provider_batchkit.operators.stages import BatchStage, batch_stage
-from airflow_provider_batchkit.simulator import SimulatorProcess, SimulatorSettings, answer_for
-from tests.databases import Database
+from airflow_provider_batchkit.simulator import SimulatorProcess, answer_for
+from tests.databases import Database, rows
 from tests.integration.airflow_runs import run_dag
 
 
-@pytest.fixture(scope="module")
-def simulator() -> Iterator[SimulatorProcess]:
-    with SimulatorProcess(SimulatorSettings()) as process:
-        yield process
-
-
 @pytest.fixture
-def home(airflow_db: Path, simulator: SimulatorProcess, database: Database, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Airflow with an anthropic connection to the simulator, and tickets of two days in a warehouse."""
-    extra = json.dumps({"model": "claude-sonnet-5", "anthropic_client_kwargs": {"base_url": simulator.base_url}})
-    monkeypatch.setenv("AIRFLOW_CONN_ANTHROPIC_DEFAULT", f"anthropic://:test-key@/?__extra__={quote(extra)}")
-    monkeypatch.setenv("AIRFLOW_CONN_WAREHOUSE", database.airflow_uri)
+def home(home: Path, database: Database) -> Path:
+    """Airflow with its connections, and tickets of two days in the warehouse."""
     with database.engine().begin() as connection:
         connection.exec_driver_sql("CREATE TABLE tickets (id INTEGER PRIMARY KEY, day TEXT, body TEXT)")
         connection.exec_driver_sql("INSERT INTO tickets VALUES (1, 'mo', 'broken'), (2, 'mo', 'late'), (3, 'tu', 'thanks')")
-    return airflow_db
-
-
-def rows(database: Database, sql: str) -> list[tuple[Any, ...]]:
-    with database.engine().connect() as connection:
-        return [tuple(row) for row in connection.exec_driver_sql(sql)]
+    return home
 
 
 def asked(question: str, *bodies: str) -> list[str]:

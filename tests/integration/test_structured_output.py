@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import pytest
 import sqlalchemy as sa
 
 from airflow_provider_batchkit.exceptions import BatchInputError, RequestError, TableError
 from airflow_provider_batchkit.simulator import Simulator, SimulatorSettings, answer_for
+from tests.connections import anthropic_connection
 from tests.databases import Database
 from tests.integration.airflow_runs import run_dag
 from tests.warehouse import Warehouse, kit_for
@@ -271,8 +271,7 @@ def test_a_pydantic_model_in_a_dag(
 ) -> None:
     """From the model's class in the DAG file to typed columns; the key's clash with a property is found before anything is sent."""
     database: Database = request.getfixturevalue(kind)
-    extra = json.dumps({"anthropic_client_kwargs": {"base_url": sim.base_url}})
-    monkeypatch.setenv("AIRFLOW_CONN_ANTHROPIC_DEFAULT", f"anthropic://:test-key@/?__extra__={quote(extra)}")
+    monkeypatch.setenv("AIRFLOW_CONN_ANTHROPIC_DEFAULT", anthropic_connection(sim.base_url))
     monkeypatch.setenv("AIRFLOW_CONN_WAREHOUSE", database.airflow_uri)
     with database.engine().begin() as connection:
         connection.exec_driver_sql("CREATE TABLE products (id INTEGER PRIMARY KEY, name TEXT)")

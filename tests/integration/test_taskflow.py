@@ -2,41 +2,17 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import pytest
 from airflow.sdk import task
 
 from airflow_provider_batchkit.exceptions import BatchInputError
 from airflow_provider_batchkit.requests import encode_params, params_digest
-from airflow_provider_batchkit.simulator import SimulatorProcess, SimulatorSettings, answer_for
-from tests.databases import Database
+from airflow_provider_batchkit.simulator import SimulatorProcess, answer_for
+from tests.databases import Database, rows
 from tests.integration.airflow_runs import Run, run_dag
-
-
-@pytest.fixture(scope="module")
-def simulator() -> Iterator[SimulatorProcess]:
-    with SimulatorProcess(SimulatorSettings()) as process:
-        yield process
-
-
-@pytest.fixture
-def home(airflow_db: Path, simulator: SimulatorProcess, database: Database, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Airflow with an anthropic connection to the simulator and a warehouse connection to the test's database."""
-    extra = json.dumps({"model": "claude-sonnet-5", "anthropic_client_kwargs": {"base_url": simulator.base_url}})
-    monkeypatch.setenv("AIRFLOW_CONN_ANTHROPIC_DEFAULT", f"anthropic://:test-key@/?__extra__={quote(extra)}")
-    monkeypatch.setenv("AIRFLOW_CONN_WAREHOUSE", database.airflow_uri)
-    return airflow_db
-
-
-def rows(database: Database, sql: str) -> list[tuple[Any, ...]]:
-    with database.engine().connect() as connection:
-        return [tuple(row) for row in connection.exec_driver_sql(sql)]
-
 
 FETCH = """
 wait = BatchSensor(task_id="wait", batch_id=batches, poke_interval=1)
