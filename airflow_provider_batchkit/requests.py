@@ -327,8 +327,7 @@ class RequestBuilder:
             see(chunk)
             yield requests
             position += len(chunk)
-            fitting = _PIECE_BYTES * len(chunk) // sum(len(request.body) for request in requests)
-            rows = min(max(fitting, 1), 2 * rows, _PIECE_ROWS)
+            rows = max(1, min(_PIECE_BYTES // len(requests[-1].body), 2 * rows, _PIECE_ROWS))
 
     def build_all(self, items: Sequence[Any], position: int) -> list[PreparedRequest]:
         """:meth:`build` for items that follow each other from ``position`` on; faster, for rows of a job."""

@@ -70,6 +70,6 @@ def exact_usd(pico: sa.ColumnElement[Any], dialect: Dialect) -> sa.ColumnElement
     if dialect.name != "sqlite":
         return sa.cast(pico, sa.Numeric(38, 0)) * sa.literal(Decimal(1) / PICO_PER_USD, sa.Numeric(13, 12))
     cent = PICO_PER_USD // 100
-    dollars_and_cents = sa.func.printf("%d.%02d", pico // PICO_PER_USD, pico // cent % 100)
-    beyond = sa.func.rtrim(sa.func.printf("%010d", pico % cent), "0")
-    return sa.case((pico.is_not(None), dollars_and_cents.concat(beyond)))
+    whole_cents = sa.func.printf("%d.%02d", pico // PICO_PER_USD, pico // cent % 100)
+    all_digits = sa.func.printf("%d.%012d", pico // PICO_PER_USD, pico % PICO_PER_USD)
+    return sa.case((pico % cent == 0, whole_cents), (pico.is_not(None), sa.func.rtrim(all_digits, "0")))
