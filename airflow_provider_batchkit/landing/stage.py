@@ -114,7 +114,7 @@ class Stage:
         self._waiting = _Rows()
         key_types = [(c.name, c.type) for c in table.table.columns][: len(table.key_columns)]
         answer_types = [(name, sa.Text() if name in table.json_names else type_) for name, type_ in table.answer_columns]
-        self._answers = len(answer_types)
+        self._no_values: Values = (None,) * len(answer_types)
         self.table = sa.Table(
             f"batchkit_stage_{secrets.token_hex(6)}",
             sa.MetaData(),
@@ -130,31 +130,37 @@ class Stage:
         :param costs: of each, batch and standard cost in picodollars; None when it is not known
         :param values: of each answer, in the order of the table's answer columns
         """
-        waiting = self._waiting
+        values = [self._no_values] * len(items) if values is None else values
         keys = [""] * len(items) if self._keys is None else self._keys.billed(item.custom_id for item in items)
-        waiting.add(items, keys, costs, values or (), asked=1)
+        self._add(items, keys, costs, values, asked=1)
         if self._keys is not None and self._keys.any_copies:
             self._put_copies(self._keys, items, costs, values)
-        if len(waiting.items) >= _CHUNK_ROWS or waiting.characters >= _CHUNK_CHARACTERS:
-            self.flush()
 
-    def _put_copies(self, keys: AskedKeys, items: Sequence[BatchItem], costs: Sequence[_Cost], values: Sequence[Values] | None) -> None:
+    def _put_copies(self, keys: AskedKeys, items: Sequence[BatchItem], costs: Sequence[_Cost], values: Sequence[Values]) -> None:
         """Add the rows that share a request with another, which pays for it."""
-        for place, item in enumerate(items):
-            if copies := keys.copies(item.custom_id):
-                many = len(copies)
-                free = [None if costs[place] is None else (0, 0)] * many
-                self._waiting.add([item] * many, copies, free, () if values is None else [values[place]] * many, asked=0)
+        for item, cost, answer in zip(items, costs, values, strict=True):
+            copies = keys.copies(item.custom_id)
+            free = None if cost is None else (0, 0)
+            at_a_time = max(1, min(_CHUNK_ROWS, _CHUNK_CHARACTERS // len(item.text or "-")))
+            for start in range(0, len(copies), at_a_time):
+                part = copies[start : start + at_a_time]
+                self._add([item] * len(part), part, [free] * len(part), [answer] * len(part), asked=0)
+
+    def _add(
+        self, items: Sequence[BatchItem], keys: Sequence[str], costs: Sequence[_Cost], values: Sequence[Values], *, asked: int
+    ) -> None:
+        self._waiting.add(items, keys, costs, values, asked=asked)
+        if len(self._waiting.items) >= _CHUNK_ROWS or self._waiting.characters >= _CHUNK_CHARACTERS:
+            self.flush()
 
     def flush(self) -> None:
         """Write what is waiting."""
         rows = self._waiting
         if rows.items:
             keys = self._result_table.key_values(rows.keys)
-            answers = list(zip(*rows.values, strict=True)) if rows.values else [[None] * len(rows.items)] * self._answers
             columns = rows.columns()
             self.counts.update(columns[_STATUS])
-            self._load(self._connection, self.table, [*keys, *answers, *columns])
+            self._load(self._connection, self.table, [*keys, *zip(*rows.values, strict=True), *columns])
         self._waiting = _Rows()
 
 

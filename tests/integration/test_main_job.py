@@ -412,6 +412,17 @@ def test_more_rows_than_a_chunk_land_whole(warehouse: Warehouse) -> None:
     assert warehouse.rows("SELECT status, COUNT(*) AS n FROM batchkit_request GROUP BY status") == [{"status": "succeeded", "n": 5_006}]
 
 
+def test_one_question_of_many_rows_lands_for_each_and_is_paid_once(warehouse: Warehouse) -> None:
+    """More rows than are written at a time share one request."""
+    landed = warehouse.fetch(warehouse.submit([{"id": i, "name": "tea"} for i in range(2_503)]).batch_ids)
+    assert (landed.rows, landed.tally.requests) == (2_503, 1)
+    assert warehouse.rows("SELECT COUNT(*) AS n, COUNT(DISTINCT id) AS ids, MIN(response) AS a, MAX(response) AS z FROM answers") == [
+        {"n": 2_503, "ids": 2_503, "a": answer_for("About tea"), "z": answer_for("About tea")}
+    ]
+    costs = [Decimal(str(row["cost_usd"])) for row in warehouse.rows("SELECT cost_usd FROM answers")]
+    assert (sum(costs), max(costs)) == (landed.tally.batch_cost_usd, landed.tally.batch_cost_usd)
+
+
 def test_a_replace_that_is_cut_leaves_the_table_as_it_was(warehouse: Warehouse, sim: Simulator, monkeypatch: pytest.MonkeyPatch) -> None:
     """All batches of a replace are one transaction: when the last cannot be read, nothing of the first is there."""
     monkeypatch.setattr(warehouse.kit, "read_pieces", partial(warehouse.kit.read_pieces, sleep=lambda _: None))

@@ -121,6 +121,21 @@ def test_what_does_not_fit_lands_with_its_text_and_its_reason(every_way: Warehou
     assert sum(r["c"] for r in ledger) == sum(r["batch_cost_picousd"] for r in every_way.rows("SELECT * FROM batchkit_batch"))
 
 
+def test_a_line_that_never_comes_leaves_the_other_rows_their_values(every_way: Warehouse, sim: Simulator) -> None:
+    """Rows with and without an answer land together, each with its own columns, also those that share a request."""
+    ids = every_way.submit(items("lamp", "cup", "lamp", "tea", "cup"), output_schema=SCHEMA).batch_ids
+    sim.faults.add("missing_line", line=2, times=None)
+    landed = every_way.fetch(ids, include_failed=True)
+    assert (landed.rows, landed.counts["missing"] > 0) == (5, True)
+    rows = typed(every_way)
+    assert [row["status"] for row in rows].count("missing") == landed.counts["missing"]
+    for row in rows:
+        answer = {"title": None} if row["status"] == "missing" else json.loads(row["response"])
+        assert row["title"] == answer["title"]
+        if row["status"] == "missing":
+            assert {row[name] for name in (*NAMES, "response", "cost_usd")} <= {None, "0.00", 0}
+
+
 def test_an_answer_that_does_not_fit_never_overwrites_one_that_does(warehouse: Warehouse) -> None:
     """Merge keeps the good row of an earlier run, and takes the text of the later one where there was none."""
     first = warehouse.submit(items("lamp", "[[sim:expired]]"), output_schema=SCHEMA)
