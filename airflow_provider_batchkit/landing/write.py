@@ -49,6 +49,7 @@ def settle_requests(connection: Connection, stage: sa.Table, record: BatchRecord
         "job_id": sa.literal(record.job_id),
         "key": stage.c.batchkit_key,
         "shard": sa.literal(record.shard),
+        "custom_id": stage.c.custom_id,
         # behind the job's id and a dash
         "digest": sa.func.substr(stage.c.custom_id, len(record.job_id) + 2),
         "asked": stage.c.batchkit_asked == 1,

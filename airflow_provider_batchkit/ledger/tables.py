@@ -133,8 +133,8 @@ request = sa.Table(
     sa.Column("job_id", sa.String(20), primary_key=True),
     sa.Column("key", _KEY, primary_key=True),
     sa.Column("shard", sa.Integer, nullable=False),
-    # of the request's params, and without dedupe of its key too: equal digests have asked the same; the request's custom_id is
-    # <job_id>-<digest>
+    sa.Column("custom_id", sa.String(64), nullable=False),
+    # of the request's params, and without dedupe of its key too: equal digests have asked the same
     sa.Column("digest", sa.String(40), nullable=False),
     # true when this row's request is in the batch's body, false when it shares another row's
     sa.Column("asked", sa.Boolean, nullable=False),

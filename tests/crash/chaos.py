@@ -478,7 +478,7 @@ class Chaos:
         created = {batch["id"]: batch["created_at"] for batch in stats["batches"]}
         for ids in sorted(twice):
             custom_id = next(c for c, found in batches_of.items() if tuple(found) == ids)
-            jobs = self._rows("SELECT job_id FROM batchkit_job WHERE job_id = :job", job=custom_id[:20])
+            jobs = self._rows("SELECT DISTINCT job_id FROM batchkit_request WHERE custom_id = :c", c=custom_id)
             where = " OR ".join(f"job_id = '{row['job_id']}'" for row in jobs) or "1 = 0"
             ledger = self._rows(f"SELECT * FROM batchkit_batch WHERE {where} ORDER BY job_id, shard")
             runs = self._rows(f"SELECT job_id, run_id, lease FROM batchkit_job WHERE {where}")
