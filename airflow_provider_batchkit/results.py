@@ -80,6 +80,7 @@ class _RawLine(msgspec.Struct, gc=False):
 
 
 _decode_line = msgspec.json.Decoder(_Line).decode
+_decode_lines = msgspec.json.Decoder(_Line).decode_lines
 _decode_raw_line = msgspec.json.Decoder(_RawLine).decode
 _STATUSES = {status.value: status for status in (RequestStatus.ERRORED, RequestStatus.EXPIRED, RequestStatus.CANCELED)}
 
@@ -93,29 +94,6 @@ class BrokenLine:
     reason: str
     #: the beginning of the line
     sample: str
-
-
-class LineSplitter:
-    """Splits a byte stream at ``\\n``. ``feed`` returns the complete lines so far, ``flush`` the rest without a newline."""
-
-    def __init__(self) -> None:
-        self._rest: list[bytes] = []
-
-    def feed(self, data: bytes) -> list[bytes]:
-        if b"\n" not in data:
-            if data:
-                self._rest.append(data)
-            return []
-        lines = data.split(b"\n")
-        if self._rest:
-            lines[0] = b"".join([*self._rest, lines[0]])
-        last = lines.pop()
-        self._rest = [last] if last else []
-        return lines
-
-    def flush(self) -> list[bytes]:
-        rest, self._rest = b"".join(self._rest), []
-        return [rest] if rest else []
 
 
 def _usage(wire: _WireUsage) -> Usage:
@@ -178,24 +156,37 @@ def parse_line(line: bytes, number: int, *, keep_message: bool = True) -> BatchI
 
 def parse_pieces(chunks: Iterable[bytes], *, keep_message: bool = True) -> Iterator[list[BatchItem | BrokenLine]]:
     """Raw chunks of a results stream → items, as many together as a chunk completes. Blank lines are skipped."""
-    splitter = LineSplitter()
-    number = 0
+    before = 0
+    for lines in _whole_lines(chunks):
+        count = lines.count(b"\n")
+        yield _parse(lines, before, count, keep_message)
+        before += count
+
+
+def _whole_lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    """The same bytes, cut behind the last newline of each chunk that has one; at the end what follows the last newline of all."""
+    rest: list[bytes] = []
     for chunk in chunks:
-        lines = splitter.feed(chunk)
-        yield _parse(lines, number, keep_message)
-        number += len(lines)
-    yield _parse(splitter.flush(), number, keep_message)
+        end = chunk.rfind(b"\n") + 1
+        if end:
+            yield b"".join([*rest, chunk[:end]])
+            rest.clear()
+        rest.append(chunk[end:])
+    yield b"".join(rest)
 
 
-def _parse(lines: list[bytes], before: int, keep_message: bool) -> list[BatchItem | BrokenLine]:
+def _parse(lines: bytes, before: int, count: int, keep_message: bool) -> list[BatchItem | BrokenLine]:
+    """:param before: the number of the line before these ``count``"""
     if not keep_message:
         try:
-            return [_item(_decode_line(line)) for line in lines]
+            decoded = _decode_lines(lines)
+            if len(decoded) == count:
+                return list(map(_item, decoded))
         except (msgspec.MsgspecError, UnicodeDecodeError, _Undocumented):
-            pass  # one of them is broken or blank: it is looked for
+            pass  # one of them is broken: it is looked for
     return [
         parse_line(line, number, keep_message=keep_message)
-        for number, line in enumerate(lines, start=before + 1)
+        for number, line in enumerate(lines.split(b"\n"), start=before + 1)
         if line and not line.isspace()
     ]
 

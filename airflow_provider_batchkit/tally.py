@@ -35,7 +35,9 @@ class TallyBuilder:
 
     def add(self, model: str, usage: Usage) -> Cost | None:
         """Count one request; what it costs, or ``None`` for an unknown model (its tokens are counted all the same)."""
-        pico = self._add_alike(model, usage.inference_geo, usage.speed, self._tier_of(model)(usage), [usage])[0]
+        tier_of = self._tier_of(model)
+        tier = 0 if tier_of is None else tier_of(usage)
+        pico = self._add_alike(model, usage.inference_geo, usage.speed, tier, [usage])[0]
         return None if pico is None else cost_of_pico(*pico)
 
     def add_all(self, items: Sequence[BatchItem]) -> list[tuple[int, int] | None]:
@@ -47,20 +49,21 @@ class TallyBuilder:
         costs: list[tuple[int, int] | None] = []
         for (model, geo, speed), alike in groupby(billed, _KIND):
             usages: list[Usage] = [item.usage for item in alike]  # type: ignore[misc] # each has one
-            for tier, same in groupby(usages, self._tier_of(model or "")):
+            tier_of = self._tier_of(model or "")
+            for tier, same in [(0, usages)] if tier_of is None else groupby(usages, tier_of):
                 costs += self._add_alike(model or "", geo, speed, tier, list(same))
         if len(billed) == len(items):
             return costs
         paid = iter(costs)
         return [_FREE if item.usage is None else next(paid) for item in items]
 
-    def _tier_of(self, model: str) -> Callable[[Usage], int]:
-        """What tells the start of the price tier of a request to that model."""
+    def _tier_of(self, model: str) -> Callable[[Usage], int] | None:
+        """What tells the start of the price tier of a request to that model; None when all are in the one that starts at 0."""
         if model not in self._rates:
             self._rates[model] = self._book.rates(model, self._at)
         rates = self._rates[model]
         if rates is None or len(rates.tiers) == 1:
-            return lambda _: 0
+            return None
         return lambda usage: rates.tier_start(usage.prompt_tokens)
 
     def _add_alike(

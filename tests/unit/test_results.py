@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from airflow_provider_batchkit.model import BatchItem, RequestStatus, Usage
-from airflow_provider_batchkit.results import BrokenLine, LineSplitter, Reconciler, parse_line, parse_stream
+from airflow_provider_batchkit.results import BrokenLine, Reconciler, parse_line, parse_pieces, parse_stream
 
 
 def succeeded(custom_id: str, text: str = "hi", **message: Any) -> dict[str, Any]:
@@ -163,14 +163,22 @@ def test_a_last_line_without_a_newline_counts() -> None:
     assert len(list(parse_stream([STREAM.rstrip(b"\n")]))) == 3
 
 
-def test_the_splitter_holds_back_what_is_not_complete() -> None:
-    """Complete lines come from feed, the rest from flush."""
-    splitter = LineSplitter()
-    assert splitter.feed(b"ab") == []
-    assert splitter.feed(b"c\nd") == [b"abc"]
-    assert splitter.feed(b"") == []
-    assert splitter.flush() == [b"d"]
-    assert splitter.flush() == []
+@pytest.mark.parametrize("keep_message", [True, False])
+def test_a_line_is_read_when_it_is_whole_and_not_before(keep_message: bool) -> None:
+    """A chunk may end anywhere; what it completes comes with it."""
+    first, second = line(succeeded("a")), line(succeeded("b"))
+    pieces = parse_pieces([first[:9], b"", first[9:] + second[:5], second[5:-1]], keep_message=keep_message)
+    assert [[i.custom_id for i in piece if isinstance(i, BatchItem)] for piece in pieces] == [["a"], ["b"]]
+
+
+@pytest.mark.parametrize("keep_message", [True, False])
+def test_a_result_that_is_broken_into_two_lines_is_two_broken_lines(keep_message: bool) -> None:
+    """Together they would be JSON; a line is what ends with a newline."""
+    whole = line(succeeded("a"))
+    cut = whole.index(b":") + 1
+    good, *broken = parse_stream([line(succeeded("b")) + whole[:cut] + b"\n" + whole[cut:]], keep_message=keep_message)
+    assert isinstance(good, BatchItem)
+    assert [b.number for b in broken if isinstance(b, BrokenLine)] == [2, 3]
 
 
 def answers(*ids: str) -> list[BatchItem]:
