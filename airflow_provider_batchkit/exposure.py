@@ -181,10 +181,10 @@ class Exposure:
                 self._frame = _Frame.of(body, params)
                 return params.model, params.inference_geo, params.max_tokens, "", 0
             extra = _beyond_text(params)
-        except (_Unbounded, msgspec.ValidationError) as e:
+        except (_Unbounded, msgspec.ValidationError, AttributeError, KeyError, TypeError) as e:
             request = _NAMED.decode(body)
             if not self.unbounded_requests:
-                self.unbounded = f"{request.custom_id} has {e}" if isinstance(e, _Unbounded) else f"{request.custom_id}: {e}"
+                self.unbounded = f"{request.custom_id} {_why_unbounded(e)}"
             self.unbounded_requests += 1
             return request.params["model"], None, request.params["max_tokens"], "", 0
         cached = ("1h" if b'"ttl":"1h"' in body else "5m") if b'"cache_control":' in body else ""
@@ -243,6 +243,14 @@ def _of_blocks(content: Any) -> int:
             source = block.get("source", {}).get("type")
             raise _Unbounded(f"a block of type {kind}" + (f" with a source of type {source}" if source else ""))
     return extra
+
+
+def _why_unbounded(error: Exception) -> str:
+    if isinstance(error, _Unbounded):
+        return f"has {error}"
+    if isinstance(error, msgspec.ValidationError):
+        return f"is not understood: {error}"
+    return "has blocks or tools of an unknown form"  # whether they are good is for the API to say
 
 
 def params_of(body: bytes) -> dict[str, Any]:

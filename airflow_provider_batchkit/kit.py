@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from airflow_provider_batchkit.api import BatchApi, poll_failure
@@ -29,7 +28,6 @@ from airflow_provider_batchkit.model import (
     BatchItem,
     BatchSnapshot,
     CostTally,
-    RequestStatus,
 )
 from airflow_provider_batchkit.polling import Ended, GaveUp, PollState, TimedOut, Wait
 from airflow_provider_batchkit.pricing import PriceBook
@@ -183,7 +181,8 @@ class BatchKit(BatchApi):
 
     def read_items(self, batch_id: str, reconciler: Reconciler, expected: int) -> Iterator[BatchItem]:
         """:meth:`read_pieces` with whole messages, one item at a time."""
-        return chain.from_iterable(self.read_pieces(batch_id, reconciler, expected))
+        for piece in self.read_pieces(batch_id, reconciler, expected):
+            yield from piece
 
     def read_pieces(
         self,
@@ -239,10 +238,9 @@ class BatchKit(BatchApi):
             found = self.get(batch_id)
             builder = TallyBuilder(self.price_book, found.created_at)
             reconciler = Reconciler(None)
-            for item in self.read_items(batch_id, reconciler, found.counts.total):
-                if item.status is RequestStatus.SUCCEEDED and item.usage is not None:
-                    builder.add(item.model or "", item.usage)
-                items.append(item)
+            for piece in self.read_pieces(batch_id, reconciler, found.counts.total):
+                builder.add_all(piece)
+                items += piece
             tally, counts = tally + builder.tally(), counts + found.counts
             faults = faults + reconciler.faults
         return Retrieval(items, tally, counts, faults)

@@ -11,7 +11,7 @@ import os
 from array import array
 from pathlib import Path
 
-#: of a mark: as much of a cryptographic digest
+#: of a mark: of a digest, or of hashes, that differ where what they mark differs
 MARK_BYTES = 16
 _FIRST_SLOTS = 1 << 14
 _SMALL_SLOTS = 1 << 18

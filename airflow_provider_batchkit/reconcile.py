@@ -168,7 +168,7 @@ class Settler:
         """The ``custom_id`` of the first readable result line."""
         chunks = self._kit.stream_results(batch_id, chunk_bytes=_PROOF_BYTES)
         try:
-            for item in parse_stream(chunks):
+            for item in parse_stream(chunks, keep_message=False):
                 if isinstance(item, BatchItem):
                     return item.custom_id
         finally:

@@ -251,14 +251,15 @@ class _Frame:
         """:meth:`fill` for many rows."""
         if not all(contents) or any(map(str.isspace, contents)) or (systems is not None and len(set(systems)) > 1):
             return [self.fill(content, system) for content, system in zip(contents, systems or repeat(None), strict=False)]
-        if systems is not None and systems[0] != self._system:
+        if systems and systems[0] != self._system:
             self._turn_to(systems[0])
         head, after = self._head, self._after
         return [head + encode_params(content) + after for content in contents]
 
     def _turn_to(self, system: str) -> None:
-        self._system = system
-        self._after = self._middle + encode_params(system) + self._tail
+        after = self._middle + encode_params(system) + self._tail
+        # a text that cannot be encoded leaves the frame as it was
+        self._system, self._after = system, after
         self._systems += 1
         if self._cached and self._systems == 1 and len(system.encode()) < _CACHED_BYTES:
             log.warning("The system prompt has %d characters: too short to be cached by any model. cache_system does nothing.", len(system))
@@ -267,7 +268,7 @@ class _Frame:
 
 
 class RequestBuilder:
-    """Turns source items into :class:`PreparedRequest` one at a time, in any number; keeps nothing of them."""
+    """Turns source items into :class:`PreparedRequest`, in any number; keeps nothing of them."""
 
     def __init__(
         self,
@@ -327,7 +328,7 @@ class RequestBuilder:
             see(chunk)
             yield requests
             position += len(chunk)
-            rows = max(1, min(_PIECE_BYTES // len(requests[-1].body), 2 * rows, _PIECE_ROWS))
+            rows = max(1, min(_PIECE_BYTES // max([len(request.body) for request in requests]), 2 * rows, _PIECE_ROWS))
 
     def build_all(self, items: Sequence[Any], position: int) -> list[PreparedRequest]:
         """:meth:`build` for items that follow each other from ``position`` on; faster, for rows of a job."""

@@ -177,7 +177,8 @@ def _whole_lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
 
 def _parse(lines: bytes, before: int, count: int, keep_message: bool) -> list[BatchItem | BrokenLine]:
     """:param before: the number of the line before these ``count``"""
-    if not keep_message:
+    # JSON may have newlines between its tokens and values without one between: here each stands between two objects, which no value holds
+    if not keep_message and count and lines.endswith(b"}\n") and lines.count(b"}\n{") == count - 1:
         try:
             decoded = _decode_lines(lines)
             if len(decoded) == count:

@@ -1,6 +1,6 @@
 """Requests → upload bodies on disk, cut by count and bytes exactly at the limit.
 
-Memory: one request at a time. Disk: the bodies and, beside each, an index of its keys, in a folder that the caller owns.
+Memory: the requests of one piece, and a buffer. Disk: the bodies and, beside each, an index of its keys, in a folder that the caller owns.
 """
 
 from __future__ import annotations

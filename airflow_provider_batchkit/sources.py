@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 _FIRST_ROWS = 8
 _FETCH_ROWS = 500
 _FETCH_BYTES = 1 << 20
+_LONG = frozenset({str, bytes, bytearray, memoryview})
 
 #: SQL-neutral names of key column types, from the narrowest Python type
 _TYPE_NAMES: dict[type, str] = {
@@ -54,8 +55,14 @@ def read_sql(engine: Engine, sql: str, parameters: Any = None) -> Iterator[dict[
         while chunk := result.fetchmany(rows):
             for row in chunk:
                 yield dict(zip(columns, row))  # noqa: B905 - a row has as many values as the result has columns
-            size = sum(len(value) for value in chunk[-1] if isinstance(value, str | bytes))
-            rows = max(1, min(_FETCH_BYTES // max(size, 1), _FETCH_ROWS))
+            rows = max(1, min(_FETCH_BYTES // _largest(chunk), 2 * rows, _FETCH_ROWS))
+
+
+def _largest(rows: Sequence[Any]) -> int:
+    """About the bytes of the largest row, at least 1."""
+    columns = zip(*rows, strict=True)
+    # numbers and times are small; a JSON column is a dict or a list
+    return 1 + sum(max([len(v) if type(v) in _LONG else len(repr(v)) if type(v) in (dict, list) else 0 for v in c]) for c in columns)
 
 
 class KeyTypes:

@@ -189,12 +189,13 @@ class _Seen:
 def _key_marks(keys: Iterable[str]) -> bytes:
     """Keys that a text column could not tell apart, such as 1 and "1", have one mark.
 
-    Two of Python's own hashes, which a secret of the process keys, tell them apart as well as a digest does, in less than half the time.
+    A mark is two of Python's own hashes, 64 bits each and keyed by a secret of the process: half the time of a digest.
     """
-    texts = [key[1:-1].strip('"') if "," not in key else "\x1f".join(map(str, key_values(key))) for key in keys]
+    # as bytes: strings of different characters may have one hash
+    texts = [(key[1:-1].strip('"') if "," not in key else "\x1f".join(map(str, key_values(key)))).encode() for key in keys]
     marks = array("q", bytes(MARK_BYTES * len(texts)))
     marks[::2] = array("q", map(hash, texts))
-    marks[1::2] = array("q", map(hash, [text + "\x1f" for text in texts]))
+    marks[1::2] = array("q", map(hash, [text + b"\x1f" for text in texts]))
     return marks.tobytes()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from decimal import Decimal
 from typing import Any
 
 import sqlalchemy as sa
@@ -68,7 +67,7 @@ def sql_type(type_: Any, dialect: Dialect) -> str:
 def exact_usd(pico: sa.ColumnElement[Any], dialect: Dialect) -> sa.ColumnElement[Any]:
     """A column of whole picodollars, not negative, as USD: NUMERIC, and on SQLite the text of ``format_usd_exact``."""
     if dialect.name != "sqlite":
-        return sa.cast(pico, sa.Numeric(38, 0)) * sa.literal(Decimal(1) / PICO_PER_USD, sa.Numeric(13, 12))
+        return sa.cast(pico, sa.Numeric(38, 0)) * sa.literal_column("0.000000000001", sa.Numeric(13, 12))
     cent = PICO_PER_USD // 100
     whole_cents = sa.func.printf("%d.%02d", pico // PICO_PER_USD, pico // cent % 100)
     all_digits = sa.func.printf("%d.%012d", pico // PICO_PER_USD, pico % PICO_PER_USD)

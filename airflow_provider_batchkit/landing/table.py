@@ -69,8 +69,7 @@ class ExactDecimal(TypeDecorator[Decimal]):
 
 _KEY_TYPES: dict[str, Any] = {
     "boolean": sa.Boolean(),
-    # an INTEGER PRIMARY KEY is SQLite's own row number, and needs no index beside the table
-    "integer": sa.BigInteger().with_variant(sa.Integer(), "sqlite"),
+    "integer": sa.BigInteger(),
     "numeric": ExactDecimal(None),
     "float": sa.Float(53),
     "text": sa.Text().with_variant(sa.String(255), "mysql", "mariadb"),

@@ -126,6 +126,11 @@ def test_tools_schemas_and_images_bring_tokens_of_their_own() -> None:
         ),
         ({"messages": user([{"type": "container_upload", "file_id": "f"}])}, "a block of type container_upload"),
         ({"mcp_servers": [{"url": "https://example.com"}]}, "mcp_servers"),
+        ({"messages": user({"type": "text", "text": "x"})}, "blocks or tools of an unknown form"),
+        ({"tools": {"type": "custom"}}, "blocks or tools of an unknown form"),
+        ({"system": {"type": "text"}}, "blocks or tools of an unknown form"),
+        ({"messages": user([{"type": "document"}])}, "blocks or tools of an unknown form"),
+        ({"messages": user([{"type": "image_or_so", "source": None}])}, "blocks or tools of an unknown form"),
     ],
 )
 def test_what_the_api_decides_has_no_bound(params: dict[str, Any], why: str) -> None:

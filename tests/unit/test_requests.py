@@ -296,3 +296,24 @@ def test_large_rows_are_built_few_at_a_time() -> None:
         assert sum(sizes) == 1500 and max(sizes) == at_most
         assert [row["sku"] for row in seen] == list(range(1500))
     assert sizes[-2:] == [4, 4]
+
+
+def test_rows_of_mixed_sizes_are_built_few_at_a_time() -> None:
+    """The largest decides: a small one at the end of a piece says nothing of the next."""
+    builder = RequestBuilder(DEFAULTS, job_id="0" * 20, key=["sku"], prompt=prompt("{{ row.name }}"))
+    rows = ({"sku": i, "name": "x" * (500_000 if i % 4 == 0 else 10)} for i in range(400))
+    held = [sum(len(request.body) for request in piece) for piece in builder.pieces(rows)]
+    assert max(held) < 3_000_000
+
+
+def test_a_system_prompt_that_cannot_be_sent_is_named_and_no_other_takes_its_place() -> None:
+    """Rows share the encoded system prompt of the row before while it is the same; a bad one is not the same."""
+    builder = RequestBuilder(DEFAULTS, job_id="0" * 20, key=["sku"], prompt=prompt("{{ row.name }}"), system=prompt("For {{ row.who }}."))
+    builder.build_all([{"sku": i, "name": "tea", "who": "A"} for i in range(3)], 0)
+    bad = {"sku": 3, "name": "tea", "who": "B \udcff"}
+    for _ in range(2):
+        with pytest.raises(RequestError, match=r"row 3 \(sku=3\): params cannot be written as JSON"):
+            builder.build_all([bad], 3)
+    (after,) = builder.build_all([{"sku": 4, "name": "tea", "who": "A"}], 4)
+    assert json.loads(after.body)["params"]["system"] == "For A."
+    assert builder.build_all([], 5) == []

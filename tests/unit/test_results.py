@@ -181,6 +181,20 @@ def test_a_result_that_is_broken_into_two_lines_is_two_broken_lines(keep_message
     assert [b.number for b in broken if isinstance(b, BrokenLine)] == [2, 3]
 
 
+@given(
+    st.lists(
+        st.sampled_from(
+            [b'{"custom_id":"a","result":{"type":"expired"}}', b'{"custom_id":"b",', b'"result":{"type":"canceled"}}', b"", b" ", b"{}"]
+        )
+    ),
+    st.lists(st.sampled_from([b"\n", b"\n\n", b""])),
+)
+def test_lines_read_together_are_read_as_alone(parts: list[bytes], ends: list[bytes]) -> None:
+    """Broken, blank and doubled lines are told apart alike, whether messages are kept (line by line) or not (many at a time)."""
+    stream = b"".join(part + (ends[i] if i < len(ends) else b"\n") for i, part in enumerate(parts))
+    assert list(parse_stream([stream], keep_message=False)) == list(parse_stream([stream]))
+
+
 def answers(*ids: str) -> list[BatchItem]:
     return [BatchItem(i, RequestStatus.SUCCEEDED) for i in ids]
 
