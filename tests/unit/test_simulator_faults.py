@@ -323,7 +323,8 @@ def test_100_000_requests_are_taken_and_answered_while_others_are_served() -> No
         batch = json.loads(connection.getresponse().read())
         done.set()
         looker.join()
-        assert batch["request_counts"]["processing"] == count
+        # on a busy machine the batch has ended before its answer is written
+        assert sum(batch["request_counts"].values()) == count
         assert max(waits) < 1.0  # alone on the machine it is 0.1
         connection.request("GET", f"/v1/messages/batches/{batch['id']}/results", headers=HEADERS)
         ids = {line[14:24] for line in connection.getresponse().read().splitlines()}
