@@ -319,13 +319,15 @@ def test_100_000_requests_are_taken_and_answered_while_others_are_served() -> No
         looker = threading.Thread(target=look)
         looker.start()
         connection = http.client.HTTPConnection("127.0.0.1", process.port, timeout=60)
+        sent = time.monotonic()
         connection.request("POST", "/v1/messages/batches", body, HEADERS)
         batch = json.loads(connection.getresponse().read())
+        taken = time.monotonic() - sent
         done.set()
         looker.join()
         # on a busy machine the batch has ended before its answer is written
         assert sum(batch["request_counts"].values()) == count
-        assert max(waits) < 1.0  # alone on the machine it is 0.1
+        assert max(waits) < taken / 2  # alone on the machine it is a twentieth
         connection.request("GET", f"/v1/messages/batches/{batch['id']}/results", headers=HEADERS)
         ids = {line[14:24] for line in connection.getresponse().read().splitlines()}
         assert len(ids) == count
