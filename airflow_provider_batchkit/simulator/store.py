@@ -6,7 +6,7 @@ import secrets
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -79,7 +79,10 @@ def rfc3339(seconds: float | None) -> str | None:
 
 
 class Store:
-    """All batches, under one lock. Reading a body happens outside the lock, so a large batch holds nobody up."""
+    """All batches, under one lock. Reading a body happens outside the lock, so a large batch holds nobody up.
+
+    Who asks for a batch gets a copy of it: one moment of its life, whatever another thread does to it while the answer is written.
+    """
 
     def __init__(self, settings: SimulatorSettings) -> None:
         self.settings = settings
@@ -120,7 +123,7 @@ class Store:
             self._numbers[batch.id] = batch.number
             self._accepted_requests += batch.size
             self._struck.update((workspace, digest) for digest in intake.struck)
-        return batch
+            return replace(batch)
 
     def _record(self, intake: Intake, request: validate.BatchRequest, position: int, settings: SimulatorSettings, *, beta: bool) -> Record:
         try:
@@ -159,7 +162,7 @@ class Store:
         with self._lock:
             batch = self._find(batch_id, workspace)
             self._refresh(batch, look=True)
-            return batch
+            return replace(batch)
 
     def page(self, workspace: str, limit: int, after_id: str | None, before_id: str | None) -> tuple[list[Batch], bool]:
         """One page, newest first, and whether more lie beyond it in the direction of the cursor. Raises ApiError (400)."""
@@ -178,7 +181,7 @@ class Store:
                 page = found[:limit]
             for batch in page:
                 self._refresh(batch, look=True)
-            return page, len(found) > len(page)
+            return [replace(batch) for batch in page], len(found) > len(page)
 
     def cancel(self, batch_id: str, workspace: str) -> Batch:
         """Starts canceling. Raises ApiError: 404, or 400 when the batch has ended."""
@@ -188,7 +191,7 @@ class Store:
                 raise ApiError(400, f"Batch {batch_id} cannot be canceled because it has already ended")
             if batch.cancel_initiated_at is None:
                 batch.cancel_initiated_at = self.now()
-            return batch
+            return replace(batch)
 
     def delete(self, batch_id: str, workspace: str) -> None:
         """Forgets an ended batch. Raises ApiError: 404, or 400 when it has not ended."""
@@ -223,7 +226,7 @@ class Store:
             else:
                 self._end(batch, self.now(), None)
                 self._archive(batch, self.now())
-            return batch
+            return replace(batch)
 
     def advance(self, seconds: float) -> float:
         """Moves the simulator's clock forward and gives its new time."""
@@ -305,9 +308,10 @@ class Store:
             for record in batch.records:
                 if not done_share or chance(seed, "done", record.custom_id) >= done_share:
                     record.outcome = undone
+        counts = [0] * len(Outcome)
         for record in batch.records:
-            batch.counts[record.outcome] += 1
-        batch.ended_at = at
+            counts[record.outcome] += 1
+        batch.counts, batch.ended_at = counts, at
         self._charge("batch", batch.records, batch.workspace, at)
 
     def _archive(self, batch: Batch, at: float) -> None:

@@ -14,6 +14,8 @@ import pytest
 from anthropic.types.messages import MessageBatch
 
 from airflow_provider_batchkit.simulator import Simulator, answer_for
+from airflow_provider_batchkit.simulator.settings import SimulatorSettings
+from airflow_provider_batchkit.simulator.store import Store
 
 MODEL = "claude-haiku-5-5"
 #: One for all clients: making one takes 60 ms.
@@ -318,3 +320,19 @@ def test_a_body_may_come_chunked_and_a_connection_serves_many_calls(simulator: S
         assert (answer.status, answer.will_close) == (expected, False)
     assert simulator.stats()["calls"] == {"create": 3}
     connection.close()
+
+
+def test_an_answer_shows_one_moment_of_a_batch_whatever_happens_to_it_while_it_is_written() -> None:
+    """A batch that ends between a call and its answer: the answer is wholly of before, in counts, status and results_url."""
+    body = json.dumps({"requests": [request(f"row-{number}") for number in range(3)]}).encode()
+    store = Store(SimulatorSettings(clock="manual"))
+    created = store.create(bytearray(body), "default", beta=False)
+    seen = [created, store.look(created.id, "default"), store.page("default", 20, None, None)[0][0], store.cancel(created.id, "default")]
+    store.finish(created.id, "end")
+    answers = [batch.as_json("http://127.0.0.1") for batch in seen]
+    assert [answer["processing_status"] for answer in answers] == ["in_progress"] * 3 + ["canceling"]
+    for answer in answers:
+        assert answer["results_url"] is None
+        assert answer["request_counts"] == {"processing": 3, "succeeded": 0, "errored": 0, "canceled": 0, "expired": 0}
+    ended = store.look(created.id, "default").as_json("http://127.0.0.1")
+    assert ended["request_counts"] == {"processing": 0, "succeeded": 0, "errored": 0, "canceled": 3, "expired": 0}

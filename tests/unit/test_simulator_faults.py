@@ -325,9 +325,8 @@ def test_100_000_requests_are_taken_and_answered_while_others_are_served() -> No
         taken = time.monotonic() - sent
         done.set()
         looker.join()
-        # on a busy machine the batch has ended before its answer is written
-        assert sum(batch["request_counts"].values()) == count
-        assert max(waits) < taken / 2  # alone on the machine it is a twentieth
+        assert batch["request_counts"]["processing"] == count
+        assert max(waits) < taken / 2, f"{max(waits):.2f} s of {taken:.2f} s"  # alone on the machine it is a twentieth
         connection.request("GET", f"/v1/messages/batches/{batch['id']}/results", headers=HEADERS)
         ids = {line[14:24] for line in connection.getresponse().read().splitlines()}
         assert len(ids) == count
