@@ -19,9 +19,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
+from operator import attrgetter, itemgetter
 from typing import Any
 
 import msgspec
+
+from airflow_provider_batchkit.model import PreparedRequest, RequestForm
 
 #: tokens of the prompt that the API adds for tools, for an answer's schema, or for citations
 PROMPT_ALLOWANCE = 1_000
@@ -55,25 +59,18 @@ class _Params(msgspec.Struct, forbid_unknown_fields=True, gc=False):
 
 
 class _Request(msgspec.Struct, gc=False):
-    custom_id: str
     params: _Params
 
 
-class _Named(msgspec.Struct, gc=False):
-    """A request of any kind."""
-
-    custom_id: str
+class _AnyRequest(msgspec.Struct, gc=False):
     params: dict[str, Any]
 
 
-_PARAMS = b'","params":'
-_BEFORE_TEXT = b'[{"content":"'
-_AFTER_TEXT = b'","role":"user"}]'
-#: in every content block and every cache marker
+#: in every content block and every cache marker; a quote inside a text is escaped
 _MARKED = b'"type":'
 
 _REQUEST = msgspec.json.Decoder(_Request)
-_NAMED = msgspec.json.Decoder(_Named)
+_ANY_REQUEST = msgspec.json.Decoder(_AnyRequest)
 
 
 class _Unbounded(Exception):
@@ -92,37 +89,31 @@ class _Group:
     largest: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class _Frame:
-    """What stands around the text in a request of one user message: requests of a job mostly differ in nothing else."""
+class _Facts(msgspec.Struct, frozen=True, gc=False):
+    """What a request costs depends on these and its size; the same for all requests of one form."""
 
-    head: bytes
-    tail: bytes
     model: str
     inference_geo: str | None
     max_tokens: int
+    #: the dearest cache write
+    cached: str = ""
+    #: prompt tokens that the bytes do not bound
+    extra: int = 0
+    #: why nothing bounds it
+    unbounded: str = ""
 
     @classmethod
-    def of(cls, body: bytes, params: _Params) -> _Frame | None:
-        """The frame of a request without blocks; None when its messages are not one text."""
-        messages = bytes(params.messages)
-        if not (messages.startswith(_BEFORE_TEXT) and messages.endswith(_AFTER_TEXT)):
-            return None
-        start = body.index(messages)
-        head = body[body.index(_PARAMS) : start + len(_BEFORE_TEXT)]
-        return cls(head, body[start + len(messages) - len(_AFTER_TEXT) :], params.model, params.inference_geo, params.max_tokens)
-
-    def covers(self, bodies: Sequence[bytes]) -> bool:
-        """Whether requests have the same frame, and text alone in it: a quote inside a text is escaped, and a block names its type."""
-        head, tail = self.head, self.tail
-        for body in bodies:
-            start = body.find(_PARAMS)
-            if not (body.startswith(head, start) and body.endswith(tail)):
-                return False
-            # most texts have no quote at all, which takes a tenth of the time to see
-            if body.find(b'"', start + len(head)) != len(body) - len(tail) and _MARKED in body:
-                return False
-        return True
+    def of(cls, body: bytes) -> _Facts:
+        """The facts of a request as it is uploaded."""
+        try:
+            params = _REQUEST.decode(body).params
+            # nothing but text has no block and no cache marker, and needs no further look
+            extra = _beyond_text(params) if _MARKED in body else 0
+        except (_Unbounded, msgspec.ValidationError, AttributeError, KeyError, TypeError) as e:
+            given = params_of(body)
+            return cls(given["model"], None, given["max_tokens"], unbounded=_why_unbounded(e))
+        cached = ("1h" if b'"ttl":"1h"' in body else "5m") if b'"cache_control":' in body else ""
+        return cls(params.model, params.inference_geo, params.max_tokens, cached, extra)
 
 
 #: model, ``inference_geo``, the dearest cache write (``""``, ``"5m"`` or ``"1h"``), class of size
@@ -137,7 +128,9 @@ class Exposure:
     #: why no bound exists, of the first request that has none, and how many have none
     unbounded: str = ""
     unbounded_requests: int = 0
-    _frame: _Frame | None = None
+    #: the last request's form, and its facts
+    _form: RequestForm | None = None
+    _of_form: _Facts | None = None
 
     @property
     def requests(self) -> int:
@@ -147,48 +140,35 @@ class Exposure:
     def body_bytes(self) -> int:
         return sum(group.bytes for group in self.groups.values())
 
-    def add(self, bodies: Sequence[bytes]) -> None:
-        """Count requests, each ``{"custom_id": …, "params": {…}}`` as it is uploaded."""
-        if self._frame is not None and self._frame.covers(bodies):
-            frame = self._frame
-            for size, count in Counter(map(len, bodies)).items():
-                self._count(count, size, frame.model, frame.inference_geo, frame.max_tokens, "", 0)
-        else:
-            for body in bodies:
-                self._count(1, len(body), *self._facts(body))
+    def add(self, requests: Sequence[PreparedRequest]) -> None:
+        """Count requests, those of one form together: they differ in what cannot hold a block or a marker."""
+        for form, alike in groupby(requests, attrgetter("form")):
+            same = list(alike)
+            if form is None:
+                facts = [_Facts.of(request.body) for request in same]
+                for one, pairs in groupby(zip(facts, same, strict=True), itemgetter(0)):
+                    self._count([request for _, request in pairs], one)
+            else:
+                if form is not self._form or self._of_form is None:
+                    self._form, self._of_form = form, _Facts.of(same[0].body)
+                self._count(same, self._of_form)
 
-    def _count(self, count: int, size: int, model: str, geo: str | None, max_tokens: int, cached: str, extra: int) -> None:
-        """Count requests of one size that are alike."""
-        kind = (model, geo, cached, _size_class(size + extra))
-        group = self.groups.get(kind)
-        if group is None:
-            group = self.groups[kind] = _Group()
-        group.requests += count
-        group.bytes += count * size
-        group.max_tokens += count * max_tokens
-        group.prompt_bound += count * (size + extra)
-        group.largest = max(group.largest, size + extra)
-
-    def _facts(self, body: bytes) -> tuple[str, str | None, int, str, int]:
-        """Model, ``inference_geo``, ``max_tokens``, dearest cache write, and prompt tokens that the bytes do not bound."""
-        frame = self._frame
-        if frame is not None and frame.covers((body,)):
-            return frame.model, frame.inference_geo, frame.max_tokens, "", 0
-        try:
-            params = _REQUEST.decode(body).params
-            if _MARKED not in body:
-                # nothing but text has no block and no cache marker, and needs no further look
-                self._frame = _Frame.of(body, params)
-                return params.model, params.inference_geo, params.max_tokens, "", 0
-            extra = _beyond_text(params)
-        except (_Unbounded, msgspec.ValidationError, AttributeError, KeyError, TypeError) as e:
-            request = _NAMED.decode(body)
+    def _count(self, requests: Sequence[PreparedRequest], facts: _Facts) -> None:
+        if facts.unbounded:
             if not self.unbounded_requests:
-                self.unbounded = f"{request.custom_id} {_why_unbounded(e)}"
-            self.unbounded_requests += 1
-            return request.params["model"], None, request.params["max_tokens"], "", 0
-        cached = ("1h" if b'"ttl":"1h"' in body else "5m") if b'"cache_control":' in body else ""
-        return params.model, params.inference_geo, params.max_tokens, cached, extra
+                self.unbounded = f"{requests[0].custom_id} {facts.unbounded}"
+            self.unbounded_requests += len(requests)
+        for size, count in Counter([len(request.body) for request in requests]).items():
+            bound = size + facts.extra
+            kind = (facts.model, facts.inference_geo, facts.cached, _size_class(bound))
+            group = self.groups.get(kind)
+            if group is None:
+                group = self.groups[kind] = _Group()
+            group.requests += count
+            group.bytes += count * size
+            group.max_tokens += count * facts.max_tokens
+            group.prompt_bound += count * bound
+            group.largest = max(group.largest, bound)
 
     def include(self, other: Exposure) -> None:
         """Add another one's requests."""
@@ -255,4 +235,4 @@ def _why_unbounded(error: Exception) -> str:
 
 def params_of(body: bytes) -> dict[str, Any]:
     """The params of a request as it is uploaded."""
-    return _NAMED.decode(body).params
+    return _ANY_REQUEST.decode(body).params

@@ -89,6 +89,15 @@ class Cost:
     standard_usd: Decimal
 
 
+class RequestForm:
+    """What requests have in common that differ in their ids and in the texts of one prompt and one system prompt alone.
+
+    Compared by identity.
+    """
+
+    __slots__ = ()
+
+
 class PreparedRequest(msgspec.Struct, frozen=True, gc=False):
     """A request that has passed every check and is encoded once, ready to be written into an upload body."""
 
@@ -98,6 +107,7 @@ class PreparedRequest(msgspec.Struct, frozen=True, gc=False):
     key: str
     #: ``{"custom_id": …, "params": {…}}`` as JSON bytes
     body: bytes
+    form: RequestForm | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import msgspec
 
 from airflow_provider_batchkit.exceptions import BatchInputError, RequestError
-from airflow_provider_batchkit.model import CUSTOM_ID_PATTERN, PreparedRequest
+from airflow_provider_batchkit.model import CUSTOM_ID_PATTERN, PreparedRequest, RequestForm
 
 log = logging.getLogger(__name__)
 
@@ -234,6 +234,7 @@ class _Frame:
         # keys are sorted: the messages come before the system prompt
         self._middle, self._tail = rest.split(f'"{system_mark}"'.encode()) if system else (b"", rest)
         self._cached = system and defaults.cache_system is not None
+        self.form = RequestForm()
         #: the system prompt of the last row: most often it is the next one's too
         self._system: str | None = None
         self._after = self._tail
@@ -249,12 +250,15 @@ class _Frame:
 
     def fill_all(self, contents: Sequence[str], systems: Sequence[str] | None = None) -> list[bytes]:
         """:meth:`fill` for many rows."""
-        if not all(contents) or any(map(str.isspace, contents)) or (systems is not None and len(set(systems)) > 1):
-            return [self.fill(content, system) for content, system in zip(contents, systems or repeat(None), strict=False)]
-        if systems and systems[0] != self._system:
-            self._turn_to(systems[0])
-        head, after = self._head, self._after
-        return [head + encode_params(content) + after for content in contents]
+        if all(contents) and not any(map(str.isspace, contents)) and (systems is None or len(set(systems)) == 1):
+            if systems is not None and systems[0] != self._system:
+                self._turn_to(systems[0])
+            head, after, encode = self._head, self._after, _ENCODE.encode
+            try:
+                return [head + encode(content) + after for content in contents]
+            except (ValueError, msgspec.MsgspecError):
+                pass  # one of them cannot be encoded: it is looked for
+        return [self.fill(content, system) for content, system in zip(contents, systems or repeat(None), strict=False)]
 
     def _turn_to(self, system: str) -> None:
         after = self._middle + encode_params(system) + self._tail
@@ -344,10 +348,10 @@ class RequestBuilder:
         contents = prompt.render_all(rows)
         params = self._row_frame.fill_all(contents, None if self._system is None else self._system.render_all(rows))
         keys = encode_keys([[row[column] for row in rows] for column in self._key])
-        sha256 = hashlib.sha256
+        sha256, form = hashlib.sha256, self._row_frame.form
         custom_ids = [job + sha256(json).hexdigest()[:_DIGEST_CHARS] for json in params]
         return [
-            PreparedRequest(custom_id, key, b'{"custom_id":"%b","params":%b}' % (custom_id.encode(), json))
+            PreparedRequest(custom_id, key, _body(custom_id, json), form)
             for custom_id, key, json in zip(custom_ids, keys, params, strict=True)
         ]
 
@@ -361,7 +365,7 @@ class RequestBuilder:
     def _text(self, prompt: str, position: int) -> PreparedRequest:
         if self._key:
             raise RequestError(f"a prompt string has no columns, and key asks for {', '.join(self._key)}. Nothing was sent.")
-        return self._finish(encode_key([str(position)]), None, self._text_frame.fill(prompt, None), position)
+        return self._finish(encode_key([str(position)]), None, self._text_frame.fill(prompt, None), position, self._text_frame.form)
 
     def _native(self, item: Any, position: int) -> PreparedRequest:
         _check_mapping(item)
@@ -393,9 +397,9 @@ class RequestBuilder:
         else:
             key = encode_key([str(position)])
         system = None if self._system is None else self._system.render(row)
-        return self._finish(key, None, self._row_frame.fill(self._prompt.render(row), system), position)
+        return self._finish(key, None, self._row_frame.fill(self._prompt.render(row), system), position, self._row_frame.form)
 
-    def _finish(self, key: str, own_id: str | None, params: bytes, position: int) -> PreparedRequest:
+    def _finish(self, key: str, own_id: str | None, params: bytes, position: int, form: RequestForm | None = None) -> PreparedRequest:
         if self._job_id is not None:
             digest = params_digest(params)
             if not self._dedupe:
@@ -403,7 +407,11 @@ class RequestBuilder:
             custom_id = f"{self._job_id}-{digest}"
         else:
             custom_id = own_id if own_id is not None else f"item-{position}"
-        return PreparedRequest(custom_id, key, b'{"custom_id":"%b","params":%b}' % (custom_id.encode(), params))
+        return PreparedRequest(custom_id, key, _body(custom_id, params), form)
+
+
+def _body(custom_id: str, params: bytes) -> bytes:
+    return b"".join((b'{"custom_id":"', custom_id.encode(), b'","params":', params, b"}"))
 
 
 def _check_mapping(item: Any) -> None:

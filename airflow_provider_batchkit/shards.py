@@ -139,15 +139,14 @@ class ShardWriter:
 
     def _write(self, requests: Sequence[PreparedRequest], sizes: Sequence[int]) -> None:
         assert self._body is not None and self._index is not None
-        bodies = [request.body for request in requests]
         if self._requests:
             self._body.write(b",")
             self._bytes += 1
         self._spread.see(self._body.name, self._bytes - len(_TAIL), sizes)
-        self._body.write(b",".join(bodies))
+        self._body.write(b",".join([request.body for request in requests]))
         self._bytes += sum(sizes) + len(sizes) - 1
         self._requests += len(sizes)
-        self._exposure.add(bodies)
+        self._exposure.add(requests)
         self._index.write(_ENCODE.encode_lines([(r.key, r.custom_id, size) for r, size in zip(requests, sizes, strict=True)]))
 
     def _refuse_oversized(self, request: PreparedRequest) -> None:

@@ -6,6 +6,7 @@ import datetime as dt
 import decimal
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
 from airflow_provider_batchkit.exceptions import BatchInputError
@@ -18,6 +19,7 @@ _FIRST_ROWS = 8
 _FETCH_ROWS = 500
 _FETCH_BYTES = 1 << 20
 _LONG = frozenset({str, bytes, bytearray, memoryview})
+_SIZED = _LONG | {dict, list}
 
 #: SQL-neutral names of key column types, from the narrowest Python type
 _TYPE_NAMES: dict[type, str] = {
@@ -53,16 +55,22 @@ def read_sql(engine: Engine, sql: str, parameters: Any = None) -> Iterator[dict[
             )
         rows = _FIRST_ROWS
         while chunk := result.fetchmany(rows):
-            for row in chunk:
-                yield dict(zip(columns, row))  # noqa: B905 - a row has as many values as the result has columns
+            # a row has as many values as the result has columns
+            yield from map(dict, map(zip, repeat(columns), chunk))
             rows = max(1, min(_FETCH_BYTES // _largest(chunk), 2 * rows, _FETCH_ROWS))
 
 
 def _largest(rows: Sequence[Any]) -> int:
     """About the bytes of the largest row, at least 1."""
-    columns = zip(*rows, strict=True)
+    return 1 + sum(_longest(column) for column in zip(*rows, strict=True))
+
+
+def _longest(values: Sequence[Any]) -> int:
+    types = set(map(type, values))
+    if types <= _LONG:
+        return max(map(len, values))
     # numbers and times are small; a JSON column is a dict or a list
-    return 1 + sum(max([len(v) if type(v) in _LONG else len(repr(v)) if type(v) in (dict, list) else 0 for v in c]) for c in columns)
+    return max([len(v) if type(v) in _LONG else len(repr(v)) if type(v) in (dict, list) else 0 for v in values]) if types & _SIZED else 0
 
 
 class KeyTypes:

@@ -10,16 +10,18 @@ from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
 
+import msgspec
 import pytest
 
 from airflow_provider_batchkit import BatchKit
 from airflow_provider_batchkit.estimate import Estimate, bound_of, estimate
 from airflow_provider_batchkit.exceptions import BatchInputError
 from airflow_provider_batchkit.exposure import Exposure
-from airflow_provider_batchkit.model import COST_QUANTUM, Bound, parse_usd
+from airflow_provider_batchkit.model import COST_QUANTUM, Bound, PreparedRequest, parse_usd
 from airflow_provider_batchkit.pricing import PriceBook
 from airflow_provider_batchkit.requests import RequestBuilder, RequestDefaults
 from airflow_provider_batchkit.simulator import Simulator, SimulatorSettings
+from airflow_provider_batchkit.templates import RowTemplate
 from tests.warehouse import kit_for
 
 NOW = datetime(2026, 11, 23, tzinfo=UTC)
@@ -28,7 +30,7 @@ PNG = {"type": "image", "source": {"type": "base64", "media_type": "image/png", 
 
 
 def body(**params: Any) -> bytes:
-    """A request as it is uploaded."""
+    """A native request as it is uploaded."""
     given = {
         "model": "claude-opus-4-8",
         "max_tokens": 100,
@@ -45,7 +47,7 @@ def user(content: Any) -> list[dict[str, Any]]:
 
 def exposed(bodies: Sequence[bytes]) -> Exposure:
     exposure = Exposure()
-    exposure.add(bodies)
+    exposure.add([PreparedRequest(f"c{number}", "", body) for number, body in enumerate(bodies)])
     return exposure
 
 
@@ -150,21 +152,41 @@ def test_a_model_without_a_price_has_no_bound_in_usd() -> None:
     assert "no price is known for claude-unheard-of" in found.why_unbounded
 
 
-def test_a_request_counts_the_same_among_others_and_alone() -> None:
-    """Most requests of a job differ in one text alone and are counted many at a time; one that differs in more is looked at by itself."""
-    marked = body(system=[{"type": "text", "text": "long", "cache_control": {"type": "ephemeral", "ttl": "1h"}}])
-    plain = [body(messages=user("x" * (i % 40 + 1))) for i in range(300)]
-    others = [body(max_tokens=7), body(model="claude-haiku-5-5"), body(messages=user([PNG])), marked, body(inference_geo="us")]
-    mixed = [*plain[:100], *others[:2], *plain[100:200], *others[2:], *plain[200:]]
+@pytest.mark.parametrize(
+    "defaults",
+    [
+        RequestDefaults("claude-opus-4-8", 100, params={"inference_geo": "global"}),
+        RequestDefaults("claude-opus-4-8", 100, cache_system="1h"),
+        RequestDefaults("claude-opus-4-8", 100, output_format={"type": "json_schema", "schema": {"type": "object"}}),
+        RequestDefaults("claude-opus-4-8", 100, params={"tools": [{"type": "web_search_20250305", "name": "web_search"}]}),
+        RequestDefaults("claude-opus-4-8", 100, params={"mcp_servers": []}),
+    ],
+)
+def test_a_request_counts_the_same_among_others_and_alone(defaults: RequestDefaults) -> None:
+    """Rows of a job differ in their texts alone and are counted together: as if each were looked at, and whatever the texts speak of."""
+    texts = ["x" * (i % 40 + 1) for i in range(300)] + ['"type":"image","cache_control":{"ttl":"1h"}', '\\"type":', "é" * 70]
+    prompt, system = RowTemplate("{{ row.text }}", name="prompt"), RowTemplate("You {{ row.n }}", name="system")
+    builder = RequestBuilder(defaults, job_id="0" * 20, key=["n"], prompt=prompt, system=system)
+    rows = builder.build_all([{"n": n, "text": text} for n, text in enumerate(texts)], 0)
+    natives = [
+        PreparedRequest(f"n{n}", "", native)
+        for n, native in enumerate([body(max_tokens=7), body(messages=user([PNG])), body(model="claude-haiku-5-5"), body(tools=[])])
+    ]
+    mixed = [*natives[:1], *rows[:100], *natives[1:3], *rows[100:], *natives[3:]]
+    assert {request.form for request in rows} == {rows[0].form} != {None}
     alone, together = Exposure(), Exposure()
     for request in mixed:
         one = Exposure()
-        one.add([request])
+        one.add([msgspec.structs.replace(request, form=None)])
         alone.include(one)
     for start in range(0, len(mixed), 100):
         together.add(mixed[start : start + 100])
-    assert alone.groups == together.groups
-    assert together.requests == len(mixed) and together.body_bytes == sum(map(len, mixed))
+    assert (alone.groups, alone.unbounded, alone.unbounded_requests) == (
+        together.groups,
+        together.unbounded,
+        together.unbounded_requests,
+    )
+    assert together.requests == len(mixed) and together.body_bytes == sum(len(request.body) for request in mixed)
 
 
 def test_the_bounds_of_parts_add_up_to_no_more_than_the_whole() -> None:
