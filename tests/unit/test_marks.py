@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import random
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,10 +17,10 @@ def marks(*texts: object) -> bytes:
     return b"".join(hashlib.sha256(str(text).encode()).digest()[:16] for text in texts)
 
 
-@pytest.fixture(params=[1 << 17, 1_000, 0], ids=["in memory", "from memory into a file", "in a file"])
-def table(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[MarkTable]:
+@pytest.fixture
+def table(tmp_path: Path) -> Iterator[MarkTable]:
     """An empty table."""
-    table = MarkTable(tmp_path / "marks", few=request.param)
+    table = MarkTable(tmp_path / "marks")
     yield table
     table.close()
 
@@ -40,21 +41,30 @@ def test_marks_that_begin_alike_are_told_apart(table: MarkTable) -> None:
     assert table.add_all(alike) == list(range(200))
 
 
+def test_numbers_are_those_of_a_dict_whatever_comes_again(table: MarkTable) -> None:
+    """Pieces of any size, with marks that came before, that come twice in the piece, and that begin as others do."""
+    chance = random.Random(4)
+    known: dict[bytes, int] = {}
+    for _ in range(300):
+        piece = [chance.choice([b"same", b"much"]) + chance.randrange(3_000).to_bytes(12, "big") for _ in range(chance.randrange(40))]
+        if chance.random() < 0.5:
+            piece = [marks(chance.randrange(5_000)) for _ in piece]
+        numbers = []
+        for mark in piece:
+            numbers.append(known.get(mark))
+            known.setdefault(mark, len(known))
+        assert table.add_all(b"".join(piece)) == numbers
+        assert table.find_all(b"".join(piece)) == [known[mark] for mark in piece]
+    assert len(table) == len(known)
+
+
 def test_no_mark_is_lost_while_the_table_grows_and_is_written_out(table: MarkTable) -> None:
-    """A hundred thousand marks, far beyond the first size of the index and the buffer."""
-    many = marks(*range(100_000))
+    """Three hundred thousand marks, beyond the first size of the index and far beyond that of the buffer."""
+    many = marks(*range(300_000))
     for start in range(0, len(many), 512 * 16):
         assert set(table.add_all(many[start : start + 512 * 16])) == {None}
-    assert table.find_all(many) == list(range(100_000))
+    assert table.find_all(many) == list(range(300_000))
     assert table.find_all(marks(-1)) == [None]
-
-
-def test_few_marks_need_no_file(tmp_path: Path) -> None:
-    """Most jobs are small: they leave the disk alone."""
-    table = MarkTable(tmp_path / "marks")
-    table.add_all(marks(*range(1_000)))
-    table.close()
-    assert not list(tmp_path.iterdir())
 
 
 def test_a_million_marks_take_sixteen_bytes_each_at_most(table: MarkTable) -> None:
