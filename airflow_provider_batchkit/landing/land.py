@@ -148,22 +148,22 @@ class _Landing:
         reconciler = Reconciler(None if keys is None else keys.custom_ids)
         total = snapshot.counts.total
         progress = Progress(log, f"landing {snapshot.batch_id}", total)
-        for items in self.read_pieces(snapshot.batch_id, reconciler, total, lambda size: progress.add(0, size)):
-            costs = tally.add_all(items)
-            if answers is None:
-                stage.put(items, costs)
-            else:
-                read = [answers.read(item) for item in items]
-                stage.put([item for item, _ in read], costs, [values for _, values in read])
-            progress.rows += len(items)
-        _refuse_anothers(snapshot, reconciler)
-        missing = []
-        if keys is not None and len(keys.custom_ids) > len(reconciler.answered):
-            missing = [c for c in keys.custom_ids if c not in reconciler.answered]
-        for start in range(0, len(missing), _AT_A_TIME):
-            absent = [BatchItem(custom_id, RequestStatus.MISSING) for custom_id in missing[start : start + _AT_A_TIME]]
-            stage.put(absent, tally.add_all(absent))
-        stage.flush()
+        with stage.filling():
+            for items in self.read_pieces(snapshot.batch_id, reconciler, total, lambda size: progress.add(0, size)):
+                costs = tally.add_all(items)
+                if answers is None:
+                    stage.put(items, costs)
+                else:
+                    read = [answers.read(item) for item in items]
+                    stage.put([item for item, _ in read], costs, [values for _, values in read])
+                progress.rows += len(items)
+            _refuse_anothers(snapshot, reconciler)
+            missing = []
+            if keys is not None and len(keys.custom_ids) > len(reconciler.answered):
+                missing = [c for c in keys.custom_ids if c not in reconciler.answered]
+            for start in range(0, len(missing), _AT_A_TIME):
+                absent = [BatchItem(custom_id, RequestStatus.MISSING) for custom_id in missing[start : start + _AT_A_TIME]]
+                stage.put(absent, tally.add_all(absent))
         progress.done()
         names = [] if keys is None else [key for c in missing[:NAMED] for key in (*keys.billed([c]), *keys.copies(c))]
         log_faults(snapshot, reconciler.faults, len(missing), names)

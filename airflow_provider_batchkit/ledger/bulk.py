@@ -1,41 +1,65 @@
 """Bulk loading: many rows into a table, in the connection's own transaction.
 
-Three loaders write the same rows: PostgreSQL's COPY (psycopg 2 and 3), SQLite's executemany on the driver, and SQLAlchemy Core anywhere.
+Four loaders write the same rows: PostgreSQL's COPY with psycopg 3, which runs on while the next rows are made, and with psycopg 2; SQLite's
+executemany on the driver; and SQLAlchemy Core anywhere.
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from itertools import chain
-from types import NoneType
-from typing import Any
+from types import NoneType, TracebackType
+from typing import Any, Self
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 #: the values of each of the table's columns, in the order of the rows, of which there are some
 BulkColumns = Sequence[Sequence[Any]]
-Loader = Callable[[Connection, sa.Table, BulkColumns], None]
 
 #: rows in one SQLite INSERT: that many values stay below the 999 parameters that a statement of any SQLite may have
 _SQLITE_VALUES = 900
+#: a COPY is ended after so long and begun anew: a server may be told to cancel statements that take long, and a download can
+_COPY_S = 5.0
 
 
-def loader_for(connection: Connection, *, portable: bool = False) -> Loader:
+class BulkLoader:
+    """Loads rows into a table, with SQLAlchemy Core. A context manager: behind it the rows are in the table, within it they may not be,
+    and the connection has to be left alone.
+    """
+
+    def __init__(self, connection: Connection, table: sa.Table) -> None:
+        self._connection = connection
+        self._table = table
+
+    def write(self, columns: BulkColumns) -> None:
+        """Add rows."""
+        names = [column.name for column in self._table.columns]
+        rows = zip(*columns, strict=True)
+        self._connection.execute(sa.insert(self._table), [dict(zip(names, row, strict=True)) for row in rows])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None) -> None:
+        """Rows that were not written are given up on an error."""
+
+
+def bulk_loader(connection: Connection, table: sa.Table, *, portable: bool = False) -> BulkLoader:
     """The fastest loader that the connection's database has; ``portable`` asks for the one that works anywhere."""
     dialect = connection.dialect
-    if not portable and dialect.name == "sqlite":
-        return _load_driver
-    if not portable and dialect.name == "postgresql" and dialect.driver in ("psycopg", "psycopg2"):
-        return _load_copy
-    return _load_core
-
-
-def _load_core(connection: Connection, table: sa.Table, columns: BulkColumns) -> None:
-    names = [column.name for column in table.columns]
-    rows = zip(*columns, strict=True)
-    connection.execute(sa.insert(table), [dict(zip(names, row, strict=True)) for row in rows])
+    if portable:
+        return BulkLoader(connection, table)
+    if dialect.name == "sqlite":
+        return _DriverLoader(connection, table)
+    if dialect.name == "postgresql" and dialect.driver == "psycopg":
+        return _OpenCopyLoader(connection, table)
+    if dialect.name == "postgresql" and dialect.driver == "psycopg2":
+        return _CopyLoader(connection, table)
+    return BulkLoader(connection, table)
 
 
 def _quoted(connection: Connection, table: sa.Table) -> tuple[str, str]:
@@ -51,19 +75,22 @@ def _bound(connection: Connection, table: sa.Table, columns: BulkColumns) -> Bul
     return [list(map(p, column)) if p else column for p, column in zip(processors, columns, strict=True)]
 
 
-def _load_driver(connection: Connection, table: sa.Table, columns: BulkColumns) -> None:
+class _DriverLoader(BulkLoader):
     """Many rows a statement: what the driver does for each statement costs as much as for twenty values."""
-    name, names = _quoted(connection, table)
-    rows = list(zip(*_bound(connection, table, columns), strict=True))
-    marks = f"({', '.join('?' * len(table.columns))})"
-    insert = f"INSERT INTO {name} ({names}) VALUES "
-    many = max(_SQLITE_VALUES // len(table.columns), 1)
-    whole = len(rows) - len(rows) % many
-    if whole:
-        statements = [tuple(chain.from_iterable(rows[i : i + many])) for i in range(0, whole, many)]
-        connection.exec_driver_sql(insert + ", ".join([marks] * many), statements)
-    if whole < len(rows):
-        connection.exec_driver_sql(insert + marks, rows[whole:])
+
+    def write(self, columns: BulkColumns) -> None:
+        connection, table = self._connection, self._table
+        name, names = _quoted(connection, table)
+        rows = list(zip(*_bound(connection, table, columns), strict=True))
+        marks = f"({', '.join('?' * len(table.columns))})"
+        insert = f"INSERT INTO {name} ({names}) VALUES "
+        many = max(_SQLITE_VALUES // len(table.columns), 1)
+        whole = len(rows) - len(rows) % many
+        if whole:
+            statements = [tuple(chain.from_iterable(rows[i : i + many])) for i in range(0, whole, many)]
+            connection.exec_driver_sql(insert + ", ".join([marks] * many), statements)
+        if whole < len(rows):
+            connection.exec_driver_sql(insert + marks, rows[whole:])
 
 
 _NULL = "\\N"
@@ -101,18 +128,46 @@ def _copy_column(values: Sequence[Any]) -> Sequence[str]:
     return list(map(_copy_value, values))
 
 
-def _load_copy(connection: Connection, table: sa.Table, columns: BulkColumns) -> None:
-    name, names = _quoted(connection, table)
-    # no parameters, so a percent sign in a name is not doubled
-    statement = f"COPY {name} ({names}) FROM STDIN".replace("%%", "%")
+def _copy_data(columns: BulkColumns) -> bytes:
     lines = map("\t".join, zip(*map(_copy_column, columns), strict=True))
-    data = ("\n".join(lines) + "\n").encode()
-    cursor: Any = connection.connection.cursor()
-    try:
-        if connection.dialect.driver == "psycopg":
-            with cursor.copy(statement) as copy:
-                copy.write(data)
-        else:
-            cursor.copy_expert(statement, io.BytesIO(data))
-    finally:
-        cursor.close()
+    return ("\n".join(lines) + "\n").encode()
+
+
+class _CopyLoader(BulkLoader):
+    """A COPY for each call."""
+
+    def write(self, columns: BulkColumns) -> None:
+        cursor: Any = self._connection.connection.cursor()
+        try:
+            cursor.copy_expert(self._statement, io.BytesIO(_copy_data(columns)))
+        finally:
+            cursor.close()
+
+    @property
+    def _statement(self) -> str:
+        name, names = _quoted(self._connection, self._table)
+        # no parameters, so a percent sign in a name is not doubled
+        return f"COPY {name} ({names}) FROM STDIN".replace("%%", "%")
+
+
+class _OpenCopyLoader(_CopyLoader):
+    """One COPY for many calls: the server is not waited for between them."""
+
+    def __init__(self, connection: Connection, table: sa.Table) -> None:
+        super().__init__(connection, table)
+        self._copy: Any = None
+        self._end_copy = ExitStack()
+        self._begun = 0.0
+
+    def write(self, columns: BulkColumns) -> None:
+        if self._copy is None:
+            cursor: Any = self._end_copy.enter_context(closing(self._connection.connection.cursor()))
+            self._copy = self._end_copy.enter_context(cursor.copy(self._statement))
+            self._begun = time.monotonic()
+        self._copy.write(_copy_data(columns))
+        if time.monotonic() - self._begun > _COPY_S:
+            self.__exit__(None, None, None)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None) -> None:
+        self._copy = None
+        self._end_copy.__exit__(kind, error, where)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import datetime as dt
+import time
 from typing import Any
 
 import pytest
 import sqlalchemy as sa
 
-from airflow_provider_batchkit.ledger.bulk import loader_for
+from airflow_provider_batchkit.ledger.bulk import bulk_loader
 
 ROWS = 1_234
 
@@ -40,7 +41,9 @@ def test_rows_arrive_as_they_were_given(request: pytest.FixtureRequest, kind: st
     rows = [row(n) for n in range(ROWS)]
     with sa.create_engine(database.url.replace("+psycopg", f"+{kind}"), poolclass=sa.pool.NullPool).begin() as connection:
         loaded.create(connection)
-        loader_for(connection, portable=portable)(connection, loaded, list(zip(*rows, strict=True)))
+        with bulk_loader(connection, loaded, portable=portable) as loader:
+            for part in (rows[:1_000], rows[1_000:]):
+                loader.write(list(zip(*part, strict=True)))
         found = connection.execute(sa.select(loaded).order_by(loaded.c.n)).fetchall()
     assert [tuple(r) for r in found] == rows
 
@@ -52,5 +55,46 @@ def test_a_nul_in_a_text_lands_as_a_replacement_character(request: pytest.Fixtur
     loaded = sa.Table("loaded", sa.MetaData(), sa.Column("a", sa.Text), sa.Column("b", sa.Text))
     with sa.create_engine(database.url.replace("+psycopg", f"+{kind}"), poolclass=sa.pool.NullPool).begin() as connection:
         loaded.create(connection)
-        loader_for(connection)(connection, loaded, [["x\0y", "z"], ["\0", "\t"]])
+        with bulk_loader(connection, loaded) as loader:
+            loader.write([["x\0y", "z"], ["\0", "\t"]])
         assert [tuple(r) for r in connection.execute(sa.select(loaded).order_by(loaded.c.a))] == [("x\ufffdy", "\ufffd"), ("z", "\t")]
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "psycopg", "psycopg2"])
+def test_an_error_between_two_writes_is_raised_as_it_is_and_nothing_is_loaded(request: pytest.FixtureRequest, kind: str) -> None:
+    """A download that breaks off: its own error is told, the transaction is undone, and the connection is as good as before."""
+    database = request.getfixturevalue("sqlite" if kind == "sqlite" else "postgres")
+    loaded = table()
+    engine = sa.create_engine(database.url.replace("+psycopg", f"+{kind}"))
+    loaded.create(engine)
+    columns = list(zip(*[row(n) for n in range(ROWS)], strict=True))
+
+    def download() -> None:
+        with engine.begin() as connection, bulk_loader(connection, loaded) as loader:
+            loader.write(columns)
+            raise ConnectionResetError("cut")
+
+    with pytest.raises(ConnectionResetError, match="cut"):
+        download()
+    with engine.begin() as connection:
+        assert connection.execute(sa.select(sa.func.count()).select_from(loaded)).scalar_one() == 0
+        with bulk_loader(connection, loaded) as loader:
+            loader.write(columns)
+    with engine.connect() as connection:
+        assert connection.execute(sa.select(sa.func.count()).select_from(loaded)).scalar_one() == ROWS
+    engine.dispose()
+
+
+def test_a_long_download_is_not_one_long_statement(request: pytest.FixtureRequest) -> None:
+    """A server that cancels statements after a second does not cancel a COPY whose rows come for two."""
+    database = request.getfixturevalue("postgres")
+    loaded = sa.Table("loaded", sa.MetaData(), sa.Column("n", sa.BigInteger))
+    with database.engine().begin() as connection, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("airflow_provider_batchkit.ledger.bulk._COPY_S", 0.3)
+        loaded.create(connection)
+        connection.exec_driver_sql("SET LOCAL statement_timeout = '1s'")
+        with bulk_loader(connection, loaded) as loader:
+            for n in range(20):
+                loader.write([[n]])
+                time.sleep(0.1)
+        assert connection.execute(sa.select(sa.func.count()).select_from(loaded)).scalar_one() == 20
