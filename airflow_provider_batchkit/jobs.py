@@ -16,7 +16,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -262,12 +261,11 @@ def fetch_job(
     """
     ledger.ensure()
     settler = Settler(kit, ledger, settle_seconds=settle_seconds)
-    read_pieces = partial(kit.read_pieces, keep_message=False)
     for _ in range(_EXCHANGES):
         ids = [_current_id(ledger, settler, batch_id, dag_id, run_id) for batch_id in batch_ids]
         snapshots, gone = _readable(kit, ledger, ids, table, may_recall=options.get("disposition") is not WriteDisposition.REPLACE)
         try:
-            report = land_batches(ledger, snapshots, table, read_pieces, kit.price_book, **options)
+            report = land_batches(ledger, snapshots, table, kit.read_blocks, kit.price_book, **options)
         except WrongBatchError as e:
             log.warning("%s", e)
             record = ledger.find(e.batch_id)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from airflow_provider_batchkit.api import BatchApi, poll_failure
+from airflow_provider_batchkit.blocks import ResultBlock
 from airflow_provider_batchkit.estimate import SAMPLES, Estimate, estimate_shards
 from airflow_provider_batchkit.exceptions import (
     BatchUnavailableError,
@@ -32,7 +34,7 @@ from airflow_provider_batchkit.model import (
 from airflow_provider_batchkit.polling import Ended, GaveUp, PollState, TimedOut, Wait
 from airflow_provider_batchkit.pricing import PriceBook
 from airflow_provider_batchkit.requests import RequestBuilder, RequestDefaults, items_of, refuse_repeated_ids
-from airflow_provider_batchkit.results import Reconciler, StreamFaults, parse_pieces
+from airflow_provider_batchkit.results import Reconciler, StreamFaults, parse_blocks, parse_stream
 from airflow_provider_batchkit.shards import ShardWriter, remove_shard_files, write_shards
 from airflow_provider_batchkit.tally import TallyBuilder
 
@@ -44,6 +46,9 @@ log = logging.getLogger(__name__)
 #: the API processes a batch within 24 hours or expires the rest (its documentation); an hour more for clocks and queues
 DEFAULT_TIMEOUT_S = 25 * 3600.0
 _STREAM_ATTEMPTS = 5
+_TALLIED_TOGETHER = 500
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,37 +184,56 @@ class BatchKit(BatchApi):
         except anthropic.APIError as e:
             state.failed(**poll_failure(e))
 
-    def read_items(self, batch_id: str, reconciler: Reconciler, expected: int) -> Iterator[BatchItem]:
-        """:meth:`read_pieces` with whole messages, one item at a time."""
-        for piece in self.read_pieces(batch_id, reconciler, expected):
-            yield from piece
-
-    def read_pieces(
-        self,
-        batch_id: str,
-        reconciler: Reconciler,
-        expected: int,
-        on_bytes: Callable[[int], None] | None = None,
-        *,
-        keep_message: bool = True,
-        sleep: Callable[[float], None] = time.sleep,
-    ) -> Iterator[list[BatchItem]]:
-        """First answers of an ended batch as they come, some together, each once.
+    def read_items(
+        self, batch_id: str, reconciler: Reconciler, expected: int, *, sleep: Callable[[float], None] = time.sleep
+    ) -> Iterator[BatchItem]:
+        """First answers of an ended batch as they come, each once, with their whole messages.
 
         A stream that is cut is read again, and what was seen is passed over.
         ``reconciler`` counts what does not belong, and what is missing of the ``expected`` results that the API counts: a stream that ends
         too early without an error is read once more. The broken end of a cut stream is not counted.
 
-        :param on_bytes: told the size of each piece that has been downloaded
-        :param keep_message: give items their whole message as bytes; without, reading is faster
         :raises ResultStreamError: when the stream was cut five times in a row without progress
         """
+
+        def items(chunks: Iterator[bytes]) -> Iterator[BatchItem]:
+            return (item for item in parse_stream(chunks) if reconciler.accept(item))  # type: ignore[misc] # no broken line is accepted
+
+        return self._read(batch_id, reconciler, expected, items, sleep)
+
+    def read_blocks(
+        self,
+        batch_id: str,
+        reconciler: Reconciler,
+        expected: int,
+        on_bytes: Callable[[int], None] = lambda _: None,
+        *,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> Iterator[ResultBlock]:
+        """:meth:`read_items` in blocks, without messages: a multiple faster.
+
+        :param on_bytes: told the size of each chunk that has been downloaded
+        """
+
+        def blocks(chunks: Iterator[bytes]) -> Iterator[ResultBlock]:
+            return itertools.starmap(reconciler.accept_block, parse_blocks(_counted(chunks, on_bytes)))
+
+        return self._read(batch_id, reconciler, expected, blocks, sleep)
+
+    def _read(
+        self,
+        batch_id: str,
+        reconciler: Reconciler,
+        expected: int,
+        accepted: Callable[[Iterator[bytes]], Iterator[_T]],
+        sleep: Callable[[float], None],
+    ) -> Iterator[_T]:
+        """What ``accepted`` makes of the results; see :meth:`read_items`."""
         failures, read_whole = 0, False
         while True:
             done = len(reconciler.answered)
             try:
-                for piece in parse_pieces(_counted(self.stream_results(batch_id), on_bytes), keep_message=keep_message):
-                    yield reconciler.accept_all(piece)
+                yield from accepted(self.stream_results(batch_id))
             except ResultStreamError as e:
                 failures = 1 if len(reconciler.answered) > done else failures + 1
                 if failures >= _STREAM_ATTEMPTS:
@@ -238,8 +262,9 @@ class BatchKit(BatchApi):
             found = self.get(batch_id)
             builder = TallyBuilder(self.price_book, found.created_at)
             reconciler = Reconciler(None)
-            for piece in self.read_pieces(batch_id, reconciler, found.counts.total):
-                builder.add_all(piece)
+            left = self.read_items(batch_id, reconciler, found.counts.total)
+            while piece := list(itertools.islice(left, _TALLIED_TOGETHER)):
+                builder.add_all(ResultBlock.of(piece))
                 items += piece
             tally, counts = tally + builder.tally(), counts + found.counts
             faults = faults + reconciler.faults
@@ -263,10 +288,9 @@ class BatchKit(BatchApi):
         return self.retrieve(ids)
 
 
-def _counted(chunks: Iterator[bytes], on_bytes: Callable[[int], None] | None) -> Iterator[bytes]:
+def _counted(chunks: Iterator[bytes], on_bytes: Callable[[int], None]) -> Iterator[bytes]:
     for chunk in chunks:
-        if on_bytes is not None:
-            on_bytes(len(chunk))
+        on_bytes(len(chunk))
         yield chunk
 
 

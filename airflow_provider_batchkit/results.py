@@ -10,11 +10,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from io import BytesIO
-from itertools import chain
 from typing import Any
 
 import msgspec
 
+from airflow_provider_batchkit.blocks import ResultBlock
 from airflow_provider_batchkit.model import BatchItem, RequestStatus, Usage
 
 _SAMPLE_CHARS = 200
@@ -83,6 +83,8 @@ class _RawLine(msgspec.Struct, gc=False):
 _decode_line = msgspec.json.Decoder(_Line).decode
 _decode_lines = msgspec.json.Decoder(_Line).decode_lines
 _decode_raw_line = msgspec.json.Decoder(_RawLine).decode
+#: of a result that is not billed
+_NO_MESSAGE = _Message("", [], _WireUsage(0, 0))
 _STATUSES = {status.value: status for status in (RequestStatus.ERRORED, RequestStatus.EXPIRED, RequestStatus.CANCELED)}
 
 
@@ -97,25 +99,6 @@ class BrokenLine:
     sample: str
 
 
-def _usage(wire: _WireUsage) -> Usage:
-    cache = wire.cache_creation
-    if cache is None:
-        # without the split, all cache writes are of the default five minutes (API documentation, "Prompt caching")
-        written_5m, written_1h = wire.cache_creation_input_tokens or 0, 0
-    else:
-        written_5m, written_1h = cache.ephemeral_5m_input_tokens, cache.ephemeral_1h_input_tokens
-    return Usage(
-        wire.input_tokens,
-        wire.output_tokens,
-        written_5m,
-        written_1h,
-        wire.cache_read_input_tokens or 0,
-        wire.server_tool_use.web_search_requests if wire.server_tool_use is not None else 0,
-        wire.inference_geo,
-        wire.speed,
-    )
-
-
 class _Undocumented(Exception):
     """A line that is JSON and is not what the API documents."""
 
@@ -123,23 +106,57 @@ class _Undocumented(Exception):
 def _item(line: _Line, message_json: bytes | None = None) -> BatchItem:
     """:raises _Undocumented: for what the API does not send"""
     result = line.result
-    message = result.message
     if result.type != "succeeded":
-        status = _STATUSES.get(result.type)
-        if status is None:
-            raise _Undocumented(f"unknown result type {result.type!r}")
-        error = result.error.error if result.error is not None else None
-        return BatchItem(line.custom_id, status, error_type=error.type if error else None, error_message=error.message if error else None)
-    if message is None:
-        raise _Undocumented("a succeeded result without a message")
-    blocks = message.content
-    if len(blocks) == 1 and blocks[0].type == "text":
-        text = blocks[0].text
-    else:
-        text = "".join([block.text or "" for block in blocks if block.type == "text"])
-    return BatchItem(
-        line.custom_id, RequestStatus.SUCCEEDED, text, message.stop_reason, message.model, _usage(message.usage), None, None, message_json
+        error = _error(result)
+        kind, why = (None, None) if error is None else (error.type, error.message)
+        return BatchItem(line.custom_id, _failure(result), error_type=kind, error_message=why)
+    message = _message(result)
+    usage = message.usage
+    written = _written(usage)
+    counted = Usage(
+        usage.input_tokens,
+        usage.output_tokens,
+        written.ephemeral_5m_input_tokens,
+        written.ephemeral_1h_input_tokens,
+        usage.cache_read_input_tokens or 0,
+        _searches(usage),
+        usage.inference_geo,
+        usage.speed,
     )
+    text, reason = _text(message.content), message.stop_reason
+    return BatchItem(line.custom_id, RequestStatus.SUCCEEDED, text, reason, message.model, counted, None, None, message_json)
+
+
+def _failure(result: _Result) -> RequestStatus:
+    status = _STATUSES.get(result.type)
+    if status is None:
+        raise _Undocumented(f"unknown result type {result.type!r}")
+    return status
+
+
+def _error(result: _Result) -> _ErrorObject | None:
+    return None if result.error is None else result.error.error
+
+
+def _message(result: _Result) -> _Message:
+    if result.message is None:
+        raise _Undocumented("a succeeded result without a message")
+    return result.message
+
+
+def _text(content: Sequence[_Block]) -> str | None:
+    if len(content) == 1 and content[0].type == "text":
+        return content[0].text
+    return "".join([block.text or "" for block in content if block.type == "text"])
+
+
+def _written(usage: _WireUsage) -> _CacheCreation:
+    # without the split, all cache writes are of the default five minutes (API documentation, "Prompt caching")
+    return usage.cache_creation or _CacheCreation(usage.cache_creation_input_tokens or 0)
+
+
+def _searches(usage: _WireUsage) -> int:
+    return 0 if usage.server_tool_use is None else usage.server_tool_use.web_search_requests
 
 
 def parse_line(line: bytes, number: int, *, keep_message: bool = True) -> BatchItem | BrokenLine:
@@ -155,13 +172,26 @@ def parse_line(line: bytes, number: int, *, keep_message: bool = True) -> BatchI
         return BrokenLine(number, str(e), line[:_SAMPLE_CHARS].decode("utf-8", "replace"))
 
 
-def parse_pieces(chunks: Iterable[bytes], *, keep_message: bool = True) -> Iterator[list[BatchItem | BrokenLine]]:
-    """Raw chunks of a results stream → items, as many together as a chunk completes. Blank lines are skipped."""
+def parse_stream(chunks: Iterable[bytes], *, keep_message: bool = True) -> Iterator[BatchItem | BrokenLine]:
+    """Raw chunks of a results stream → items. Blank lines are skipped."""
     before = 0
-    for block in _whole_lines(chunks):
-        # finds newlines five times as fast as counting or splitting
-        lines = BytesIO(block).readlines()
-        yield _parse(block, lines, before, keep_message)
+    for whole in _whole_lines(chunks):
+        lines = _lines(whole)
+        yield from _parse_each(lines, before, keep_message=keep_message)
+        before += len(lines)
+
+
+def parse_blocks(chunks: Iterable[bytes]) -> Iterator[tuple[ResultBlock, list[BrokenLine]]]:
+    """:func:`parse_stream` without messages, for all lines that a chunk completes together; and what could not be read of them."""
+    before = 0
+    for whole in _whole_lines(chunks):
+        lines = _lines(whole)
+        block, broken = _block(whole, lines), []
+        if block is None:
+            items = list(_parse_each(lines, before, keep_message=False))
+            block = ResultBlock.of([item for item in items if isinstance(item, BatchItem)])
+            broken = [item for item in items if isinstance(item, BrokenLine)]
+        yield block, broken
         before += len(lines)
 
 
@@ -174,29 +204,63 @@ def _whole_lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
             yield b"".join([*rest, chunk[:end]])
             rest.clear()
         rest.append(chunk[end:])
-    yield b"".join(rest)
+    if any(rest):
+        yield b"".join(rest)
 
 
-def _parse(block: bytes, lines: Sequence[bytes], before: int, keep_message: bool) -> list[BatchItem | BrokenLine]:
-    """:param before: the number of the line before these ``lines``, which are the ``block``"""
+def _lines(whole: bytes) -> list[bytes]:
+    # finds newlines five times as fast as counting or splitting
+    return BytesIO(whole).readlines()
+
+
+def _parse_each(lines: Iterable[bytes], before: int, *, keep_message: bool) -> Iterator[BatchItem | BrokenLine]:
+    """:param before: the number of the line before these"""
+    for number, line in enumerate(lines, start=before + 1):
+        if not line.isspace():
+            yield parse_line(line.rstrip(b"\n"), number, keep_message=keep_message)
+
+
+def _block(whole: bytes, lines: Sequence[bytes]) -> ResultBlock | None:
+    """The results of ``lines``, which are ``whole``; None when one of them is not what the API documents, or is blank."""
     # JSON may have newlines between its tokens and values without one between: here each stands between two objects, which no value holds
-    if not keep_message and {line[:1] for line in lines} == {b"{"} and {line[-2:] for line in lines} == {b"}\n"}:
-        try:
-            decoded = _decode_lines(block)
-            if len(decoded) == len(lines):
-                return list(map(_item, decoded))
-        except (msgspec.MsgspecError, UnicodeDecodeError, _Undocumented):
-            pass  # one of them is broken: it is looked for
-    return [
-        parse_line(line.rstrip(b"\n"), number, keep_message=keep_message)
-        for number, line in enumerate(lines, start=before + 1)
-        if not line.isspace()
-    ]
+    if {line[:1] for line in lines} != {b"{"} or {line[-2:] for line in lines} != {b"}\n"}:
+        return None
+    try:
+        decoded = _decode_lines(whole)
+        return _columns([line.custom_id for line in decoded], [line.result for line in decoded]) if len(decoded) == len(lines) else None
+    except (msgspec.MsgspecError, UnicodeDecodeError, _Undocumented):
+        return None
 
 
-def parse_stream(chunks: Iterable[bytes], *, keep_message: bool = True) -> Iterator[BatchItem | BrokenLine]:
-    """:func:`parse_pieces`, one item at a time."""
-    return chain.from_iterable(parse_pieces(chunks, keep_message=keep_message))
+def _columns(custom_ids: list[str], results: list[_Result]) -> ResultBlock:
+    """:raises _Undocumented: for what the API does not send"""
+    billed = [result.type == "succeeded" for result in results]
+    messages = [_message(result) if counts else _NO_MESSAGE for result, counts in zip(results, billed, strict=True)]
+    texts = [_text(message.content) for message in messages]
+    usages = [message.usage for message in messages]
+    written = [_written(usage) for usage in usages]
+    statuses = ["succeeded"] * len(results)
+    errors: list[_ErrorObject | None] = [None] * len(results)
+    for place in [place for place, counts in enumerate(billed) if not counts]:
+        statuses[place], errors[place], texts[place] = _failure(results[place]).value, _error(results[place]), None
+    return ResultBlock(
+        custom_ids,
+        statuses,
+        texts,
+        [message.stop_reason for message in messages],
+        [None if error is None else error.type for error in errors],
+        [None if error is None else error.message for error in errors],
+        [message.model or None for message in messages],
+        billed,
+        [usage.input_tokens for usage in usages],
+        [usage.output_tokens for usage in usages],
+        [one.ephemeral_5m_input_tokens for one in written],
+        [one.ephemeral_1h_input_tokens for one in written],
+        [usage.cache_read_input_tokens or 0 for usage in usages],
+        [_searches(usage) for usage in usages],
+        [usage.inference_geo for usage in usages],
+        [usage.speed for usage in usages],
+    )
 
 
 @dataclass(slots=True)
@@ -216,13 +280,13 @@ class StreamFaults:
         self.broken += 1
         self.broken_sample = self.broken_sample or f"line {line.number}: {line.reason}: {line.sample!r}"
 
-    def add_duplicate(self, item: BatchItem) -> None:
+    def add_duplicate(self, custom_id: str) -> None:
         self.duplicate += 1
-        self.duplicate_sample = self.duplicate_sample or item.custom_id
+        self.duplicate_sample = self.duplicate_sample or custom_id
 
-    def add_foreign(self, item: BatchItem) -> None:
+    def add_foreign(self, custom_id: str) -> None:
         self.foreign += 1
-        self.foreign_sample = self.foreign_sample or item.custom_id
+        self.foreign_sample = self.foreign_sample or custom_id
 
     def __bool__(self) -> bool:
         return bool(self.broken or self.duplicate or self.foreign or self.short)
@@ -265,26 +329,30 @@ class Reconciler:
         """How many lines fewer than ``expected`` the stream has held so far."""
         return max(expected - len(self.answered) - self.faults.broken - self.faults.foreign, 0)
 
-    def accept_all(self, items: Sequence[BatchItem | BrokenLine]) -> list[BatchItem]:
-        """Those of the items that are first answers."""
+    def accept_block(self, block: ResultBlock, broken: Iterable[BrokenLine]) -> ResultBlock:
+        """Those of a block's results that are first answers."""
+        for line in broken:
+            self.faults.add_broken(line)
         if self._this_read is self.answered:
-            ids = {item.custom_id for item in items if isinstance(item, BatchItem)}
-            if len(ids) == len(items) and self.answered.isdisjoint(ids) and (self._asked is None or ids <= self._asked):
+            ids = set(block.custom_ids)
+            if len(ids) == len(block) and self.answered.isdisjoint(ids) and (self._asked is None or ids <= self._asked):
                 self.answered |= ids
-                return list(items)  # type: ignore[arg-type] # none of them is broken
-        return [item for item in items if self.accept(item)]  # type: ignore[misc] # nor is any that is accepted
+                return block
+        return block.rows([place for place, custom_id in enumerate(block.custom_ids) if self._accept(custom_id)])
 
     def accept(self, item: BatchItem | BrokenLine) -> bool:
         """Whether the item is a first answer."""
         if isinstance(item, BrokenLine):
             self.faults.add_broken(item)
             return False
-        custom_id = item.custom_id
+        return self._accept(item.custom_id)
+
+    def _accept(self, custom_id: str) -> bool:
         if custom_id in self._this_read:
-            self.faults.add_duplicate(item)
+            self.faults.add_duplicate(custom_id)
             return False
         if self._asked is not None and custom_id not in self._asked:
-            self.faults.add_foreign(item)
+            self.faults.add_foreign(custom_id)
             return False
         self._this_read.add(custom_id)
         if self._this_read is self.answered:

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 from datetime import datetime
 from decimal import Context, Decimal
-from itertools import groupby
-from operator import attrgetter
+from typing import TypeVar
 
-from msgspec.structs import astuple
-
+from airflow_provider_batchkit.blocks import ResultBlock
 from airflow_provider_batchkit.exceptions import BatchInputError
-from airflow_provider_batchkit.model import BatchItem, Cost, CostTally, ModelTally, Usage, UsageLine, format_usd_exact
-from airflow_provider_batchkit.pricing import ModelRates, PriceBook, cost_of_pico, usd_of_pico
+from airflow_provider_batchkit.model import CostTally, ModelTally, UsageLine, format_usd_exact
+from airflow_provider_batchkit.pricing import ModelRates, PriceBook, usd_of_pico
 
 #: in a list of sums: the counts of ``ModelTally`` and ``UsageLine``, then money in pico-dollars, then the prompts' sizes
 _COUNTS = 7
 _BATCH, _STANDARD, _CACHE_SAVINGS, _SMALLEST, _LARGEST = range(_COUNTS, _COUNTS + 5)
 _FREE = (0, 0)
-#: of a result, what decides its prices beside the size of its prompt
-_KIND = attrgetter("model", "usage.inference_geo", "usage.speed")
+#: of a result, what decides its prices beside the size of its prompt: model, ``inference_geo``, ``speed``
+_Kind = tuple[str | None, str | None, str | None]
+_T = TypeVar("_T")
 
 
 class TallyBuilder:
@@ -33,73 +32,72 @@ class TallyBuilder:
         #: running sums of what is priced alike: model, ``inference_geo``, ``speed``, start of the price tier
         self._lines: dict[tuple[str, str | None, str | None, int], list[int]] = {}
 
-    def add(self, model: str, usage: Usage) -> Cost | None:
-        """Count one request; what it costs, or ``None`` for an unknown model (its tokens are counted all the same)."""
-        tier_of = self._tier_of(model)
-        tier = 0 if tier_of is None else tier_of(usage)
-        pico = self._add_alike(model, usage.inference_geo, usage.speed, tier, [usage])[0]
-        return None if pico is None else cost_of_pico(*pico)
-
-    def add_all(self, items: Sequence[BatchItem]) -> list[tuple[int, int] | None]:
+    def add_all(self, results: ResultBlock) -> list[tuple[int, int] | None]:
         """Count the results of many requests; what each costs in whole pico-dollars, as batch and standard cost.
 
         A result that the API counts nothing for costs nothing; ``None`` for an unknown model, whose tokens are counted all the same.
         """
-        billed = [item for item in items if item.usage is not None]
-        costs: list[tuple[int, int] | None] = []
-        for (model, geo, speed), alike in groupby(billed, _KIND):
-            usages: list[Usage] = [item.usage for item in alike]  # type: ignore[misc] # each has one
-            tier_of = self._tier_of(model or "")
-            for tier, same in [(0, usages)] if tier_of is None else groupby(usages, tier_of):
-                costs += self._add_alike(model or "", geo, speed, tier, list(same))
-        if len(billed) == len(items):
-            return costs
-        paid = iter(costs)
-        return [_FREE if item.usage is None else next(paid) for item in items]
+        kinds = set(zip(results.models, results.inference_geos, results.speeds, strict=True))
+        if len(kinds) == 1 and all(results.billed):
+            return self._add_kind(kinds.pop(), results)
+        costs: list[tuple[int, int] | None] = [_FREE] * len(results)
+        for kind, places in _places(zip(results.models, results.inference_geos, results.speeds, strict=True), results.billed):
+            for place, cost in zip(places, self._add_kind(kind, results.rows(places)), strict=True):
+                costs[place] = cost
+        return costs
 
-    def _tier_of(self, model: str) -> Callable[[Usage], int] | None:
-        """What tells the start of the price tier of a request to that model; None when all are in the one that starts at 0."""
+    def _add_kind(self, kind: _Kind, results: ResultBlock) -> list[tuple[int, int] | None]:
+        """Count results of one kind."""
+        model = kind[0] or ""
         if model not in self._rates:
             self._rates[model] = self._book.rates(model, self._at)
         rates = self._rates[model]
         if rates is None or len(rates.tiers) == 1:
-            return None
-        return lambda usage: rates.tier_start(usage.prompt_tokens)
+            return self._add_alike(kind, 0, results)
+        costs: list[tuple[int, int] | None] = [_FREE] * len(results)
+        for tier, places in _places(map(rates.tier_start, results.prompt_tokens), results.billed):
+            for place, cost in zip(places, self._add_alike(kind, tier, results.rows(places)), strict=True):
+                costs[place] = cost
+        return costs
 
-    def _add_alike(
-        self, model: str, geo: str | None, speed: str | None, tier: int, usages: list[Usage]
-    ) -> Sequence[tuple[int, int] | None]:
-        """Count requests that are priced alike, together: a million rows pay for each step."""
-        rates = self._rates[model]
-        # what is counted comes first among a usage's fields
-        counts = list(zip(*map(astuple, usages), strict=True))[: _COUNTS - 1]
-        fresh, _, write_5m, write_1h, read, _ = counts
-        cached = any(write_5m) or any(write_1h) or any(read)
-        prompts = list(map(sum, zip(fresh, write_5m, write_1h, read, strict=True))) if cached else fresh
-        sums = self._lines.setdefault((model, geo, speed, tier), [0] * _SMALLEST + [prompts[0], prompts[0]])
-        sums[0] += len(usages)
+    def _add_alike(self, kind: _Kind, tier: int, results: ResultBlock) -> list[tuple[int, int] | None]:
+        """Count requests that are priced alike, together."""
+        model, geo, speed = kind
+        rates = self._rates[model or ""]
+        counts, prompts = results.counts, results.prompt_tokens
+        sums = self._lines.setdefault((model or "", geo, speed, tier), [0] * _SMALLEST + [prompts[0], prompts[0]])
+        sums[0] += len(results)
         for place, column in enumerate(counts, start=1):
             sums[place] += sum(column)
         sums[_SMALLEST] = min(sums[_SMALLEST], *prompts)
         sums[_LARGEST] = max(sums[_LARGEST], *prompts)
         if rates is None:
-            return [None] * len(usages)
+            return [None] * len(results)
         costs = rates.pico_usd_all(counts, geo, speed, tier)
-        batch = sum(cost for cost, _ in costs)
+        batch = sum([cost for cost, _ in costs])
         sums[_BATCH] += batch
-        sums[_STANDARD] += sum(cost for _, cost in costs)
-        if cached:
+        sums[_STANDARD] += sum([cost for _, cost in costs])
+        if prompts is not results.input_tokens:
             # a price tier looks at the whole prompt, cached or not, so it is the same one
-            nothing = [0] * len(usages)
+            nothing = [0] * len(results)
             uncached = rates.pico_usd_all([prompts, counts[1], nothing, nothing, nothing, counts[5]], geo, speed, tier)
-            sums[_CACHE_SAVINGS] += sum(cost for cost, _ in uncached) - batch
-        return costs
+            sums[_CACHE_SAVINGS] += sum([cost for cost, _ in uncached]) - batch
+        return list(costs)
 
     def tally(self) -> CostTally:
         """Everything added so far. Without any request it is empty and names no prices."""
         lines = [UsageLine(model, geo, speed, *sums[:_COUNTS], *sums[_SMALLEST:]) for (model, geo, speed, _), sums in self._lines.items()]
         costs = [sums[_BATCH:_SMALLEST] if self._rates[key[0]] is not None else None for key, sums in self._lines.items()]
         return _tally(zip(lines, costs, strict=True), self._book)
+
+
+def _places(values: Iterable[_T], billed: Iterable[bool]) -> Iterable[tuple[_T, list[int]]]:
+    """Each value of a billed result, with the places that have it."""
+    places: dict[_T, list[int]] = {}
+    for place, (value, counts) in enumerate(zip(values, billed, strict=True)):
+        if counts:
+            places.setdefault(value, []).append(place)
+    return places.items()
 
 
 def _tally(priced: Iterable[tuple[UsageLine, list[int] | None]], book: PriceBook) -> CostTally:

@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
+from airflow_provider_batchkit.blocks import ResultBlock
 from airflow_provider_batchkit.exceptions import BatchInputError, WrongBatchError
 from airflow_provider_batchkit.landing.report import NAMED, LandedBatch, LandingReport, log_faults
 from airflow_provider_batchkit.landing.rounds import leave_out_superseded
@@ -40,14 +41,14 @@ log = logging.getLogger(__name__)
 #: requests without a result line that are staged together
 _AT_A_TIME = 1_000
 #: reads a batch's first answers, each once, through a reconciler; told how many results the API counts, and tells how many bytes came
-ReadPieces = Callable[[str, Reconciler, int, Callable[[int], None]], Iterator[list[BatchItem]]]
+ReadBlocks = Callable[[str, Reconciler, int, Callable[[int], None]], Iterator[ResultBlock]]
 
 
 def land_batches(
     ledger: Ledger,
     snapshots: Sequence[BatchSnapshot],
     table_name: str,
-    read_pieces: ReadPieces,
+    read_blocks: ReadBlocks,
     price_book: PriceBook,
     *,
     disposition: WriteDisposition = WriteDisposition.MERGE,
@@ -68,7 +69,7 @@ def land_batches(
     table = ResultTable(table_name, _common_key(ledger, records, snapshots), _common_schema(ledger, records, snapshots))
     if not table.check(ledger.engine):
         table.create(ledger.engine, unique_key=disposition is not WriteDisposition.APPEND)
-    landing = _Landing(ledger, table, read_pieces, price_book, disposition, include_failed, portable)
+    landing = _Landing(ledger, table, read_blocks, price_book, disposition, include_failed, portable)
     batches = list(zip(snapshots, records, strict=True))
     together = [batches] if disposition is WriteDisposition.REPLACE else [[batch] for batch in batches]
     report = LandingReport(table=table_name)
@@ -109,7 +110,7 @@ def _common_schema(ledger: Ledger, records: Sequence[BatchRecord | None], snapsh
 class _Landing:
     ledger: Ledger
     table: ResultTable
-    read_pieces: ReadPieces
+    read_blocks: ReadBlocks
     price_book: PriceBook
     disposition: WriteDisposition
     include_failed: bool
@@ -149,20 +150,20 @@ class _Landing:
         total = snapshot.counts.total
         progress = Progress(log, f"landing {snapshot.batch_id}", total)
         with stage.filling():
-            for items in self.read_pieces(snapshot.batch_id, reconciler, total, lambda size: progress.add(0, size)):
-                costs = tally.add_all(items)
+            for results in self.read_blocks(snapshot.batch_id, reconciler, total, lambda size: progress.add(0, size)):
+                costs = tally.add_all(results)
                 if answers is None:
-                    stage.put(items, costs)
+                    stage.put(results, costs)
                 else:
-                    read = [answers.read(item) for item in items]
-                    stage.put([item for item, _ in read], costs, [values for _, values in read])
-                progress.rows += len(items)
+                    checked, values = answers.read_all(results)
+                    stage.put(checked, costs, values)
+                progress.rows += len(results)
             _refuse_anothers(snapshot, reconciler)
             missing = []
             if keys is not None and len(keys.custom_ids) > len(reconciler.answered):
                 missing = [c for c in keys.custom_ids if c not in reconciler.answered]
             for start in range(0, len(missing), _AT_A_TIME):
-                absent = [BatchItem(custom_id, RequestStatus.MISSING) for custom_id in missing[start : start + _AT_A_TIME]]
+                absent = ResultBlock.of([BatchItem(c, RequestStatus.MISSING) for c in missing[start : start + _AT_A_TIME]])
                 stage.put(absent, tally.add_all(absent))
         progress.done()
         names = [] if keys is None else [key for c in missing[:NAMED] for key in (*keys.billed([c]), *keys.copies(c))]

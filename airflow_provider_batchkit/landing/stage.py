@@ -15,9 +15,9 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
+from airflow_provider_batchkit.blocks import ResultBlock
 from airflow_provider_batchkit.landing.table import ResultTable
 from airflow_provider_batchkit.ledger.bulk import bulk_loader
-from airflow_provider_batchkit.model import BatchItem, RequestStatus
 from airflow_provider_batchkit.schema.answers import Values
 from airflow_provider_batchkit.shards import IndexEntry
 
@@ -94,9 +94,8 @@ class AskedKeys:
 
 _NONE: list[str] = []
 _Cost = tuple[int, int] | None
-_UNKNOWN = (None, None)
-#: place of the status in ``_COLUMNS``
-_STATUS = 1
+#: places in ``_COLUMNS``
+_STATUS, _KEY = (next(place for place, (name, _) in enumerate(_COLUMNS) if name == wanted) for wanted in ("status", "batchkit_key"))
 
 
 class Stage:
@@ -131,43 +130,41 @@ class Stage:
             yield
             self._flush()
 
-    def put(self, items: Sequence[BatchItem], costs: Sequence[_Cost], values: Sequence[Values] | None = None) -> None:
+    def put(self, results: ResultBlock, costs: Sequence[_Cost], values: Sequence[Values] | None = None) -> None:
         """Add the rows that results answer.
 
         :param costs: of each, batch and standard cost in picodollars; None when it is not known
         :param values: of each answer, in the order of the table's answer columns
         """
-        values = [self._no_values] * len(items) if values is None else values
-        keys = [""] * len(items) if self._keys is None else self._keys.billed(item.custom_id for item in items)
-        self._add(items, keys, costs, values, asked=1)
+        values = [self._no_values] * len(results) if values is None else values
+        keys = [""] * len(results) if self._keys is None else self._keys.billed(results.custom_ids)
+        self._add(results, keys, costs, values, asked=1)
         if self._keys is not None and self._keys.any_copies:
-            self._put_copies(self._keys, items, costs, values)
+            self._put_copies(self._keys, results, costs, values)
 
-    def _put_copies(self, keys: AskedKeys, items: Sequence[BatchItem], costs: Sequence[_Cost], values: Sequence[Values]) -> None:
+    def _put_copies(self, keys: AskedKeys, results: ResultBlock, costs: Sequence[_Cost], values: Sequence[Values]) -> None:
         """Add the rows that share a request with another, which pays for it."""
-        for item, cost, answer in zip(items, costs, values, strict=True):
-            copies = keys.copies(item.custom_id)
-            free = None if cost is None else (0, 0)
-            at_a_time = max(1, min(_CHUNK_ROWS, _CHUNK_CHARACTERS // len(item.text or "-")))
+        for place, custom_id in enumerate(results.custom_ids):
+            copies = keys.copies(custom_id)
+            free = None if costs[place] is None else (0, 0)
+            at_a_time = max(1, min(_CHUNK_ROWS, _CHUNK_CHARACTERS // len(results.texts[place] or "-")))
             for start in range(0, len(copies), at_a_time):
                 part = copies[start : start + at_a_time]
-                self._add([item] * len(part), part, [free] * len(part), [answer] * len(part), asked=0)
+                same = results.rows([place] * len(part))
+                self._add(same, part, [free] * len(part), [values[place]] * len(part), asked=0)
 
-    def _add(
-        self, items: Sequence[BatchItem], keys: Sequence[str], costs: Sequence[_Cost], values: Sequence[Values], *, asked: int
-    ) -> None:
-        self._waiting.add(items, keys, costs, values, asked=asked)
-        if len(self._waiting.items) >= _CHUNK_ROWS or self._waiting.characters >= _CHUNK_CHARACTERS:
+    def _add(self, results: ResultBlock, keys: Sequence[str], costs: Sequence[_Cost], values: Sequence[Values], *, asked: int) -> None:
+        self._waiting.add(results, keys, costs, values, asked=asked)
+        if len(self._waiting) >= _CHUNK_ROWS or self._waiting.characters >= _CHUNK_CHARACTERS:
             self._flush()
 
     def _flush(self) -> None:
         """Write what is waiting."""
         rows = self._waiting
-        if rows.items:
+        if len(rows):
             keys = self._result_table.key_values(rows.keys)
-            columns = rows.columns()
-            self.counts.update(columns[_STATUS])
-            self._loader.write([*keys, *zip(*rows.values, strict=True), *columns])
+            self.counts.update(rows.columns[_STATUS])
+            self._loader.write([*keys, *zip(*rows.values, strict=True), *rows.columns])
         self._waiting = _Rows()
 
 
@@ -175,38 +172,39 @@ class _Rows:
     """Rows on their way into a stage."""
 
     def __init__(self) -> None:
-        self.items: list[BatchItem] = []
-        self.keys: list[str] = []
+        #: the values of ``_COLUMNS``
+        self.columns: list[list[Any]] = [[] for _ in _COLUMNS]
         self.values: list[Values] = []
         self.characters = 0
-        self._costs: list[_Cost] = []
-        self._asked: list[int] = []
 
-    def add(self, items: Sequence[BatchItem], keys: Sequence[str], costs: Sequence[_Cost], values: Sequence[Values], *, asked: int) -> None:
-        self.items += items
-        self.keys += keys
-        self.values += values
-        self._costs += costs
-        self._asked += [asked] * len(items)
-        self.characters += sum([len(item.text) for item in items if item.text is not None])
+    def __len__(self) -> int:
+        return len(self.keys)
 
-    def columns(self) -> list[Sequence[Any]]:
-        """The values of ``_COLUMNS``."""
-        items, usages = self.items, [item.usage for item in self.items]
-        succeeded = RequestStatus.SUCCEEDED
-        batch, standard = zip(*[_UNKNOWN if cost is None else cost for cost in self._costs], strict=True)
-        return [
-            [item.text for item in items],
-            ["succeeded" if item.status is succeeded else item.status.value for item in items],
-            [item.stop_reason for item in items],
-            [item.error_type for item in items],
-            [item.error_message for item in items],
-            [item.model for item in items],
-            [None if usage is None else usage.prompt_tokens for usage in usages],
-            [None if usage is None else usage.output_tokens for usage in usages],
-            [item.custom_id for item in items],
-            self.keys,
-            batch,
-            standard,
-            self._asked,
+    @property
+    def keys(self) -> list[str]:
+        return self.columns[_KEY]
+
+    def add(self, results: ResultBlock, keys: Sequence[str], costs: Sequence[_Cost], values: Sequence[Values], *, asked: int) -> None:
+        more: list[Sequence[Any]] = [
+            results.texts,
+            results.statuses,
+            results.stop_reasons,
+            results.error_types,
+            results.error_messages,
+            results.models,
+            _counted(results.prompt_tokens, results.billed),
+            _counted(results.output_tokens, results.billed),
+            results.custom_ids,
+            keys,
+            [None if cost is None else cost[0] for cost in costs],
+            [None if cost is None else cost[1] for cost in costs],
+            [asked] * len(results),
         ]
+        for column, added in zip(self.columns, more, strict=True):
+            column += added
+        self.values += values
+        self.characters += sum([len(text) for text in results.texts if text is not None])
+
+
+def _counted(counts: Sequence[int], billed: Sequence[bool]) -> Sequence[int | None]:
+    return counts if all(billed) else [count if counted else None for count, counted in zip(counts, billed, strict=True)]

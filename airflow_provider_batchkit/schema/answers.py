@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
 import msgspec
 
-from airflow_provider_batchkit.model import BatchItem, RequestStatus
+from airflow_provider_batchkit.blocks import ResultBlock
+from airflow_provider_batchkit.model import RequestStatus
 from airflow_provider_batchkit.schema.output import OutputSchema
 
 #: values in the order of the schema's columns
@@ -24,6 +26,14 @@ _NUL = re.compile(r"(?<!\\)((?:\\\\)*)\\u0000")
 _encode = msgspec.json.Encoder(order="deterministic").encode
 
 
+@dataclass(frozen=True, slots=True)
+class _Unfit:
+    """Why an answer does not fit."""
+
+    error_type: str
+    message: str
+
+
 class AnswerReader:
     """Reads the answers to requests that asked for a schema."""
 
@@ -33,18 +43,30 @@ class AnswerReader:
         #: of a row without a fitting answer
         self.nothing: Values = (None,) * len(schema.columns)
 
-    def read(self, item: BatchItem) -> tuple[BatchItem, Values]:
-        """The values of an answer; one that does not fit comes back as ``invalid_output``, with its text and why."""
-        if item.status is not RequestStatus.SUCCEEDED:
-            return item, self.nothing
-        if item.stop_reason == "refusal":
-            return self._invalid(item, REFUSED, "The model refused to answer; stop_reason is refusal.")
+    def read_all(self, results: ResultBlock) -> tuple[ResultBlock, list[Values]]:
+        """The values of answers; those that do not fit come back as ``invalid_output``, with their texts and why."""
+        values, failures = [], {}
+        for place, (status, text, reason) in enumerate(zip(results.statuses, results.texts, results.stop_reasons, strict=True)):
+            answer = self.nothing if status != RequestStatus.SUCCEEDED.value else self._read(text or "", reason)
+            if isinstance(answer, _Unfit):
+                failures[place], answer = answer, self.nothing
+            values.append(answer)
+        if failures:
+            statuses, types, messages = list(results.statuses), list(results.error_types), list(results.error_messages)
+            for place, unfit in failures.items():
+                statuses[place], types[place], messages[place] = RequestStatus.INVALID_OUTPUT.value, unfit.error_type, unfit.message
+            results = replace(results, statuses=statuses, error_types=types, error_messages=messages)
+        return results, values
+
+    def _read(self, text: str, stop_reason: str | None) -> Values | _Unfit:
+        if stop_reason == "refusal":
+            return _Unfit(REFUSED, "The model refused to answer; stop_reason is refusal.")
         try:
-            return item, self._values(item.text or "")
+            return self._values(text)
         except (msgspec.MsgspecError, UnicodeError, OverflowError, RecursionError) as e:
-            if item.stop_reason in _CUT:
-                return self._invalid(item, TRUNCATED, f"The answer was cut before its end; stop_reason is {item.stop_reason}.")
-            return self._invalid(item, INVALID, f"The answer does not fit output_schema: {e}")
+            if stop_reason in _CUT:
+                return _Unfit(TRUNCATED, f"The answer was cut before its end; stop_reason is {stop_reason}.")
+            return _Unfit(INVALID, f"The answer does not fit output_schema: {e}")
 
     def _values(self, text: str) -> Values:
         if "\\u0000" in text:
@@ -57,10 +79,6 @@ class AnswerReader:
             if converted[i] is not None:
                 converted[i] = convert(converted[i])
         return tuple(converted)
-
-    def _invalid(self, item: BatchItem, error_type: str, message: str) -> tuple[BatchItem, Values]:
-        failed = msgspec.structs.replace(item, status=RequestStatus.INVALID_OUTPUT, error_type=error_type, error_message=message)
-        return failed, self.nothing
 
 
 def _json_text(value: Any) -> str:

@@ -425,7 +425,7 @@ def test_one_question_of_many_rows_lands_for_each_and_is_paid_once(warehouse: Wa
 
 def test_a_replace_that_is_cut_leaves_the_table_as_it_was(warehouse: Warehouse, sim: Simulator, monkeypatch: pytest.MonkeyPatch) -> None:
     """All batches of a replace are one transaction: when the last cannot be read, nothing of the first is there."""
-    monkeypatch.setattr(warehouse.kit, "read_pieces", partial(warehouse.kit.read_pieces, sleep=lambda _: None))
+    monkeypatch.setattr(warehouse.kit, "read_blocks", partial(warehouse.kit.read_blocks, sleep=lambda _: None))
     warehouse.fetch(warehouse.submit(products(3), run_id="run-1").batch_ids)
     ids = warehouse.submit(products(4, start=10), run_id="run-2", max_requests=2).batch_ids
     sim.faults.add("cut_results", batch=ids[-1], line=1, times=None)

@@ -14,12 +14,12 @@ import sqlalchemy as sa
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from airflow_provider_batchkit.blocks import ResultBlock
 from airflow_provider_batchkit.landing import land_batches
 from airflow_provider_batchkit.ledger.account import note_rendering
 from airflow_provider_batchkit.ledger.tables import batch
-from airflow_provider_batchkit.model import BatchItem
 from airflow_provider_batchkit.pricing import PriceBook
-from airflow_provider_batchkit.results import Reconciler, parse_pieces
+from airflow_provider_batchkit.results import Reconciler, parse_blocks
 from airflow_provider_batchkit.simulator import Simulator, SimulatorSettings
 from tests.databases import Database
 from tests.warehouse import Warehouse, kit_for
@@ -93,12 +93,12 @@ def test_sums_are_exact_for_random_usages(warehouse: Warehouse, answers: list[An
     report = warehouse.submit(rows, run_id=run, max_requests=shard)
     said = iter(answers)
 
-    def read(batch_id: str, reconciler: Reconciler, expected: int, count: Callable[[int], None]) -> Iterator[list[BatchItem]]:
+    def read(batch_id: str, reconciler: Reconciler, expected: int, count: Callable[[int], None]) -> Iterator[ResultBlock]:
         record = warehouse.ledger.find(batch_id)
         assert record is not None
         ids = sorted(entry.custom_id for piece in warehouse.ledger.rows_of(record) for entry in piece if entry.asked)
         lines = [result_line(custom_id, answer) for custom_id, answer in zip(ids, said, strict=False) if answer != "no line"]
-        yield from map(reconciler.accept_all, parse_pieces(iter(lines), keep_message=False))
+        yield from itertools.starmap(reconciler.accept_block, parse_blocks(iter(lines)))
 
     landed = land_batches(warehouse.ledger, [warehouse.kit.get(b) for b in report.batch_ids], table, read, BOOK, include_failed=True)
     tally = landed.tally

@@ -18,9 +18,10 @@ from genai_prices.data import providers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from airflow_provider_batchkit.blocks import ResultBlock
 from airflow_provider_batchkit.exceptions import BatchInputError
-from airflow_provider_batchkit.model import CostTally, ModelTally, Usage
-from airflow_provider_batchkit.pricing import PriceBook, load_price_overrides
+from airflow_provider_batchkit.model import BatchItem, Cost, CostTally, ModelTally, RequestStatus, Usage
+from airflow_provider_batchkit.pricing import PriceBook, cost_of_pico, load_price_overrides
 from airflow_provider_batchkit.tally import TallyBuilder, format_tally
 
 NOW = datetime(2026, 11, 23, tzinfo=UTC)
@@ -47,6 +48,12 @@ USAGES = st.builds(
     speed=st.sampled_from([None, "standard", "fast"]),
 )
 TIMES = st.datetimes(datetime(2025, 1, 1), datetime(2027, 6, 1), timezones=st.just(UTC))  # noqa: DTZ001 - the strategy adds the zone
+
+
+def add(builder: TallyBuilder, model: str, usage: Usage) -> Cost | None:
+    """Count one request."""
+    (pico,) = builder.add_all(ResultBlock.of([BatchItem("c", RequestStatus.SUCCEEDED, model=model, usage=usage)]))
+    return None if pico is None else cost_of_pico(*pico)
 
 
 def by_genai_prices(model: str, usage: Usage, at: datetime, context: dict[str, str]) -> Decimal:
@@ -92,6 +99,23 @@ def test_costs_equal_those_of_genai_prices(name: str, usage: Usage, at: datetime
 
 
 @settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(["claude-haiku-5-5", "claude-opus-4-8", "nobody-knows-this"]), st.none() | USAGES), max_size=30))
+def test_results_that_are_counted_together_cost_what_they_cost_alone(rows: list[tuple[str, Usage | None]]) -> None:
+    """Of any models, tiers, regions and speeds, in any order, with some that the API counts nothing for."""
+    items = [
+        BatchItem("c", RequestStatus.EXPIRED) if usage is None else BatchItem("c", RequestStatus.SUCCEEDED, model=model, usage=usage)
+        for model, usage in rows
+    ]
+    together, alone = TallyBuilder(BOOK, NOW), TallyBuilder(BOOK, NOW)
+    costs = together.add_all(ResultBlock.of(items))
+    assert costs == [alone.add_all(ResultBlock.of([item]))[0] for item in items]
+    for (_, usage), item, cost in zip(rows, items, costs, strict=True):
+        expected = None if usage is None else BOOK.cost(item.model or "", usage, NOW)
+        assert cost == (0, 0) if usage is None else (cost and cost_of_pico(*cost)) == expected
+    assert together.tally() == alone.tally()
+
+
+@settings(max_examples=100, deadline=None)
 @given(rows=st.lists(st.tuples(st.sampled_from([*sorted(MODELS), "negotiated"]), USAGES), max_size=30), at=TIMES)
 def test_row_costs_add_up_to_the_tally(rows: list[tuple[str, Usage]], at: datetime) -> None:
     """The tally is the exact sum of the rows: in money, per model, in tokens, and however the rows are split over tallies."""
@@ -99,9 +123,9 @@ def test_row_costs_add_up_to_the_tally(rows: list[tuple[str, Usage]], at: dateti
     whole, halves = TallyBuilder(book, at), (TallyBuilder(book, at), TallyBuilder(book, at))
     costs = []
     for index, (model, usage) in enumerate(rows):
-        cost = whole.add(model, usage)
+        cost = add(whole, model, usage)
         assert cost is not None
-        assert cost == halves[index % 2].add(model, usage) == book.cost(model, usage, at)
+        assert cost == add(halves[index % 2], model, usage) == book.cost(model, usage, at)
         costs.append((model, cost))
     tally = whole.tally()
     assert tally.batch_cost_usd == sum((cost.batch_usd for _, cost in costs), Decimal(0))
@@ -113,7 +137,7 @@ def test_row_costs_add_up_to_the_tally(rows: list[tuple[str, Usage]], at: dateti
     assert tally.requests == len(rows)
     uncached = TallyBuilder(book, at)
     for model, usage in rows:
-        uncached.add(model, usage.uncached())
+        add(uncached, model, usage.uncached())
     plain = uncached.tally()
     assert plain.batch_cost_usd is not None and tally.batch_cost_usd is not None
     assert tally.cache_savings_usd == plain.batch_cost_usd - tally.batch_cost_usd
@@ -142,7 +166,7 @@ def test_fifty_thousand_rows_of_opus_cost_four_hundred_dollars() -> None:
     """50,000 * (2,700 in, 100 out): 50,000 * $0.008 in a batch, 50,000 * $0.016 without."""
     builder = TallyBuilder(PriceBook(), NOW)
     for _ in range(50_000):
-        builder.add("claude-opus-4-8", Usage(input_tokens=2700, output_tokens=100))
+        add(builder, "claude-opus-4-8", Usage(input_tokens=2700, output_tokens=100))
     tally = builder.tally()
     assert (tally.batch_cost_usd, tally.standard_cost_usd, tally.savings_usd) == (Decimal(400), Decimal(800), Decimal(400))
     assert tally.input_tokens == 135_000_000
@@ -154,10 +178,10 @@ def test_an_unknown_model_is_none_counted_and_warned_of_once(caplog: pytest.LogC
     book = PriceBook()
     with caplog.at_level(logging.WARNING):
         builder = TallyBuilder(book, NOW)
-        assert builder.add("claude-imaginary-9", Usage(input_tokens=7, output_tokens=5)) is None
-        assert builder.add("claude-imaginary-9", Usage(input_tokens=1)) is None
+        assert add(builder, "claude-imaginary-9", Usage(input_tokens=7, output_tokens=5)) is None
+        assert add(builder, "claude-imaginary-9", Usage(input_tokens=1)) is None
         assert book.cost("claude-imaginary-9", Usage(), NOW + timedelta(days=1)) is None
-        builder.add("claude-opus-4-8", Usage(input_tokens=1))
+        add(builder, "claude-opus-4-8", Usage(input_tokens=1))
     tally = builder.tally()
     assert len(caplog.records) == 1
     expected = f"No price is known for model 'claude-imaginary-9' in {book.version}: its tokens are counted, its cost is unknown."
@@ -170,11 +194,11 @@ def test_an_unknown_model_is_none_counted_and_warned_of_once(caplog: pytest.LogC
 def test_what_caching_saved_is_priced_by_the_tier_of_the_whole_prompt() -> None:
     """By hand, haiku-5-5 in a batch: $0.05 per MTok of input, twice that to write for an hour, a tenth to read; 5 times above 100,000."""
     builder = TallyBuilder(PriceBook(), NOW)
-    builder.add("claude-haiku-5-5", Usage(input_tokens=1_000, output_tokens=50, cache_write_1h_tokens=60_000))
+    add(builder, "claude-haiku-5-5", Usage(input_tokens=1_000, output_tokens=50, cache_write_1h_tokens=60_000))
     assert builder.tally().cache_savings_usd == 60_000 * Decimal("-0.05e-6")
-    builder.add("claude-haiku-5-5", Usage(input_tokens=1_000, output_tokens=50, cache_read_tokens=60_000))
+    add(builder, "claude-haiku-5-5", Usage(input_tokens=1_000, output_tokens=50, cache_read_tokens=60_000))
     assert builder.tally().cache_savings_usd == 60_000 * Decimal("-0.005e-6")
-    builder.add("claude-haiku-5-5", Usage(input_tokens=50_000, output_tokens=50, cache_read_tokens=60_000))
+    add(builder, "claude-haiku-5-5", Usage(input_tokens=50_000, output_tokens=50, cache_read_tokens=60_000))
     tally = builder.tally()
     assert tally.cache_savings_usd == 60_000 * (Decimal("-0.005e-6") + 5 * Decimal("0.045e-6"))
     assert format_tally(tally).splitlines()[-1].endswith("  cache savings $0.0132")
@@ -183,13 +207,13 @@ def test_what_caching_saved_is_priced_by_the_tier_of_the_whole_prompt() -> None:
 def test_what_caching_saved_is_unknown_where_a_price_or_an_old_tally_does_not_say() -> None:
     """A tally that was written before it was counted; and a model without a price, if it cached anything."""
     builder = TallyBuilder(PriceBook(), NOW)
-    builder.add("claude-imaginary-9", Usage(input_tokens=1))
+    add(builder, "claude-imaginary-9", Usage(input_tokens=1))
     assert builder.tally().cache_savings_usd == 0
-    builder.add("claude-imaginary-9", Usage(input_tokens=1, cache_read_tokens=1))
+    add(builder, "claude-imaginary-9", Usage(input_tokens=1, cache_read_tokens=1))
     assert builder.tally().cache_savings_usd is None
     for usage, savings in ((Usage(input_tokens=1), Decimal(0)), (Usage(input_tokens=1, cache_read_tokens=9), None)):
         builder = TallyBuilder(PriceBook(), NOW)
-        builder.add("claude-opus-4-8", usage)
+        add(builder, "claude-opus-4-8", usage)
         written = builder.tally().to_json()
         assert CostTally.from_json(written) == builder.tally()
         for line in (written, *written["models"].values()):
@@ -329,7 +353,7 @@ def test_the_tally_names_its_prices_and_an_empty_one_names_none() -> None:
     """So that a sum over months lists the price versions that it rests on."""
     builder = TallyBuilder(BOOK, NOW)
     assert builder.tally() == CostTally()
-    builder.add("claude-opus-4-8", Usage())
+    add(builder, "claude-opus-4-8", Usage())
     assert builder.tally().price_version == BOOK.version
 
 

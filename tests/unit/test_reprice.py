@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from airflow_provider_batchkit.blocks import ResultBlock
 from airflow_provider_batchkit.exceptions import BatchInputError
-from airflow_provider_batchkit.model import CostTally, Usage
+from airflow_provider_batchkit.model import BatchItem, CostTally, RequestStatus, Usage
 from airflow_provider_batchkit.pricing import PriceBook
 from airflow_provider_batchkit.tally import TallyBuilder, reprice
 
@@ -40,8 +41,7 @@ USAGES = st.builds(
 
 def tally_of(requests: Sequence[tuple[str, Usage]], book: PriceBook) -> CostTally:
     builder = TallyBuilder(book, AT)
-    for model, usage in requests:
-        builder.add(model, usage)
+    builder.add_all(ResultBlock.of([BatchItem("c", RequestStatus.SUCCEEDED, model=model, usage=usage) for model, usage in requests]))
     return builder.tally()
 
 

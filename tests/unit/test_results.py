@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import msgspec
@@ -10,8 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from airflow_provider_batchkit.blocks import ResultBlock
 from airflow_provider_batchkit.model import BatchItem, RequestStatus, Usage
-from airflow_provider_batchkit.results import BrokenLine, Reconciler, parse_line, parse_pieces, parse_stream
+from airflow_provider_batchkit.results import BrokenLine, Reconciler, parse_blocks, parse_line, parse_stream
 
 
 def succeeded(custom_id: str, text: str = "hi", **message: Any) -> dict[str, Any]:
@@ -121,14 +124,37 @@ STREAM = (
 )
 
 
-@pytest.mark.parametrize("keep_message", [True, False])
+def whole(chunks: Iterable[bytes]) -> tuple[ResultBlock, list[BrokenLine]]:
+    """A stream read line by line."""
+    read = list(parse_stream(chunks, keep_message=False))
+    return ResultBlock.of([i for i in read if isinstance(i, BatchItem)]), [i for i in read if isinstance(i, BrokenLine)]
+
+
+def in_blocks(chunks: Iterable[bytes]) -> tuple[ResultBlock, list[BrokenLine]]:
+    """A stream read block by block, put together."""
+    found, broken = ResultBlock.of([]), []
+    for block, lines in parse_blocks(chunks):
+        for field in dataclasses.fields(found):
+            getattr(found, field.name).extend(getattr(block, field.name))
+        broken += lines
+    return found, broken
+
+
+def cut(stream: bytes, size: int) -> list[bytes]:
+    return [stream[i : i + size] for i in range(0, len(stream), size)]
+
+
+Read = Callable[[Iterable[bytes]], tuple[ResultBlock, list[BrokenLine]]]
+both_ways = pytest.mark.parametrize("read", [whole, in_blocks])
+
+
+@both_ways
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 100, 10_000])
-def test_a_stream_reads_the_same_however_it_is_cut(size: int, keep_message: bool) -> None:
+def test_a_stream_reads_the_same_however_it_is_cut(size: int, read: Read) -> None:
     """Lines end at \\n bytes only: U+2028 and U+0085 inside an answer stay there, and cuts inside a character do no harm."""
-    chunks = [STREAM[i : i + size] for i in range(0, len(STREAM), size)]
-    got = list(parse_stream(chunks, keep_message=keep_message))
-    assert [i.custom_id if isinstance(i, BatchItem) else None for i in got] == ["a", "b", "c"]
-    assert isinstance(got[0], BatchItem) and got[0].text == "x\u2028y\u0085z"
+    got, broken = read(cut(STREAM, size))
+    assert (got.custom_ids, broken) == (["a", "b", "c"], [])
+    assert got.texts[0] == "x\u2028y\u0085z"
 
 
 @pytest.mark.parametrize(
@@ -148,51 +174,79 @@ def test_without_the_message_an_item_is_the_same_but_for_it(value: Any) -> None:
 
 
 @pytest.mark.parametrize("size", [5, 60, 10_000])
-@pytest.mark.parametrize("keep_message", [True, False])
-def test_a_broken_line_among_good_ones_is_named_by_its_number(size: int, keep_message: bool) -> None:
+@both_ways
+def test_a_broken_line_among_good_ones_is_named_by_its_number(size: int, read: Read) -> None:
     """Lines are read many at a time; the others are none the worse for it. Blank lines count."""
     stream = line(succeeded("a")) + b"\n" + b"  \n" + b'{"custom_id": "b"}\n' + line(succeeded("c")) + line(succeeded("d"))
-    chunks = [stream[i : i + size] for i in range(0, len(stream), size)]
-    a, broken, c, d = parse_stream(chunks, keep_message=keep_message)
-    assert isinstance(broken, BrokenLine) and broken.number == 4
-    assert [i.custom_id for i in (a, c, d) if isinstance(i, BatchItem)] == ["a", "c", "d"]
+    found, (broken,) = read(cut(stream, size))
+    assert broken.number == 4
+    assert found.custom_ids == ["a", "c", "d"]
 
 
-def test_a_last_line_without_a_newline_counts() -> None:
+@both_ways
+def test_a_last_line_without_a_newline_counts(read: Read) -> None:
     """Files need not end with one."""
-    assert len(list(parse_stream([STREAM.rstrip(b"\n")]))) == 3
+    assert len(read([STREAM.rstrip(b"\n")])[0]) == 3
 
 
-@pytest.mark.parametrize("keep_message", [True, False])
-def test_a_line_is_read_when_it_is_whole_and_not_before(keep_message: bool) -> None:
+def test_a_line_is_read_when_it_is_whole_and_not_before() -> None:
     """A chunk may end anywhere; what it completes comes with it."""
     first, second = line(succeeded("a")), line(succeeded("b"))
-    pieces = parse_pieces([first[:9], b"", first[9:] + second[:5], second[5:-1]], keep_message=keep_message)
-    assert [[i.custom_id for i in piece if isinstance(i, BatchItem)] for piece in pieces] == [["a"], ["b"]]
+    blocks = parse_blocks([first[:9], b"", first[9:] + second[:5], second[5:-1]])
+    assert [block.custom_ids for block, _ in blocks] == [["a"], ["b"]]
 
 
-@pytest.mark.parametrize("keep_message", [True, False])
-def test_a_result_that_is_broken_into_two_lines_is_two_broken_lines(keep_message: bool) -> None:
+@both_ways
+def test_a_result_that_is_broken_into_two_lines_is_two_broken_lines(read: Read) -> None:
     """Together they would be JSON; a line is what ends with a newline."""
-    whole = line(succeeded("a"))
-    cut = whole.index(b":") + 1
-    good, *broken = parse_stream([line(succeeded("b")) + whole[:cut] + b"\n" + whole[cut:]], keep_message=keep_message)
-    assert isinstance(good, BatchItem)
-    assert [b.number for b in broken if isinstance(b, BrokenLine)] == [2, 3]
+    result = line(succeeded("a"))
+    middle = result.index(b":") + 1
+    good, broken = read([line(succeeded("b")) + result[:middle] + b"\n" + result[middle:]])
+    assert good.custom_ids == ["b"]
+    assert [b.number for b in broken] == [2, 3]
 
 
-@given(
-    st.lists(
-        st.sampled_from(
-            [b'{"custom_id":"a","result":{"type":"expired"}}', b'{"custom_id":"b",', b'"result":{"type":"canceled"}}', b"", b" ", b"{}"]
+LINES = [
+    b'{"custom_id":"a","result":{"type":"expired"}}',
+    b'{"custom_id":"b",',
+    b'"result":{"type":"canceled"}}',
+    b"",
+    b" ",
+    b"{}",
+    b'{"custom_id":"c","result":{"type":"succeeded"}}',
+    b'{"custom_id":"d","result":{"type":"unheard of"}}',
+    *(
+        line(value)[:-1]
+        for value in (
+            succeeded("e", "x\u2028y"),
+            succeeded("f", content=[]),
+            succeeded("g", content=[{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "t"}, {"type": "text", "text": "u"}]),
+            succeeded("h", usage={"input_tokens": 1, "output_tokens": 2, "cache_creation_input_tokens": 7}),
+            succeeded(
+                "i",
+                usage={
+                    "input_tokens": 1,
+                    "output_tokens": 2,
+                    "cache_creation_input_tokens": 9,
+                    "cache_creation": {"ephemeral_5m_input_tokens": 4, "ephemeral_1h_input_tokens": 5},
+                    "cache_read_input_tokens": 6,
+                    "server_tool_use": {"web_search_requests": 3},
+                    "inference_geo": "us",
+                    "speed": "fast",
+                },
+            ),
+            {"custom_id": "j", "result": {"type": "errored", "error": {"error": {"type": "api_error", "message": "m"}}}},
+            {"custom_id": "k", "result": {"type": "errored", "message": succeeded("k")["result"]["message"]}},
         )
     ),
-    st.lists(st.sampled_from([b"\n", b"\n\n", b""])),
-)
-def test_lines_read_together_are_read_as_alone(parts: list[bytes], ends: list[bytes]) -> None:
-    """Broken, blank and doubled lines are told apart alike, whether messages are kept (line by line) or not (many at a time)."""
+]
+
+
+@given(st.lists(st.sampled_from(LINES)), st.lists(st.sampled_from([b"\n", b"\n\n", b""])), st.integers(1, 2_000))
+def test_lines_read_together_are_read_as_alone(parts: list[bytes], ends: list[bytes], size: int) -> None:
+    """Outcomes, usages, and broken, blank and doubled lines: all the same line by line and many at a time."""
     stream = b"".join(part + (ends[i] if i < len(ends) else b"\n") for i, part in enumerate(parts))
-    assert list(parse_stream([stream], keep_message=False)) == list(parse_stream([stream]))
+    assert in_blocks(cut(stream, size)) == whole([stream])
 
 
 def answers(*ids: str) -> list[BatchItem]:
@@ -229,12 +283,14 @@ def test_a_stream_that_is_read_again_gives_only_what_is_new_and_counts_faults_on
 def test_answers_that_come_together_are_taken_as_one_by_one(pieces: list[list[str | None]], asked: set[str] | None, cut: int) -> None:
     """Duplicates, foreign ids, broken lines, and a stream that is read again."""
     together, one_by_one = Reconciler(asked), Reconciler(asked)
-    items = [[BrokenLine(1, "bad", "{") if i is None else BatchItem(i, RequestStatus.SUCCEEDED) for i in piece] for piece in pieces]
-    for number, piece in enumerate(items):
+    for number, piece in enumerate(pieces):
         if number == cut:
             together.read_again()
             one_by_one.read_again()
-        assert together.accept_all(piece) == [item for item in piece if one_by_one.accept(item)]
+        items = answers(*[i for i in piece if i is not None])
+        broken = [BrokenLine(1, "bad", "{") for i in piece if i is None]
+        assert [one_by_one.accept(b) for b in broken] == [False] * len(broken)
+        assert together.accept_block(ResultBlock.of(items), broken) == ResultBlock.of([i for i in items if one_by_one.accept(i)])
     assert together.answered == one_by_one.answered
     assert together.faults == one_by_one.faults
     assert together.short_of(9) == one_by_one.short_of(9)

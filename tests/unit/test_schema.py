@@ -9,9 +9,11 @@ import json
 from typing import Any, Literal
 
 import anthropic
+import msgspec
 import pytest
 from pydantic import BaseModel, Field
 
+from airflow_provider_batchkit.blocks import ResultBlock
 from airflow_provider_batchkit.exceptions import BatchInputError, RequestError
 from airflow_provider_batchkit.model import BatchItem, RequestStatus
 from airflow_provider_batchkit.requests import RequestDefaults, encode_params
@@ -56,7 +58,18 @@ def kinds(given: Any) -> dict[str, str]:
 
 
 def read(given: Any, text: str, stop_reason: str = "end_turn") -> tuple[BatchItem, tuple[Any, ...]]:
-    return AnswerReader(OutputSchema.parse(given)).read(BatchItem("c", RequestStatus.SUCCEEDED, text, stop_reason))
+    return read_item(OutputSchema.parse(given), BatchItem("c", RequestStatus.SUCCEEDED, text, stop_reason))
+
+
+def read_item(schema: OutputSchema, item: BatchItem) -> tuple[BatchItem, tuple[Any, ...]]:
+    """What becomes of one result; the others around it are left alone."""
+    good = BatchItem("g", RequestStatus.EXPIRED, error_type="t", error_message="m")
+    block, (nothing, values, _) = AnswerReader(schema).read_all(ResultBlock.of([good, item, good]))
+    assert block.rows([0, 2]) == ResultBlock.of([good, good]) and set(nothing) == {None}
+    (status,), (error_type,), (message,) = block.rows([1]).statuses, block.rows([1]).error_types, block.rows([1]).error_messages
+    found = msgspec.structs.replace(item, status=RequestStatus(status), error_type=error_type, error_message=message)
+    assert block.rows([1]) == ResultBlock.of([found])
+    return found, values
 
 
 GOOD = {
@@ -243,7 +256,7 @@ def test_values_of_several_types_may_be_absent_at_any_depth() -> None:
 def test_a_failed_request_is_passed_through() -> None:
     """Only answers are read."""
     item = BatchItem("c", RequestStatus.EXPIRED)
-    assert AnswerReader(OutputSchema.parse(Product)).read(item) == (item, (None,) * 10)
+    assert read_item(OutputSchema.parse(Product), item) == (item, (None,) * 10)
 
 
 def test_a_schema_is_the_same_after_its_way_through_the_ledger() -> None:
@@ -252,7 +265,7 @@ def test_a_schema_is_the_same_after_its_way_through_the_ledger() -> None:
     again = OutputSchema(schema.text)
     assert (again.text, again.columns) == (schema.text, schema.columns)
     item = BatchItem("c", RequestStatus.SUCCEEDED, json.dumps({**GOOD, "stock": -1}), "end_turn")
-    assert AnswerReader(again).read(item)[0].status is RequestStatus.INVALID_OUTPUT
+    assert read_item(again, item)[0].status is RequestStatus.INVALID_OUTPUT
     assert copy.deepcopy(schema).columns == schema.columns
 
 

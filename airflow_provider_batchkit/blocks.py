@@ -1,0 +1,91 @@
+"""Results that were read together, column by column: a batch has up to 100,000, and each pays for every step that is taken for it alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from operator import itemgetter
+from typing import Any, Self
+
+from airflow_provider_batchkit.model import BatchItem, Usage
+
+_NOTHING = Usage()
+
+
+@dataclass(slots=True)
+class ResultBlock:
+    """What :class:`BatchItem` says of one result, for many of them, in the same order in every column."""
+
+    custom_ids: Sequence[str]
+    #: values of ``RequestStatus``
+    statuses: Sequence[str]
+    texts: Sequence[str | None]
+    stop_reasons: Sequence[str | None]
+    error_types: Sequence[str | None]
+    error_messages: Sequence[str | None]
+    models: Sequence[str | None]
+    #: whether the API counts anything for the result
+    billed: Sequence[bool]
+    #: the fields of ``Usage``; zeros where nothing is counted
+    input_tokens: Sequence[int]
+    output_tokens: Sequence[int]
+    cache_write_5m_tokens: Sequence[int]
+    cache_write_1h_tokens: Sequence[int]
+    cache_read_tokens: Sequence[int]
+    web_searches: Sequence[int]
+    inference_geos: Sequence[str | None]
+    speeds: Sequence[str | None]
+
+    def __len__(self) -> int:
+        return len(self.custom_ids)
+
+    @property
+    def counts(self) -> list[Sequence[int]]:
+        """``Usage.counts`` by column."""
+        return [
+            self.input_tokens,
+            self.output_tokens,
+            self.cache_write_5m_tokens,
+            self.cache_write_1h_tokens,
+            self.cache_read_tokens,
+            self.web_searches,
+        ]
+
+    @property
+    def prompt_tokens(self) -> Sequence[int]:
+        """``Usage.prompt_tokens`` of each."""
+        fresh, cached = self.input_tokens, (self.cache_write_5m_tokens, self.cache_write_1h_tokens, self.cache_read_tokens)
+        return list(map(sum, zip(fresh, *cached, strict=True))) if any(map(any, cached)) else fresh
+
+    def rows(self, places: Sequence[int]) -> Self:
+        """The results at these places, any number of times."""
+        return type(self)(*[_at(places, getattr(self, field.name)) for field in fields(self)])
+
+    @classmethod
+    def of(cls, items: Sequence[BatchItem]) -> Self:
+        """The items as a block."""
+        usages = [_NOTHING if item.usage is None else item.usage for item in items]
+        return cls(
+            [item.custom_id for item in items],
+            [item.status.value for item in items],
+            [item.text for item in items],
+            [item.stop_reason for item in items],
+            [item.error_type for item in items],
+            [item.error_message for item in items],
+            [item.model for item in items],
+            [item.usage is not None for item in items],
+            [usage.input_tokens for usage in usages],
+            [usage.output_tokens for usage in usages],
+            [usage.cache_write_5m_tokens for usage in usages],
+            [usage.cache_write_1h_tokens for usage in usages],
+            [usage.cache_read_tokens for usage in usages],
+            [usage.web_searches for usage in usages],
+            [usage.inference_geo for usage in usages],
+            [usage.speed for usage in usages],
+        )
+
+
+def _at(places: Sequence[int], column: Sequence[Any]) -> Sequence[Any]:
+    if len(places) < 2:  # a getter of one place gives no tuple, and there is none of no place
+        return [column[place] for place in places]
+    return list(itemgetter(*places)(column))
