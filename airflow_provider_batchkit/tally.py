@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from datetime import datetime
 from decimal import Context, Decimal
@@ -37,11 +37,11 @@ class TallyBuilder:
 
         A result that the API counts nothing for costs nothing; ``None`` for an unknown model, whose tokens are counted all the same.
         """
-        kinds = set(zip(results.models, results.inference_geos, results.speeds, strict=True))
-        if len(kinds) == 1 and all(results.billed):
-            return self._add_kind(kinds.pop(), results)
+        kinds = results.models, results.inference_geos, results.speeds
+        if len(results) and all(results.billed) and all(map(_of_one_value, kinds)):
+            return self._add_kind((results.models[0], results.inference_geos[0], results.speeds[0]), results)
         costs: list[tuple[int, int] | None] = [_FREE] * len(results)
-        for kind, places in _places(zip(results.models, results.inference_geos, results.speeds, strict=True), results.billed):
+        for kind, places in _places(zip(*kinds, strict=True), results.billed):
             for place, cost in zip(places, self._add_kind(kind, results.rows(places)), strict=True):
                 costs[place] = cost
         return costs
@@ -51,11 +51,12 @@ class TallyBuilder:
         model = kind[0] or ""
         if model not in self._rates:
             self._rates[model] = self._book.rates(model, self._at)
-        rates = self._rates[model]
-        if rates is None or len(rates.tiers) == 1:
-            return self._add_alike(kind, 0, results)
+        rates, prompts = self._rates[model], results.prompt_tokens
+        tiers = {0} if rates is None else {rates.tier_start(min(prompts)), rates.tier_start(max(prompts))}
+        if rates is None or len(tiers) == 1:
+            return self._add_alike(kind, tiers.pop(), results)
         costs: list[tuple[int, int] | None] = [_FREE] * len(results)
-        for tier, places in _places(map(rates.tier_start, results.prompt_tokens), results.billed):
+        for tier, places in _places(map(rates.tier_start, prompts), results.billed):
             for place, cost in zip(places, self._add_alike(kind, tier, results.rows(places)), strict=True):
                 costs[place] = cost
         return costs
@@ -89,6 +90,10 @@ class TallyBuilder:
         lines = [UsageLine(model, geo, speed, *sums[:_COUNTS], *sums[_SMALLEST:]) for (model, geo, speed, _), sums in self._lines.items()]
         costs = [sums[_BATCH:_SMALLEST] if self._rates[key[0]] is not None else None for key, sums in self._lines.items()]
         return _tally(zip(lines, costs, strict=True), self._book)
+
+
+def _of_one_value(column: Sequence[object]) -> bool:
+    return column.count(column[0]) == len(column)
 
 
 def _places(values: Iterable[_T], billed: Iterable[bool]) -> Iterable[tuple[_T, list[int]]]:

@@ -81,16 +81,17 @@ class _DriverLoader(BulkLoader):
     def write(self, columns: BulkColumns) -> None:
         connection, table = self._connection, self._table
         name, names = _quoted(connection, table)
-        rows = list(zip(*_bound(connection, table, columns), strict=True))
+        values = _bound(connection, table, columns)
         marks = f"({', '.join('?' * len(table.columns))})"
         insert = f"INSERT INTO {name} ({names}) VALUES "
         many = max(_SQLITE_VALUES // len(table.columns), 1)
-        whole = len(rows) - len(rows) % many
+        whole = len(values[0]) - len(values[0]) % many
         if whole:
-            statements = [tuple(chain.from_iterable(rows[i : i + many])) for i in range(0, whole, many)]
+            parts = ([column[i : i + many] for column in values] for i in range(0, whole, many))
+            statements = [tuple(chain.from_iterable(zip(*part, strict=True))) for part in parts]
             connection.exec_driver_sql(insert + ", ".join([marks] * many), statements)
-        if whole < len(rows):
-            connection.exec_driver_sql(insert + marks, rows[whole:])
+        if whole < len(values[0]):
+            connection.exec_driver_sql(insert + marks, list(zip(*[column[whole:] for column in values], strict=True)))
 
 
 _NULL = "\\N"
