@@ -35,7 +35,7 @@ from airflow_provider_batchkit.polling import Ended, GaveUp, PollState, TimedOut
 from airflow_provider_batchkit.pricing import PriceBook
 from airflow_provider_batchkit.requests import RequestBuilder, RequestDefaults, items_of, refuse_repeated_ids
 from airflow_provider_batchkit.results import Reconciler, StreamFaults, parse_blocks, parse_stream
-from airflow_provider_batchkit.shards import ShardWriter, remove_shard_files, write_shards
+from airflow_provider_batchkit.shards import Shard, ShardWriter, remove_shard_files
 from airflow_provider_batchkit.tally import TallyBuilder
 
 if TYPE_CHECKING:
@@ -107,10 +107,10 @@ class BatchKit(BatchApi):
         :raises SubmitRefusedError: the API refused; ``submitted`` on the error lists batches that were accepted before
         :raises SubmitUncertainError: the connection broke at a moment when nobody can know whether the batch was accepted
         """
-        builder = RequestBuilder(RequestDefaults(model, max_tokens, system, dict(params or {})))
-        built = refuse_repeated_ids(builder.build(item, position) for position, item in enumerate(items_of(requests)))
+        defaults = RequestDefaults(model, max_tokens, system, dict(params or {}))
         with tempfile.TemporaryDirectory(prefix="batchkit-") as folder:
-            shards = write_shards(built, folder, max_requests=max_requests_per_batch, max_bytes=max_bytes_per_batch)
+            writer = ShardWriter(folder, max_requests=max_requests_per_batch, max_bytes=max_bytes_per_batch)
+            shards = _write(writer, requests, defaults)
             ids: list[str] = []
             for shard in shards:
                 try:
@@ -136,13 +136,10 @@ class BatchKit(BatchApi):
 
         :raises RequestError: for input that the API would refuse, naming the item
         """
-        builder = RequestBuilder(RequestDefaults(model, max_tokens, system, dict(params or {})))
-        built = refuse_repeated_ids(builder.build(item, position) for position, item in enumerate(items_of(requests)))
+        defaults = RequestDefaults(model, max_tokens, system, dict(params or {}))
         with tempfile.TemporaryDirectory(prefix="batchkit-") as folder:
             writer = ShardWriter(folder)
-            for request in built:
-                writer.add([request])
-            shards = writer.close()
+            shards = _write(writer, requests, defaults)
             return estimate_shards(shards, writer.samples(SAMPLES), self.price_book, datetime.now(UTC), count_tokens=self.count_tokens)
 
     def wait(
@@ -286,6 +283,12 @@ class BatchKit(BatchApi):
         ids = self.submit(requests, model=model, max_tokens=max_tokens, system=system, params=params)
         self.wait(ids, interval_s=interval_s, timeout_s=timeout_s, on_progress=on_progress)
         return self.retrieve(ids)
+
+
+def _write(writer: ShardWriter, requests: Iterable[Any], defaults: RequestDefaults) -> list[Shard]:
+    for piece in refuse_repeated_ids(RequestBuilder(defaults).pieces(items_of(requests))):
+        writer.add(piece)
+    return writer.close()
 
 
 def _counted(chunks: Iterator[bytes], on_bytes: Callable[[int], None]) -> Iterator[bytes]:

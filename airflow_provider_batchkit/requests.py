@@ -419,14 +419,17 @@ def _check_mapping(item: Any) -> None:
         raise RequestError(f"a request is a mapping or a string, not {type(item).__name__}. Nothing was sent.")
 
 
-def refuse_repeated_ids(requests: Iterable[PreparedRequest]) -> Iterator[PreparedRequest]:
-    """Pass requests through; raise :class:`RequestError` at the first ``custom_id`` that comes a second time."""
+def refuse_repeated_ids(pieces: Iterable[list[PreparedRequest]]) -> Iterator[list[PreparedRequest]]:
+    """Pass pieces through; raise :class:`RequestError` at the first ``custom_id`` that comes a second time."""
     seen: set[str] = set()
-    for position, request in enumerate(requests):
-        if request.custom_id in seen:
-            raise RequestError(f"request {position}: custom_id {request.custom_id!r} came before; it must be unique. Nothing was sent.")
-        seen.add(request.custom_id)
-        yield request
+    for piece in pieces:
+        for request in piece:
+            if request.custom_id in seen:
+                raise RequestError(
+                    f"request {len(seen)}: custom_id {request.custom_id!r} came before; it must be unique. Nothing was sent."
+                )
+            seen.add(request.custom_id)
+        yield piece
 
 
 def items_of(requests: Any) -> Iterable[Any]:

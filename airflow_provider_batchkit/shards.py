@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -223,8 +223,9 @@ class ShardWriter:
     def _finish(self) -> None:
         assert self._body is not None and self._index is not None
         self._body.write(_TAIL)
-        # the POST is announced with this length: one that is wrong would hang, and leave in doubt what was accepted
-        assert self._body.tell() == self._bytes
+        if self._body.tell() != self._bytes:
+            # the POST is announced with this length: one that is wrong would hang, and leave in doubt what was accepted
+            raise AssertionError(f"{self._body.name} has {self._body.tell():,} bytes and was to have {self._bytes:,}. Nothing was sent.")
         self._body.close()
         self._index.close()
         self._shards.append(Shard(self._number, self._requests, self._bytes, self._body.name, self._index.name, self._exposure))
@@ -304,17 +305,3 @@ def remove_shard_files(shard: Shard) -> None:
 
 def _copies_path(shard: Shard) -> Path:
     return Path(shard.index_path).with_suffix(".copies")
-
-
-def write_shards(
-    requests: Iterable[PreparedRequest],
-    folder: str,
-    *,
-    max_requests: int = MAX_REQUESTS_PER_BATCH,
-    max_bytes: int = MAX_BYTES_PER_BATCH,
-) -> list[Shard]:
-    """Write all requests; returns their shards, none for no requests."""
-    writer = ShardWriter(folder, max_requests=max_requests, max_bytes=max_bytes)
-    for request in requests:
-        writer.add([request])
-    return writer.close()

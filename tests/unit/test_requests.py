@@ -122,7 +122,7 @@ def test_a_repeated_custom_id_is_refused_by_name() -> None:
     """One answer would overwrite the other."""
     requests = [build({"custom_id": c, "params": {"messages": HELLO}}) for c in ("a", "b", "a")]
     with pytest.raises(RequestError, match="request 2: custom_id 'a' came before"):
-        list(refuse_repeated_ids(requests))
+        list(refuse_repeated_ids([requests[:2], requests[2:]]))
 
 
 def test_a_missing_column_is_an_error_that_names_it() -> None:

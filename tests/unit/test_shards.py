@@ -10,7 +10,7 @@ import pytest
 
 from airflow_provider_batchkit.exceptions import BatchInputError, RequestError
 from airflow_provider_batchkit.model import PreparedRequest
-from airflow_provider_batchkit.shards import Shard, ShardWriter, decode_entries, read_index, remove_shard_files, write_shards
+from airflow_provider_batchkit.shards import Shard, ShardWriter, decode_entries, read_index, remove_shard_files
 
 ENVELOPE = len('{"requests":[]}')
 
@@ -25,12 +25,19 @@ def ids(shard: Shard) -> list[str]:
     return [r["custom_id"] for r in json.loads(Path(shard.body_path).read_bytes())["requests"]]
 
 
+def write(requests: list[PreparedRequest], folder: Path, **limits: Any) -> list[Shard]:
+    """All of them as one piece."""
+    writer = ShardWriter(str(folder), **limits)
+    writer.add(requests)
+    return writer.close()
+
+
 @pytest.mark.parametrize(
     ("count", "limit", "sizes"), [(0, 3, []), (1, 3, [1]), (3, 3, [3]), (4, 3, [3, 1]), (7, 3, [3, 3, 1]), (2, 1, [1, 1])]
 )
 def test_shards_are_cut_by_count(tmp_path: Path, count: int, limit: int, sizes: list[int]) -> None:
     """Every shard but the last is full, and all requests are there in order."""
-    shards = write_shards((request(i) for i in range(count)), str(tmp_path), max_requests=limit)
+    shards = write([request(i) for i in range(count)], tmp_path, max_requests=limit)
     assert [s.requests for s in shards] == sizes
     assert [i for s in shards for i in ids(s)] == [f"id-{i}" for i in range(count)]
 
@@ -52,22 +59,22 @@ def test_shards_are_cut_by_bytes_exactly_at_the_limit(tmp_path: Path) -> None:
     exact = ENVELOPE + 300 + 2
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
-    one = write_shards([request(i, 100) for i in range(3)], str(tmp_path / "a"), max_bytes=exact)
-    two = write_shards([request(i, 100) for i in range(3)], str(tmp_path / "b"), max_bytes=exact - 1)
+    one = write([request(i, 100) for i in range(3)], tmp_path / "a", max_bytes=exact)
+    two = write([request(i, 100) for i in range(3)], tmp_path / "b", max_bytes=exact - 1)
     assert [(s.requests, s.bytes) for s in one] == [(3, exact)]
     assert [(s.requests, s.bytes) for s in two] == [(2, ENVELOPE + 201), (1, ENVELOPE + 100)]
 
 
 def test_the_stated_size_is_the_files_size(tmp_path: Path) -> None:
     """Content-Length comes from it, so it must be right to the byte."""
-    for shard in write_shards((request(i, 50 + i) for i in range(20)), str(tmp_path), max_requests=7):
+    for shard in write([request(i, 50 + i) for i in range(20)], tmp_path, max_requests=7):
         assert Path(shard.body_path).stat().st_size == shard.bytes
 
 
 def test_a_request_over_the_limit_is_refused_by_key(tmp_path: Path) -> None:
     """A single request that no batch can take is named, with both sizes."""
     with pytest.raises(RequestError, match=r"key \[5\]: the request is 115 bytes, over the limit of 114"):
-        write_shards([request(5, 100)], str(tmp_path), max_bytes=ENVELOPE + 99)
+        write([request(5, 100)], tmp_path, max_bytes=ENVELOPE + 99)
 
 
 @pytest.mark.parametrize("limits", [{"max_requests": 0}, {"max_requests": 100_001}, {"max_bytes": 256_000_001}, {"max_bytes": ENVELOPE}])
