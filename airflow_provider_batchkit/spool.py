@@ -14,11 +14,11 @@ from itertools import islice
 from pathlib import Path
 
 from airflow_provider_batchkit.exceptions import RequestError
+from airflow_provider_batchkit.keys import key_values
 from airflow_provider_batchkit.ledger import Known
 from airflow_provider_batchkit.marks import MARK_BYTES, MarkTable
 from airflow_provider_batchkit.model import PreparedRequest
 from airflow_provider_batchkit.progress import Progress
-from airflow_provider_batchkit.requests import key_values
 from airflow_provider_batchkit.shards import ShardWriter
 
 log = logging.getLogger(__name__)

@@ -10,15 +10,13 @@ from typing import Any
 import pytest
 
 from airflow_provider_batchkit.exceptions import BatchInputError, RequestError
+from airflow_provider_batchkit.keys import encode_key, encode_keys, key_values
 from airflow_provider_batchkit.model import PreparedRequest
 from airflow_provider_batchkit.requests import (
     RequestBuilder,
     RequestDefaults,
     check_custom_id,
-    encode_key,
-    encode_keys,
     encode_params,
-    key_values,
     params_digest,
     refuse_repeated_ids,
 )

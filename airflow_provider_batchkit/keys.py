@@ -1,0 +1,75 @@
+"""Keys: what a source row is known by in the ledger and in the result table, as a JSON array of its key columns."""
+
+from __future__ import annotations
+
+import datetime as dt
+import math
+from collections.abc import Sequence
+from decimal import Decimal
+from typing import Any
+
+import msgspec
+
+from airflow_provider_batchkit.exceptions import RequestError
+
+_DECODE_KEY = msgspec.json.Decoder(list[Any])
+_ENCODE_KEY = msgspec.json.Encoder(decimal_format="string")
+#: a key is part of an index of the ledger and of the result table; PostgreSQL's take 2,700 bytes
+_MAX_KEY_BYTES = 2_000
+_INT64 = 2**63
+
+
+def encode_key(values: Sequence[Any]) -> str:
+    """Key column values as a JSON array, the same for equal values: times in UTC, decimals without trailing zeros.
+
+    :raises RequestError: for NULL, and for values that cannot be told apart or found again as a key
+    """
+    try:
+        key = _ENCODE_KEY.encode([value if type(value) is str else _key_value(value) for value in values])
+    except (TypeError, ValueError, msgspec.MsgspecError) as e:
+        raise RequestError(f"a key column cannot be a key: {e}. Nothing was sent.") from e
+    if len(key) > _MAX_KEY_BYTES:
+        raise RequestError(f"the key is {len(key):,} bytes long, over the limit of {_MAX_KEY_BYTES:,}. Nothing was sent.")
+    return key.decode()
+
+
+def encode_keys(columns: Sequence[Sequence[Any]]) -> list[str]:
+    """:func:`encode_key` for many rows, whose key columns are given column by column."""
+    rows = list(zip(*columns, strict=True))
+    if not all(_plain(column) for column in columns):
+        return [encode_key(row) for row in rows]
+    keys = _ENCODE_KEY.encode_lines(rows).decode().split("\n")[:-1]
+    # a character is four bytes at most
+    return keys if 4 * max(map(len, keys)) <= _MAX_KEY_BYTES else [encode_key(row) for row in rows]
+
+
+def _plain(column: Sequence[Any]) -> bool:
+    """Whether a key column's values are encoded as they are."""
+    types = set(map(type, column))
+    return types == {str} or (types == {int} and min(column) >= -_INT64 and max(column) < _INT64)
+
+
+def _key_value(value: Any) -> Any:
+    if value is None:
+        raise ValueError("it is NULL, so its answer could not be told apart")
+    if isinstance(value, int):
+        if not -_INT64 <= value < _INT64:
+            raise ValueError(f"{value} does not fit into 64 bits")
+        return value
+    if isinstance(value, dt.datetime) and value.tzinfo is not None:
+        return value.astimezone(dt.UTC)
+    if isinstance(value, Decimal):
+        if not value.is_finite():
+            raise ValueError(f"{value} is not a number")
+        return Decimal(f"{value.normalize():f}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{value} is not a number")
+    if isinstance(value, bytes | bytearray | memoryview | list | tuple | dict | dt.time | dt.timedelta):
+        raise TypeError(f"a {type(value).__name__} is not supported; cast it to text in the sql")
+    return value
+
+
+def key_values(key: str) -> list[Any]:
+    """The inverse of :func:`encode_key`, with JSON types: dates come back as ISO strings, decimals as decimal strings."""
+    values: list[Any] = _DECODE_KEY.decode(key)
+    return values
