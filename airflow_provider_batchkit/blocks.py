@@ -12,7 +12,7 @@ from airflow_provider_batchkit.model import BatchItem, Usage
 _NOTHING = Usage()
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class ResultBlock:
     """What :class:`BatchItem` says of one result, for many of them, in the same order in every column."""
 
@@ -52,36 +52,43 @@ class ResultBlock:
         ]
 
     @property
+    def cached(self) -> bool:
+        """Whether a prompt among them was written to the cache or read from it."""
+        return any(self.cache_write_5m_tokens) or any(self.cache_write_1h_tokens) or any(self.cache_read_tokens)
+
+    @property
     def prompt_tokens(self) -> Sequence[int]:
         """``Usage.prompt_tokens`` of each."""
-        fresh, cached = self.input_tokens, (self.cache_write_5m_tokens, self.cache_write_1h_tokens, self.cache_read_tokens)
-        return list(map(sum, zip(fresh, *cached, strict=True))) if any(map(any, cached)) else fresh
+        if not self.cached:
+            return self.input_tokens
+        parts = (self.input_tokens, self.cache_write_5m_tokens, self.cache_write_1h_tokens, self.cache_read_tokens)
+        return list(map(sum, zip(*parts, strict=True)))
 
     def rows(self, places: Sequence[int]) -> Self:
         """The results at these places, any number of times."""
-        return type(self)(*[_at(places, getattr(self, field.name)) for field in fields(self)])
+        return type(self)(**{field.name: _at(places, getattr(self, field.name)) for field in fields(self)})
 
     @classmethod
     def of(cls, items: Sequence[BatchItem]) -> Self:
         """The items as a block."""
         usages = [_NOTHING if item.usage is None else item.usage for item in items]
         return cls(
-            [item.custom_id for item in items],
-            [item.status.value for item in items],
-            [item.text for item in items],
-            [item.stop_reason for item in items],
-            [item.error_type for item in items],
-            [item.error_message for item in items],
-            [item.model for item in items],
-            [item.usage is not None for item in items],
-            [usage.input_tokens for usage in usages],
-            [usage.output_tokens for usage in usages],
-            [usage.cache_write_5m_tokens for usage in usages],
-            [usage.cache_write_1h_tokens for usage in usages],
-            [usage.cache_read_tokens for usage in usages],
-            [usage.web_searches for usage in usages],
-            [usage.inference_geo for usage in usages],
-            [usage.speed for usage in usages],
+            custom_ids=[item.custom_id for item in items],
+            statuses=[item.status.value for item in items],
+            texts=[item.text for item in items],
+            stop_reasons=[item.stop_reason for item in items],
+            error_types=[item.error_type for item in items],
+            error_messages=[item.error_message for item in items],
+            models=[item.model for item in items],
+            billed=[item.usage is not None for item in items],
+            input_tokens=[usage.input_tokens for usage in usages],
+            output_tokens=[usage.output_tokens for usage in usages],
+            cache_write_5m_tokens=[usage.cache_write_5m_tokens for usage in usages],
+            cache_write_1h_tokens=[usage.cache_write_1h_tokens for usage in usages],
+            cache_read_tokens=[usage.cache_read_tokens for usage in usages],
+            web_searches=[usage.web_searches for usage in usages],
+            inference_geos=[usage.inference_geo for usage in usages],
+            speeds=[usage.speed for usage in usages],
         )
 
 

@@ -128,9 +128,8 @@ class Exposure:
     #: why no bound exists, of the first request that has none, and how many have none
     unbounded: str = ""
     unbounded_requests: int = 0
-    #: the last request's form, and its facts
-    _form: RequestForm | None = None
-    _of_form: _Facts | None = None
+    #: of the last requests that had one
+    _form: tuple[RequestForm, _Facts] | None = None
 
     @property
     def requests(self) -> int:
@@ -149,9 +148,9 @@ class Exposure:
                 for one, pairs in groupby(zip(facts, same, strict=True), itemgetter(0)):
                     self._count([request for _, request in pairs], one)
             else:
-                if form is not self._form or self._of_form is None:
-                    self._form, self._of_form = form, _Facts.of(same[0].body)
-                self._count(same, self._of_form)
+                if self._form is None or self._form[0] is not form:
+                    self._form = form, _Facts.of(same[0].body)
+                self._count(same, self._form[1])
 
     def _count(self, requests: Sequence[PreparedRequest], facts: _Facts) -> None:
         if facts.unbounded:

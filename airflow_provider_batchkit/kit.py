@@ -46,6 +46,7 @@ log = logging.getLogger(__name__)
 #: the API processes a batch within 24 hours or expires the rest (its documentation); an hour more for clocks and queues
 DEFAULT_TIMEOUT_S = 25 * 3600.0
 _STREAM_ATTEMPTS = 5
+#: results that :meth:`BatchKit.retrieve` prices at a time: enough that a step for all of them costs each next to nothing
 _TALLIED_TOGETHER = 500
 
 _T = TypeVar("_T")

@@ -199,7 +199,7 @@ class _Frame:
             head, after, encode = self._head, self._after, _ENCODE.encode
             try:
                 return [head + encode(content) + after for content in contents]
-            except (ValueError, msgspec.MsgspecError):
+            except (TypeError, ValueError, msgspec.MsgspecError):
                 pass  # one of them cannot be encoded: it is looked for
         return [self.fill(content, system) for content, system in zip(contents, systems or repeat(None), strict=False)]
 

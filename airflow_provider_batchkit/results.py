@@ -244,22 +244,22 @@ def _columns(custom_ids: list[str], results: list[_Result]) -> ResultBlock:
     for place in [place for place, counts in enumerate(billed) if not counts]:
         statuses[place], errors[place], texts[place] = _failure(results[place]).value, _error(results[place]), None
     return ResultBlock(
-        custom_ids,
-        statuses,
-        texts,
-        [message.stop_reason for message in messages],
-        [None if error is None else error.type for error in errors],
-        [None if error is None else error.message for error in errors],
-        [message.model or None for message in messages],
-        billed,
-        [usage.input_tokens for usage in usages],
-        [usage.output_tokens for usage in usages],
-        [one.ephemeral_5m_input_tokens for one in written],
-        [one.ephemeral_1h_input_tokens for one in written],
-        [usage.cache_read_input_tokens or 0 for usage in usages],
-        [_searches(usage) for usage in usages],
-        [usage.inference_geo for usage in usages],
-        [usage.speed for usage in usages],
+        custom_ids=custom_ids,
+        statuses=statuses,
+        texts=texts,
+        stop_reasons=[message.stop_reason for message in messages],
+        error_types=[None if error is None else error.type for error in errors],
+        error_messages=[None if error is None else error.message for error in errors],
+        models=[message.model if counts else None for message, counts in zip(messages, billed, strict=True)],
+        billed=billed,
+        input_tokens=[usage.input_tokens for usage in usages],
+        output_tokens=[usage.output_tokens for usage in usages],
+        cache_write_5m_tokens=[one.ephemeral_5m_input_tokens for one in written],
+        cache_write_1h_tokens=[one.ephemeral_1h_input_tokens for one in written],
+        cache_read_tokens=[usage.cache_read_input_tokens or 0 for usage in usages],
+        web_searches=[_searches(usage) for usage in usages],
+        inference_geos=[usage.inference_geo for usage in usages],
+        speeds=[usage.speed for usage in usages],
     )
 
 

@@ -69,8 +69,10 @@ def _longest(values: Sequence[Any]) -> int:
     types = set(map(type, values))
     if types <= _LONG:
         return max(map(len, values))
-    # numbers and times are small; a JSON column is a dict or a list
-    return max([len(v) if type(v) in _LONG else len(repr(v)) if type(v) in (dict, list) else 0 for v in values]) if types & _SIZED else 0
+    if types.isdisjoint(_SIZED):
+        return 0  # numbers and times are small
+    # a JSON column is a dict or a list
+    return max([len(v) if type(v) in _LONG else len(repr(v)) if type(v) in _SIZED else 0 for v in values])
 
 
 class KeyTypes:

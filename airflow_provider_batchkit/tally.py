@@ -32,7 +32,7 @@ class TallyBuilder:
         #: running sums of what is priced alike: model, ``inference_geo``, ``speed``, start of the price tier
         self._lines: dict[tuple[str, str | None, str | None, int], list[int]] = {}
 
-    def add_all(self, results: ResultBlock) -> list[tuple[int, int] | None]:
+    def add_all(self, results: ResultBlock) -> Sequence[tuple[int, int] | None]:
         """Count the results of many requests; what each costs in whole pico-dollars, as batch and standard cost.
 
         A result that the API counts nothing for costs nothing; ``None`` for an unknown model, whose tokens are counted all the same.
@@ -46,22 +46,24 @@ class TallyBuilder:
                 costs[place] = cost
         return costs
 
-    def _add_kind(self, kind: _Kind, results: ResultBlock) -> list[tuple[int, int] | None]:
+    def _add_kind(self, kind: _Kind, results: ResultBlock) -> Sequence[tuple[int, int] | None]:
         """Count results of one kind."""
         model = kind[0] or ""
         if model not in self._rates:
             self._rates[model] = self._book.rates(model, self._at)
         rates, prompts = self._rates[model], results.prompt_tokens
-        tiers = {0} if rates is None else {rates.tier_start(min(prompts)), rates.tier_start(max(prompts))}
-        if rates is None or len(tiers) == 1:
-            return self._add_alike(kind, tiers.pop(), results)
+        if rates is None or len(rates.tiers) == 1:
+            return self._add_alike(kind, 0, results)
+        lowest = rates.tier_start(min(prompts))
+        if lowest == rates.tier_start(max(prompts)):
+            return self._add_alike(kind, lowest, results)
         costs: list[tuple[int, int] | None] = [_FREE] * len(results)
         for tier, places in _places(map(rates.tier_start, prompts), results.billed):
             for place, cost in zip(places, self._add_alike(kind, tier, results.rows(places)), strict=True):
                 costs[place] = cost
         return costs
 
-    def _add_alike(self, kind: _Kind, tier: int, results: ResultBlock) -> list[tuple[int, int] | None]:
+    def _add_alike(self, kind: _Kind, tier: int, results: ResultBlock) -> Sequence[tuple[int, int] | None]:
         """Count requests that are priced alike, together."""
         model, geo, speed = kind
         rates = self._rates[model or ""]
@@ -78,12 +80,12 @@ class TallyBuilder:
         batch = sum([cost for cost, _ in costs])
         sums[_BATCH] += batch
         sums[_STANDARD] += sum([cost for _, cost in costs])
-        if prompts is not results.input_tokens:
+        if results.cached:
             # a price tier looks at the whole prompt, cached or not, so it is the same one
             nothing = [0] * len(results)
             uncached = rates.pico_usd_all([prompts, counts[1], nothing, nothing, nothing, counts[5]], geo, speed, tier)
             sums[_CACHE_SAVINGS] += sum([cost for cost, _ in uncached]) - batch
-        return list(costs)
+        return costs
 
     def tally(self) -> CostTally:
         """Everything added so far. Without any request it is empty and names no prices."""

@@ -17,6 +17,15 @@ from airflow_provider_batchkit.schema import OutputSchema
 from airflow_provider_batchkit.sources import KeyTypes
 from airflow_provider_batchkit.templates import RowTemplate
 
+#: every way into a table, as database, driver, and whether it is the one that works anywhere
+LANDING_PATHS = {
+    "sqlite": ("sqlite", "", False),
+    "sqlite-portable": ("sqlite", "", True),
+    "psycopg3": ("postgres", "+psycopg", False),
+    "psycopg2": ("postgres", "+psycopg2", False),
+    "postgres-portable": ("postgres", "+psycopg", True),
+}
+
 
 def kit_for(base_url: str, **client: Any) -> BatchKit:
     """A kit on a simulator."""

@@ -25,14 +25,16 @@ from airflow_provider_batchkit.shards import IndexEntry
 _CHUNK_ROWS = 1_000
 _CHUNK_CHARACTERS = 4_000_000
 
+_STOP_REASON_CHARS, _ERROR_TYPE_CHARS, _MODEL_CHARS = 64, 100, 100
+
 #: what differs from row to row, behind the table's key and answer columns
 _COLUMNS: tuple[tuple[str, Any], ...] = (
     ("response", sa.Text()),
     ("status", sa.String(16)),
-    ("stop_reason", sa.String(64)),
-    ("error_type", sa.String(100)),
+    ("stop_reason", sa.String(_STOP_REASON_CHARS)),
+    ("error_type", sa.String(_ERROR_TYPE_CHARS)),
     ("error_message", sa.Text()),
-    ("model", sa.String(100)),
+    ("model", sa.String(_MODEL_CHARS)),
     ("input_tokens", sa.BigInteger()),
     ("output_tokens", sa.BigInteger()),
     ("custom_id", sa.String(64)),
@@ -94,8 +96,8 @@ class AskedKeys:
 
 _NONE: list[str] = []
 _Cost = tuple[int, int] | None
-#: places in ``_COLUMNS``
-_STATUS, _KEY = (next(place for place, (name, _) in enumerate(_COLUMNS) if name == wanted) for wanted in ("status", "batchkit_key"))
+_NAMES = [name for name, _ in _COLUMNS]
+_STATUS, _KEY = _NAMES.index("status"), _NAMES.index("batchkit_key")
 
 
 class Stage:
@@ -188,12 +190,12 @@ class _Rows:
         more: list[Sequence[Any]] = [
             results.texts,
             results.statuses,
-            results.stop_reasons,
-            results.error_types,
+            _cut(results.stop_reasons, _STOP_REASON_CHARS),
+            _cut(results.error_types, _ERROR_TYPE_CHARS),
             results.error_messages,
-            results.models,
-            _counted(results.prompt_tokens, results.billed),
-            _counted(results.output_tokens, results.billed),
+            _cut(results.models, _MODEL_CHARS),
+            _known(results.prompt_tokens, results.billed),
+            _known(results.output_tokens, results.billed),
             results.custom_ids,
             keys,
             [None if cost is None else cost[0] for cost in costs],
@@ -206,5 +208,12 @@ class _Rows:
         self.characters += sum([len(text) for text in results.texts if text is not None])
 
 
-def _counted(counts: Sequence[int], billed: Sequence[bool]) -> Sequence[int | None]:
+def _known(counts: Sequence[int], billed: Sequence[bool]) -> Sequence[int | None]:
     return counts if all(billed) else [count if counted else None for count, counted in zip(counts, billed, strict=True)]
+
+
+def _cut(texts: Sequence[str | None], most: int) -> Sequence[str | None]:
+    """The texts, none longer than the column: an odd one must not keep a hundred thousand others from landing."""
+    if all(text is None or len(text) <= most for text in set(texts)):
+        return texts
+    return [text and text[:most] for text in texts]

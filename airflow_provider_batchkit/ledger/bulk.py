@@ -7,7 +7,6 @@ executemany on the driver; and SQLAlchemy Core anywhere.
 from __future__ import annotations
 
 import io
-import time
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from itertools import chain
@@ -22,8 +21,8 @@ BulkColumns = Sequence[Sequence[Any]]
 
 #: rows in one SQLite INSERT: that many values stay below the 999 parameters that a statement of any SQLite may have
 _SQLITE_VALUES = 900
-#: a COPY is ended after so long and begun anew: a server may be told to cancel statements that take long, and a download can
-_COPY_S = 5.0
+#: a COPY is ended after so much and begun anew: what the server refuses shows at its end, and some versions of psycopg hold it all
+_COPY_BYTES = 16 << 20
 
 
 class BulkLoader:
@@ -39,6 +38,8 @@ class BulkLoader:
         """Add rows."""
         names = [column.name for column in self._table.columns]
         rows = zip(*columns, strict=True)
+        if self._connection.dialect.name == "postgresql":
+            rows = zip(*(map(_without_nul, column) for column in columns), strict=True)
         self._connection.execute(sa.insert(self._table), [dict(zip(names, row, strict=True)) for row in rows])
 
     def __enter__(self) -> Self:
@@ -94,6 +95,11 @@ class _DriverLoader(BulkLoader):
             connection.exec_driver_sql(insert + marks, list(zip(*[column[whole:] for column in values], strict=True)))
 
 
+def _without_nul(value: Any) -> Any:
+    """PostgreSQL has no NUL in text."""
+    return value.replace("\0", "\ufffd") if isinstance(value, str) and "\0" in value else value
+
+
 _NULL = "\\N"
 _COPY_ESCAPES = (("\\", "\\\\"), ("\t", "\\t"), ("\n", "\\n"), ("\r", "\\r"))
 
@@ -110,8 +116,7 @@ def _copy_value(value: Any) -> str:
     if value is None:
         return _NULL
     if isinstance(value, str):
-        # PostgreSQL has no NUL in text
-        return _copy_escaped(value).replace("\0", "\ufffd")
+        return _copy_escaped(_without_nul(value))
     if isinstance(value, bool):
         return "t" if value else "f"
     return str(value)
@@ -137,41 +142,59 @@ def _copy_data(columns: BulkColumns) -> bytes:
     return ("\n".join(lines) + "\n").encode()
 
 
+def _copy_statement(connection: Connection, table: sa.Table) -> str:
+    name, names = _quoted(connection, table)
+    # no parameters, so a percent sign in a name is not doubled
+    return f"COPY {name} ({names}) FROM STDIN".replace("%%", "%")
+
+
 class _CopyLoader(BulkLoader):
     """A COPY for each call."""
 
     def write(self, columns: BulkColumns) -> None:
         cursor: Any = self._connection.connection.cursor()
         try:
-            cursor.copy_expert(self._statement, io.BytesIO(_copy_data(columns)))
+            cursor.copy_expert(_copy_statement(self._connection, self._table), io.BytesIO(_copy_data(columns)))
         finally:
             cursor.close()
 
-    @property
-    def _statement(self) -> str:
-        name, names = _quoted(self._connection, self._table)
-        # no parameters, so a percent sign in a name is not doubled
-        return f"COPY {name} ({names}) FROM STDIN".replace("%%", "%")
 
+class _OpenCopyLoader(BulkLoader):
+    """One COPY for many calls: the server is not waited for between them, and what it refuses shows some calls later.
 
-class _OpenCopyLoader(_CopyLoader):
-    """One COPY for many calls: the server is not waited for between them."""
+    The COPY lasts as long as its rows take to come, a stalled download and its pauses included. A limit on how long a statement may run
+    is not meant for that, and is lifted until the last row is written.
+    """
 
     def __init__(self, connection: Connection, table: sa.Table) -> None:
         super().__init__(connection, table)
         self._copy: Any = None
-        self._end_copy = ExitStack()
-        self._begun = 0.0
+        self._open = ExitStack()
+        self._bytes = 0
+        self._timeout = ""
+
+    def __enter__(self) -> Self:
+        self._timeout = self._connection.exec_driver_sql("SHOW statement_timeout").scalar_one()
+        self._connection.exec_driver_sql("SET LOCAL statement_timeout = 0")
+        return self
 
     def write(self, columns: BulkColumns) -> None:
+        data = _copy_data(columns)
         if self._copy is None:
-            cursor: Any = self._end_copy.enter_context(closing(self._connection.connection.cursor()))
-            self._copy = self._end_copy.enter_context(cursor.copy(self._statement))
-            self._begun = time.monotonic()
-        self._copy.write(_copy_data(columns))
-        if time.monotonic() - self._begun > _COPY_S:
-            self.__exit__(None, None, None)
+            cursor: Any = self._open.enter_context(closing(self._connection.connection.cursor()))
+            self._copy = self._open.enter_context(cursor.copy(_copy_statement(self._connection, self._table)))
+            self._bytes = 0
+        self._copy.write(data)
+        self._bytes += len(data)
+        if self._bytes >= _COPY_BYTES:
+            self._end()
+
+    def _end(self) -> None:
+        self._copy = None
+        self._open.close()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None) -> None:
         self._copy = None
-        self._end_copy.__exit__(kind, error, where)
+        self._open.__exit__(kind, error, where)
+        if error is None:
+            self._connection.exec_driver_sql(f"SET LOCAL statement_timeout = '{self._timeout}'")

@@ -6,6 +6,7 @@ import datetime as dt
 import time
 from typing import Any
 
+import psycopg
 import pytest
 import sqlalchemy as sa
 
@@ -85,16 +86,35 @@ def test_an_error_between_two_writes_is_raised_as_it_is_and_nothing_is_loaded(re
     engine.dispose()
 
 
-def test_a_long_download_is_not_one_long_statement(request: pytest.FixtureRequest) -> None:
-    """A server that cancels statements after a second does not cancel a COPY whose rows come for two."""
+def test_a_download_that_stalls_is_not_a_statement_that_takes_too_long(request: pytest.FixtureRequest) -> None:
+    """A server that cancels statements after a second waits two for the next row, and cancels others as before."""
     database = request.getfixturevalue("postgres")
     loaded = sa.Table("loaded", sa.MetaData(), sa.Column("n", sa.BigInteger))
-    with database.engine().begin() as connection, pytest.MonkeyPatch.context() as patch:
-        patch.setattr("airflow_provider_batchkit.ledger.bulk._COPY_S", 0.3)
+    with database.engine().begin() as connection:
         loaded.create(connection)
         connection.exec_driver_sql("SET LOCAL statement_timeout = '1s'")
         with bulk_loader(connection, loaded) as loader:
-            for n in range(20):
-                loader.write([[n]])
-                time.sleep(0.1)
-        assert connection.execute(sa.select(sa.func.count()).select_from(loaded)).scalar_one() == 20
+            loader.write([[1]])
+            time.sleep(2)
+            loader.write([[2]])
+        assert connection.execute(sa.select(sa.func.count()).select_from(loaded)).scalar_one() == 2
+        assert connection.exec_driver_sql("SHOW statement_timeout").scalar_one() == "1s"
+
+
+def test_what_the_server_refuses_shows_before_a_long_download_ends(request: pytest.FixtureRequest) -> None:
+    """A COPY is ended after some bytes: a bad row does not wait for gigabytes behind it."""
+    database = request.getfixturevalue("postgres")
+    loaded = sa.Table("loaded", sa.MetaData(), sa.Column("a", sa.String(5)))
+    engine = database.engine()
+    loaded.create(engine)
+    calls = iter(range(100))
+
+    def download() -> None:
+        with engine.begin() as connection, bulk_loader(connection, loaded) as loader:
+            loader.write([["too long"]])
+            for _ in calls:
+                loader.write([["x" * 5] * 100_000])
+
+    with pytest.raises(psycopg.errors.StringDataRightTruncation):
+        download()
+    assert len(list(calls)) > 50

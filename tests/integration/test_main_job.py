@@ -23,7 +23,7 @@ from airflow_provider_batchkit.pricing import PriceBook
 from airflow_provider_batchkit.simulator import Simulator, SimulatorSettings, answer_for
 from airflow_provider_batchkit.tally import reprice
 from tests.databases import Database
-from tests.warehouse import Warehouse, kit_for
+from tests.warehouse import LANDING_PATHS, Warehouse, kit_for
 
 
 @pytest.fixture
@@ -32,17 +32,7 @@ def sim() -> Iterator[Simulator]:
         yield simulator
 
 
-#: every way into a table, as database, driver, and whether it is the one that works anywhere
-PATHS = {
-    "sqlite": ("sqlite", "", False),
-    "sqlite-portable": ("sqlite", "", True),
-    "psycopg3": ("postgres", "+psycopg", False),
-    "psycopg2": ("postgres", "+psycopg2", False),
-    "postgres-portable": ("postgres", "+psycopg", True),
-}
-
-
-@pytest.fixture(params=PATHS)
+@pytest.fixture(params=LANDING_PATHS)
 def path(request: pytest.FixtureRequest) -> str:
     """A test that takes it, or ``warehouse``, runs once for every way into a table."""
     return str(request.param)
@@ -50,14 +40,14 @@ def path(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def database(request: pytest.FixtureRequest, path: str) -> Database:
-    kind, driver, _ = PATHS[path]
+    kind, driver, _ = LANDING_PATHS[path]
     found: Database = request.getfixturevalue(kind)
     return replace(found, url=found.url.replace("+psycopg", driver))
 
 
 @pytest.fixture
 def warehouse(database: Database, path: str, sim: Simulator) -> Warehouse:
-    return Warehouse(database.engine(), kit_for(sim.base_url), portable=PATHS[path][2])
+    return Warehouse(database.engine(), kit_for(sim.base_url), portable=LANDING_PATHS[path][2])
 
 
 def products(count: int, start: int = 0) -> list[dict[str, Any]]:
@@ -410,6 +400,24 @@ def test_more_rows_than_a_chunk_land_whole(warehouse: Warehouse) -> None:
         assert [(r["id"], r["response"]) for r in rows] == [(i, answer_for(f"{run} product {i}")) for i in range(2_503)]
         assert sum(Decimal(str(r["cost_usd"])) for r in rows) == landed.tally.batch_cost_usd
     assert warehouse.rows("SELECT status, COUNT(*) AS n FROM batchkit_request GROUP BY status") == [{"status": "succeeded", "n": 5_006}]
+
+
+def test_one_odd_value_keeps_no_other_answer_from_landing(warehouse: Warehouse, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stop reason, an error type or a model longer than its column is cut; NUL, which PostgreSQL has not in text, is replaced there."""
+    ids = warehouse.submit(products(3)).batch_ids
+    stop, error, plain = (json.loads(line) for line in b"".join(warehouse.kit.stream_results(ids[0])).splitlines())
+    stop["result"]["message"].update(stop_reason="s" * 65, model="m" * 101, content=[{"type": "text", "text": "a\0b"}])
+    error["result"] = {"type": "errored", "error": {"error": {"type": "e" * 101, "message": "m\0" * 200}}}
+    lines = [json.dumps(line).encode() + b"\n" for line in (stop, error, plain)]
+    monkeypatch.setattr(warehouse.kit, "stream_results", lambda _: iter(lines))
+    landed = warehouse.fetch(ids, include_failed=True)
+    assert dict(landed.counts) == {"succeeded": 2, "errored": 1}
+    by_id = {row["custom_id"]: row for row in warehouse.rows("SELECT * FROM answers")}
+    nul = "\0" if warehouse.engine.dialect.name == "sqlite" else "\ufffd"
+    odd, failed = by_id[stop["custom_id"]], by_id[error["custom_id"]]
+    assert (odd["stop_reason"], odd["model"], odd["response"]) == ("s" * 64, "m" * 100, f"a{nul}b")
+    assert (failed["error_type"], failed["error_message"]) == ("e" * 100, f"m{nul}" * 200)
+    assert by_id[plain["custom_id"]]["stop_reason"] == "end_turn"
 
 
 def test_one_question_of_many_rows_lands_for_each_and_is_paid_once(warehouse: Warehouse) -> None:

@@ -17,16 +17,7 @@ from airflow_provider_batchkit.simulator import Simulator, SimulatorSettings, an
 from tests.connections import anthropic_connection
 from tests.databases import Database
 from tests.integration.airflow_runs import run_dag
-from tests.warehouse import Warehouse, kit_for
-
-#: every way into a table, as database, driver, and whether it is the one that works anywhere
-PATHS = {
-    "sqlite": ("sqlite", "", False),
-    "sqlite-portable": ("sqlite", "", True),
-    "psycopg3": ("postgres", "+psycopg", False),
-    "psycopg2": ("postgres", "+psycopg2", False),
-    "postgres-portable": ("postgres", "+psycopg", True),
-}
+from tests.warehouse import LANDING_PATHS, Warehouse, kit_for
 
 
 @pytest.fixture
@@ -36,13 +27,13 @@ def sim() -> Iterator[Simulator]:
 
 
 def warehouse_on(request: pytest.FixtureRequest, sim: Simulator, path: str) -> Warehouse:
-    kind, driver, portable = PATHS[path]
+    kind, driver, portable = LANDING_PATHS[path]
     database: Database = request.getfixturevalue(kind)
     found = replace(database, url=database.url.replace("+psycopg", driver))
     return Warehouse(found.engine(), kit_for(sim.base_url), portable=portable)
 
 
-@pytest.fixture(params=PATHS)
+@pytest.fixture(params=LANDING_PATHS)
 def every_way(request: pytest.FixtureRequest, sim: Simulator) -> Warehouse:
     return warehouse_on(request, sim, str(request.param))
 

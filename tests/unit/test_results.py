@@ -219,7 +219,7 @@ LINES = [
         line(value)[:-1]
         for value in (
             succeeded("e", "x\u2028y"),
-            succeeded("f", content=[]),
+            succeeded("f", content=[], model=""),
             succeeded("g", content=[{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "t"}, {"type": "text", "text": "u"}]),
             succeeded("h", usage={"input_tokens": 1, "output_tokens": 2, "cache_creation_input_tokens": 7}),
             succeeded(
