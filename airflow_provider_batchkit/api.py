@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 _PAGE = 1000
 _UPLOAD_CHUNK = 1 << 18
-_DOWNLOAD_CHUNK = 1 << 18
+_DOWNLOAD_CHUNK = 1 << 19
 
 _THROTTLED = frozenset({429, 529})
 #: a 4xx that does not prove a refusal: the request may have been taken

@@ -120,32 +120,30 @@ class ModelRates:
         :param tier: ``min_prompt_tokens`` of the price tier; by default the one of the usage's own prompt
         """
         tier = self.tier_start(usage.prompt_tokens) if tier is None else tier
-        return self.pico_usd_all([[count] for count in usage.counts], usage.inference_geo, usage.speed, tier)[0]
+        (batch,), (standard,) = self.pico_usd_all([[count] for count in usage.counts], usage.inference_geo, usage.speed, tier)
+        return batch, standard
 
     def pico_usd_all(
         self, counts: Sequence[Sequence[int]], inference_geo: str | None, speed: str | None, tier: int
-    ) -> list[tuple[int, int]]:
-        """:meth:`pico_usd` of many requests that are priced alike.
+    ) -> tuple[list[int], list[int]]:
+        """:meth:`pico_usd` of many requests that are priced alike: their batch costs, and their standard costs.
 
         :param counts: ``Usage.counts`` of each, by column
         :param tier: ``min_prompt_tokens`` of the price tier of all of them
         """
         lines = next(lines for minimum, lines in self._lines if minimum == tier)
-        line = lines[(2 if inference_geo == "us" else 0) + (speed == "fast")]
-        scale, b_input, b_output, b_5m, b_1h, b_read, s_input, s_output, s_5m, s_1h, s_read, search = line
-        fresh, output, *rest = counts
-        costs = [(i * b_input + o * b_output, i * s_input + o * s_output) for i, o in zip(fresh, output, strict=True)]
-        if any(map(any, rest)):
-            costs = [
-                (
-                    batch + write_5m * b_5m + write_1h * b_1h + read * b_read + searches * search,
-                    standard + write_5m * s_5m + write_1h * s_1h + read * s_read + searches * search,
-                )
-                for (batch, standard), write_5m, write_1h, read, searches in zip(costs, *rest, strict=True)
-            ]
-        if scale == 1:
-            return costs
-        return [(_divide_half_even(batch, scale), _divide_half_even(standard, scale)) for batch, standard in costs]
+        scale, *rates, search = lines[(2 if inference_geo == "us" else 0) + (speed == "fast")]
+        half = len(rates) // 2
+        return _costs(counts, [*rates[:half], search], scale), _costs(counts, [*rates[half:], search], scale)
+
+
+def _costs(counts: Sequence[Sequence[int]], rates: Sequence[int], scale: int) -> list[int]:
+    """The sums of each request's counts, each times its rate, divided by ``scale``."""
+    used = [(column, rate) for column, rate in zip(counts, rates, strict=True) if any(column)]
+    costs = [0] * len(counts[0])
+    for column, rate in used:
+        costs = [cost + count * rate for cost, count in zip(costs, column, strict=True)]
+    return costs if scale == 1 else [_divide_half_even(cost, scale) for cost in costs]
 
 
 class PriceBook:

@@ -16,7 +16,8 @@ from airflow_provider_batchkit.pricing import ModelRates, PriceBook, usd_of_pico
 #: in a list of sums: the counts of ``ModelTally`` and ``UsageLine``, then money in pico-dollars, then the prompts' sizes
 _COUNTS = 7
 _BATCH, _STANDARD, _CACHE_SAVINGS, _SMALLEST, _LARGEST = range(_COUNTS, _COUNTS + 5)
-_FREE = (0, 0)
+#: batch cost and standard cost of each of many results, in pico-dollars, None where they are not known
+Costs = tuple[Sequence[int | None], Sequence[int | None]]
 #: of a result, what decides its prices beside the size of its prompt: model, ``inference_geo``, ``speed``
 _Kind = tuple[str | None, str | None, str | None]
 _T = TypeVar("_T")
@@ -32,21 +33,18 @@ class TallyBuilder:
         #: running sums of what is priced alike: model, ``inference_geo``, ``speed``, start of the price tier
         self._lines: dict[tuple[str, str | None, str | None, int], list[int]] = {}
 
-    def add_all(self, results: ResultBlock) -> Sequence[tuple[int, int] | None]:
-        """Count the results of many requests; what each costs in whole pico-dollars, as batch and standard cost.
+    def add_all(self, results: ResultBlock) -> Costs:
+        """Count the results of many requests; what each costs, in whole pico-dollars.
 
         A result that the API counts nothing for costs nothing; ``None`` for an unknown model, whose tokens are counted all the same.
         """
         kinds = results.models, results.inference_geos, results.speeds
         if len(results) and all(results.billed) and all(map(_of_one_value, kinds)):
             return self._add_kind((results.models[0], results.inference_geos[0], results.speeds[0]), results)
-        costs: list[tuple[int, int] | None] = [_FREE] * len(results)
-        for kind, places in _places(zip(*kinds, strict=True), results.billed):
-            for place, cost in zip(places, self._add_kind(kind, results.rows(places)), strict=True):
-                costs[place] = cost
-        return costs
+        each = _places(zip(*kinds, strict=True), results.billed)
+        return _spread(len(results), ((places, self._add_kind(kind, results.rows(places))) for kind, places in each))
 
-    def _add_kind(self, kind: _Kind, results: ResultBlock) -> Sequence[tuple[int, int] | None]:
+    def _add_kind(self, kind: _Kind, results: ResultBlock) -> Costs:
         """Count results of one kind."""
         model = kind[0] or ""
         if model not in self._rates:
@@ -57,13 +55,10 @@ class TallyBuilder:
         lowest = rates.tier_start(min(prompts))
         if lowest == rates.tier_start(max(prompts)):
             return self._add_alike(kind, lowest, results)
-        costs: list[tuple[int, int] | None] = [_FREE] * len(results)
-        for tier, places in _places(map(rates.tier_start, prompts), results.billed):
-            for place, cost in zip(places, self._add_alike(kind, tier, results.rows(places)), strict=True):
-                costs[place] = cost
-        return costs
+        each = _places(map(rates.tier_start, prompts), results.billed)
+        return _spread(len(results), ((places, self._add_alike(kind, tier, results.rows(places))) for tier, places in each))
 
-    def _add_alike(self, kind: _Kind, tier: int, results: ResultBlock) -> Sequence[tuple[int, int] | None]:
+    def _add_alike(self, kind: _Kind, tier: int, results: ResultBlock) -> Costs:
         """Count requests that are priced alike, together."""
         model, geo, speed = kind
         rates = self._rates[model or ""]
@@ -75,17 +70,16 @@ class TallyBuilder:
         sums[_SMALLEST] = min(sums[_SMALLEST], *prompts)
         sums[_LARGEST] = max(sums[_LARGEST], *prompts)
         if rates is None:
-            return [None] * len(results)
-        costs = rates.pico_usd_all(counts, geo, speed, tier)
-        batch = sum([cost for cost, _ in costs])
-        sums[_BATCH] += batch
-        sums[_STANDARD] += sum([cost for _, cost in costs])
+            return [None] * len(results), [None] * len(results)
+        batch, standard = rates.pico_usd_all(counts, geo, speed, tier)
+        sums[_BATCH] += sum(batch)
+        sums[_STANDARD] += sum(standard)
         if results.cached:
             # a price tier looks at the whole prompt, cached or not, so it is the same one
             nothing = [0] * len(results)
-            uncached = rates.pico_usd_all([prompts, counts[1], nothing, nothing, nothing, counts[5]], geo, speed, tier)
-            sums[_CACHE_SAVINGS] += sum([cost for cost, _ in uncached]) - batch
-        return costs
+            uncached, _ = rates.pico_usd_all([prompts, counts[1], nothing, nothing, nothing, counts[5]], geo, speed, tier)
+            sums[_CACHE_SAVINGS] += sum(uncached) - sum(batch)
+        return batch, standard
 
     def tally(self) -> CostTally:
         """Everything added so far. Without any request it is empty and names no prices."""
@@ -105,6 +99,16 @@ def _places(values: Iterable[_T], billed: Iterable[bool]) -> Iterable[tuple[_T, 
         if counts:
             places.setdefault(value, []).append(place)
     return places.items()
+
+
+def _spread(number: int, parts: Iterable[tuple[Sequence[int], Costs]]) -> Costs:
+    """The costs of ``number`` results, of which each part says them for some places; the others cost nothing."""
+    batch: list[int | None] = [0] * number
+    standard: list[int | None] = [0] * number
+    for places, costs in parts:
+        for place, one, other in zip(places, *costs, strict=True):
+            batch[place], standard[place] = one, other
+    return batch, standard
 
 
 def _tally(priced: Iterable[tuple[UsageLine, list[int] | None]], book: PriceBook) -> CostTally:

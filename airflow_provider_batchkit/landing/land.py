@@ -14,16 +14,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from airflow_provider_batchkit.blocks import ResultBlock
 from airflow_provider_batchkit.exceptions import BatchInputError, WrongBatchError
 from airflow_provider_batchkit.landing.report import NAMED, LandedBatch, LandingReport, log_faults
-from airflow_provider_batchkit.landing.rounds import leave_out_superseded
-from airflow_provider_batchkit.landing.stage import AskedKeys, Stage
+from airflow_provider_batchkit.landing.rounds import NO_LATER, Later
+from airflow_provider_batchkit.landing.stage import AskedKeys, Stage, StageTables
 from airflow_provider_batchkit.landing.table import ResultTable, WriteDisposition
-from airflow_provider_batchkit.landing.write import TableWriter, prepare_connection, queue_for_table, settle_requests
+from airflow_provider_batchkit.landing.write import TableWriter, prepare_connection, queue_for_table, settle_outcomes
 from airflow_provider_batchkit.ledger.account import note_landing
 from airflow_provider_batchkit.ledger.engine import prepare_engine
 from airflow_provider_batchkit.ledger.ledger import BatchRecord, Ledger
@@ -106,6 +105,16 @@ def _common_schema(ledger: Ledger, records: Sequence[BatchRecord | None], snapsh
     return None if text is None else OutputSchema(text)
 
 
+@dataclass(frozen=True, slots=True)
+class _Filled:
+    """A batch that has been read to its end."""
+
+    landed: LandedBatch
+    stage: StageTables
+    record: BatchRecord | None
+    later: Later
+
+
 @dataclass(slots=True)
 class _Landing:
     ledger: Ledger
@@ -119,31 +128,38 @@ class _Landing:
     def land(self, connection: Connection, batches: Sequence[tuple[BatchSnapshot, BatchRecord | None]]) -> list[LandedBatch]:
         """Land batches in the connection's transaction. Nothing but stages is written before the last result is read."""
         prepare_connection(connection)
-        filled = [(*self._fill(connection, snapshot, record), record) for snapshot, record in batches]
+        together = [record for _, record in batches if record is not None]
+        filled = [self._fill(connection, snapshot, record, together) for snapshot, record in batches]
         now, started = datetime.now(UTC), time.monotonic()
         writer = TableWriter(connection, self.table, self.disposition, include_failed=self.include_failed, landed_at=now)
-        for landed, stage, record in filled:
-            if record is not None:
-                self._book(connection, record, landed, now)
-                leave_out_superseded(connection, stage, record)
-                settle_requests(connection, stage, record)
+        for batch in filled:
+            if batch.record is not None:
+                self._book(connection, batch.record, batch.landed, now)
+                batch.later.check(connection, batch.record)
+                settle_outcomes(connection, batch.stage, batch.record)
         queue_for_table(connection, self.table)
         if self.disposition is WriteDisposition.REPLACE:
             writer.empty()
-        for landed, stage, record in filled:
-            writer.write(stage, landed.snapshot.batch_id, record)
-            stage.drop(connection)
+        for batch in filled:
+            writer.write(batch.stage.rows, batch.landed.snapshot.batch_id, batch.record)
+            batch.stage.drop(connection)
         written_s = time.monotonic() - started
-        for landed, _, record in filled:
-            if record is not None:
-                note_landing(connection, record.job_id, record.shard, landed.read_s + written_s / len(filled))
-        return [landed for landed, _, _ in filled]
+        for batch in filled:
+            if batch.record is not None:
+                note_landing(connection, batch.record.job_id, batch.record.shard, batch.landed.read_s + written_s / len(filled))
+        return [batch.landed for batch in filled]
 
-    def _fill(self, connection: Connection, snapshot: BatchSnapshot, record: BatchRecord | None) -> tuple[LandedBatch, sa.Table]:
+    def _fill(
+        self, connection: Connection, snapshot: BatchSnapshot, record: BatchRecord | None, together: Sequence[BatchRecord]
+    ) -> _Filled:
         """Stream the results into a stage; ids without a line become ``missing`` rows. The map of keys ends with it."""
         started = time.monotonic()
         keys = None if record is None else AskedKeys(self.ledger.rows_of(record))
-        stage = Stage(connection, self.table, keys, portable=self.portable)
+        later = NO_LATER
+        if record is not None and keys is not None:
+            with self.ledger.engine.connect() as reading:
+                later = Later.of(reading, record, together, keys)
+        stage = Stage(connection, self.table, keys, later.keys, portable=self.portable)
         answers = None if self.table.schema is None else AnswerReader(self.table.schema)
         tally = TallyBuilder(self.price_book, snapshot.created_at)
         reconciler = Reconciler(None if keys is None else keys.custom_ids)
@@ -171,7 +187,8 @@ class _Landing:
         rows = stage.counts.total() if self.include_failed else sum(stage.counts[status.value] for status in ANSWERED)
         first = record is None or record.state is not BatchState.LANDED
         read_s = time.monotonic() - started
-        return LandedBatch(snapshot, stage.counts, tally.tally(), reconciler.faults, names, rows, first, read_s), stage.table
+        landed = LandedBatch(snapshot, stage.counts, tally.tally(), reconciler.faults, names, rows, first, read_s)
+        return _Filled(landed, stage.tables, record, later)
 
     def _book(self, connection: Connection, record: BatchRecord, landed: LandedBatch, now: datetime) -> None:
         """Move the batch to ``landed``, with its bill. Also a lock: a second landing of the batch waits here."""

@@ -2,27 +2,77 @@
 
 from __future__ import annotations
 
+import secrets
+from collections.abc import Iterable
+from dataclasses import dataclass
+
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
+from airflow_provider_batchkit.exceptions import LedgerError
+from airflow_provider_batchkit.landing.stage import AskedKeys
+from airflow_provider_batchkit.ledger import journal
+from airflow_provider_batchkit.ledger.bulk import bulk_loader
 from airflow_provider_batchkit.ledger.ledger import BatchRecord
 from airflow_provider_batchkit.ledger.states import BatchState
-from airflow_provider_batchkit.ledger.tables import batch, request
+from airflow_provider_batchkit.ledger.tables import batch, failed
 
 
-def leave_out_superseded(connection: Connection, stage: sa.Table, record: BatchRecord) -> None:
-    """Take those rows out of the stage whose keys a later round has asked again: its outcomes stand."""
-    mine = (batch.c.job_id == record.job_id) & (batch.c.state == BatchState.LANDED.value)
-    if connection.execute(sa.select(sa.func.max(batch.c.round)).where(mine)).scalar_one() > record.round:
-        later = sa.exists().where(request.c.job_id == record.job_id, request.c.key == stage.c.batchkit_key, request.c.shard > record.shard)
-        connection.execute(sa.delete(stage).where(later))
+@dataclass(frozen=True, slots=True)
+class Later:
+    """What later rounds of its job have asked again of a batch's rows: their outcomes stand."""
+
+    #: the later rounds' batches
+    shards: frozenset[int]
+    keys: frozenset[str]
+
+    @classmethod
+    def of(cls, connection: Connection, record: BatchRecord, together: Iterable[BatchRecord], keys: AskedKeys) -> Later:
+        """
+        :param together: batches that land in the same transaction, in any order
+        :param keys: of the batch
+        """
+        mates = {r.shard for r in together if r.job_id == record.job_id and r.round > record.round}
+        shards = frozenset(mates | _landed_later(connection, record))
+        if not shards:
+            return NO_LATER
+        asked = (entry.key for shard in sorted(shards) for entry in journal.entries(connection, record.job_id, shard))
+        return cls(shards, keys.those_of(asked))
+
+    def check(self, connection: Connection, record: BatchRecord) -> None:
+        """To be called when the batch's row is locked.
+
+        :raises LedgerError: when another later round has landed meanwhile
+        """
+        if not _landed_later(connection, record) <= self.shards:
+            raise LedgerError(f"A later round of asking landed while {record} was read. Nothing was written: fetch it again.")
 
 
-def forget_outcomes(connection: Connection, stage: sa.Table, record: BatchRecord) -> None:
-    """Take what earlier rounds noted of the stage's keys out of the ledger."""
-    if record.round > 1:
-        asked_again = request.c.key.in_(sa.select(stage.c.batchkit_key))
-        connection.execute(sa.delete(request).where(request.c.job_id == record.job_id, asked_again))
+def _landed_later(connection: Connection, record: BatchRecord) -> set[int]:
+    landed = (batch.c.job_id == record.job_id) & (batch.c.state == BatchState.LANDED.value)
+    return set(connection.execute(sa.select(batch.c.shard).where(landed, batch.c.round > record.round)).scalars())
+
+
+NO_LATER = Later(frozenset(), frozenset())
+
+
+def forget_failures(connection: Connection, record: BatchRecord) -> None:
+    """Take what earlier rounds noted of the batch's keys out of the ledger."""
+    if record.round == 1:
+        return
+    asked = sa.Table(
+        f"batchkit_asked_{secrets.token_hex(6)}",
+        sa.MetaData(),
+        sa.Column("key", failed.c.key.type),
+        prefixes=["TEMPORARY"],
+        postgresql_on_commit="DROP",
+    )
+    asked.create(connection, checkfirst=False)
+    for piece in journal.pieces(connection, record.job_id, record.shard):
+        with bulk_loader(connection, asked) as loader:
+            loader.write([[entry.key for entry in piece]])
+    connection.execute(sa.delete(failed).where(failed.c.job_id == record.job_id, failed.c.key.in_(sa.select(asked.c.key))))
+    asked.drop(connection)
 
 
 def remove_rows(connection: Connection, target: sa.Table, record: BatchRecord, again: sa.ColumnElement[bool]) -> None:

@@ -1,4 +1,4 @@
-"""The stage: a temporary table that holds a batch's rows until one set of statements moves them.
+"""The stage: temporary tables that hold a batch's rows until one set of statements moves them.
 
 While results are downloaded only the stage is written, which nobody else sees: no lock of the table or the ledger is held meanwhile.
 """
@@ -10,6 +10,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain, compress
 from typing import Any
 
 import sqlalchemy as sa
@@ -18,12 +20,16 @@ from sqlalchemy.engine import Connection
 from airflow_provider_batchkit.blocks import ResultBlock
 from airflow_provider_batchkit.landing.table import ResultTable
 from airflow_provider_batchkit.ledger.bulk import bulk_loader
+from airflow_provider_batchkit.ledger.outcomes import digest_of, encode_succeeded
+from airflow_provider_batchkit.ledger.tables import keep_entries_plain, succeeded
+from airflow_provider_batchkit.model import RequestStatus
 from airflow_provider_batchkit.schema.answers import Values
 from airflow_provider_batchkit.shards import IndexEntry
+from airflow_provider_batchkit.tally import Costs
 
-#: a chunk is written when it has this many rows (more cost the garbage collector more than they save), or characters of text
-_CHUNK_ROWS = 1_000
-_CHUNK_CHARACTERS = 4_000_000
+#: of rows that share one request so many are written together, or fewer where the answer is long
+_COPIES_TOGETHER = 1_000
+_COPIED_CHARACTERS = 4_000_000
 
 _STOP_REASON_CHARS, _ERROR_TYPE_CHARS, _MODEL_CHARS = 64, 100, 100
 
@@ -38,12 +44,12 @@ _COLUMNS: tuple[tuple[str, Any], ...] = (
     ("input_tokens", sa.BigInteger()),
     ("output_tokens", sa.BigInteger()),
     ("custom_id", sa.String(64)),
-    # how the row is known in the ledger, and its exact cost
-    ("batchkit_key", sa.Text()),
+    # picodollars
     ("batchkit_batch_cost", sa.BigInteger()),
+    # what else the ledger wants to know of a row that failed; null for one that succeeded
     ("batchkit_standard_cost", sa.BigInteger()),
-    # 0 for a row that shares another row's request
-    ("batchkit_asked", sa.SmallInteger()),
+    ("batchkit_key", sa.Text()),
+    ("batchkit_asked", sa.Boolean()),
 )
 
 
@@ -81,12 +87,16 @@ class AskedKeys:
 
     def billed(self, custom_ids: Iterable[str]) -> list[str]:
         """The keys of the rows that pay for the requests."""
-        billed = self._billed
-        return [billed[custom_id] for custom_id in custom_ids]
+        return list(map(self._billed.__getitem__, custom_ids))
 
     def copies(self, custom_id: str) -> list[str]:
         """Keys of the other rows that the request answers."""
         return self._copies.get(custom_id, _NONE)
+
+    def those_of(self, keys: Iterable[str]) -> frozenset[str]:
+        """Those of the keys that are the batch's."""
+        mine = {*self._billed.values(), *chain.from_iterable(self._copies.values())}
+        return frozenset(key for key in keys if key in mine)
 
     @property
     def any_copies(self) -> bool:
@@ -95,121 +105,156 @@ class AskedKeys:
 
 
 _NONE: list[str] = []
-_Cost = tuple[int, int] | None
-_NAMES = [name for name, _ in _COLUMNS]
-_STATUS, _KEY = _NAMES.index("status"), _NAMES.index("batchkit_key")
+_SUCCEEDED = RequestStatus.SUCCEEDED.value
+
+
+@dataclass(frozen=True, slots=True)
+class StageTables:
+    """What is staged of a batch."""
+
+    #: rows for the result table, and what the ledger keeps of those that failed
+    rows: sa.Table
+    #: what the ledger keeps of the rows that succeeded
+    succeeded: sa.Table
+
+    def drop(self, connection: Connection) -> None:
+        """Remove the tables."""
+        for table in (self.rows, self.succeeded):
+            table.drop(connection)
 
 
 class Stage:
-    """A fresh temporary table of a connection, and the rows on their way into it; on PostgreSQL it goes with the transaction."""
+    """Fresh temporary tables of a connection, and the rows on their way into them; on PostgreSQL they go with the transaction."""
 
-    def __init__(self, connection: Connection, table: ResultTable, keys: AskedKeys | None, *, portable: bool = False) -> None:
+    def __init__(
+        self,
+        connection: Connection,
+        table: ResultTable,
+        keys: AskedKeys | None,
+        superseded: AbstractSet[str],
+        *,
+        portable: bool = False,
+    ) -> None:
         """
         :param keys: None for a batch that no ledger knows, whose rows are known by ``custom_id``
+        :param superseded: keys whose rows are counted and left out
         :param portable: use no database's own bulk path
         """
+        #: rows per outcome, those that are left out included
         self.counts: Counter[str] = Counter()
+        self._connection = connection
         self._result_table = table
         self._keys = keys
-        self._waiting = _Rows()
-        key_types = [(c.name, c.type) for c in table.table.columns][: len(table.key_columns)]
-        answer_types = [(name, sa.Text() if name in table.json_names else type_) for name, type_ in table.answer_columns]
-        self._no_values: Values = (None,) * len(answer_types)
-        self.table = sa.Table(
-            f"batchkit_stage_{secrets.token_hex(6)}",
-            sa.MetaData(),
-            *(sa.Column(name, type_, nullable=True, autoincrement=False) for name, type_ in (*key_types, *answer_types, *_COLUMNS)),
-            prefixes=["TEMPORARY"],
-            postgresql_on_commit="DROP",
-        )
-        self.table.create(connection, checkfirst=False)
-        self._loader = bulk_loader(connection, self.table, portable=portable)
+        self._superseded = superseded
+        key_columns = [(c.name, c.type) for c in table.table.columns][: len(table.key_columns)]
+        answer_columns = [(name, sa.Text() if name in table.json_names else type_) for name, type_ in table.answer_columns]
+        self._no_values: Values = (None,) * len(answer_columns)
+        rows = _temporary("rows", *key_columns, *answer_columns, *_COLUMNS)
+        packed = _temporary("succeeded", *((c.name, c.type) for c in succeeded.columns if c.name not in ("job_id", "shard")))
+        keep_entries_plain(packed)
+        self.tables = StageTables(rows, packed)
+        for stage in (rows, packed):
+            stage.create(connection, checkfirst=False)
+        self._packed: list[dict[str, Any]] = []
+        self._loader = bulk_loader(connection, rows, portable=portable)
 
     @contextmanager
     def filling(self) -> Iterator[None]:
-        """Within it rows may be put, and nothing else done with the connection; behind it they are in the table."""
+        """Within it rows may be put, and nothing else done with the connection; behind it they are in the tables."""
         with self._loader:
             yield
-            self._flush()
+        if self._packed:
+            self._connection.execute(sa.insert(self.tables.succeeded), self._packed)
+            self._packed.clear()
 
-    def put(self, results: ResultBlock, costs: Sequence[_Cost], values: Sequence[Values] | None = None) -> None:
+    def put(self, results: ResultBlock, costs: Costs, values: Sequence[Values] | None = None) -> None:
         """Add the rows that results answer.
 
-        :param costs: of each, batch and standard cost in picodollars; None when it is not known
+        :param costs: of each
         :param values: of each answer, in the order of the table's answer columns
         """
+        if not len(results):
+            return
         values = [self._no_values] * len(results) if values is None else values
-        keys = [""] * len(results) if self._keys is None else self._keys.billed(results.custom_ids)
-        self._add(results, keys, costs, values, asked=1)
-        if self._keys is not None and self._keys.any_copies:
+        if self._keys is None:
+            self._write(results, None, costs, values, asked=True)
+            return
+        self._write(results, self._keys.billed(results.custom_ids), costs, values, asked=True)
+        if self._keys.any_copies:
             self._put_copies(self._keys, results, costs, values)
 
-    def _put_copies(self, keys: AskedKeys, results: ResultBlock, costs: Sequence[_Cost], values: Sequence[Values]) -> None:
+    def _put_copies(self, keys: AskedKeys, results: ResultBlock, costs: Costs, values: Sequence[Values]) -> None:
         """Add the rows that share a request with another, which pays for it."""
         for place, custom_id in enumerate(results.custom_ids):
             copies = keys.copies(custom_id)
-            free = None if costs[place] is None else (0, 0)
-            at_a_time = max(1, min(_CHUNK_ROWS, _CHUNK_CHARACTERS // len(results.texts[place] or "-")))
+            free = None if costs[0][place] is None else 0
+            at_a_time = max(1, min(_COPIES_TOGETHER, _COPIED_CHARACTERS // len(results.texts[place] or "-")))
             for start in range(0, len(copies), at_a_time):
                 part = copies[start : start + at_a_time]
                 same = results.rows([place] * len(part))
-                self._add(same, part, [free] * len(part), [values[place]] * len(part), asked=0)
+                self._write(same, part, ([free] * len(part), [free] * len(part)), [values[place]] * len(part), asked=False)
 
-    def _add(self, results: ResultBlock, keys: Sequence[str], costs: Sequence[_Cost], values: Sequence[Values], *, asked: int) -> None:
-        self._waiting.add(results, keys, costs, values, asked=asked)
-        if len(self._waiting) >= _CHUNK_ROWS or self._waiting.characters >= _CHUNK_CHARACTERS:
-            self._flush()
+    def _write(self, results: ResultBlock, keys: Sequence[str] | None, costs: Costs, values: Sequence[Values], *, asked: bool) -> None:
+        """:param keys: None for a batch that no ledger knows"""
+        self.counts.update(results.statuses)
+        if keys is not None and not self._superseded.isdisjoint(keys):
+            places = [place for place, key in enumerate(keys) if key not in self._superseded]
+            results, keys, values = results.rows(places), [keys[place] for place in places], [values[place] for place in places]
+            costs = [costs[0][place] for place in places], [costs[1][place] for place in places]
+            if not places:
+                return
+        batch_costs, standard_costs = costs
+        failed = [False] * len(results)
+        if results.statuses.count(_SUCCEEDED) < len(results):
+            failed = [status != _SUCCEEDED for status in results.statuses]
+        if keys is not None:
+            self._pack(failed, keys, list(map(digest_of, results.custom_ids)), batch_costs, standard_costs, asked=asked)
+        self._loader.write(
+            [
+                *self._result_table.key_values(keys or ()),
+                *zip(*values, strict=True),
+                results.texts,
+                results.statuses,
+                _cut(results.stop_reasons, _STOP_REASON_CHARS),
+                _cut(results.error_types, _ERROR_TYPE_CHARS),
+                results.error_messages,
+                _cut(results.models, _MODEL_CHARS),
+                _where(results.billed, results.prompt_tokens),
+                _where(results.billed, results.output_tokens),
+                results.custom_ids,
+                batch_costs,
+                _where(failed, standard_costs),
+                _where(failed, keys or [None] * len(results)),
+                _where(failed, [asked] * len(results)),
+            ]
+        )
 
-    def _flush(self) -> None:
-        """Write what is waiting."""
-        rows = self._waiting
-        if len(rows):
-            keys = self._result_table.key_values(rows.keys)
-            self.counts.update(rows.columns[_STATUS])
-            self._loader.write([*keys, *zip(*rows.values, strict=True), *rows.columns])
-        self._waiting = _Rows()
-
-
-class _Rows:
-    """Rows on their way into a stage."""
-
-    def __init__(self) -> None:
-        #: the values of ``_COLUMNS``
-        self.columns: list[list[Any]] = [[] for _ in _COLUMNS]
-        self.values: list[Values] = []
-        self.characters = 0
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    @property
-    def keys(self) -> list[str]:
-        return self.columns[_KEY]
-
-    def add(self, results: ResultBlock, keys: Sequence[str], costs: Sequence[_Cost], values: Sequence[Values], *, asked: int) -> None:
-        more: list[Sequence[Any]] = [
-            results.texts,
-            results.statuses,
-            _cut(results.stop_reasons, _STOP_REASON_CHARS),
-            _cut(results.error_types, _ERROR_TYPE_CHARS),
-            results.error_messages,
-            _cut(results.models, _MODEL_CHARS),
-            _known(results.prompt_tokens, results.billed),
-            _known(results.output_tokens, results.billed),
-            results.custom_ids,
-            keys,
-            [None if cost is None else cost[0] for cost in costs],
-            [None if cost is None else cost[1] for cost in costs],
-            [asked] * len(results),
-        ]
-        for column, added in zip(self.columns, more, strict=True):
-            column += added
-        self.values += values
-        self.characters += sum([len(text) for text in results.texts if text is not None])
+    def _pack(self, failed: Sequence[bool], *columns: Sequence[Any], asked: bool) -> None:
+        """Keep the rows that succeeded for the ledger."""
+        rows = list(zip(*columns, strict=True))
+        if any(failed):
+            rows = list(compress(rows, [not out for out in failed]))
+        if rows:
+            self._packed.append({"part": len(self._packed), "asked": asked, "source_rows": len(rows), "entries": encode_succeeded(rows)})
 
 
-def _known(counts: Sequence[int], billed: Sequence[bool]) -> Sequence[int | None]:
-    return counts if all(billed) else [count if counted else None for count, counted in zip(counts, billed, strict=True)]
+def _temporary(what: str, *columns: tuple[str, Any]) -> sa.Table:
+    return sa.Table(
+        f"batchkit_stage_{what}_{secrets.token_hex(6)}",
+        sa.MetaData(),
+        *(sa.Column(name, type_, nullable=True, autoincrement=False) for name, type_ in columns),
+        prefixes=["TEMPORARY"],
+        postgresql_on_commit="DROP",
+    )
+
+
+def _where(wanted: Sequence[bool], values: Sequence[Any]) -> Sequence[Any]:
+    """The values where they are wanted, and None elsewhere."""
+    if all(wanted):
+        return values
+    if not any(wanted):
+        return [None] * len(values)
+    return [value if want else None for want, value in zip(wanted, values, strict=True)]
 
 
 def _cut(texts: Sequence[str | None], most: int) -> Sequence[str | None]:

@@ -9,10 +9,12 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from airflow_provider_batchkit.landing.columns import exact_usd
-from airflow_provider_batchkit.landing.rounds import forget_outcomes, remove_rows
+from airflow_provider_batchkit.landing.rounds import forget_failures, remove_rows
+from airflow_provider_batchkit.landing.stage import StageTables
 from airflow_provider_batchkit.landing.table import ResultTable, WriteDisposition
+from airflow_provider_batchkit.ledger import outcomes
 from airflow_provider_batchkit.ledger.ledger import BatchRecord
-from airflow_provider_batchkit.ledger.tables import request as request_table
+from airflow_provider_batchkit.ledger.tables import failed, succeeded
 from airflow_provider_batchkit.model import ANSWERED, RequestStatus
 
 _SUCCEEDED = RequestStatus.SUCCEEDED.value
@@ -40,30 +42,29 @@ def queue_for_table(connection: Connection, table: ResultTable) -> None:
         connection.execute(sa.select(sa.func.pg_advisory_xact_lock(sa.func.hashtextextended(f"batchkit {table.name}", 0))))
 
 
-def settle_requests(connection: Connection, stage: sa.Table, record: BatchRecord) -> None:
+def settle_outcomes(connection: Connection, stage: StageTables, record: BatchRecord) -> None:
     """Write each source row's outcome and cost to the ledger, anew when the batch has landed before."""
-    here = (request_table.c.job_id == record.job_id) & (request_table.c.shard == record.shard)
-    connection.execute(sa.delete(request_table).where(here))
-    forget_outcomes(connection, stage, record)
-    values: dict[str, Any] = {
-        "job_id": sa.literal(record.job_id),
-        "key": stage.c.batchkit_key,
-        "shard": sa.literal(record.shard),
-        "custom_id": stage.c.custom_id,
-        # behind the job's id and a dash
-        "digest": sa.func.substr(stage.c.custom_id, len(record.job_id) + 2),
-        "asked": stage.c.batchkit_asked == 1,
-        "status": stage.c.status,
-        "error_type": stage.c.error_type,
-        "error_message": stage.c.error_message,
-        "batch_cost_picousd": stage.c.batchkit_batch_cost,
-        "standard_cost_picousd": stage.c.batchkit_standard_cost,
+    outcomes.forget(connection, record.job_id, record.shard)
+    forget_failures(connection, record)
+    batch: dict[str, Any] = {"job_id": sa.literal(record.job_id), "shard": sa.literal(record.shard)}
+    packed: dict[str, Any] = {column.name: column for column in stage.succeeded.columns}
+    connection.execute(sa.insert(succeeded).from_select([*batch, *packed], sa.select(*batch.values(), *packed.values())))
+    rows = stage.rows.c
+    noted: dict[str, Any] = {
+        "key": rows.batchkit_key,
+        "custom_id": rows.custom_id,
+        "asked": rows.batchkit_asked,
+        "status": rows.status,
+        "error_type": rows.error_type,
+        "error_message": rows.error_message,
+        "batch_cost_picousd": rows.batchkit_batch_cost,
+        "standard_cost_picousd": rows.batchkit_standard_cost,
     }
-    rows = sa.select(*values.values())
+    those = sa.select(*batch.values(), *noted.values()).where(rows.status != _SUCCEEDED)
     if connection.dialect.name == "postgresql":
         # near the order of the primary key, whatever the column's collation: a third of the time is saved, and pages of a large ledger
-        rows = rows.order_by(stage.c.batchkit_key.collate("C"))
-    connection.execute(sa.insert(request_table).from_select(list(values), rows))
+        those = those.order_by(rows.batchkit_key.collate("C"))
+    connection.execute(sa.insert(failed).from_select([*batch, *noted], those))
 
 
 class TableWriter:
@@ -82,21 +83,21 @@ class TableWriter:
         """Delete every row of the table."""
         self._connection.execute(sa.delete(self._table.table))
 
-    def write(self, stage: sa.Table, batch_id: str, record: BatchRecord | None) -> None:
-        """Write one batch's rows as the disposition says."""
+    def write(self, rows: sa.Table, batch_id: str, record: BatchRecord | None) -> None:
+        """Write one batch's staged rows as the disposition says."""
         target, names, keys = self._table.table, self._table.column_names, self._table.key_names
         staged: dict[str, sa.ColumnElement[Any]] = {
-            **{column.name: column for column in stage.columns},
-            "cost_usd": exact_usd(stage.c.batchkit_batch_cost, self._connection.dialect),
+            **{column.name: column for column in rows.columns},
+            "cost_usd": exact_usd(rows.c.batchkit_batch_cost, self._connection.dialect),
             "batch_id": sa.literal(batch_id, target.c.batch_id.type),
             "landed_at": sa.literal(self._landed_at, target.c.landed_at.type),
         }
-        staged.update({name: sa.cast(stage.c[name], target.c[name].type) for name in self._table.json_names})
-        wanted = sa.true() if self._include_failed else stage.c.status.in_([status.value for status in ANSWERED])
-        same_key = sa.and_(*(target.c[name] == stage.c[name] for name in keys))
-        select = sa.select(*(staged[name].label(name) for name in names)).select_from(stage).where(wanted)
+        staged.update({name: sa.cast(rows.c[name], target.c[name].type) for name in self._table.json_names})
+        wanted = sa.true() if self._include_failed else rows.c.status.in_([status.value for status in ANSWERED])
+        same_key = sa.and_(*(target.c[name] == rows.c[name] for name in keys))
+        select = sa.select(*(staged[name].label(name) for name in names)).select_from(rows).where(wanted)
         if self._disposition is WriteDisposition.MERGE:
-            better = sa.or_(stage.c.status == _SUCCEEDED, target.c.status != _SUCCEEDED, target.c.status.is_(None))
+            better = sa.or_(rows.c.status == _SUCCEEDED, target.c.status != _SUCCEEDED, target.c.status.is_(None))
             changed = {name: staged[name] for name in names if name not in keys}
             self._connection.execute(sa.update(target).values(changed).where(same_key, wanted, better))
             select = select.where(~sa.exists().where(same_key))

@@ -9,13 +9,13 @@ from decimal import Decimal
 import sqlalchemy as sa
 from sqlalchemy.engine import Engine
 
+from airflow_provider_batchkit.ledger import outcomes
 from airflow_provider_batchkit.ledger.ledger import JobRecord
 from airflow_provider_batchkit.ledger.states import BatchState
-from airflow_provider_batchkit.ledger.tables import batch, job, request
-from airflow_provider_batchkit.model import COST_QUANTUM, RequestStatus
+from airflow_provider_batchkit.ledger.tables import batch, job
+from airflow_provider_batchkit.model import COST_QUANTUM
 
 _RECENT = 20
-_ROWS_AT_A_TIME = 5_000
 
 
 def answered(engine: Engine, record: JobRecord) -> Iterator[tuple[str, str]]:
@@ -29,10 +29,7 @@ def answered(engine: Engine, record: JobRecord) -> Iterator[tuple[str, str]]:
     )
     with engine.connect() as connection:
         for job_id, shard in connection.execute(landed).all():
-            rows = sa.select(request.c.key, request.c.digest).where(
-                request.c.job_id == job_id, request.c.shard == shard, request.c.status == RequestStatus.SUCCEEDED.value
-            )
-            for row in connection.execution_options(stream_results=True, max_row_buffer=_ROWS_AT_A_TIME).execute(rows):
+            for row in outcomes.succeeded_rows(connection, job_id, shard):
                 yield row.key, row.digest
 
 

@@ -1,5 +1,6 @@
 """The roll-up: what was spent and how long it took, as SQL views over the ledger.
 
+``batchkit_request``   one row per source row that has landed: its key, the request that asked for it last, the outcome and the cost
 ``batchkit_spend``     tokens, cost and savings per UTC day of the batch's creation, DAG, task and model
 ``batchkit_summary``   one row per job: rows and requests, cost, and the seconds of each step
 ``batchkit_latency``   per UTC day and DAG: how many batches, and the median, 95th percentile and maximum of their latency
@@ -18,8 +19,10 @@ from sqlalchemy.engine import Connection, Dialect
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import GenericFunction
 
+from airflow_provider_batchkit.ledger.outcomes import Succeeded
 from airflow_provider_batchkit.ledger.states import BatchState
-from airflow_provider_batchkit.ledger.tables import batch, bill, job
+from airflow_provider_batchkit.ledger.tables import batch, bill, failed, job, succeeded
+from airflow_provider_batchkit.model import RequestStatus
 
 DIALECTS = ("postgresql", "sqlite")
 TOKENS = ("input_tokens", "output_tokens", "cache_write_5m_tokens", "cache_write_1h_tokens", "cache_read_tokens", "web_searches")
@@ -44,6 +47,41 @@ class usd(GenericFunction[Any]):  # noqa: N801 - the name of a SQL function
 
     type = sa.Numeric()
     inherit_cache = True
+
+
+class json_items(GenericFunction[Any]):  # noqa: N801 - the name of a SQL function
+    """The items of a JSON array, given as text, as rows with one column, ``value``."""
+
+    inherit_cache = True
+
+
+class json_at(GenericFunction[Any]):  # noqa: N801 - the name of a SQL function
+    """An item of a JSON array by its position, from 0, as text."""
+
+    type = sa.Text()
+    inherit_cache = True
+
+
+@compiles(json_items, "postgresql")
+def _json_items_postgresql(element: Any, compiler: Any, **kw: Any) -> str:
+    return f"json_array_elements(CAST({compiler.process(element.clauses, **kw)} AS JSON))"
+
+
+@compiles(json_items, "sqlite")
+def _json_items_sqlite(element: Any, compiler: Any, **kw: Any) -> str:
+    return f"json_each({compiler.process(element.clauses, **kw)})"
+
+
+@compiles(json_at, "postgresql")
+def _json_at_postgresql(element: Any, compiler: Any, **kw: Any) -> str:
+    array, position = (compiler.process(clause, **kw) for clause in element.clauses)
+    return f"({array} ->> {position})"
+
+
+@compiles(json_at, "sqlite")
+def _json_at_sqlite(element: Any, compiler: Any, **kw: Any) -> str:
+    array, position = (compiler.process(clause, **kw) for clause in element.clauses)
+    return f"json_extract({array}, '$[' || {position} || ']')"
 
 
 @compiles(utc_day, "postgresql")
@@ -103,6 +141,36 @@ def _with_money(inner: sa.Subquery) -> sa.Select[Any]:
         usd(standard_cost).label("standard_cost_usd"),
         usd(savings.self_group()).label("savings_usd"),
     )
+
+
+def requests() -> sa.CompoundSelect[Any]:
+    """``batchkit_request``: ``batchkit_failed``, and ``batchkit_succeeded`` with a row for each of its entries.
+
+    ``asked`` is false for a row that shares another row's request, which then bears the cost.
+    """
+    entry = sa.func.json_items(succeeded.c.entries).table_valued("value", name="entry")
+    positions = dict(zip(Succeeded._fields, range(len(Succeeded._fields)), strict=True))
+
+    def packed(field: str, type_: sa.types.TypeEngine[Any]) -> sa.ColumnElement[Any]:
+        return sa.cast(sa.func.json_at(entry.c.value, positions[field]), type_)
+
+    digest = packed("digest", sa.String(40))
+    failed_digest = sa.func.substr(failed.c.custom_id, sa.func.length(failed.c.job_id) + 2)
+    answered = sa.select(
+        succeeded.c.job_id,
+        packed("key", sa.Text()).label("key"),
+        succeeded.c.shard,
+        sa.cast(succeeded.c.job_id + "-" + digest, failed.c.custom_id.type).label("custom_id"),
+        digest.label("digest"),
+        succeeded.c.asked,
+        sa.cast(sa.literal(RequestStatus.SUCCEEDED.value), failed.c.status.type).label("status"),
+        sa.cast(sa.null(), failed.c.error_type.type).label("error_type"),
+        sa.cast(sa.null(), failed.c.error_message.type).label("error_message"),
+        packed("batch_cost", sa.BigInteger()).label("batch_cost_picousd"),
+        packed("standard_cost", sa.BigInteger()).label("standard_cost_picousd"),
+    ).select_from(succeeded.join(entry, sa.true()))
+    others = sa.select(*(failed_digest if c.name == "digest" else failed.c[c.name] for c in answered.selected_columns))
+    return sa.union_all(answered, others)
 
 
 def spend() -> sa.Select[Any]:
@@ -202,7 +270,7 @@ def latency() -> sa.Select[Any]:
     ).group_by(ranked.c.day, ranked.c.dag_id)
 
 
-VIEWS = {"batchkit_spend": spend, "batchkit_summary": summary, "batchkit_latency": latency}
+VIEWS = {"batchkit_request": requests, "batchkit_spend": spend, "batchkit_summary": summary, "batchkit_latency": latency}
 
 
 def view_statements(dialect: Dialect) -> list[str]:

@@ -1,8 +1,8 @@
 """Rounds of asking: which rows of a job are worth asking again, and what became of all of them in the end.
 
 A round asks again what failed in the rounds before it, under the same ids in batches of its own. It begins when every batch of the
-round before it has landed, so a key is in flight in one batch at most. ``batchkit_request`` holds the outcome of the last round that
-asked a key; ``batchkit_batch`` holds each round's batches with their own bills.
+round before it has landed, so a key is in flight in one batch at most. ``batchkit_succeeded`` and ``batchkit_failed`` hold a
+key's outcome in the last round that asked it; ``batchkit_batch`` holds each round's batches with their own bills.
 
 Asked again is only what the API failed on its own side, which it does not bill. A row that is ``missing`` is not: its answer may be there
 and billed, on a line that could not be read, so its results are to be fetched again, which costs nothing.
@@ -20,10 +20,11 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 
+from airflow_provider_batchkit.ledger import outcomes
 from airflow_provider_batchkit.ledger.engine import write_transaction
 from airflow_provider_batchkit.ledger.leases import hold_lease
 from airflow_provider_batchkit.ledger.states import BatchState
-from airflow_provider_batchkit.ledger.tables import batch, job, request
+from airflow_provider_batchkit.ledger.tables import batch, failed, job
 from airflow_provider_batchkit.model import CostTally, RequestStatus
 
 #: error types of the Messages API that say nothing about the request (API documentation, "Errors"): 429, 500, 504, 529
@@ -46,8 +47,8 @@ def _worth_asking(*, invalid_output: bool) -> sa.ColumnElement[bool]:
     again = [RequestStatus.EXPIRED.value, RequestStatus.CANCELED.value]
     if invalid_output:
         again.append(RequestStatus.INVALID_OUTPUT.value)
-    errored = sa.and_(request.c.status == RequestStatus.ERRORED.value, request.c.error_type.in_(sorted(SERVER_ERRORS)))
-    return sa.or_(request.c.status.in_(again), errored)
+    errored = sa.and_(failed.c.status == RequestStatus.ERRORED.value, failed.c.error_type.in_(sorted(SERVER_ERRORS)))
+    return sa.or_(failed.c.status.in_(again), errored)
 
 
 # --- the job's place in its rounds ------------------------------------------------------------------------------------------------
@@ -87,18 +88,18 @@ def shards(connection: Connection, job_id: str, round_number: int) -> list[int]:
 
 def count_failed(engine: Engine, job_id: str, *, invalid_output: bool = False) -> int:
     """How many rows of a job are worth asking again."""
-    statement = sa.select(sa.func.count()).select_from(request)
+    statement = sa.select(sa.func.count()).select_from(failed)
     worth = _worth_asking(invalid_output=invalid_output)
     with engine.connect() as connection:
-        return int(connection.execute(statement.where(request.c.job_id == job_id, worth)).scalar_one())
+        return int(connection.execute(statement.where(failed.c.job_id == job_id, worth)).scalar_one())
 
 
 def failed_keys(engine: Engine, job_id: str, shard: int | None = None, *, invalid_output: bool = False) -> Iterator[str]:
     """Keys of a job's rows that are worth asking again, by their last outcome; with ``shard`` only where that is one of this shard."""
-    here = [request.c.job_id == job_id] if shard is None else [request.c.job_id == job_id, request.c.shard == shard]
+    here = [failed.c.job_id == job_id] if shard is None else [failed.c.job_id == job_id, failed.c.shard == shard]
     with engine.connect() as connection:
         connection = connection.execution_options(yield_per=_KEYS_AT_A_TIME)
-        yield from connection.execute(sa.select(request.c.key).where(*here, _worth_asking(invalid_output=invalid_output))).scalars()
+        yield from connection.execute(sa.select(failed.c.key).where(*here, _worth_asking(invalid_output=invalid_output))).scalars()
 
 
 # --- the end ----------------------------------------------------------------------------------------------------------------------
@@ -154,16 +155,18 @@ def outcome(engine: Engine, job_id: str, *, invalid_output: bool = False) -> Out
     with engine.connect() as connection:
         for row in connection.execute(landed):
             _include(found, row)
-        kinds = (request.c.status, request.c.error_type)
-        grouped = sa.select(*kinds, sa.func.count().label("rows")).where(request.c.job_id == job_id).group_by(*kinds).order_by(*kinds)
+        kinds = (failed.c.status, failed.c.error_type)
+        grouped = sa.select(*kinds, sa.func.count().label("rows")).where(failed.c.job_id == job_id).group_by(*kinds).order_by(*kinds)
+        answered = outcomes.count_succeeded(connection, job_id)
+        if answered:
+            found.counts[RequestStatus.SUCCEEDED.value] = answered
         for status, error_type, rows in connection.execute(grouped).all():
             found.counts[status] += rows
-            if status != RequestStatus.SUCCEEDED.value:
-                same = (request.c.status == status) & request.c.error_type.is_not_distinct_from(error_type)
-                first = sa.select(request.c.key).where(request.c.job_id == job_id, same).order_by(request.c.key).limit(_NAMED)
-                keys = list(connection.execute(first).scalars())
-                again = is_worth_asking(status, error_type, invalid_output=invalid_output)
-                found.failed.append(FailedRows(status, error_type, rows, keys, again))
+            same = (failed.c.status == status) & failed.c.error_type.is_not_distinct_from(error_type)
+            first = sa.select(failed.c.key).where(failed.c.job_id == job_id, same).order_by(failed.c.key).limit(_NAMED)
+            keys = list(connection.execute(first).scalars())
+            again = is_worth_asking(status, error_type, invalid_output=invalid_output)
+            found.failed.append(FailedRows(status, error_type, rows, keys, again))
     return found
 
 

@@ -52,8 +52,8 @@ TIMES = st.datetimes(datetime(2025, 1, 1), datetime(2027, 6, 1), timezones=st.ju
 
 def add(builder: TallyBuilder, model: str, usage: Usage) -> Cost | None:
     """Count one request."""
-    (pico,) = builder.add_all(ResultBlock.of([BatchItem("c", RequestStatus.SUCCEEDED, model=model, usage=usage)]))
-    return None if pico is None else cost_of_pico(*pico)
+    (batch,), (standard,) = builder.add_all(ResultBlock.of([BatchItem("c", RequestStatus.SUCCEEDED, model=model, usage=usage)]))
+    return None if batch is None or standard is None else cost_of_pico(batch, standard)
 
 
 def by_genai_prices(model: str, usage: Usage, at: datetime, context: dict[str, str]) -> Decimal:
@@ -107,11 +107,11 @@ def test_results_that_are_counted_together_cost_what_they_cost_alone(rows: list[
         for model, usage in rows
     ]
     together, alone = TallyBuilder(BOOK, NOW), TallyBuilder(BOOK, NOW)
-    costs = together.add_all(ResultBlock.of(items))
-    assert costs == [alone.add_all(ResultBlock.of([item]))[0] for item in items]
-    for (_, usage), item, cost in zip(rows, items, costs, strict=True):
-        expected = None if usage is None else BOOK.cost(item.model or "", usage, NOW)
-        assert cost == (0, 0) if usage is None else (cost and cost_of_pico(*cost)) == expected
+    costs = list(zip(*together.add_all(ResultBlock.of(items)), strict=True))
+    assert costs == [cost for item in items for cost in zip(*alone.add_all(ResultBlock.of([item])), strict=True)]
+    for (_, usage), item, (batch, standard) in zip(rows, items, costs, strict=True):
+        expected = Cost(Decimal(0), Decimal(0)) if usage is None else BOOK.cost(item.model or "", usage, NOW)
+        assert (None if batch is None or standard is None else cost_of_pico(batch, standard)) == expected
     assert together.tally() == alone.tally()
 
 
