@@ -9,7 +9,8 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
-from itertools import chain
+from functools import lru_cache
+from itertools import chain, compress, count
 from types import TracebackType
 from typing import Any, Self
 
@@ -77,22 +78,34 @@ def _bound(connection: Connection, table: sa.Table, columns: BulkColumns) -> Bul
 
 
 class _DriverLoader(BulkLoader):
-    """Many rows a statement: what the driver does for each statement costs as much as for twenty values."""
+    """Many rows a statement, and once what they have in common: the driver pays for each statement and for each value."""
 
     def write(self, columns: BulkColumns) -> None:
-        connection, table = self._connection, self._table
-        name, names = _quoted(connection, table)
-        values = _bound(connection, table, columns)
-        marks = f"({', '.join('?' * len(table.columns))})"
-        insert = f"INSERT INTO {name} ({names}) VALUES "
-        many = max(_SQLITE_VALUES // len(table.columns), 1)
-        whole = len(values[0]) - len(values[0]) % many
-        if whole:
-            parts = ([column[i : i + many] for column in values] for i in range(0, whole, many))
-            statements = [tuple(chain.from_iterable(zip(*part, strict=True))) for part in parts]
-            connection.exec_driver_sql(insert + ", ".join([marks] * many), statements)
-        if whole < len(values[0]):
-            connection.exec_driver_sql(insert + marks, list(zip(*[column[whole:] for column in values], strict=True)))
+        values = _bound(self._connection, self._table, columns)
+        alike = tuple(map(_is_of_one_value, values))
+        common = tuple(compress([column[0] for column in values], alike))
+        own = [column for column, same in zip(values, alike, strict=True) if not same]
+        insert = "INSERT INTO {} ({}) VALUES ".format(*_quoted(self._connection, self._table))
+        rows, many = len(values[0]), max((_SQLITE_VALUES - len(common)) // max(len(own), 1), 1)
+        whole = rows - rows % many
+        for start, stop, together in ((0, whole, many), (whole, rows, rows - whole)):
+            parts = ([column[i : i + together] for column in own] for i in range(start, stop, max(together, 1)))
+            statements = [common + tuple(chain.from_iterable(zip(*part, strict=True))) for part in parts]
+            if statements:
+                self._connection.exec_driver_sql(insert + _marks(alike, together), statements)
+
+
+def _is_of_one_value(column: Sequence[Any]) -> bool:
+    first = column[0]
+    return (first is None or type(first) in (str, int)) and first == column[-1] and column.count(first) == len(column)
+
+
+@lru_cache
+def _marks(alike: tuple[bool, ...], rows: int) -> str:
+    """Placeholders of rows: those of the columns that are ``alike`` in all of them come first, once."""
+    common, own = count(1), count(1 + sum(alike))
+    numbers = [f"?{next(common)}" if same else None for same in alike]
+    return ", ".join([f"({', '.join([number or f'?{next(own)}' for number in numbers])})" for _ in range(rows)])
 
 
 def _without_nul(value: Any) -> Any:
