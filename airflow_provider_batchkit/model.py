@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime
 from decimal import ROUND_CEILING, Context, Decimal, InvalidOperation
 from enum import Enum
+from functools import lru_cache
 from typing import Any
 
 import msgspec
@@ -394,6 +395,15 @@ def format_usd_exact(value: Decimal | None) -> str | None:
     whole, _, fraction = text.partition(".")
     fraction = fraction.rstrip("0")
     return f"{whole}.{fraction.ljust(2, '0')}"
+
+
+@lru_cache(maxsize=10_000)
+def format_pico_exact(pico: int | None) -> str | None:
+    """:func:`format_usd_exact` of whole picodollars, not negative. Many requests cost the same."""
+    if pico is None:
+        return None
+    whole, fraction = divmod(pico, PICO_PER_USD)
+    return f"{whole}.{f'{fraction:012d}'.rstrip('0').ljust(2, '0')}"
 
 
 def usd_text(value: Decimal | None) -> str:

@@ -139,10 +139,11 @@ class ModelRates:
 
 def _costs(counts: Sequence[Sequence[int]], rates: Sequence[int], scale: int) -> list[int]:
     """The sums of each request's counts, each times its rate, divided by ``scale``."""
-    used = [(column, rate) for column, rate in zip(counts, rates, strict=True) if any(column)]
-    costs = [0] * len(counts[0])
-    for column, rate in used:
-        costs = [cost + count * rate for cost, count in zip(costs, column, strict=True)]
+    (fresh, output, *others), (fresh_rate, output_rate, *other_rates) = counts, rates
+    costs = [i * fresh_rate + o * output_rate for i, o in zip(fresh, output, strict=True)]
+    for column, rate in zip(others, other_rates, strict=True):
+        if any(column):
+            costs = [cost + count * rate for cost, count in zip(costs, column, strict=True)]
     return costs if scale == 1 else [_divide_half_even(cost, scale) for cost in costs]
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from io import BytesIO
+from operator import itemgetter
 from typing import Any
 
 import msgspec
@@ -83,6 +84,8 @@ class _RawLine(msgspec.Struct, gc=False):
 _decode_line = msgspec.json.Decoder(_Line).decode
 _decode_lines = msgspec.json.Decoder(_Line).decode_lines
 _decode_raw_line = msgspec.json.Decoder(_RawLine).decode
+_NOT_CACHED = _CacheCreation()
+_FIRST, _LAST_BUT_ONE = itemgetter(0), itemgetter(-2)
 #: of a result that is not billed
 _NO_MESSAGE = _Message("", [], _WireUsage(0, 0))
 _STATUSES = {status.value: status for status in (RequestStatus.ERRORED, RequestStatus.EXPIRED, RequestStatus.CANCELED)}
@@ -152,7 +155,9 @@ def _text(content: Sequence[_Block]) -> str | None:
 
 def _written(usage: _WireUsage) -> _CacheCreation:
     # without the split, all cache writes are of the default five minutes (API documentation, "Prompt caching")
-    return usage.cache_creation or _CacheCreation(usage.cache_creation_input_tokens or 0)
+    if usage.cache_creation is not None:
+        return usage.cache_creation
+    return _CacheCreation(usage.cache_creation_input_tokens) if usage.cache_creation_input_tokens else _NOT_CACHED
 
 
 def _searches(usage: _WireUsage) -> int:
@@ -222,13 +227,14 @@ def _parse_each(lines: Iterable[bytes], before: int, *, keep_message: bool) -> I
 
 def _block(whole: bytes, lines: Sequence[bytes]) -> ResultBlock | None:
     """The results of ``lines``, which are ``whole``; None when one of them is not what the API documents, or is blank."""
-    # JSON may have newlines between its tokens and values without one between: here each stands between two objects, which no value holds
-    if {line[:1] for line in lines} != {b"{"} or {line[-2:] for line in lines} != {b"}\n"}:
-        return None
     try:
+        # JSON may have newlines between its tokens and values without one between: here each stands between two objects, which no value
+        # holds; a line too short for that is an IndexError
+        if set(map(_FIRST, lines)) != {ord("{")} or set(map(_LAST_BUT_ONE, lines)) != {ord("}")}:
+            return None
         decoded = _decode_lines(whole)
         return _columns([line.custom_id for line in decoded], [line.result for line in decoded]) if len(decoded) == len(lines) else None
-    except (msgspec.MsgspecError, UnicodeDecodeError, _Undocumented):
+    except (IndexError, msgspec.MsgspecError, UnicodeDecodeError, _Undocumented):
         return None
 
 
@@ -237,20 +243,25 @@ def _columns(custom_ids: list[str], results: list[_Result]) -> ResultBlock:
     billed = [result.type == "succeeded" for result in results]
     messages = [_message(result) if counts else _NO_MESSAGE for result, counts in zip(results, billed, strict=True)]
     texts = [_text(message.content) for message in messages]
+    models: list[str | None] = [message.model for message in messages]
     usages = [message.usage for message in messages]
     written = [_written(usage) for usage in usages]
     statuses = ["succeeded"] * len(results)
-    errors: list[_ErrorObject | None] = [None] * len(results)
+    error_types: list[str | None] = [None] * len(results)
+    error_messages: list[str | None] = [None] * len(results)
     for place in [place for place, counts in enumerate(billed) if not counts]:
-        statuses[place], errors[place], texts[place] = _failure(results[place]).value, _error(results[place]), None
+        statuses[place], texts[place], models[place] = _failure(results[place]).value, None, None
+        error = _error(results[place])
+        if error is not None:
+            error_types[place], error_messages[place] = error.type, error.message
     return ResultBlock(
         custom_ids=custom_ids,
         statuses=statuses,
         texts=texts,
         stop_reasons=[message.stop_reason for message in messages],
-        error_types=[None if error is None else error.type for error in errors],
-        error_messages=[None if error is None else error.message for error in errors],
-        models=[message.model if counts else None for message, counts in zip(messages, billed, strict=True)],
+        error_types=error_types,
+        error_messages=error_messages,
+        models=models,
         billed=billed,
         input_tokens=[usage.input_tokens for usage in usages],
         output_tokens=[usage.output_tokens for usage in usages],

@@ -9,7 +9,6 @@ from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.engine import Dialect
 
 from airflow_provider_batchkit.ledger.tables import UtcDateTime
-from airflow_provider_batchkit.model import PICO_PER_USD
 
 #: by a column's kind; JSON comes as text and is cast when it moves from the stage into the table
 ANSWER_TYPES: dict[str, Any] = {
@@ -62,13 +61,3 @@ def sql_type(type_: Any, dialect: Dialect) -> str:
         return str(type_.compile(dialect=dialect))
     except sa.exc.CompileError:
         return "of an unknown type"
-
-
-def exact_usd(pico: sa.ColumnElement[Any], dialect: Dialect) -> sa.ColumnElement[Any]:
-    """A column of whole picodollars, not negative, as USD: NUMERIC, and on SQLite the text of ``format_usd_exact``."""
-    if dialect.name != "sqlite":
-        return sa.cast(pico, sa.Numeric(38, 0)) * sa.literal_column("0.000000000001", sa.Numeric(13, 12))
-    cent = PICO_PER_USD // 100
-    whole_cents = sa.func.printf("%d.%02d", pico // PICO_PER_USD, pico // cent % 100)
-    all_digits = sa.func.printf("%d.%012d", pico // PICO_PER_USD, pico % PICO_PER_USD)
-    return sa.case((pico % cent == 0, whole_cents), (pico.is_not(None), sa.func.rtrim(all_digits, "0")))

@@ -20,9 +20,9 @@ from sqlalchemy.engine import Connection
 from airflow_provider_batchkit.blocks import ResultBlock
 from airflow_provider_batchkit.landing.table import ResultTable
 from airflow_provider_batchkit.ledger.bulk import bulk_loader
-from airflow_provider_batchkit.ledger.outcomes import digest_of, encode_succeeded
+from airflow_provider_batchkit.ledger.outcomes import digests_of, encode_succeeded
 from airflow_provider_batchkit.ledger.tables import keep_entries_plain, succeeded
-from airflow_provider_batchkit.model import RequestStatus
+from airflow_provider_batchkit.model import RequestStatus, format_pico_exact
 from airflow_provider_batchkit.schema.answers import Values
 from airflow_provider_batchkit.shards import IndexEntry
 from airflow_provider_batchkit.tally import Costs
@@ -44,9 +44,9 @@ _COLUMNS: tuple[tuple[str, Any], ...] = (
     ("input_tokens", sa.BigInteger()),
     ("output_tokens", sa.BigInteger()),
     ("custom_id", sa.String(64)),
-    # picodollars
+    ("cost_usd", sa.Text()),
+    # what else the ledger wants to know of a row that failed, costs in picodollars; null for one that succeeded
     ("batchkit_batch_cost", sa.BigInteger()),
-    # what else the ledger wants to know of a row that failed; null for one that succeeded
     ("batchkit_standard_cost", sa.BigInteger()),
     ("batchkit_key", sa.Text()),
     ("batchkit_asked", sa.Boolean()),
@@ -196,23 +196,22 @@ class Stage:
 
     def _write(self, results: ResultBlock, keys: Sequence[str] | None, costs: Costs, values: Sequence[Values], *, asked: bool) -> None:
         """:param keys: None for a batch that no ledger knows"""
-        self.counts.update(results.statuses)
-        if keys is not None and not self._superseded.isdisjoint(keys):
+        answered = results.statuses.count(_SUCCEEDED) == len(results)
+        self.counts.update({_SUCCEEDED: len(results)} if answered else results.statuses)
+        if keys is not None and self._superseded and not self._superseded.isdisjoint(keys):
             places = [place for place, key in enumerate(keys) if key not in self._superseded]
             results, keys, values = results.rows(places), [keys[place] for place in places], [values[place] for place in places]
             costs = [costs[0][place] for place in places], [costs[1][place] for place in places]
             if not places:
                 return
         batch_costs, standard_costs = costs
-        failed = [False] * len(results)
-        if results.statuses.count(_SUCCEEDED) < len(results):
-            failed = [status != _SUCCEEDED for status in results.statuses]
+        failed = [False] * len(results) if answered else [status != _SUCCEEDED for status in results.statuses]
         if keys is not None:
-            self._pack(failed, keys, list(map(digest_of, results.custom_ids)), batch_costs, standard_costs, asked=asked)
+            self._pack(failed, keys, digests_of(results.custom_ids), batch_costs, standard_costs, asked=asked)
         self._loader.write(
             [
                 *self._result_table.key_values(keys or ()),
-                *zip(*values, strict=True),
+                *(zip(*values, strict=True) if self._no_values else ()),
                 results.texts,
                 results.statuses,
                 _cut(results.stop_reasons, _STOP_REASON_CHARS),
@@ -222,7 +221,8 @@ class Stage:
                 _where(results.billed, results.prompt_tokens),
                 _where(results.billed, results.output_tokens),
                 results.custom_ids,
-                batch_costs,
+                list(map(format_pico_exact, batch_costs)),
+                _where(failed, batch_costs),
                 _where(failed, standard_costs),
                 _where(failed, keys or [None] * len(results)),
                 _where(failed, [asked] * len(results)),
@@ -259,6 +259,8 @@ def _where(wanted: Sequence[bool], values: Sequence[Any]) -> Sequence[Any]:
 
 def _cut(texts: Sequence[str | None], most: int) -> Sequence[str | None]:
     """The texts, none longer than the column: an odd one must not keep a hundred thousand others from landing."""
+    if texts.count(texts[0]) == len(texts) and len(texts[0] or "") <= most:
+        return texts
     if all(text is None or len(text) <= most for text in set(texts)):
         return texts
     return [text and text[:most] for text in texts]

@@ -8,7 +8,6 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from airflow_provider_batchkit.landing.columns import exact_usd
 from airflow_provider_batchkit.landing.rounds import forget_failures, remove_rows
 from airflow_provider_batchkit.landing.stage import StageTables
 from airflow_provider_batchkit.landing.table import ResultTable, WriteDisposition
@@ -88,11 +87,10 @@ class TableWriter:
         target, names, keys = self._table.table, self._table.column_names, self._table.key_names
         staged: dict[str, sa.ColumnElement[Any]] = {
             **{column.name: column for column in rows.columns},
-            "cost_usd": exact_usd(rows.c.batchkit_batch_cost, self._connection.dialect),
             "batch_id": sa.literal(batch_id, target.c.batch_id.type),
             "landed_at": sa.literal(self._landed_at, target.c.landed_at.type),
         }
-        staged.update({name: sa.cast(rows.c[name], target.c[name].type) for name in self._table.json_names})
+        staged.update({name: sa.cast(rows.c[name], target.c[name].type) for name in ("cost_usd", *self._table.json_names)})
         wanted = sa.true() if self._include_failed else rows.c.status.in_([status.value for status in ANSWERED])
         same_key = sa.and_(*(target.c[name] == rows.c[name] for name in keys))
         select = sa.select(*(staged[name].label(name) for name in names)).select_from(rows).where(wanted)

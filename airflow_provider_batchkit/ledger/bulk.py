@@ -10,7 +10,7 @@ import io
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from functools import lru_cache
-from itertools import chain, compress, count
+from itertools import chain, compress, count, groupby
 from types import TracebackType
 from typing import Any, Self
 
@@ -136,10 +136,7 @@ def _copy_value(value: Any) -> str:
 
 
 def _copy_column(values: Sequence[Any]) -> Sequence[str]:
-    """A column in COPY's text format. Columns of one value or of one plain type, as most are, are converted as a whole."""
-    first = values[0]
-    if (first is None or type(first) is str) and values.count(first) == len(values):
-        return [_copy_value(first)] * len(values)
+    """A column in COPY's text format. Columns of one plain type, as most are, are converted as a whole."""
     types = set(map(type, values))
     if types == {int}:
         return list(map(str, values))
@@ -151,8 +148,15 @@ def _copy_column(values: Sequence[Any]) -> Sequence[str]:
 
 
 def _copy_data(columns: BulkColumns) -> bytes:
-    lines = map("\t".join, zip(*map(_copy_column, columns), strict=True))
-    return ("\n".join(lines) + "\n").encode()
+    """The rows in COPY's text format. What neighbouring columns have in common in all rows is put together once."""
+    rows = len(columns[0])
+    parts: list[Sequence[str]] = []
+    for same, several in groupby(columns, _is_of_one_value):
+        if same:
+            parts.append(["\t".join([_copy_value(column[0]) for column in several])] * rows)
+        else:
+            parts += map(_copy_column, several)
+    return ("\n".join(map("\t".join, zip(*parts, strict=True))) + "\n").encode()
 
 
 def _copy_statement(connection: Connection, table: sa.Table) -> str:

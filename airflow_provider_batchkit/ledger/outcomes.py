@@ -8,6 +8,7 @@ what another round of asking changes: each has a row of ``batchkit_failed``. The
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from operator import itemgetter
 from typing import NamedTuple
 
 import msgspec
@@ -30,9 +31,10 @@ class Succeeded(NamedTuple):
 _ENTRIES = msgspec.json.Decoder(list[Succeeded])
 
 
-def digest_of(custom_id: str) -> str:
-    """What stands behind the job's id and a dash."""
-    return custom_id.rpartition("-")[2]
+def digests_of(custom_ids: Sequence[str]) -> list[str]:
+    """What stands behind the id of the one job that asked them, and a dash."""
+    behind = slice(len(custom_ids[0].rpartition("-")[0]) + 1, None)
+    return list(map(itemgetter(behind), custom_ids))
 
 
 def encode_succeeded(rows: Sequence[tuple[str, str, int | None, int | None]]) -> str:

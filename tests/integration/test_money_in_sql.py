@@ -1,4 +1,4 @@
-"""Amounts that the database itself computes are exact."""
+"""Amounts that go into the database are exact."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import sqlalchemy as sa
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from airflow_provider_batchkit.landing.columns import exact_usd
-from airflow_provider_batchkit.model import format_usd_exact
+from airflow_provider_batchkit.landing.table import ExactDecimal
+from airflow_provider_batchkit.model import format_pico_exact, format_usd_exact
 from tests.databases import Database
 
 
@@ -18,12 +18,12 @@ from tests.databases import Database
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30, deadline=None)
 def test_picodollars_become_dollars_to_the_last_digit(database: Database, picos: list[int | None]) -> None:
     """NUMERIC in PostgreSQL; in SQLite, which has no decimals, the text that this package writes everywhere. Unknown stays NULL."""
-    engine = database.engine()
-    costs = sa.Table("costs", sa.MetaData(), sa.Column("n", sa.Integer), sa.Column("pico", sa.BigInteger), prefixes=["TEMPORARY"])
-    with engine.begin() as connection:
+    costs = sa.Table("costs", sa.MetaData(), sa.Column("n", sa.Integer), sa.Column("usd", sa.Text), prefixes=["TEMPORARY"])
+    with database.engine().begin() as connection:
         costs.create(connection)
-        connection.execute(sa.insert(costs), [{"n": n, "pico": pico} for n, pico in enumerate(picos)])
-        found = connection.execute(sa.select(exact_usd(costs.c.pico, engine.dialect)).order_by(costs.c.n)).scalars().all()
+        connection.execute(sa.insert(costs), [{"n": n, "usd": format_pico_exact(pico)} for n, pico in enumerate(picos)])
+        as_landed = sa.type_coerce(sa.cast(costs.c.usd, ExactDecimal(12)), sa.Text if database.kind == "sqlite" else sa.Numeric)
+        found = connection.execute(sa.select(as_landed).order_by(costs.c.n)).scalars().all()
         costs.drop(connection)
     wanted = [None if pico is None else Decimal(pico).scaleb(-12) for pico in picos]
     assert found == ([format_usd_exact(usd) for usd in wanted] if database.kind == "sqlite" else wanted)
