@@ -118,7 +118,9 @@ class StageTables:
     succeeded: sa.Table
 
     def drop(self, connection: Connection) -> None:
-        """Remove the tables."""
+        """Remove the tables, unless the connection's end does."""
+        if connection.connection.is_detached:
+            return
         for table in (self.rows, self.succeeded):
             table.drop(connection)
 

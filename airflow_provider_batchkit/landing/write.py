@@ -23,13 +23,20 @@ def prepare_connection(connection: Connection) -> None:
     """Settings for a transaction that moves many rows.
 
     PostgreSQL's planner is kept from nested loops: it has no statistics of tables that were filled a moment ago, and takes 100,000 rows
-    for one; a hash join is right for any number. SQLite's page caches, of the file and of the stage, hold 8 MB in place of 2.
+    for one; a hash join is right for any number. SQLite's page caches, of the file and of the stage, hold 8 MB in place of 2; and its
+    connection is closed for good afterwards, with which the stage is gone: dropping it takes a tenth of a landing.
     """
     if connection.dialect.name == "postgresql":
         connection.exec_driver_sql("SET LOCAL enable_nestloop = off")
     elif connection.dialect.name == "sqlite":
         connection.exec_driver_sql("PRAGMA main.cache_size = -8000")
         connection.exec_driver_sql("PRAGMA temp.cache_size = -8000")
+        if not _is_in_memory(connection.engine.url.database):
+            connection.detach()
+
+
+def _is_in_memory(database: str | None) -> bool:
+    return not database or ":memory:" in database or "mode=memory" in database
 
 
 def queue_for_table(connection: Connection, table: ResultTable) -> None:
