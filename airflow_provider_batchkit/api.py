@@ -36,7 +36,6 @@ log = logging.getLogger(__name__)
 
 _PAGE = 1000
 _UPLOAD_CHUNK = 1 << 18
-_DOWNLOAD_CHUNK = 1 << 19
 
 _THROTTLED = frozenset({429, 529})
 #: a 4xx that does not prove a refusal: the request may have been taken
@@ -163,9 +162,10 @@ class BatchApi:
         with suppress(anthropic.NotFoundError):
             self.client.messages.batches.delete(batch_id)
 
-    def stream_results(self, batch_id: str, *, chunk_bytes: int = _DOWNLOAD_CHUNK) -> Generator[bytes, None, None]:
-        """Raw chunks of an ended batch's JSONL results, once, as they arrive; closing the generator ends the download.
+    def stream_results(self, batch_id: str, *, chunk_bytes: int | None = None) -> Generator[bytes, None, None]:
+        """Raw chunks of an ended batch's JSONL results, once; closing the generator ends the download.
 
+        :param chunk_bytes: of each chunk; as they arrive by default
         :raises BatchNotEndedError: while the batch runs
         :raises BatchUnavailableError: deleted, archived, or not of this workspace
         :raises ResultStreamError: when the stream is cut

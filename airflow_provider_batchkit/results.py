@@ -19,6 +19,8 @@ from airflow_provider_batchkit.blocks import ResultBlock
 from airflow_provider_batchkit.model import BatchItem, RequestStatus, Usage
 
 _SAMPLE_CHARS = 200
+#: of results that are read together: a step for all of them then costs each next to nothing, and memory holds them a few times over
+_BLOCK_BYTES = 1 << 19
 
 
 class _CacheCreation(msgspec.Struct, gc=False):
@@ -186,10 +188,13 @@ def parse_stream(chunks: Iterable[bytes], *, keep_message: bool = True) -> Itera
         before += len(lines)
 
 
-def parse_blocks(chunks: Iterable[bytes]) -> Iterator[tuple[ResultBlock, list[BrokenLine]]]:
-    """:func:`parse_stream` without messages, for all lines that a chunk completes together; and what could not be read of them."""
+def parse_blocks(chunks: Iterable[bytes], *, block_bytes: int = _BLOCK_BYTES) -> Iterator[tuple[ResultBlock, list[BrokenLine]]]:
+    """:func:`parse_stream` without messages, some hundred lines together; and what could not be read of them.
+
+    :param block_bytes: a block holds the lines that are whole when so many bytes have come since the last one
+    """
     before = 0
-    for whole in _whole_lines(chunks):
+    for whole in _whole_lines(chunks, block_bytes):
         lines = _lines(whole)
         block, broken = _block(whole, lines), []
         if block is None:
@@ -200,14 +205,17 @@ def parse_blocks(chunks: Iterable[bytes]) -> Iterator[tuple[ResultBlock, list[Br
         before += len(lines)
 
 
-def _whole_lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
-    """The same bytes, cut behind the last newline of each chunk that has one; at the end what follows the last newline of all."""
+def _whole_lines(chunks: Iterable[bytes], at_least: int = 1) -> Iterator[bytes]:
+    """The same bytes, cut behind the last newline that came with so many of them; at the end what follows the last newline of all."""
     rest: list[bytes] = []
+    size = 0
     for chunk in chunks:
-        end = chunk.rfind(b"\n") + 1
+        size += len(chunk)
+        end = chunk.rfind(b"\n") + 1 if size >= at_least else 0
         if end:
             yield b"".join([*rest, chunk[:end]])
             rest.clear()
+            size = len(chunk) - end
         rest.append(chunk[end:])
     if any(rest):
         yield b"".join(rest)

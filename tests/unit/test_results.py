@@ -133,7 +133,7 @@ def whole(chunks: Iterable[bytes]) -> tuple[ResultBlock, list[BrokenLine]]:
 def in_blocks(chunks: Iterable[bytes]) -> tuple[ResultBlock, list[BrokenLine]]:
     """A stream read block by block, put together."""
     found, broken = ResultBlock.of([]), []
-    for block, lines in parse_blocks(chunks):
+    for block, lines in parse_blocks(chunks, block_bytes=100):
         for field in dataclasses.fields(found):
             getattr(found, field.name).extend(getattr(block, field.name))
         broken += lines
@@ -190,10 +190,13 @@ def test_a_last_line_without_a_newline_counts(read: Read) -> None:
 
 
 def test_a_line_is_read_when_it_is_whole_and_not_before() -> None:
-    """A chunk may end anywhere; what it completes comes with it."""
+    """A chunk may end anywhere; what it completes comes with it, or with the chunk that makes a block large enough."""
     first, second = line(succeeded("a")), line(succeeded("b"))
-    blocks = parse_blocks([first[:9], b"", first[9:] + second[:5], second[5:-1]])
+    chunks = [first[:9], b"", first[9:] + second[:5], second[5:-1]]
+    blocks = parse_blocks(chunks, block_bytes=1)
     assert [block.custom_ids for block, _ in blocks] == [["a"], ["b"]]
+    blocks = parse_blocks([*chunks, b"\n", line(succeeded("c"))], block_bytes=len(first) + 6)
+    assert [block.custom_ids for block, _ in blocks] == [["a", "b"], ["c"]]
 
 
 @both_ways
