@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import weakref
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -89,16 +90,19 @@ def configured_prices() -> PriceBook:
 
 
 def sql_engine(conn_id: str) -> Engine:
-    """A SQLAlchemy engine of a SQL connection, without a pool: a task opens few connections and ends.
+    """A SQLAlchemy engine of a SQL connection. It keeps one connection open between uses, looks whether that still lives before it is
+    used again, and closes it when the engine is gone.
 
     :raises BatchInputError: when the connection is not of a SQL database
     """
     from airflow.providers.common.sql.hooks.sql import DbApiHook
-    from sqlalchemy.pool import NullPool
+    from sqlalchemy.pool import QueuePool
 
     from airflow_provider_batchkit.ledger import prepare_engine
 
     hook = BaseHook.get_connection(conn_id).get_hook()
     if not isinstance(hook, DbApiHook):
         raise BatchInputError(f"The connection {conn_id!r} is a {type(hook).__name__}, not a SQL database. Nothing was sent.")
-    return prepare_engine(hook.get_sqlalchemy_engine({"poolclass": NullPool}))
+    engine = prepare_engine(hook.get_sqlalchemy_engine({"poolclass": QueuePool, "pool_size": 1, "pool_pre_ping": True}))
+    weakref.finalize(engine, engine.pool.dispose)
+    return engine

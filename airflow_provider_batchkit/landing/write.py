@@ -104,8 +104,9 @@ class TableWriter:
         if self._disposition is WriteDisposition.MERGE:
             better = sa.or_(rows.c.status == _SUCCEEDED, target.c.status != _SUCCEEDED, target.c.status.is_(None))
             changed = {name: staged[name] for name in names if name not in keys}
-            self._connection.execute(sa.update(target).values(changed).where(same_key, wanted, better))
-            self._connection.execute(sa.delete(rows).where(sa.exists().where(same_key)))
+            if self._connection.execute(sa.select(sa.exists().where(same_key))).scalar():
+                self._connection.execute(sa.update(target).values(changed).where(same_key, wanted, better))
+                self._connection.execute(sa.delete(rows).where(sa.exists().where(same_key)))
         elif self._disposition is WriteDisposition.APPEND:
             self._connection.execute(sa.delete(target).where(target.c.batch_id == batch_id))
             if record is not None:

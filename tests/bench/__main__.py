@@ -64,6 +64,7 @@ def compare(sides: Sequence[str], steps: Sequence[str], rows: int, rounds: int, 
                 done = measure(side, "submit", simulator.base_url, database, folder, rows)
                 runs[side, "submit"].append(done["figures"])
                 if "fetch" in steps:
+                    simulator.stats()  # looks at every batch, as a sensor has when a fetch begins; the first look takes it a while
                     done = measure(side, "fetch", simulator.base_url, database, folder, rows, done["submitted"])
                     runs[side, "fetch"].append(done["figures"])
     lines = []
