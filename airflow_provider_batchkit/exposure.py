@@ -25,7 +25,7 @@ from typing import Any
 
 import msgspec
 
-from airflow_provider_batchkit.model import PreparedRequest, RequestForm
+from airflow_provider_batchkit.model import PreparedRequest, RequestForm, sizes_of
 
 #: tokens of the prompt that the API adds for tools, for an answer's schema, or for citations
 PROMPT_ALLOWANCE = 1_000
@@ -157,7 +157,7 @@ class Exposure:
             if not self.unbounded_requests:
                 self.unbounded = f"{requests[0].custom_id} {facts.unbounded}"
             self.unbounded_requests += len(requests)
-        for size, count in Counter([len(request.body) for request in requests]).items():
+        for size, count in Counter(sizes_of(requests)).items():
             bound = size + facts.extra
             kind = (facts.model, facts.inference_geo, facts.cached, _size_class(bound))
             group = self.groups.get(kind)

@@ -17,7 +17,7 @@ import msgspec
 
 from airflow_provider_batchkit.exceptions import BatchInputError, RequestError
 from airflow_provider_batchkit.exposure import Exposure
-from airflow_provider_batchkit.model import MAX_BYTES_PER_BATCH, MAX_REQUESTS_PER_BATCH, PreparedRequest
+from airflow_provider_batchkit.model import MAX_BYTES_PER_BATCH, MAX_REQUESTS_PER_BATCH, PreparedRequest, join_bodies, sizes_of, split_body
 
 _HEAD = b'{"requests":['
 _TAIL = b"]}"
@@ -114,7 +114,7 @@ class ShardWriter:
         """
         if not requests:
             return
-        sizes = [len(request.body) for request in requests]
+        sizes = sizes_of(requests)
         if self._fit(sizes):
             self._write(requests, sizes)
         elif len(requests) > 1:
@@ -143,14 +143,14 @@ class ShardWriter:
             self._body.write(b",")
             self._bytes += 1
         self._spread.see(self._body.name, self._bytes - len(_TAIL), sizes)
-        self._body.write(b",".join([request.body for request in requests]))
+        self._body.write(join_bodies(requests))
         self._bytes += sum(sizes) + len(sizes) - 1
         self._requests += len(sizes)
         self._exposure.add(requests)
         self._index.write(_ENCODE.encode_lines([(r.key, r.custom_id, size) for r, size in zip(requests, sizes, strict=True)]))
 
     def _refuse_oversized(self, request: PreparedRequest) -> None:
-        size = len(request.body) + _ENVELOPE
+        size = request.size + _ENVELOPE
         if size > self._max_bytes:
             raise RequestError(
                 f"key {request.key}: the request is {size:,} bytes, over the limit of {self._max_bytes:,} for a whole batch. "
@@ -288,7 +288,7 @@ def split_shard(shard: Shard) -> list[Shard]:
         body.seek(len(_HEAD))
         for entry in read_index(shard):
             if entry.asked:
-                writer.add([PreparedRequest(entry.custom_id, entry.key, body.read(entry.size))])
+                writer.add([PreparedRequest(entry.custom_id, entry.key, split_body(body.read(entry.size), entry.custom_id))])
                 halves[entry.custom_id] = writer.shard_of(len(halves))
                 body.seek(1, os.SEEK_CUR)
             else:

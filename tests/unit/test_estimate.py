@@ -17,7 +17,7 @@ from airflow_provider_batchkit import BatchKit
 from airflow_provider_batchkit.estimate import Estimate, bound_of, estimate
 from airflow_provider_batchkit.exceptions import BatchInputError
 from airflow_provider_batchkit.exposure import Exposure
-from airflow_provider_batchkit.model import COST_QUANTUM, Bound, PreparedRequest, parse_usd
+from airflow_provider_batchkit.model import COST_QUANTUM, Bound, PreparedRequest, parse_usd, split_body
 from airflow_provider_batchkit.pricing import PriceBook
 from airflow_provider_batchkit.requests import RequestBuilder, RequestDefaults
 from airflow_provider_batchkit.simulator import Simulator, SimulatorSettings
@@ -47,7 +47,7 @@ def user(content: Any) -> list[dict[str, Any]]:
 
 def exposed(bodies: Sequence[bytes]) -> Exposure:
     exposure = Exposure()
-    exposure.add([PreparedRequest(f"c{number}", "", body) for number, body in enumerate(bodies)])
+    exposure.add([PreparedRequest("a", "", split_body(body, "a")) for body in bodies])
     return exposure
 
 
@@ -169,8 +169,8 @@ def test_a_request_counts_the_same_among_others_and_alone(defaults: RequestDefau
     builder = RequestBuilder(defaults, job_id="0" * 20, key=["n"], prompt=prompt, system=system)
     rows = builder.build_all([{"n": n, "text": text} for n, text in enumerate(texts)], 0)
     natives = [
-        PreparedRequest(f"n{n}", "", native)
-        for n, native in enumerate([body(max_tokens=7), body(messages=user([PNG])), body(model="claude-haiku-5-5"), body(tools=[])])
+        PreparedRequest("a", "", split_body(native, "a"))
+        for native in [body(max_tokens=7), body(messages=user([PNG])), body(model="claude-haiku-5-5"), body(tools=[])]
     ]
     mixed = [*natives[:1], *rows[:100], *natives[1:3], *rows[100:], *natives[3:]]
     assert {request.form for request in rows} == {rows[0].form} != {None}

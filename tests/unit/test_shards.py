@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from airflow_provider_batchkit.exceptions import BatchInputError, RequestError
@@ -16,9 +17,9 @@ ENVELOPE = len('{"requests":[]}')
 
 
 def request(number: int, size: int = 0) -> PreparedRequest:
-    body = json.dumps({"custom_id": f"id-{number}", "params": {"model": "m", "max_tokens": 1, "messages": []}}).encode()
-    body += b" " * max(size - len(body), 0)
-    return PreparedRequest(f"id-{number}", f"[{number}]", body)
+    """One whose body has ``size`` bytes."""
+    plain = PreparedRequest(f"id-{number}", f"[{number}]", json.dumps({"model": "m", "max_tokens": 1, "messages": []}).encode())
+    return msgspec.structs.replace(plain, params=plain.params + b" " * max(size - plain.size, 0))
 
 
 def ids(shard: Shard) -> list[str]:
@@ -87,7 +88,7 @@ def test_limits_beyond_the_apis_are_refused(tmp_path: Path, limits: dict[str, An
 @pytest.mark.parametrize("piece", [1, 3, 7, 100])
 def test_the_pieces_in_which_requests_come_do_not_matter(tmp_path: Path, piece: int) -> None:
     """The same cuts, by count and by bytes, whether requests come one by one or many at a time."""
-    requests = [request(i, 30 + 17 * i % 90) for i in range(100)]
+    requests = [request(i, 36 + 17 * i % 90) for i in range(100)]
     (tmp_path / "one").mkdir()
     (tmp_path / "many").mkdir()
     one, many = (ShardWriter(str(tmp_path / name), max_requests=9, max_bytes=900) for name in ("one", "many"))
