@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -89,9 +90,10 @@ def configured_prices() -> PriceBook:
     )
 
 
-def sql_engine(conn_id: str) -> Engine:
-    """A SQLAlchemy engine of a SQL connection. It keeps one connection open between uses, looks whether that still lives before it is
-    used again, and closes it when the engine is gone.
+@contextmanager
+def sql_engine(conn_id: str) -> Iterator[Engine]:
+    """A SQLAlchemy engine of a SQL connection. It keeps one connection open between uses, and looks whether that still lives before it
+    is used again; at the end all are closed.
 
     :raises BatchInputError: when the connection is not of a SQL database
     """
@@ -104,5 +106,7 @@ def sql_engine(conn_id: str) -> Engine:
     if not isinstance(hook, DbApiHook):
         raise BatchInputError(f"The connection {conn_id!r} is a {type(hook).__name__}, not a SQL database. Nothing was sent.")
     engine = prepare_engine(hook.get_sqlalchemy_engine({"poolclass": QueuePool, "pool_size": 1, "pool_pre_ping": True}))
-    weakref.finalize(engine, engine.pool.dispose)
-    return engine
+    try:
+        yield engine
+    finally:
+        engine.dispose()

@@ -14,12 +14,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from sqlalchemy.engine import Connection
+from sqlalchemy.engine import Connection, Engine
 
 from airflow_provider_batchkit.blocks import ResultBlock
 from airflow_provider_batchkit.exceptions import BatchInputError, WrongBatchError
 from airflow_provider_batchkit.landing.report import NAMED, LandedBatch, LandingReport, log_faults
-from airflow_provider_batchkit.landing.rounds import NO_LATER, Later
+from airflow_provider_batchkit.landing.rounds import NO_LATER, Later, Overtaken
 from airflow_provider_batchkit.landing.stage import AskedKeys, Stage, StageTables
 from airflow_provider_batchkit.landing.table import ResultTable, WriteDisposition
 from airflow_provider_batchkit.landing.write import TableWriter, prepare_connection, queue_for_table, settle_outcomes
@@ -74,11 +74,18 @@ def land_batches(
     report = LandingReport(table=table_name)
     engine = prepare_engine(ledger.engine)
     for one_transaction in together:
-        with engine.begin() as connection:
-            landed = landing.land(connection, one_transaction)
-        for batch in landed:
+        for batch in _land_together(engine, landing, one_transaction):
             report.include(batch)
     return report
+
+
+def _land_together(engine: Engine, landing: _Landing, batches: Sequence[tuple[BatchSnapshot, BatchRecord | None]]) -> list[LandedBatch]:
+    while True:
+        try:
+            with engine.begin() as connection:
+                return landing.land(connection, batches)
+        except Overtaken as e:
+            log.info("%s Nothing was written: they are read again.", e)
 
 
 def _common_key(ledger: Ledger, records: Sequence[BatchRecord | None], snapshots: Sequence[BatchSnapshot]) -> list[tuple[str, str]]:

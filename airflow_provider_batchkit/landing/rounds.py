@@ -9,13 +9,16 @@ from dataclasses import dataclass
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from airflow_provider_batchkit.exceptions import LedgerError
 from airflow_provider_batchkit.landing.stage import AskedKeys
 from airflow_provider_batchkit.ledger import journal
 from airflow_provider_batchkit.ledger.bulk import bulk_loader
 from airflow_provider_batchkit.ledger.ledger import BatchRecord
 from airflow_provider_batchkit.ledger.states import BatchState
 from airflow_provider_batchkit.ledger.tables import batch, failed
+
+
+class Overtaken(Exception):
+    """What was staged is not what is to be landed any more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +45,10 @@ class Later:
     def check(self, connection: Connection, record: BatchRecord) -> None:
         """To be called when the batch's row is locked.
 
-        :raises LedgerError: when another later round has landed meanwhile
+        :raises Overtaken: when another later round has landed meanwhile
         """
         if not _landed_later(connection, record) <= self.shards:
-            raise LedgerError(f"A later round of asking landed while {record} was read. Nothing was written: fetch it again.")
+            raise Overtaken(f"A later round of asking landed while the results of {record} were read.")
 
 
 def _landed_later(connection: Connection, record: BatchRecord) -> set[int]:

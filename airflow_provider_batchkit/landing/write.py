@@ -31,12 +31,7 @@ def prepare_connection(connection: Connection) -> None:
     elif connection.dialect.name == "sqlite":
         connection.exec_driver_sql("PRAGMA main.cache_size = -8000")
         connection.exec_driver_sql("PRAGMA temp.cache_size = -8000")
-        if not _is_in_memory(connection.engine.url.database):
-            connection.detach()
-
-
-def _is_in_memory(database: str | None) -> bool:
-    return not database or ":memory:" in database or "mode=memory" in database
+        connection.detach()
 
 
 def queue_for_table(connection: Connection, table: ResultTable) -> None:

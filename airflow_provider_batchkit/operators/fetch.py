@@ -112,11 +112,11 @@ class FetchBatchOperator(LandingOperator):
         batch_ids = as_batch_ids(self.batch_id)
         self._refuse_mapped_replace(context)
         push_console_link(context, batch_ids)
-        with batchkit_errors():
+        with batchkit_errors(), sql_engine(self.sql_conn_id) as engine:
             kit = self.hook.kit
             report = fetch_job(
                 kit,
-                Ledger(sql_engine(self.sql_conn_id)),
+                Ledger(engine),
                 batch_ids,
                 self.table,
                 dag_id=context["ti"].dag_id,

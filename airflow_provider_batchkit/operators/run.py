@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -75,12 +76,12 @@ class RunBatchOperator(SubmitBatchOperator, LandingOperator):
         with batchkit_errors():
             if self.is_dry_run:
                 return self._nothing_to_ask(self._ask(context))
-            job = self._open(context)
-            landed = [b for b in job.batches() if b.state is BatchState.LANDED]
-            if landed:
-                # a retry or a cleared task: the table may be another one now, or gone
-                self._land(context, job, landed, self.write_disposition)
-            return self._advance(context, job)
+            with self._opened(context) as job:
+                landed = [b for b in job.batches() if b.state is BatchState.LANDED]
+                if landed:
+                    # a retry or a cleared task: the table may be another one now, or gone
+                    self._land(context, job, landed, self.write_disposition)
+                return self._advance(context, job)
 
     def execute_complete(self, context: Context, event: Any = None) -> Any:
         """The trigger has ended: with every batch, with a time-out, or because looking kept failing."""
@@ -90,15 +91,18 @@ class RunBatchOperator(SubmitBatchOperator, LandingOperator):
                 raise BatchWaitTimeout(str(known["message"]))
             if known["status"] == "error":
                 raise PollError(str(known["message"]))
-            return self._advance(context, self._open(context))
+            with self._opened(context) as job:
+                return self._advance(context, job)
 
-    def _open(self, context: Context) -> _Job:
+    @contextmanager
+    def _opened(self, context: Context) -> Iterator[_Job]:
         from airflow_provider_batchkit.ledger import Ledger
 
-        ledger = Ledger(sql_engine(self.sql_conn_id))
-        ledger.ensure()
         self._job_id = job_of(context).job_id
-        return _Job(ledger, self._job_id)
+        with sql_engine(self.sql_conn_id) as engine:
+            ledger = Ledger(engine)
+            ledger.ensure()
+            yield _Job(ledger, self._job_id)
 
     def _advance(self, context: Context, job: _Job) -> Any:
         """Go on from where the ledger says that the job is, until it waits or is done."""

@@ -239,8 +239,11 @@ class SubmitBatchOperator(BatchLineage, BaseOperator):
 
     def _ask(self, context: Context, round_number: int = 1) -> SubmitReport:
         """Submit a round of the job, and tell of it."""
+        from airflow_provider_batchkit.ledger import Ledger
+
         try:
-            report = self._submit(context, round_number)
+            with sql_engine(self.sql_conn_id) as engine:
+                report = self._submit(context, Ledger(engine), round_number)
         except BatchKitError as e:
             push_console_link(context, e.submitted)
             # what an earlier attempt sent is paid for and must be fetched, so it is no reason to skip
@@ -295,17 +298,15 @@ class SubmitBatchOperator(BatchLineage, BaseOperator):
         ti, batch_ids = context["ti"], as_batch_ids(self.only_failed_of)
         return failed_keys_of(ledger, batch_ids, dag_id=ti.dag_id, run_id=ti.run_id, invalid_output=self.retry_invalid_output)
 
-    def _submit(self, context: Context, round_number: int) -> SubmitReport:
+    def _submit(self, context: Context, ledger: Ledger, round_number: int) -> SubmitReport:
         from airflow_provider_batchkit.files import FileRows
         from airflow_provider_batchkit.jobs import rehearse_job, submit_job
-        from airflow_provider_batchkit.ledger import Ledger
         from airflow_provider_batchkit.priming import Priming
         from airflow_provider_batchkit.sources import KeyTypes
         from airflow_provider_batchkit.spending import Limits
 
         job = job_of(context)
         self._job_id = job.job_id
-        ledger = Ledger(sql_engine(self.sql_conn_id))
         key = [self.key] if isinstance(self.key, str) else list(self.key or ())
         types = KeyTypes(key)
         items = self._items()
@@ -391,16 +392,21 @@ class SubmitBatchOperator(BatchLineage, BaseOperator):
 
             # resolved by now: rendering replaces the literal wrapper and a task's output by their values
             return items_of(self.requests)
+        return self._sql_rows(self.sql)
+
+    def _sql_rows(self, sql: str) -> Iterator[dict[str, Any]]:
         from airflow_provider_batchkit.sources import read_sql
 
-        return read_sql(sql_engine(self.source_conn_id or self.sql_conn_id), self.sql, self.parameters)
+        with sql_engine(self.source_conn_id or self.sql_conn_id) as engine:
+            yield from read_sql(engine, sql, self.parameters)
 
     def on_kill(self) -> None:
         from airflow_provider_batchkit.ledger import BatchState, Ledger
 
         if not self.cancel_on_kill or self._job_id is None:
             return
-        batches = Ledger(sql_engine(self.sql_conn_id)).batches(self._job_id)
+        with sql_engine(self.sql_conn_id) as engine:
+            batches = Ledger(engine).batches(self._job_id)
         for batch_id in (b.batch_id for b in batches if b.batch_id and b.state is BatchState.SUBMITTED):
             self.log.info("The task was killed and cancel_on_kill is set: canceling %s", batch_id)
             self.hook.kit.cancel(batch_id)

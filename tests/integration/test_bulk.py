@@ -25,28 +25,41 @@ def table() -> sa.Table:
         sa.Column("flag", sa.Boolean),
         sa.Column("left_out", sa.Text),
         sa.Column("day", sa.Date),
+        sa.Column("always", sa.Text),
+        sa.Column("seven", sa.BigInteger),
+        sa.Column("quarter", sa.Float),
     )
 
 
 def row(n: int) -> tuple[Any, ...]:
     text = f"{n}\ta\\b\nc\r\u2028\\N '%s' \N{TEACUP WITHOUT HANDLE}"
-    return (n * 10**12, text, None if n % 3 else text, n % 2 == 0, None, dt.date(2026, 1, 1 + n % 28))
+    return (
+        n * 10**12,
+        text,
+        None if n % 3 else text,
+        n % 2 == 0,
+        None,
+        dt.date(2026, 1, 1 + n % 28),
+        "a\\\t%s\n",
+        7,
+        -0.0 if n % 2 else 0.0,
+    )
 
 
 @pytest.mark.parametrize("portable", [False, True])
 @pytest.mark.parametrize("kind", ["sqlite", "psycopg", "psycopg2"])
 def test_rows_arrive_as_they_were_given(request: pytest.FixtureRequest, kind: str, portable: bool) -> None:
-    """Separators, NULLs, booleans and dates, more rows than a statement takes, and a rest."""
+    """Separators, NULLs, booleans, dates, columns of one value; more rows than a statement takes, a rest, and equal rows."""
     database = request.getfixturevalue("sqlite" if kind == "sqlite" else "postgres")
     loaded = table()
     rows = [row(n) for n in range(ROWS)]
     with sa.create_engine(database.url.replace("+psycopg", f"+{kind}"), poolclass=sa.pool.NullPool).begin() as connection:
         loaded.create(connection)
         with bulk_loader(connection, loaded, portable=portable) as loader:
-            for part in (rows[:1_000], rows[1_000:]):
+            for part in (rows[:1_000], rows[1_000:], rows[:1], rows[:1] * 3):
                 loader.write(list(zip(*part, strict=True)))
         found = connection.execute(sa.select(loaded).order_by(loaded.c.n)).fetchall()
-    assert [tuple(r) for r in found] == rows
+    assert [tuple(r) for r in found] == [*rows[:1] * 4, *rows]
 
 
 @pytest.mark.parametrize("kind", ["psycopg", "psycopg2"])

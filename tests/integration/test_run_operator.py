@@ -301,6 +301,35 @@ def test_a_row_has_its_last_outcome_whatever_the_disposition_and_order(
     assert batch_of_3 == (summary["batch_ids"][1],)
 
 
+def test_a_first_round_that_is_landed_again_while_the_second_lands_leaves_its_outcomes(
+    home: Path, database: Database, api: SimulatorProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second round lands behind the first one's back, between its look at the rounds and its lock: it is read again."""
+    from airflow_provider_batchkit.landing import land
+    from airflow_provider_batchkit.landing.rounds import NO_LATER, Later
+    from airflow_provider_batchkit.operators.batch import FetchBatchOperator
+
+    fill(database, {1: "one", 2: "two [[sim:expired-once]]", 3: "three [[sim:overloaded]]"})
+    legs = Legs(max_rounds=2, include_failed=True)
+    summary = legs.run()
+    outcomes = "SELECT key, shard, status, error_type FROM batchkit_request ORDER BY key"
+    before = rows(database, outcomes), rows(database, "SELECT id, status, batch_id FROM answers ORDER BY id")
+    looks: list[Later] = []
+
+    class Late:
+        @staticmethod
+        def of(*args: Any) -> Later:
+            looks.append(Later.of(*args) if looks else NO_LATER)
+            return looks[-1]
+
+    monkeypatch.setattr(land, "Later", Late)
+    ti = type("TI", (), {"dag_id": "d", "run_id": "r", "task_id": "f", "map_index": -1, "xcom_push": lambda *_, **__: None})
+    fetch = FetchBatchOperator(task_id="f", batch_id=summary["batch_ids"][0], table="answers", sql_conn_id="warehouse", include_failed=True)
+    fetch.execute({"ti": ti()})
+    assert len(looks) == 2 and looks[1].keys == {"[2]", "[3]"}
+    assert (rows(database, outcomes), rows(database, "SELECT id, status, batch_id FROM answers ORDER BY id")) == before
+
+
 def test_a_cap_without_room_ends_the_asking_with_what_has_landed(home: Path, database: Database, api: SimulatorProcess) -> None:
     """A round is held against the caps before it is sent; the answers of the rounds before it are kept, and the task says why."""
     fill(database, {i: f"thing {i}" + "[[sim:expired-once]]" * (i < 5) for i in range(10)})

@@ -1,0 +1,54 @@
+"""The ledger's outcomes: packed or not, ``batchkit_request`` shows a row for each source row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from airflow_provider_batchkit.ledger import outcomes
+from airflow_provider_batchkit.simulator import Simulator
+from tests.databases import Database
+from tests.warehouse import Warehouse, kit_for
+
+
+@pytest.fixture
+def warehouse(database: Database) -> Iterator[Warehouse]:
+    with Simulator() as simulator:
+        yield Warehouse(database.engine(), kit_for(simulator.base_url))
+
+
+ODD_KEYS = ["plain", 'a "quoted" \\ one', "tab\tand\nline", "\N{TEACUP WITHOUT HANDLE}", "comma, bracket]"]
+
+
+def test_every_row_is_there_once_with_its_request_and_its_cost(warehouse: Warehouse) -> None:
+    """Answered, shared, and failed ones, under any key."""
+    rows = [{"id": key, "n": 1, "name": f"product {place}"} for place, key in enumerate(ODD_KEYS)]
+    rows += [{"id": "copy", "n": 2, "name": "product 0"}, {"id": "failed", "n": 3, "name": "[[sim:overloaded]]"}]
+    (batch_id,) = warehouse.submit(rows, key=("id", "n"), model="claude-opus-4-8").batch_ids
+    record = warehouse.ledger.find(batch_id)
+    assert record is not None
+    asked = {entry.key: entry for piece in warehouse.ledger.rows_of(record) for entry in piece}
+    warehouse.fetch([batch_id])
+    found = {row["key"]: row for row in warehouse.rows("SELECT * FROM batchkit_request")}
+    assert found.keys() == asked.keys() and len(found) == 7
+    for key, row in found.items():
+        assert (row["job_id"], row["shard"], row["custom_id"]) == (record.job_id, 0, asked[key].custom_id)
+        assert row["digest"] == asked[key].custom_id.removeprefix(f"{record.job_id}-")
+        assert bool(row["asked"]) is asked[key].asked
+        failed = '"failed"' in key
+        assert (row["status"], row["error_type"]) == (("errored", "overloaded_error") if failed else ("succeeded", None))
+        paid = not failed and asked[key].asked
+        assert (row["batch_cost_picousd"] > 0) is paid and row["standard_cost_picousd"] == 2 * row["batch_cost_picousd"]
+    assert [row["key"] for row in warehouse.rows("SELECT key FROM batchkit_failed")] == ['["failed",3]']
+    with warehouse.engine.connect() as connection:
+        packed = {row.key: row for row in outcomes.succeeded_rows(connection, record.job_id, record.shard)}
+    assert packed.keys() == found.keys() - {'["failed",3]'}
+    assert all(row.digest == found[key]["digest"] and row.batch_cost == found[key]["batch_cost_picousd"] for key, row in packed.items())
+
+
+def test_the_cost_of_an_unknown_model_is_unknown_for_each_row(warehouse: Warehouse) -> None:
+    """NULL, and never zero."""
+    warehouse.fetch(warehouse.submit([{"id": n, "name": f"product {n}"} for n in range(3)], model="claude-nobody-knows").batch_ids)
+    costs = "SELECT status, batch_cost_picousd AS b, standard_cost_picousd AS s FROM batchkit_request"
+    assert warehouse.rows(costs) == [{"status": "succeeded", "b": None, "s": None}] * 3
