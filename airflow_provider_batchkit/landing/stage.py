@@ -27,7 +27,7 @@ from airflow_provider_batchkit.schema.answers import Values
 from airflow_provider_batchkit.shards import IndexEntry
 from airflow_provider_batchkit.tally import Costs
 
-#: of rows that share one request so many are written together, or fewer where the answer is long
+#: of rows that share requests so many are written together, or fewer where answers are long
 _COPIES_TOGETHER = 1_000
 _COPIED_CHARACTERS = 4_000_000
 
@@ -187,14 +187,15 @@ class Stage:
 
     def _put_copies(self, keys: AskedKeys, results: ResultBlock, costs: Costs, values: Sequence[Values]) -> None:
         """Add the rows that share a request with another, which pays for it."""
-        for place, custom_id in enumerate(results.custom_ids):
-            copies = keys.copies(custom_id)
-            free = None if costs[0][place] is None else 0
-            at_a_time = max(1, min(_COPIES_TOGETHER, _COPIED_CHARACTERS // len(results.texts[place] or "-")))
-            for start in range(0, len(copies), at_a_time):
-                part = copies[start : start + at_a_time]
-                same = results.rows([place] * len(part))
-                self._write(same, part, ([free] * len(part), [free] * len(part)), [values[place]] * len(part), asked=False)
+        free = [None if cost is None else 0 for cost in costs[0]]
+        copies = [(place, key) for place, custom_id in enumerate(results.custom_ids) for key in keys.copies(custom_id)]
+        together = max(1, min(_COPIES_TOGETHER, _COPIED_CHARACTERS // max(len(text or "-") for text in results.texts)))
+        for start in range(0, len(copies), together):
+            part = copies[start : start + together]
+            places = [place for place, _ in part]
+            cost = [free[place] for place in places]
+            same = results.rows(places)
+            self._write(same, [key for _, key in part], (cost, cost), [values[place] for place in places], asked=False)
 
     def _write(self, results: ResultBlock, keys: Sequence[str] | None, costs: Costs, values: Sequence[Values], *, asked: bool) -> None:
         """:param keys: None for a batch that no ledger knows"""

@@ -47,6 +47,15 @@ def test_every_row_is_there_once_with_its_request_and_its_cost(warehouse: Wareho
     assert all(row.digest == found[key]["digest"] and row.batch_cost == found[key]["batch_cost_picousd"] for key, row in packed.items())
 
 
+def test_rows_that_share_requests_are_kept_together(warehouse: Warehouse) -> None:
+    """A thousand requests with a copy each are a handful of packed rows, and not a thousand."""
+    rows = [{"id": n, "name": f"product {n % 1000}"} for n in range(2000)]
+    warehouse.fetch(warehouse.submit(rows).batch_ids)
+    (packed,) = warehouse.rows("SELECT COUNT(*) AS parts, SUM(source_rows) AS n FROM batchkit_succeeded")
+    assert packed["n"] == 2000 and packed["parts"] < 20
+    assert warehouse.rows("SELECT COUNT(DISTINCT key) AS n FROM batchkit_request") == [{"n": 2000}]
+
+
 def test_the_cost_of_an_unknown_model_is_unknown_for_each_row(warehouse: Warehouse) -> None:
     """NULL, and never zero."""
     warehouse.fetch(warehouse.submit([{"id": n, "name": f"product {n}"} for n in range(3)], model="claude-nobody-knows").batch_ids)
