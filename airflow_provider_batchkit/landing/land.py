@@ -1,8 +1,8 @@
 """Landing: an ended batch's results into the table, its outcomes into the ledger, and its bill, all in one transaction.
 
-The order inside: results are streamed into a stage (a temporary table); the batch row moves to ``landed``, which locks it; the ledger's
-requests are updated from the stage; the table is written from the stage; commit. Killed anywhere before the commit, nothing happened.
-Memory: one map of a batch's ids and keys, and one chunk of rows.
+The order inside: results are streamed into a stage (temporary tables); the job is locked; the batch row moves to ``landed``; the outcomes
+go from the stage into the ledger, and the rows into the table; commit. Killed anywhere before the commit, nothing happened.
+Memory: one map of a batch's ids and keys, what the ledger keeps of its answers, and one block of results.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from sqlalchemy.engine import Connection, Engine
 from airflow_provider_batchkit.blocks import ResultBlock
 from airflow_provider_batchkit.exceptions import BatchInputError, WrongBatchError
 from airflow_provider_batchkit.landing.report import NAMED, LandedBatch, LandingReport, log_faults
-from airflow_provider_batchkit.landing.rounds import NO_LATER, Later, Overtaken
+from airflow_provider_batchkit.landing.rounds import NO_LATER, Later, Overtaken, lock_jobs
 from airflow_provider_batchkit.landing.stage import AskedKeys, Stage, StageTables
 from airflow_provider_batchkit.landing.table import ResultTable, WriteDisposition
 from airflow_provider_batchkit.landing.write import TableWriter, prepare_connection, queue_for_table, settle_outcomes
@@ -139,6 +139,7 @@ class _Landing:
         filled = [self._fill(connection, snapshot, record, together) for snapshot, record in batches]
         now, started = datetime.now(UTC), time.monotonic()
         writer = TableWriter(connection, self.table, self.disposition, include_failed=self.include_failed, landed_at=now)
+        lock_jobs(connection, together)
         for batch in filled:
             if batch.record is not None:
                 self._book(connection, batch.record, batch.landed, now)

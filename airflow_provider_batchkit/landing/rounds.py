@@ -14,7 +14,7 @@ from airflow_provider_batchkit.ledger import journal
 from airflow_provider_batchkit.ledger.bulk import bulk_loader
 from airflow_provider_batchkit.ledger.ledger import BatchRecord
 from airflow_provider_batchkit.ledger.states import BatchState
-from airflow_provider_batchkit.ledger.tables import batch, failed
+from airflow_provider_batchkit.ledger.tables import batch, failed, job
 
 
 class Overtaken(Exception):
@@ -43,12 +43,21 @@ class Later:
         return cls(shards, keys.those_of(asked))
 
     def check(self, connection: Connection, record: BatchRecord) -> None:
-        """To be called when the batch's row is locked.
+        """To be called when the job is locked.
 
         :raises Overtaken: when another later round has landed meanwhile
         """
         if not _landed_later(connection, record) <= self.shards:
             raise Overtaken(f"A later round of asking landed while the results of {record} were read.")
+
+
+def lock_jobs(connection: Connection, records: Iterable[BatchRecord]) -> None:
+    """Wait until no other landing of the same jobs is under way, until the end of the transaction.
+
+    Two rounds that land at once would not see each other's rows: a row that failed in the one would stay beside its answer in the other.
+    """
+    for job_id in sorted({record.job_id for record in records}):
+        connection.execute(sa.update(job).where(job.c.job_id == job_id).values(lease=job.c.lease))
 
 
 def _landed_later(connection: Connection, record: BatchRecord) -> set[int]:

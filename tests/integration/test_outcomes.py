@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import sqlalchemy as sa
 
-from airflow_provider_batchkit.ledger import outcomes
+from airflow_provider_batchkit.landing.stage import StageTables
+from airflow_provider_batchkit.landing.write import settle_outcomes
+from airflow_provider_batchkit.ledger import BatchRecord, outcomes
 from airflow_provider_batchkit.simulator import Simulator
 from tests.databases import Database
 from tests.warehouse import Warehouse, kit_for
@@ -45,6 +51,35 @@ def test_every_row_is_there_once_with_its_request_and_its_cost(warehouse: Wareho
         packed = {row.key: row for row in outcomes.succeeded_rows(connection, record.job_id, record.shard)}
     assert packed.keys() == found.keys() - {'["failed",3]'}
     assert all(row.digest == found[key]["digest"] and row.batch_cost == found[key]["batch_cost_picousd"] for key, row in packed.items())
+
+
+@pytest.mark.parametrize("mark", ["overloaded-once", "overloaded"])
+def test_rounds_that_land_at_once_leave_one_outcome_of_a_row(warehouse: Warehouse, monkeypatch: pytest.MonkeyPatch, mark: str) -> None:
+    """The first round is landed again and is at its outcomes; the second lands meanwhile. A row that was answered does not stay failed."""
+    rows = [{"id": 1, "name": "one"}, {"id": 2, "name": f"two [[sim:{mark}]]"}]
+    first = warehouse.submit(rows).batch_ids
+    warehouse.fetch(first, include_failed=True)
+    second = warehouse.submit(rows, round_number=2, only=["[2]"]).batch_ids
+    at_work = threading.Event()
+
+    def slow(connection: sa.Connection, stage: StageTables, record: BatchRecord) -> None:
+        settle_outcomes(connection, stage, record)
+        if record.round == 1:
+            at_work.set()
+            time.sleep(1)
+
+    monkeypatch.setattr("airflow_provider_batchkit.landing.land.settle_outcomes", slow)
+    with ThreadPoolExecutor() as pool:
+        again = pool.submit(warehouse.fetch, first, include_failed=True)
+        assert at_work.wait(30)
+        warehouse.fetch(second, include_failed=True)
+        again.result(30)
+    last = "succeeded" if mark == "overloaded-once" else "errored"
+    assert warehouse.rows("SELECT key, status, shard FROM batchkit_request ORDER BY key") == [
+        {"key": "[1]", "status": "succeeded", "shard": 0},
+        {"key": "[2]", "status": last, "shard": 1},
+    ]
+    assert warehouse.rows("SELECT id, status FROM answers ORDER BY id") == [{"id": 1, "status": "succeeded"}, {"id": 2, "status": last}]
 
 
 def test_rows_that_share_requests_are_kept_together(warehouse: Warehouse) -> None:
