@@ -69,7 +69,7 @@ NO_LATER = Later(frozenset(), frozenset())
 
 
 def forget_failures(connection: Connection, record: BatchRecord) -> None:
-    """Take what earlier rounds noted of the batch's keys out of the ledger."""
+    """Take what earlier rounds noted of the batch's keys out of the ledger; what later ones noted stands."""
     if record.round == 1:
         return
     asked = sa.Table(
@@ -83,7 +83,9 @@ def forget_failures(connection: Connection, record: BatchRecord) -> None:
     for piece in journal.pieces(connection, record.job_id, record.shard):
         with bulk_loader(connection, asked) as loader:
             loader.write([[entry.key for entry in piece]])
-    connection.execute(sa.delete(failed).where(failed.c.job_id == record.job_id, failed.c.key.in_(sa.select(asked.c.key))))
+    earlier = sa.select(batch.c.shard).where(batch.c.job_id == record.job_id, batch.c.round < record.round)
+    again = failed.c.key.in_(sa.select(asked.c.key))
+    connection.execute(sa.delete(failed).where(failed.c.job_id == record.job_id, failed.c.shard.in_(earlier), again))
     asked.drop(connection)
 
 

@@ -1,7 +1,7 @@
 """What each batch asks, as it was written before the POST: the index of its shard, in pieces of whole lines.
 
 A million rows are journaled as bytes in a hundred statements, not as a million rows that the landing would have to find and change one
-by one. The landing writes them to ``batchkit_request``, each once, with its outcome.
+by one. The landing notes the outcome of each; see ``outcomes``.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ import sqlalchemy as sa
 from airflow_provider_batchkit.landing.stage import StageTables
 from airflow_provider_batchkit.landing.write import settle_outcomes
 from airflow_provider_batchkit.ledger import BatchRecord, outcomes
+from airflow_provider_batchkit.ledger.rounds import failed_keys, outcome
 from airflow_provider_batchkit.simulator import Simulator
 from tests.databases import Database
 from tests.warehouse import Warehouse, kit_for
@@ -80,6 +81,29 @@ def test_rounds_that_land_at_once_leave_one_outcome_of_a_row(warehouse: Warehous
         {"key": "[2]", "status": last, "shard": 1},
     ]
     assert warehouse.rows("SELECT id, status FROM answers ORDER BY id") == [{"id": 1, "status": "succeeded"}, {"id": 2, "status": last}]
+
+
+@pytest.mark.parametrize("order", [[1], [2, 0, 1], [2, 1, 0], [0, 1, 2]])
+@pytest.mark.parametrize("disposition", ["merge", "replace"])
+def test_rounds_that_land_again_in_any_order_change_no_outcome(warehouse: Warehouse, disposition: str, order: list[int]) -> None:
+    """A round in the middle forgets what came before it, and nothing that came after."""
+    rows = [{"id": 1, "name": "one"}, {"id": 2, "name": "two [[sim:overloaded]]"}, {"id": 3, "name": "three [[sim:expired]]"}]
+    batches = [*warehouse.submit(rows).batch_ids]
+    warehouse.fetch(batches)
+    for number in (2, 3):
+        job_id = warehouse.rows("SELECT job_id FROM batchkit_job")[0]["job_id"]
+        asked = warehouse.submit(rows, round_number=number, only=list(failed_keys(warehouse.engine, job_id)))
+        batches += [batch for batch in asked.batch_ids if batch not in batches]
+        warehouse.fetch(batches[-1:])
+    before = warehouse.rows("SELECT key, status, shard FROM batchkit_request ORDER BY key")
+    assert [(row["key"], row["status"], row["shard"]) for row in before] == [
+        ("[1]", "succeeded", 0),
+        ("[2]", "errored", 2),
+        ("[3]", "expired", 2),
+    ]
+    warehouse.fetch([batches[place] for place in order], disposition=disposition)
+    assert warehouse.rows("SELECT key, status, shard FROM batchkit_request ORDER BY key") == before
+    assert outcome(warehouse.engine, job_id).counts == {"succeeded": 1, "errored": 1, "expired": 1}
 
 
 def test_rows_that_share_requests_are_kept_together(warehouse: Warehouse) -> None:
