@@ -17,20 +17,20 @@ The tokens of a prompt are bounded by what was sent. The source for each part, D
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from operator import attrgetter, itemgetter
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
-from airflow_provider_batchkit.model import PreparedRequest, RequestForm, sizes_of
+from airflow_provider_batchkit.prepared import PreparedRequest, RequestBlock, RequestForm
 
 #: tokens of the prompt that the API adds for tools, for an answer's schema, or for citations
 PROMPT_ALLOWANCE = 1_000
 IMAGE_TOKENS = 5_000
 
+_T = TypeVar("_T")
 _EMPTY = msgspec.Raw(b"null")
 
 
@@ -141,23 +141,23 @@ class Exposure:
 
     def add(self, requests: Sequence[PreparedRequest]) -> None:
         """Count requests, those of one form together: they differ in what cannot hold a block or a marker."""
-        for form, alike in groupby(requests, attrgetter("form")):
-            same = list(alike)
+        block = RequestBlock.of(requests)
+        for form, where in _runs(block.forms):
+            alike = block[where]
             if form is None:
-                facts = [_Facts.of(request.body) for request in same]
-                for one, pairs in groupby(zip(facts, same, strict=True), itemgetter(0)):
-                    self._count([request for _, request in pairs], one)
+                for facts, places in _runs(_Facts.of(request.body) for request in alike):
+                    self._count(alike[places], facts)
             else:
                 if self._form is None or self._form[0] is not form:
-                    self._form = form, _Facts.of(same[0].body)
-                self._count(same, self._form[1])
+                    self._form = form, _Facts.of(alike[0].body)
+                self._count(alike, self._form[1])
 
-    def _count(self, requests: Sequence[PreparedRequest], facts: _Facts) -> None:
+    def _count(self, block: RequestBlock, facts: _Facts) -> None:
         if facts.unbounded:
             if not self.unbounded_requests:
-                self.unbounded = f"{requests[0].custom_id} {facts.unbounded}"
-            self.unbounded_requests += len(requests)
-        for size, count in Counter(sizes_of(requests)).items():
+                self.unbounded = f"{block.custom_ids[0]} {facts.unbounded}"
+            self.unbounded_requests += len(block)
+        for size, count in Counter(block.sizes).items():
             bound = size + facts.extra
             kind = (facts.model, facts.inference_geo, facts.cached, _size_class(bound))
             group = self.groups.get(kind)
@@ -180,6 +180,15 @@ class Exposure:
             mine.largest = max(mine.largest, group.largest)
         self.unbounded = self.unbounded or other.unbounded
         self.unbounded_requests += other.unbounded_requests
+
+
+def _runs(values: Iterable[_T]) -> Iterator[tuple[_T, slice]]:
+    """Equal values that follow each other, with where they lie."""
+    start = 0
+    for value, alike in groupby(values):
+        stop = start + len(list(alike))
+        yield value, slice(start, stop)
+        start = stop
 
 
 def _size_class(size: int) -> int:

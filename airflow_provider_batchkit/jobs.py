@@ -37,7 +37,8 @@ from airflow_provider_batchkit.ledger.account import note_rendering
 from airflow_provider_batchkit.ledger.history import answered, output_per_request
 from airflow_provider_batchkit.ledger.outputs import note_output_schema
 from airflow_provider_batchkit.ledger.rounds import failed_keys, note_sent
-from airflow_provider_batchkit.model import MAX_BYTES_PER_BATCH, MAX_REQUESTS_PER_BATCH, BatchSnapshot, PreparedRequest
+from airflow_provider_batchkit.model import MAX_BYTES_PER_BATCH, MAX_REQUESTS_PER_BATCH, BatchSnapshot
+from airflow_provider_batchkit.prepared import RequestBlock
 from airflow_provider_batchkit.priming import Hold, Priming
 from airflow_provider_batchkit.reconcile import SETTLE_S, Settler
 from airflow_provider_batchkit.shards import Shard, ShardWriter, remove_shard_files, split_shard
@@ -72,7 +73,7 @@ def submit_job(
     kit: BatchKit,
     ledger: Ledger,
     job: JobRecord,
-    requests: Iterable[Sequence[PreparedRequest]],
+    requests: Iterable[RequestBlock],
     *,
     anthropic_conn_id: str,
     max_requests: int = MAX_REQUESTS_PER_BATCH,
@@ -88,7 +89,7 @@ def submit_job(
 ) -> SubmitReport:
     """Submit whatever of ``requests`` the job has not in flight or landed.
 
-    :param requests: in pieces, built with the job's id; consumed once, to its end, before anything is sent
+    :param requests: built with the job's id; consumed once, to its end, before anything is sent
     :param skip_unchanged: leave rows out whose request has succeeded in another run of the task
     :param round_number: from 1; what the rounds before it asked may be asked again in it, where ``only`` says so
     :param only: keys of the rows to ask; None for all
@@ -154,7 +155,7 @@ def rehearse_job(
     kit: BatchKit,
     ledger: Ledger,
     job: JobRecord,
-    requests: Iterable[Sequence[PreparedRequest]],
+    requests: Iterable[RequestBlock],
     *,
     max_requests: int = MAX_REQUESTS_PER_BATCH,
     max_bytes: int = MAX_BYTES_PER_BATCH,

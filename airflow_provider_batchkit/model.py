@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime
 from decimal import ROUND_CEILING, Context, Decimal, InvalidOperation
 from enum import Enum
 from functools import lru_cache
-from itertools import chain, repeat
 from typing import Any
 
 import msgspec
@@ -89,60 +88,6 @@ class Cost:
 
     batch_usd: Decimal
     standard_usd: Decimal
-
-
-class RequestForm:
-    """What requests have in common that differ in their ids and in the texts of one prompt and one system prompt alone.
-
-    Compared by identity.
-    """
-
-    __slots__ = ()
-
-
-class PreparedRequest(msgspec.Struct, frozen=True, gc=False):
-    """A request that has passed every check and is encoded once, ready to be written into an upload body."""
-
-    #: unique in its batch; every result line names it
-    custom_id: str
-    #: the row's key columns as a JSON array, or for a request without a row its own ``custom_id`` or position
-    key: str
-    #: canonical JSON
-    params: bytes
-    form: RequestForm | None = None
-
-    @property
-    def body(self) -> bytes:
-        """``{"custom_id": …, "params": {…}}`` as JSON: what is uploaded."""
-        return join_bodies([self])
-
-    @property
-    def size(self) -> int:
-        """Bytes of the body."""
-        return sizes_of([self])[0]
-
-
-#: around a request's id and its params
-_BEFORE_ID, _BEFORE_PARAMS, _AFTER = b'{"custom_id":"', b'","params":', b"}"
-_AROUND = len(_BEFORE_ID) + len(_BEFORE_PARAMS) + len(_AFTER)
-
-
-def sizes_of(requests: Sequence[PreparedRequest]) -> list[int]:
-    """Bytes of each request's body. An id is ASCII."""
-    return [len(request.custom_id) + len(request.params) + _AROUND for request in requests]
-
-
-def join_bodies(requests: Sequence[PreparedRequest]) -> bytes:
-    """The bodies of some requests with a comma between. No body is made for itself: a kilobyte is copied once."""
-    ids = ",".join([request.custom_id for request in requests]).encode().split(b",")
-    around = chain([_BEFORE_ID], repeat(_AFTER + b"," + _BEFORE_ID))
-    parts = zip(around, ids, repeat(_BEFORE_PARAMS), [request.params for request in requests], strict=False)
-    return b"".join([*chain.from_iterable(parts), _AFTER])
-
-
-def split_body(body: bytes, custom_id: str) -> bytes:
-    """The params of a request's body."""
-    return body[len(_BEFORE_ID) + len(custom_id) + len(_BEFORE_PARAMS) : -len(_AFTER)]
 
 
 @dataclass(frozen=True, slots=True)

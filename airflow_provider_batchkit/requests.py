@@ -12,14 +12,16 @@ import re
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
-from itertools import islice, repeat
+from itertools import repeat
 from typing import Any, Protocol
 
 import msgspec
 
 from airflow_provider_batchkit.exceptions import BatchInputError, RequestError
 from airflow_provider_batchkit.keys import encode_key, encode_keys
-from airflow_provider_batchkit.model import CUSTOM_ID_PATTERN, PreparedRequest, RequestForm, sizes_of
+from airflow_provider_batchkit.model import CUSTOM_ID_PATTERN
+from airflow_provider_batchkit.prepared import PreparedRequest, RequestBlock, RequestForm
+from airflow_provider_batchkit.rows import Items, column_of
 
 log = logging.getLogger(__name__)
 
@@ -263,37 +265,38 @@ class RequestBuilder:
         except RequestError as e:
             raise RequestError(f"{self._place(item, position)}: {e}", position=position) from e.__cause__
 
-    def pieces(self, items: Iterable[Any], see: Callable[[Sequence[Any]], None] = lambda _: None) -> Iterator[list[PreparedRequest]]:
+    def pieces(self, items: Iterable[Any] | Items, see: Callable[[Sequence[Any]], None] = lambda _: None) -> Iterator[RequestBlock]:
         """:meth:`build_all` for any number of items, some hundred at a time, and fewer when they are large.
 
         :param see: called with the items of each piece that proved good
         :raises RequestError: naming the item, when the API would refuse it
         """
-        left, position, rows = iter(items), 0, _FIRST_ROWS
-        while chunk := list(islice(left, rows)):
-            requests = self.build_all(chunk, position)
+        source = items if isinstance(items, Items) else Items(items)
+        position, rows = 0, _FIRST_ROWS
+        while chunk := source.take(rows):
+            block = self.build_all(chunk, position)
             see(chunk)
-            yield requests
+            yield block
             position += len(chunk)
-            rows = max(1, min(_PIECE_BYTES // max(sizes_of(requests)), 2 * rows, _PIECE_ROWS))
+            rows = max(1, min(_PIECE_BYTES // max(block.sizes), 2 * rows, _PIECE_ROWS))
 
-    def build_all(self, items: Sequence[Any], position: int) -> list[PreparedRequest]:
+    def build_all(self, items: Sequence[Any], position: int) -> RequestBlock:
         """:meth:`build` for items that follow each other from ``position`` on; faster, for rows of a job."""
         if self._prompt is not None and self._key and self._job_id is not None and self._dedupe:
             try:
                 return self._rows(items, self._prompt, f"{self._job_id}-")
             except (RequestError, KeyError, TypeError, ValueError):
                 pass  # one of them is bad: the slow way names it
-        return [self.build(item, number) for number, item in enumerate(items, start=position)]
+        return RequestBlock.of([self.build(item, number) for number, item in enumerate(items, start=position)])
 
-    def _rows(self, rows: Sequence[Mapping[str, Any]], prompt: Template, job: str) -> list[PreparedRequest]:
+    def _rows(self, rows: Sequence[Mapping[str, Any]], prompt: Template, job: str) -> RequestBlock:
         """What :meth:`_row` does, step by step for all rows together: a million rows pay for each call."""
         contents = prompt.render_all(rows)
         params = self._row_frame.fill_all(contents, None if self._system is None else self._system.render_all(rows))
-        keys = encode_keys([[row[column] for row in rows] for column in self._key])
-        sha256, form = hashlib.sha256, self._row_frame.form
+        keys = encode_keys([column_of(rows, name) for name in self._key])
+        sha256 = hashlib.sha256
         custom_ids = [job + sha256(json).hexdigest()[:_DIGEST_CHARS] for json in params]
-        return list(map(PreparedRequest, custom_ids, keys, params, repeat(form)))
+        return RequestBlock(custom_ids, keys, params, [self._row_frame.form] * len(params))
 
     def _place(self, item: Any, position: int) -> str:
         if self._prompt is not None and isinstance(item, Mapping):
@@ -355,17 +358,15 @@ def _check_mapping(item: Any) -> None:
         raise RequestError(f"a request is a mapping or a string, not {type(item).__name__}. Nothing was sent.")
 
 
-def refuse_repeated_ids(pieces: Iterable[list[PreparedRequest]]) -> Iterator[list[PreparedRequest]]:
-    """Pass pieces through; raise :class:`RequestError` at the first ``custom_id`` that comes a second time."""
+def refuse_repeated_ids(blocks: Iterable[RequestBlock]) -> Iterator[RequestBlock]:
+    """Pass blocks through; raise :class:`RequestError` at the first ``custom_id`` that comes a second time."""
     seen: set[str] = set()
-    for piece in pieces:
-        for request in piece:
-            if request.custom_id in seen:
-                raise RequestError(
-                    f"request {len(seen)}: custom_id {request.custom_id!r} came before; it must be unique. Nothing was sent."
-                )
-            seen.add(request.custom_id)
-        yield piece
+    for block in blocks:
+        for custom_id in block.custom_ids:
+            if custom_id in seen:
+                raise RequestError(f"request {len(seen)}: custom_id {custom_id!r} came before; it must be unique. Nothing was sent.")
+            seen.add(custom_id)
+        yield block
 
 
 def items_of(requests: Any) -> Iterable[Any]:

@@ -17,7 +17,8 @@ import msgspec
 
 from airflow_provider_batchkit.exceptions import BatchInputError, RequestError
 from airflow_provider_batchkit.exposure import Exposure
-from airflow_provider_batchkit.model import MAX_BYTES_PER_BATCH, MAX_REQUESTS_PER_BATCH, PreparedRequest, join_bodies, sizes_of, split_body
+from airflow_provider_batchkit.model import MAX_BYTES_PER_BATCH, MAX_REQUESTS_PER_BATCH
+from airflow_provider_batchkit.prepared import PreparedRequest, RequestBlock, split_body
 
 _HEAD = b'{"requests":['
 _TAIL = b"]}"
@@ -114,19 +115,19 @@ class ShardWriter:
         """
         if not requests:
             return
-        sizes = sizes_of(requests)
-        if self._fit(sizes):
-            self._write(requests, sizes)
-        elif len(requests) > 1:
-            half = len(requests) // 2
-            self.add(requests[:half])
-            self.add(requests[half:])
+        block = RequestBlock.of(requests)
+        if self._fit(block.sizes):
+            self._write(block)
+        elif len(block) > 1:
+            half = len(block) // 2
+            self.add(block[:half])
+            self.add(block[half:])
         else:
-            self._refuse_oversized(requests[0])
+            self._refuse_oversized(block)
             if self._body is not None:
                 self._finish()
             self._open()
-            self._write(requests, sizes)
+            self._write(block)
 
     def _fit(self, sizes: Sequence[int]) -> bool:
         """Whether requests of these sizes have room in the open shard."""
@@ -137,23 +138,23 @@ class ShardWriter:
             and self._bytes + sum(sizes) + len(sizes) <= self._max_bytes
         )
 
-    def _write(self, requests: Sequence[PreparedRequest], sizes: Sequence[int]) -> None:
+    def _write(self, block: RequestBlock) -> None:
         assert self._body is not None and self._index is not None
         if self._requests:
             self._body.write(b",")
             self._bytes += 1
-        self._spread.see(self._body.name, self._bytes - len(_TAIL), sizes)
-        self._body.write(join_bodies(requests))
-        self._bytes += sum(sizes) + len(sizes) - 1
-        self._requests += len(sizes)
-        self._exposure.add(requests)
-        self._index.write(_ENCODE.encode_lines([(r.key, r.custom_id, size) for r, size in zip(requests, sizes, strict=True)]))
+        self._spread.see(self._body.name, self._bytes - len(_TAIL), block.sizes)
+        self._body.write(block.join_bodies())
+        self._bytes += sum(block.sizes) + len(block) - 1
+        self._requests += len(block)
+        self._exposure.add(block)
+        self._index.write(_ENCODE.encode_lines(list(zip(block.keys, block.custom_ids, block.sizes, strict=True))))
 
-    def _refuse_oversized(self, request: PreparedRequest) -> None:
-        size = request.size + _ENVELOPE
+    def _refuse_oversized(self, block: RequestBlock) -> None:
+        size = block.sizes[0] + _ENVELOPE
         if size > self._max_bytes:
             raise RequestError(
-                f"key {request.key}: the request is {size:,} bytes, over the limit of {self._max_bytes:,} for a whole batch. "
+                f"key {block.keys[0]}: the request is {size:,} bytes, over the limit of {self._max_bytes:,} for a whole batch. "
                 "Nothing was sent."
             )
 

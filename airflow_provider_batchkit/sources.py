@@ -5,11 +5,11 @@ from __future__ import annotations
 import datetime as dt
 import decimal
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import repeat
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from airflow_provider_batchkit.exceptions import BatchInputError
+from airflow_provider_batchkit.rows import Rows
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import Engine
@@ -34,8 +34,8 @@ _TYPE_NAMES: dict[type, str] = {
 }
 
 
-def read_sql(engine: Engine, sql: str, parameters: Any = None) -> Iterator[dict[str, Any]]:
-    """Rows of a query as dicts, column names as the database gives them.
+def read_sql(engine: Engine, sql: str, parameters: Any = None) -> Iterator[Rows]:
+    """Rows of a query, some hundred at a time and fewer when they are large; column names as the database gives them.
 
     Uses a server-side cursor where the driver has one (PostgreSQL, MySQL): memory stays flat for any number of rows.
 
@@ -54,15 +54,15 @@ def read_sql(engine: Engine, sql: str, parameters: Any = None) -> Iterator[dict[
                 f"The source's sql has more than one column named {', '.join(repeated)}; give them aliases. Nothing was sent."
             )
         rows = _FIRST_ROWS
-        while chunk := result.fetchmany(rows):
-            # a row has as many values as the result has columns
-            yield from map(dict, map(zip, repeat(columns), chunk))
+        while values := result.fetchmany(rows):
+            chunk = Rows(columns, values)
             rows = max(1, min(_FETCH_BYTES // _largest(chunk), 2 * rows, _FETCH_ROWS))
+            yield chunk
 
 
-def _largest(rows: Sequence[Any]) -> int:
+def _largest(rows: Rows) -> int:
     """About the bytes of the largest row, at least 1."""
-    return 1 + sum(_longest(column) for column in zip(*rows, strict=True))
+    return 1 + sum(map(_longest, rows.columns.values()))
 
 
 def _longest(values: Sequence[Any]) -> int:
@@ -82,10 +82,11 @@ class KeyTypes:
         #: Python types, and for an aware time the name of its SQL type
         self._seen: list[tuple[str, set[type | str]]] = [(column, set()) for column in columns]
 
-    def see(self, rows: Iterable[Mapping[str, Any]]) -> None:
+    def see(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Note the key columns of some rows."""
         for column, seen in self._seen:
             # a native request's own id is its key, whatever the key column is called
-            values = [row.get(column, "") for row in rows]
+            values = rows.columns.get(column, ("",)) if isinstance(rows, Rows) else [row.get(column, "") for row in rows]
             types = set(map(type, values))
             if any(issubclass(type_, dt.datetime) for type_ in types):
                 seen.update(_seen_type(value) for value in values)

@@ -17,7 +17,7 @@ from airflow_provider_batchkit.exceptions import RequestError
 from airflow_provider_batchkit.keys import key_values
 from airflow_provider_batchkit.ledger import Known
 from airflow_provider_batchkit.marks import MARK_BYTES, MarkTable
-from airflow_provider_batchkit.model import PreparedRequest
+from airflow_provider_batchkit.prepared import RequestBlock
 from airflow_provider_batchkit.progress import Progress
 from airflow_provider_batchkit.shards import ShardWriter
 
@@ -28,8 +28,6 @@ _CHUNK_ROWS = 512
 #: of the digest that a journaled job's custom_id ends with, and of its beginning that fits into 64 bits
 _DIGEST_CHARS = 40
 _ANSWER_CHARS = 16
-
-_Requests = Sequence[PreparedRequest]
 
 
 @dataclass(slots=True)
@@ -51,7 +49,7 @@ class RowCounts:
 
 
 def spool(
-    requests: Iterable[_Requests],
+    requests: Iterable[RequestBlock],
     known: Iterable[Known],
     writer: ShardWriter,
     folder: str,
@@ -62,7 +60,6 @@ def spool(
 ) -> None:
     """Write what is new into shards.
 
-    :param requests: in pieces of some hundred
     :param known: rows of earlier attempts
     :param folder: for files of this call's own
     :param only: keys of the rows to ask; None for all
@@ -73,26 +70,26 @@ def spool(
         _spool(requests, seen, writer, counts)
 
 
-def _spool(requests: Iterable[_Requests], seen: _Seen, writer: ShardWriter, counts: RowCounts) -> None:
+def _spool(requests: Iterable[RequestBlock], seen: _Seen, writer: ShardWriter, counts: RowCounts) -> None:
     progress = Progress(log, "rendered")
-    for piece in requests:
-        keys = _key_marks(request.key for request in piece)
-        for position, before in enumerate(seen.new_keys.add_all(keys), start=counts.rows):
+    for block in requests:
+        keys = _key_marks(block.keys)
+        for row, before in enumerate(seen.new_keys.add_all(keys)):
             if before is not None:
                 raise RequestError(
-                    f"row {position}: the key {piece[position - counts.rows].key} came before, in row {before}. Keys must be unique, or "
-                    "one answer would overwrite another. Nothing was sent by this attempt.",
-                    position=position,
+                    f"row {counts.rows + row}: the key {block.keys[row]} came before, in row {before}. Keys must be unique, or one answer "
+                    "would overwrite another. Nothing was sent by this attempt.",
+                    position=counts.rows + row,
                 )
-        counts.rows += len(piece)
-        fresh = seen.to_ask(piece, keys, counts)
-        asked = seen.questions.add_all(_question_marks(fresh))
-        writer.add([request for request, question in zip(fresh, asked, strict=True) if question is None])
-        for request, question in zip(fresh, asked, strict=True):
+        counts.rows += len(block)
+        fresh = seen.to_ask(block, keys, counts)
+        asked = seen.questions.add_all(_question_marks(fresh.custom_ids))
+        writer.add(fresh.pick([row for row, question in enumerate(asked) if question is None]))
+        for row, question in enumerate(asked):
             if question is not None:
                 counts.copies += 1
-                writer.add_copy(request, seen.shard_of(question, writer))
-        progress.add(len(piece))
+                writer.add_copy(fresh[row], seen.shard_of(question, writer))
+        progress.add(len(block))
     progress.done()
     if counts.changed:
         log.warning(
@@ -112,7 +109,7 @@ class _Seen:
         self._answers = array("Q")
         pairs = iter(answered)
         while batch := list(islice(pairs, _CHUNK_ROWS)):
-            for (_, digest), later in zip(batch, self._answered_keys.add_all(_key_marks(key for key, _ in batch)), strict=True):
+            for (_, digest), later in zip(batch, self._answered_keys.add_all(_key_marks([key for key, _ in batch])), strict=True):
                 if later is None:
                     self._answers.append(int(digest[:_ANSWER_CHARS], 16))
         self.new_keys = MarkTable(Path(folder, "new-keys"))
@@ -128,31 +125,31 @@ class _Seen:
         self._shards = array("I")
         rows = iter(known)
         while chunk := list(islice(rows, _CHUNK_ROWS)):
-            self._known_keys.add_all(_key_marks(row.key for row in chunk))
-            for row, asked in zip(chunk, self.questions.add_all(_question_marks(chunk)), strict=True):
+            self._known_keys.add_all(_key_marks([row.key for row in chunk]))
+            for row, asked in zip(chunk, self.questions.add_all(_question_marks([row.custom_id for row in chunk])), strict=True):
                 self._asked.append(len(self._shards) if asked is None else asked)
                 if asked is None:
                     self._shards.append(row.shard)
 
-    def to_ask(self, piece: _Requests, keys: bytes, counts: RowCounts) -> _Requests:
-        """Those requests of a piece that are to be asked; the others are counted.
+    def to_ask(self, block: RequestBlock, keys: bytes, counts: RowCounts) -> RequestBlock:
+        """Those requests of a block that are to be asked; the others are counted.
 
-        :param keys: marks of the piece's keys
+        :param keys: marks of the block's keys
         """
-        rows = list(range(len(piece)))
+        rows = list(range(len(block)))
         if self._only is not None:
             listed = self._only.find_all(keys)
             rows = [row for row in rows if listed[row] is not None]
-            counts.passed_over += len(piece) - len(rows)
+            counts.passed_over += len(block) - len(rows)
         if self._asked:
-            rows = self._unknown(piece, keys, rows, counts)
+            rows = self._unknown(block, keys, rows, counts)
         if self._answers:
-            rows = self._unanswered(piece, keys, rows, counts)
-        return piece if len(rows) == len(piece) else [piece[row] for row in rows]
+            rows = self._unanswered(block, keys, rows, counts)
+        return block.pick(rows)
 
-    def _unknown(self, piece: _Requests, keys: bytes, rows: list[int], counts: RowCounts) -> list[int]:
+    def _unknown(self, block: RequestBlock, keys: bytes, rows: list[int], counts: RowCounts) -> list[int]:
         """Those of ``rows`` that no earlier attempt has in flight or landed."""
-        known, questions = self._known_keys.find_all(keys), self.questions.find_all(_question_marks(piece))
+        known, questions = self._known_keys.find_all(keys), self.questions.find_all(_question_marks(block.custom_ids))
         fresh = []
         for row in rows:
             key = known[row]
@@ -163,13 +160,13 @@ class _Seen:
                 counts.changed += questions[row] != self._asked[key]
         return fresh
 
-    def _unanswered(self, piece: _Requests, keys: bytes, rows: list[int], counts: RowCounts) -> list[int]:
+    def _unanswered(self, block: RequestBlock, keys: bytes, rows: list[int], counts: RowCounts) -> list[int]:
         """Those of ``rows`` that are not what an earlier run has answered for their keys."""
         answered = self._answered_keys.find_all(keys)
         fresh = []
         for row in rows:
             key = answered[row]
-            if key is not None and self._answers[key] == int(piece[row].custom_id[-_DIGEST_CHARS:][:_ANSWER_CHARS], 16):
+            if key is not None and self._answers[key] == int(block.custom_ids[row][-_DIGEST_CHARS:][:_ANSWER_CHARS], 16):
                 counts.unchanged += 1
             else:
                 fresh.append(row)
@@ -186,7 +183,7 @@ class _Seen:
                 table.close()
 
 
-def _key_marks(keys: Iterable[str]) -> bytes:
+def _key_marks(keys: Sequence[str]) -> bytes:
     """Keys that a text column could not tell apart, such as 1 and "1", have one mark.
 
     A mark is two of Python's own hashes, 64 bits each and keyed by a secret of the process: half the time of a digest.
@@ -199,6 +196,6 @@ def _key_marks(keys: Iterable[str]) -> bytes:
     return marks.tobytes()
 
 
-def _question_marks(requests: Iterable[PreparedRequest | Known]) -> bytes:
+def _question_marks(custom_ids: Sequence[str]) -> bytes:
     """The beginnings of the digests that the ``custom_id`` of journaled jobs end with."""
-    return bytes.fromhex("".join([request.custom_id[-_DIGEST_CHARS : 2 * MARK_BYTES - _DIGEST_CHARS] for request in requests]))
+    return bytes.fromhex("".join([custom_id[-_DIGEST_CHARS : 2 * MARK_BYTES - _DIGEST_CHARS] for custom_id in custom_ids]))

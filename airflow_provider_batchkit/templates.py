@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from types import NoneType
 from typing import Any
 
 from jinja2 import StrictUndefined, TemplateError, UndefinedError, nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from airflow_provider_batchkit.exceptions import BatchInputError, RequestError
+from airflow_provider_batchkit.rows import column_of
 
 
 class Row(dict[str, Any]):
@@ -97,11 +99,10 @@ class _Filler:
 
     def fill_all(self, rows: Sequence[Mapping[str, Any]]) -> list[str]:
         """:raises KeyError: for a column that a row has not"""
-        form = self._form
-        if len(self._columns) == 1:
-            (column,) = self._columns
-            return [form % ("" if (value := row[column]) is None else value,) for row in rows]
-        return [form % tuple(["" if (value := row[column]) is None else value for column in self._columns]) for row in rows]
+        if not self._columns:
+            return [self._form % ()] * len(rows)
+        columns = [_without_null(column_of(rows, name)) for name in self._columns]
+        return list(map(self._form.__mod__, zip(*columns, strict=True)))
 
     @classmethod
     def of(cls, template: nodes.Template) -> _Filler | None:
@@ -121,6 +122,11 @@ class _Filler:
                 else:
                     return None
         return cls("".join(form), columns)
+
+
+def _without_null(values: Sequence[Any]) -> Sequence[Any]:
+    """A NULL prints as nothing."""
+    return ["" if value is None else value for value in values] if NoneType in set(map(type, values)) else values
 
 
 def _column(node: nodes.Node) -> str | None:

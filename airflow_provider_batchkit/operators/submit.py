@@ -28,8 +28,9 @@ if TYPE_CHECKING:
 
     from airflow_provider_batchkit.jobs import SubmitReport
     from airflow_provider_batchkit.ledger import Ledger
-    from airflow_provider_batchkit.model import PreparedRequest
+    from airflow_provider_batchkit.prepared import RequestBlock
     from airflow_provider_batchkit.priming import Hold
+    from airflow_provider_batchkit.rows import Items, Rows
     from airflow_provider_batchkit.sources import KeyTypes
 
 #: how much later than the trigger's own deadline Airflow ends a deferral that never came back
@@ -358,8 +359,8 @@ class SubmitBatchOperator(BatchLineage, BaseOperator):
             ledger.set_key_columns(job_id, columns)
 
     def _requests(
-        self, context: Context, job_id: str, key: list[str], types: KeyTypes, items: Iterable[Any]
-    ) -> Iterator[list[PreparedRequest]]:
+        self, context: Context, job_id: str, key: list[str], types: KeyTypes, items: Iterable[Any] | Items
+    ) -> Iterator[RequestBlock]:
         from airflow_provider_batchkit.requests import RequestBuilder, RequestDefaults
         from airflow_provider_batchkit.templates import RowTemplate
 
@@ -381,7 +382,7 @@ class SubmitBatchOperator(BatchLineage, BaseOperator):
         )
         return builder.pieces(items, types.see)
 
-    def _items(self) -> Iterable[Any]:
+    def _items(self) -> Iterable[Any] | Items:
         if self.input_path is not None:
             from airflow_provider_batchkit.files import FileRows, InputOptions
             from airflow_provider_batchkit.hooks.storage import input_files
@@ -392,9 +393,11 @@ class SubmitBatchOperator(BatchLineage, BaseOperator):
 
             # resolved by now: rendering replaces the literal wrapper and a task's output by their values
             return items_of(self.requests)
-        return self._sql_rows(self.sql)
+        from airflow_provider_batchkit.rows import RowItems
 
-    def _sql_rows(self, sql: str) -> Iterator[dict[str, Any]]:
+        return RowItems(self._sql_rows(self.sql))
+
+    def _sql_rows(self, sql: str) -> Iterator[Rows]:
         from airflow_provider_batchkit.sources import read_sql
 
         with sql_engine(self.source_conn_id or self.sql_conn_id) as engine:

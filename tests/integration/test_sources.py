@@ -21,7 +21,10 @@ def test_a_table_of_large_rows_is_read_in_little_memory(database: Database) -> N
     tracemalloc.start()
     try:
         ids = [
-            row["id"] for row in read_sql(engine, "SELECT id, text FROM documents ORDER BY id") if row["text"].startswith(f"{row['id']} ")
+            row["id"]
+            for rows in read_sql(engine, "SELECT id, text FROM documents ORDER BY id")
+            for row in rows
+            if row["text"].startswith(f"{row['id']} ")
         ]
         _, peak = tracemalloc.get_traced_memory()
     finally:

@@ -17,7 +17,8 @@ from airflow_provider_batchkit import BatchKit
 from airflow_provider_batchkit.estimate import Estimate, bound_of, estimate
 from airflow_provider_batchkit.exceptions import BatchInputError
 from airflow_provider_batchkit.exposure import Exposure
-from airflow_provider_batchkit.model import COST_QUANTUM, Bound, PreparedRequest, parse_usd, split_body
+from airflow_provider_batchkit.model import COST_QUANTUM, Bound, parse_usd
+from airflow_provider_batchkit.prepared import PreparedRequest, split_body
 from airflow_provider_batchkit.pricing import PriceBook
 from airflow_provider_batchkit.requests import RequestBuilder, RequestDefaults
 from airflow_provider_batchkit.simulator import Simulator, SimulatorSettings

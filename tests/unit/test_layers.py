@@ -19,7 +19,7 @@ SOURCES = {
 }
 
 #: Values and errors: what every other module may build on.
-FOUNDATION = {"model", "exceptions", "exposure", "blocks", "keys"}
+FOUNDATION = {"model", "exceptions", "exposure", "blocks", "keys", "prepared", "rows"}
 #: One stage of the way from rows to costs each. They know the foundation, not each other.
 STAGES = {"sources", "files", "templates", "requests", "shards", "results", "pricing", "polling", "budget", "schema"}
 #: The parts that know Airflow.

@@ -11,7 +11,7 @@ import pytest
 
 from airflow_provider_batchkit.exceptions import BatchInputError, RequestError
 from airflow_provider_batchkit.keys import encode_key, encode_keys, key_values
-from airflow_provider_batchkit.model import PreparedRequest
+from airflow_provider_batchkit.prepared import PreparedRequest, RequestBlock
 from airflow_provider_batchkit.requests import (
     RequestBuilder,
     RequestDefaults,
@@ -20,6 +20,7 @@ from airflow_provider_batchkit.requests import (
     params_digest,
     refuse_repeated_ids,
 )
+from airflow_provider_batchkit.rows import Rows
 from airflow_provider_batchkit.templates import Row, RowTemplate
 
 DEFAULTS = RequestDefaults("claude-haiku-5-5", 100)
@@ -120,7 +121,7 @@ def test_a_repeated_custom_id_is_refused_by_name() -> None:
     """One answer would overwrite the other."""
     requests = [build({"custom_id": c, "params": {"messages": HELLO}}) for c in ("a", "b", "a")]
     with pytest.raises(RequestError, match="request 2: custom_id 'a' came before"):
-        list(refuse_repeated_ids([requests[:2], requests[2:]]))
+        list(refuse_repeated_ids([RequestBlock.of(requests[:2]), RequestBlock.of(requests[2:])]))
 
 
 def test_a_missing_column_is_an_error_that_names_it() -> None:
@@ -208,7 +209,7 @@ def test_a_system_prompt_is_part_of_the_params_as_they_are_encoded_whole(system:
     builder = RequestBuilder(defaults, job_id="0" * 20, key=["sku"], prompt=prompt("{{ row.name }}"), system=prompt(system))
     rows = [{"sku": s, "name": f"tea {s}", "shop": shop} for s, shop in (("A", "x"), ("B", "x"), ("C", "é"), ("D", "x"))]
     requests = builder.build_all(rows, 7)
-    assert requests == [builder.build(row, 7 + i) for i, row in enumerate(rows)]
+    assert list(requests) == [builder.build(row, 7 + i) for i, row in enumerate(rows)]
     for request, row in zip(requests, rows, strict=True):
         text: Any = system.replace("{{ row.shop }}", row["shop"])
         if ttl is not None:
@@ -224,8 +225,30 @@ def test_rows_built_together_are_the_same_requests() -> None:
     """The fast way for many rows and the careful one for a single row give the same bytes."""
     builder = RequestBuilder(DEFAULTS, job_id="0" * 20, key=["sku", "n"], prompt=prompt("{{ row.name }} 100% {{ row['n'] }}"))
     rows = [{"sku": "A", "n": 1, "name": 't\u2028 "é'}, {"sku": "B", "n": decimal.Decimal("2.50"), "name": None}]
-    assert builder.build_all(rows, 7) == [builder.build(row, 7 + i) for i, row in enumerate(rows)]
+    assert list(builder.build_all(rows, 7)) == [builder.build(row, 7 + i) for i, row in enumerate(rows)]
     assert json.loads(builder.build(rows[1], 0).body)["params"]["messages"][0]["content"] == " 100% 2.50"
+
+
+@pytest.mark.parametrize(
+    ("text", "system"),
+    [
+        ("{{ row.name }} 100% {{ row['n'] }}", None),
+        ("no column, 100%", "{{ row.name }}"),
+        ("{{ row.name | default('?', true) | upper }}", "{{ row.n }}"),
+    ],
+)
+def test_rows_of_a_query_are_the_same_requests_as_mappings(text: str, system: str | None) -> None:
+    """Columns are passed on as they came where nothing needs a row as such."""
+    builder = RequestBuilder(
+        DEFAULTS, job_id="0" * 20, key=["sku", "n"], prompt=prompt(text), system=None if system is None else prompt(system)
+    )
+    rows = Rows(["sku", "n", "name"], [("A", 1, "tea"), ("B", 2, None), ("C", 3, ""), ("D", 4, decimal.Decimal("1.50"))])
+    mappings = [{"sku": "A", "n": 1, "name": "tea"}, {"sku": "B", "n": 2, "name": None}, *rows[2:]]
+    assert list(builder.build_all(rows, 7)) == [builder.build(row, 7 + i) for i, row in enumerate(mappings)]
+    with pytest.raises(RequestError, match=r"row 8 \(sku='B', n=None\): a key column cannot be a key: it is NULL"):
+        builder.build_all(Rows(["sku", "n", "name"], [("A", 1, "tea"), ("B", None, "cup")]), 7)
+    with pytest.raises(RequestError, match=r"row 7: key column sku, n is not in the source\. Columns: name"):
+        builder.build_all(Rows(["name"], [("tea",)]), 7)
 
 
 @pytest.mark.parametrize(
@@ -313,4 +336,4 @@ def test_a_system_prompt_that_cannot_be_sent_is_named_and_no_other_takes_its_pla
             builder.build_all([bad], 3)
     (after,) = builder.build_all([{"sku": 4, "name": "tea", "who": "A"}], 4)
     assert json.loads(after.body)["params"]["system"] == "For A."
-    assert builder.build_all([], 5) == []
+    assert not builder.build_all([], 5)

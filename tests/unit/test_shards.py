@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from airflow_provider_batchkit.exceptions import BatchInputError, RequestError
-from airflow_provider_batchkit.model import PreparedRequest
+from airflow_provider_batchkit.prepared import PreparedRequest
 from airflow_provider_batchkit.shards import Shard, ShardWriter, decode_entries, read_index, remove_shard_files
 
 ENVELOPE = len('{"requests":[]}')
@@ -19,7 +19,7 @@ ENVELOPE = len('{"requests":[]}')
 def request(number: int, size: int = 0) -> PreparedRequest:
     """One whose body has ``size`` bytes."""
     plain = PreparedRequest(f"id-{number}", f"[{number}]", json.dumps({"model": "m", "max_tokens": 1, "messages": []}).encode())
-    return msgspec.structs.replace(plain, params=plain.params + b" " * max(size - plain.size, 0))
+    return msgspec.structs.replace(plain, params=plain.params + b" " * max(size - len(plain.body), 0))
 
 
 def ids(shard: Shard) -> list[str]:
