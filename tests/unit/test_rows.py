@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import pytest
 
 from airflow_provider_batchkit.rows import Items, RowItems, Rows, column_of
 from airflow_provider_batchkit.sources import KeyTypes
 
-ROWS = Rows(["id", "name"], [(1, "tea"), (2, None), (3, "cup")])
-MAPPINGS = [{"id": 1, "name": "tea"}, {"id": 2, "name": None}, {"id": 3, "name": "cup"}]
+ROWS: Sequence[Mapping[str, Any]] = Rows(["id", "name"], [(1, "tea"), (2, None), (3, "cup")])
+MAPPINGS: Sequence[Mapping[str, Any]] = [{"id": 1, "name": "tea"}, {"id": 2, "name": None}, {"id": 3, "name": "cup"}]
 
 
 def test_rows_are_a_sequence_of_mappings() -> None:
@@ -41,7 +44,7 @@ def test_items_are_taken_in_order_and_at_most_so_many(most: int) -> None:
     """Whatever came together."""
     chunks = [Rows(["id"], [(i,) for i in range(start, stop)]) for start, stop in ((0, 5), (5, 6), (6, 10))]
     for source in (RowItems(chunks), Items({"id": i} for i in range(10))):
-        taken = []
+        taken: list[Any] = []
         while part := source.take(most):
             assert len(part) <= most
             taken += part
