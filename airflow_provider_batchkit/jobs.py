@@ -10,7 +10,6 @@ An attempt after another skips every row that the ledger has in flight or landed
 from __future__ import annotations
 
 import logging
-import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -41,6 +40,7 @@ from airflow_provider_batchkit.model import MAX_BYTES_PER_BATCH, MAX_REQUESTS_PE
 from airflow_provider_batchkit.prepared import RequestBlock
 from airflow_provider_batchkit.priming import Hold, Priming
 from airflow_provider_batchkit.reconcile import SETTLE_S, Settler
+from airflow_provider_batchkit.scratch import scratch_folder
 from airflow_provider_batchkit.shards import Shard, ShardWriter, remove_shard_files, split_shard
 from airflow_provider_batchkit.spending import NO_LIMITS, Limits, Spending
 from airflow_provider_batchkit.spool import RowCounts, spool
@@ -109,7 +109,7 @@ def submit_job(
     settler = Settler(kit, ledger, settle_seconds=settle_seconds, fence=lambda: ledger.check_lease(job.job_id, lease))
     settler.settle(job.job_id)
     report = SubmitReport()
-    with tempfile.TemporaryDirectory(prefix="batchkit-") as folder:
+    with scratch_folder() as folder:
         first_new = ledger.next_shard(job.job_id)
         first_alone = priming is not None and not running_ids(ledger, job.job_id)
         writer = ShardWriter(folder, first_number=first_new, max_requests=max_requests, max_bytes=max_bytes, first_alone=first_alone)
@@ -169,7 +169,7 @@ def rehearse_job(
     """
     report = SubmitReport()
     exists = ledger.exists()
-    with tempfile.TemporaryDirectory(prefix="batchkit-") as folder:
+    with scratch_folder() as folder:
         first_new = ledger.next_shard(job.job_id) if exists else 0
         first_alone = priming is not None and not (exists and running_ids(ledger, job.job_id))
         writer = ShardWriter(folder, first_number=first_new, max_requests=max_requests, max_bytes=max_bytes, first_alone=first_alone)

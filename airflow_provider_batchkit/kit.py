@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -35,6 +34,7 @@ from airflow_provider_batchkit.polling import Ended, GaveUp, PollState, TimedOut
 from airflow_provider_batchkit.pricing import PriceBook
 from airflow_provider_batchkit.requests import RequestBuilder, RequestDefaults, items_of, refuse_repeated_ids
 from airflow_provider_batchkit.results import Reconciler, StreamFaults, parse_blocks, parse_stream
+from airflow_provider_batchkit.scratch import scratch_folder
 from airflow_provider_batchkit.shards import Shard, ShardWriter, remove_shard_files
 from airflow_provider_batchkit.tally import TallyBuilder
 
@@ -109,7 +109,7 @@ class BatchKit(BatchApi):
         :raises SubmitUncertainError: the connection broke at a moment when nobody can know whether the batch was accepted
         """
         defaults = RequestDefaults(model, max_tokens, system, dict(params or {}))
-        with tempfile.TemporaryDirectory(prefix="batchkit-") as folder:
+        with scratch_folder() as folder:
             writer = ShardWriter(folder, max_requests=max_requests_per_batch, max_bytes=max_bytes_per_batch)
             shards = _write(writer, requests, defaults)
             ids: list[str] = []
@@ -138,7 +138,7 @@ class BatchKit(BatchApi):
         :raises RequestError: for input that the API would refuse, naming the item
         """
         defaults = RequestDefaults(model, max_tokens, system, dict(params or {}))
-        with tempfile.TemporaryDirectory(prefix="batchkit-") as folder:
+        with scratch_folder() as folder:
             writer = ShardWriter(folder)
             shards = _write(writer, requests, defaults)
             return estimate_shards(shards, writer.samples(SAMPLES), self.price_book, datetime.now(UTC), count_tokens=self.count_tokens)
