@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from airflow_provider_batchkit.simulator import SimulatorProcess, SimulatorSettings
+from airflow_provider_batchkit.simulator import SimulatorProcess
 from tests.bench import polling
 from tests.bench.sides import SIDES
 from tests.bench.turns import turns
@@ -58,7 +58,7 @@ def fresh(postgres: str | None) -> Iterator[tuple[Database, Path]]:
 def compare(sides: Sequence[str], steps: Sequence[str], rows: int, rounds: int, postgres: str | None = None) -> list[dict[str, Any]]:
     """A line for each of ``steps`` and each figure: the sides' medians, and the later sides' as multiples of the first one's."""
     runs = defaultdict[tuple[str, str], list[dict[str, float]]](list)
-    with SimulatorProcess(SimulatorSettings(input_tokens=2700, output_tokens=100)) as simulator:
+    with SimulatorProcess() as simulator:
         for side in turns([side for side in sides if side not in PEERS or rows <= PEER_ROWS], rounds):
             with fresh(postgres) as (database, folder):
                 done = measure(side, "submit", simulator.base_url, database, folder, rows)

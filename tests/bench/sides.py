@@ -48,8 +48,8 @@ SCHEMA = {
 
 
 def product(i: int) -> str:
-    """What the prompts are about, which makes them 1 KB."""
-    return f"product {i} " + "x" * 900
+    """What the prompts are about: 600 to 1,200 bytes, which makes them 1 KB on average, and no two neighbours of one length."""
+    return f"product {i} " + "x" * (600 + i * 7_919 % 601)
 
 
 def prompt(i: int) -> str:
