@@ -16,7 +16,7 @@ The tokens of a prompt are bounded by what was sent. The source for each part, D
 
 from __future__ import annotations
 
-from collections import Counter
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -157,17 +157,22 @@ class Exposure:
             if not self.unbounded_requests:
                 self.unbounded = f"{block.custom_ids[0]} {facts.unbounded}"
             self.unbounded_requests += len(block)
-        for size, count in Counter(block.sizes).items():
-            bound = size + facts.extra
-            kind = (facts.model, facts.inference_geo, facts.cached, _size_class(bound))
+        sizes = sorted(block.sizes)
+        start = 0
+        while start < len(sizes):
+            size_class, next_class = _size_class(sizes[start] + facts.extra)
+            stop = bisect_left(sizes, next_class - facts.extra, start)
+            count, size = stop - start, sum(sizes[start:stop])
+            kind = (facts.model, facts.inference_geo, facts.cached, size_class)
             group = self.groups.get(kind)
             if group is None:
                 group = self.groups[kind] = _Group()
             group.requests += count
-            group.bytes += count * size
+            group.bytes += size
             group.max_tokens += count * facts.max_tokens
-            group.prompt_bound += count * bound
-            group.largest = max(group.largest, bound)
+            group.prompt_bound += size + count * facts.extra
+            group.largest = max(group.largest, sizes[stop - 1] + facts.extra)
+            start = stop
 
     def include(self, other: Exposure) -> None:
         """Add another one's requests."""
@@ -191,10 +196,14 @@ def _runs(values: Iterable[_T]) -> Iterator[tuple[_T, slice]]:
         start = stop
 
 
-def _size_class(size: int) -> int:
-    """Sizes of one class differ by an eighth at most, so that requests on both sides of a price tier are seldom priced together."""
+def _size_class(size: int) -> tuple[int, int]:
+    """The class of a size, and the first size of the next one.
+
+    Sizes of one class differ by an eighth at most, so that requests on both sides of a price tier are seldom priced together.
+    """
     shift = max(size.bit_length() - 4, 0)
-    return (shift << 4) | (size >> shift)
+    step = size >> shift
+    return (shift << 4) | step, (step + 1) << shift
 
 
 def _beyond_text(params: _Params) -> int:
