@@ -99,33 +99,26 @@ class Ledger:
 
         :raises LedgerError: when the tables are of another version
         """
-        found = self._version()
         for attempt in (1, 2, 3):
-            if found is not None:
-                break
             try:
                 with write_transaction(self.engine) as connection:
-                    metadata.create_all(connection)
-                    create_views(connection)
-                    connection.execute(sa.insert(version).values(version=VERSION))
-                found = VERSION
+                    found = _version(connection)
+                    if found in (None, VERSION):
+                        metadata.create_all(connection)
+                    if found is None:
+                        create_views(connection)
+                        connection.execute(sa.insert(version).values(version=VERSION))
+                        found = VERSION
+                break
             except DBAPIError:
-                # another task may have created them between our look and our CREATE
-                found = self._version()
-                if found is None and attempt == 3:
+                # another task created them between our look and our CREATE
+                if attempt == 3:
                     raise
         if found != VERSION:
             raise LedgerError(
                 f"The ledger's tables are of version {found}, this provider writes version {VERSION}. Nothing was sent. Let the provider "
                 "that made them land what still runs; then rename or drop the batchkit_ tables and views."
             )
-
-    def _version(self) -> int | None:
-        """Of the tables; None where they are missing."""
-        with self.engine.connect() as connection:
-            if not sa.inspect(connection).has_table(version.name):
-                return None
-            return connection.execute(sa.select(version.c.version)).scalar()
 
     def exists(self) -> bool:
         """Whether the tables are there."""
@@ -419,6 +412,13 @@ class Ledger:
             journal.remove(connection, job_id, shard)
             rounds.reopen(connection, job_id, shard)
             budgets.put_back(connection, job_id, shard)
+
+
+def _version(connection: Connection) -> int | None:
+    """Of the tables; None where they are missing."""
+    if not sa.inspect(connection).has_table(version.name):
+        return None
+    return connection.execute(sa.select(version.c.version)).scalar()
 
 
 def _now() -> datetime:
