@@ -35,6 +35,8 @@ class ResultBlock:
     web_searches: Sequence[int]
     inference_geos: Sequence[str | None]
     speeds: Sequence[str | None]
+    #: of the rows that pay for the results, where that is known
+    keys: Sequence[str] | None = None
 
     def __len__(self) -> int:
         return len(self.custom_ids)
@@ -92,7 +94,9 @@ class ResultBlock:
         )
 
 
-def _at(places: Sequence[int], column: Sequence[Any]) -> Sequence[Any]:
+def _at(places: Sequence[int], column: Sequence[Any] | None) -> Any:
+    if column is None:
+        return None
     if len(places) < 2:  # a getter of one place gives no tuple, and there is none of no place
         return [column[place] for place in places]
     return list(itemgetter(*places)(column))

@@ -6,8 +6,7 @@ A line that cannot be read is kept as :class:`BrokenLine`, never dropped.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from collections.abc import Set as AbstractSet
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from operator import itemgetter
@@ -332,8 +331,10 @@ class Reconciler:
     counted in ``faults``. Resident: the ids asked and the ids answered.
     """
 
-    def __init__(self, asked: AbstractSet[str] | None) -> None:
-        """:param asked: every ``custom_id`` of the batch, or None when nobody knows (a batch submitted elsewhere)"""
+    def __init__(self, asked: Mapping[str, str] | None) -> None:
+        """:param asked: every ``custom_id`` of the batch, with the key of the row that pays for it; None when nobody knows them (a batch
+        submitted elsewhere)
+        """
         self.faults = StreamFaults()
         self.answered: set[str] = set()
         self._asked = asked
@@ -349,15 +350,23 @@ class Reconciler:
         return max(expected - len(self.answered) - self.faults.broken - self.faults.foreign, 0)
 
     def accept_block(self, block: ResultBlock, broken: Iterable[BrokenLine]) -> ResultBlock:
-        """Those of a block's results that are first answers."""
+        """Those of a block's results that are first answers, with their keys."""
         for line in broken:
             self.faults.add_broken(line)
-        if self._this_read is self.answered:
-            ids = set(block.custom_ids)
-            if len(ids) == len(block) and self.answered.isdisjoint(ids) and (self._asked is None or ids <= self._asked):
-                self.answered |= ids
-                return block
-        return block.rows([place for place, custom_id in enumerate(block.custom_ids) if self._accept(custom_id)])
+        keys = None if self._asked is None else list(map(self._asked.get, block.custom_ids))
+        ids = set(block.custom_ids)
+        if (
+            self._this_read is self.answered
+            and len(ids) == len(block)
+            and self.answered.isdisjoint(ids)
+            and (keys is None or None not in keys)
+        ):
+            self.answered |= ids
+        else:
+            places = [place for place, custom_id in enumerate(block.custom_ids) if self._accept(custom_id)]
+            block, keys = block.rows(places), keys and [keys[place] for place in places]
+        block.keys = keys  # type: ignore[assignment] # what was accepted was asked
+        return block
 
     def accept(self, item: BatchItem | BrokenLine) -> bool:
         """Whether the item is a first answer."""

@@ -170,7 +170,7 @@ class _Landing:
         stage = Stage(connection, self.table, keys, later.keys, portable=self.portable)
         answers = None if self.table.schema is None else AnswerReader(self.table.schema)
         tally = TallyBuilder(self.price_book, snapshot.created_at)
-        reconciler = Reconciler(None if keys is None else keys.custom_ids)
+        reconciler = Reconciler(None if keys is None else keys.billed)
         total = snapshot.counts.total
         progress = Progress(log, f"landing {snapshot.batch_id}", total)
         with stage.filling():
@@ -184,13 +184,15 @@ class _Landing:
                 progress.rows += len(results)
             _refuse_anothers(snapshot, reconciler)
             missing = []
-            if keys is not None and len(keys.custom_ids) > len(reconciler.answered):
-                missing = [c for c in keys.custom_ids if c not in reconciler.answered]
+            if keys is not None and len(keys.billed) > len(reconciler.answered):
+                missing = [(custom_id, key) for custom_id, key in keys.billed.items() if custom_id not in reconciler.answered]
             for start in range(0, len(missing), _AT_A_TIME):
-                absent = ResultBlock.of([BatchItem(c, RequestStatus.MISSING) for c in missing[start : start + _AT_A_TIME]])
+                part = missing[start : start + _AT_A_TIME]
+                absent = ResultBlock.of([BatchItem(custom_id, RequestStatus.MISSING) for custom_id, _ in part])
+                absent.keys = [key for _, key in part]
                 stage.put(absent, tally.add_all(absent))
         progress.done()
-        names = [] if keys is None else [key for c in missing[:NAMED] for key in (*keys.billed([c]), *keys.copies(c))]
+        names = [] if keys is None else [key for custom_id, billed in missing[:NAMED] for key in (billed, *keys.copies(custom_id))]
         log_faults(snapshot, reconciler.faults, len(missing), names)
         rows = stage.counts.total() if self.include_failed else sum(stage.counts[status.value] for status in ANSWERED)
         first = record is None or record.state is not BatchState.LANDED

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import secrets
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -81,13 +81,9 @@ class AskedKeys:
                 copies.append(key)
 
     @property
-    def custom_ids(self) -> AbstractSet[str]:
-        """Every request of the batch."""
-        return self._billed.keys()
-
-    def billed(self, custom_ids: Iterable[str]) -> list[str]:
-        """The keys of the rows that pay for the requests."""
-        return list(map(self._billed.__getitem__, custom_ids))
+    def billed(self) -> Mapping[str, str]:
+        """Every request of the batch, with the key of the row that pays for it."""
+        return self._billed
 
     def copies(self, custom_id: str) -> list[str]:
         """Keys of the other rows that the request answers."""
@@ -172,17 +168,15 @@ class Stage:
     def put(self, results: ResultBlock, costs: Costs, values: Sequence[Values] | None = None) -> None:
         """Add the rows that results answer.
 
+        :param results: with their keys, for a batch that a ledger knows
         :param costs: of each
         :param values: of each answer, in the order of the table's answer columns
         """
         if not len(results):
             return
         values = [self._no_values] * len(results) if values is None else values
-        if self._keys is None:
-            self._write(results, None, costs, values, asked=True)
-            return
-        self._write(results, self._keys.billed(results.custom_ids), costs, values, asked=True)
-        if self._keys.any_copies:
+        self._write(results, results.keys, costs, values, asked=True)
+        if self._keys is not None and self._keys.any_copies:
             self._put_copies(self._keys, results, costs, values)
 
     def _put_copies(self, keys: AskedKeys, results: ResultBlock, costs: Costs, values: Sequence[Values]) -> None:

@@ -89,6 +89,7 @@ _DECODE: dict[str, Any] = {
 }
 
 _KEYS = msgspec.json.Decoder(list[list[Any]])
+_VALUES = msgspec.json.Decoder(list[Any])
 
 #: name, type; every result table has these beside the source's key
 RESULT_COLUMNS: tuple[tuple[str, Any], ...] = (
@@ -166,7 +167,10 @@ class ResultTable:
         if not self.key_columns:
             return []
         # as one document: parsing each alone takes three times as long
-        columns = zip(*_KEYS.decode(f"[{','.join(journaled)}]"), strict=True)
+        if len(self.key_columns) == 1:
+            columns: Sequence[Sequence[Any]] = [_VALUES.decode(f"[{','.join([key[1:-1] for key in journaled])}]")]
+        else:
+            columns = list(zip(*_KEYS.decode(f"[{','.join(journaled)}]"), strict=True))
         return [list(map(decode, column)) if decode else column for decode, column in zip(self._decoders, columns, strict=True)]
 
     def check(self, engine: Engine) -> bool:

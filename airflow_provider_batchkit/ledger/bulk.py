@@ -70,23 +70,24 @@ def _quoted(connection: Connection, table: sa.Table) -> tuple[str, str]:
     return preparer.format_table(table), ", ".join(preparer.quote(c.name) for c in table.columns)
 
 
-def _bound(connection: Connection, table: sa.Table, columns: BulkColumns) -> BulkColumns:
-    """The values as the driver takes them: only columns whose type converts values are touched."""
-    dialect = connection.dialect
-    processors = [column.type.dialect_impl(dialect).bind_processor(dialect) for column in table.columns]
-    return [list(map(p, column)) if p else column for p, column in zip(processors, columns, strict=True)]
-
-
 class _DriverLoader(BulkLoader):
     """Many rows a statement, and once what they have in common: the driver pays for each statement and for each value."""
 
+    def __init__(self, connection: Connection, table: sa.Table) -> None:
+        super().__init__(connection, table)
+        #: of the columns whose values the driver does not take as they are
+        self._convert = [column.type.dialect_impl(connection.dialect).bind_processor(connection.dialect) for column in table.columns]
+
     def write(self, columns: BulkColumns) -> None:
-        values = _bound(self._connection, self._table, columns)
-        alike = tuple(map(_is_of_one_value, values))
-        common = tuple(compress([column[0] for column in values], alike))
+        rows, alike = len(columns[0]), tuple(map(_is_of_one_value, columns))
+        values = [
+            list(map(convert, column[:1] if same else column)) if convert else column
+            for convert, column, same in zip(self._convert, columns, alike, strict=True)
+        ]
+        common = tuple([column[0] for column in compress(values, alike)])
         own = [column for column, same in zip(values, alike, strict=True) if not same]
         insert = "INSERT INTO {} ({}) VALUES ".format(*_quoted(self._connection, self._table))
-        rows, many = len(values[0]), max((_SQLITE_VALUES - len(common)) // max(len(own), 1), 1)
+        many = max((_SQLITE_VALUES - len(common)) // max(len(own), 1), 1)
         whole = rows - rows % many
         for start, stop, together in ((0, whole, many), (whole, rows, rows - whole)):
             parts = ([column[i : i + together] for column in own] for i in range(start, stop, max(together, 1)))
