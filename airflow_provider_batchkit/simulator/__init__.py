@@ -10,6 +10,7 @@ a running one, without credentials, JSON in and out, errors in the API's shape:
 - ``GET /_sim/requests?batch=ID``: ``custom_ids`` in the order asked
 - ``POST /_sim/faults`` adds a ``Fault``, ``DELETE /_sim/faults`` drops all
 - ``POST /_sim/batches/ID/end``, ``…/expire``, ``…/archive``
+- ``POST /_sim/batches/ID/hide`` with ``{"seconds": S}`` or ``{"calls": N}``: until then the API's calls do not find the batch
 - ``POST /_sim/advance`` with ``{"seconds": S}`` moves the clock forward
 - ``GET /_sim/settings``, ``POST /_sim/settings`` with any fields of ``SimulatorSettings``
 """

@@ -31,7 +31,7 @@ def parser() -> argparse.ArgumentParser:
     process.add_argument("--fault", action="append", default=[], metavar="JSON", help='repeatable: {"kind": "cut_after_accept", …}')
     process.add_argument("--settings", default="{}", metavar="JSON", help="settings by name; the flags below win over it")
     flags = root.add_argument_group("settings")
-    flags.add_argument("--clock", help="instant, polls:N, seconds:S or manual")
+    flags.add_argument("--clock", help="instant, polls:N, seconds:S, seconds:S-T or manual")
     flags.add_argument("--key", action="append", metavar="KEY=WORKSPACE", help="repeatable: a valid API key and its workspace")
     flags.add_argument("--params-checks", choices=("create", "results"), help="where bad params show")
     flags.add_argument("--once", action="store_true", help="the rates strike a prompt text only the first time")

@@ -1,11 +1,13 @@
 """Faults: what goes wrong on purpose, on which call, and how often.
 
 Of the faults that answer or cut a whole call (``cut_…``, ``status…``) the first armed one in the list strikes, the others wait for
-their turn; ``late`` and the faults inside a results stream come on top of them, all together. ``cut_results`` belongs to the latter.
+their turn; ``late``, ``late_accept``, ``hide`` and the faults inside a results stream come on top of them, all together.
+``cut_results`` belongs to the latter.
 """
 
 from __future__ import annotations
 
+import random
 import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -18,7 +20,7 @@ from .errors import ApiError
 ANSWERING = ("cut_before_accept", "cut_after_accept", "status", "status_after_accept")
 IN_RESULTS = ("cut_results", "broken_line", "duplicate_line", "foreign_line", "missing_line", "trickle")
 Kind = Literal[
-    "cut_before_accept", "cut_after_accept", "late", "status", "status_after_accept",
+    "cut_before_accept", "cut_after_accept", "late", "late_accept", "status", "status_after_accept", "hide",
     "cut_results", "broken_line", "duplicate_line", "foreign_line", "missing_line", "trickle",
 ]  # fmt: skip
 Endpoint = Literal["create", "retrieve", "list", "cancel", "delete", "results", "count_tokens", "models", "model", "messages", "*"]
@@ -29,10 +31,13 @@ class Fault(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
     ``cut_before_accept``: the body is read, nothing is done, the connection is closed without an answer. ``cut_after_accept``: the call
     is carried out, then the same. ``status``: nothing is done, the answer is ``status``. ``status_after_accept``: the call is carried
-    out, the answer is ``status``. ``late``: the call is carried out at once and answered after ``seconds``. In a results stream,
-    ``line`` counts result lines from 1: ``cut_results`` ends the stream in the middle of it (``clean``: before it, as if it were the
-    regular end), ``broken_line`` and ``foreign_line`` put a line before it, ``duplicate_line`` sends it twice, ``missing_line`` drops
-    it; ``trickle`` waits ``seconds`` before each line.
+    out, the answer is ``status``. ``late``: the call is carried out at once and answered after ``seconds``, so a late list shows what was
+    there when the call began. ``late_accept``: the call is carried out after ``seconds``, also when the client has gone away by then.
+    ``hide``: the batch that the call creates is missing from the list and answers 404 for ``seconds``, or for ``calls``.
+
+    In a results stream, ``line`` counts result lines from 1: ``cut_results`` ends the stream in the middle of it (``clean``: before it,
+    as if it were the regular end), ``broken_line`` and ``foreign_line`` put a line before it, ``duplicate_line`` sends it twice,
+    ``missing_line`` drops it; ``trickle`` waits ``seconds`` before each line.
     """
 
     kind: Kind
@@ -44,6 +49,8 @@ class Fault(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     after: Annotated[int, msgspec.Meta(ge=0)] = 0
     #: how many calls it strikes; null: all
     times: Annotated[int, msgspec.Meta(ge=1)] | None = 1
+    #: share of the matching calls that it strikes, 0 to 1; the simulator's seed decides which. The others do not count as ``times``
+    chance: Annotated[float, msgspec.Meta(ge=0, le=1)] = 1.0
     status: Annotated[int, msgspec.Meta(ge=300, le=599)] = 500
     #: type and message of the error; by default those of the status
     error_type: str | None = None
@@ -52,6 +59,8 @@ class Fault(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     retry_after: float | None = None
     headers: dict[str, str] = {}
     seconds: Annotated[float, msgspec.Meta(ge=0)] = 0.01
+    #: of ``hide``, in place of ``seconds``: calls for this batch, and list calls of its workspace, that do not find it
+    calls: Annotated[int, msgspec.Meta(ge=1)] | None = None
     line: Annotated[int, msgspec.Meta(ge=1)] = 1
     clean: bool = False
     #: cut with a TCP reset in place of a regular close
@@ -70,7 +79,22 @@ class Plan:
 
     answering: Fault | None = None
     late: Fault | None = None
+    late_accept: Fault | None = None
+    hide: Fault | None = None
     in_results: list[Fault] = field(default_factory=list)
+
+    def add(self, fault: Fault) -> None:
+        """Of several that answer the call, hold it up or hide its batch, the last one counts."""
+        if fault.kind in ANSWERING:
+            self.answering = fault
+        elif fault.kind in IN_RESULTS:
+            self.in_results.append(fault)
+        elif fault.kind == "late":
+            self.late = fault
+        elif fault.kind == "late_accept":
+            self.late_accept = fault
+        else:
+            self.hide = fault
 
     def strike(self, *kinds: str) -> None:
         """Raises CutError or ApiError when the call's answering fault is of one of these kinds."""
@@ -86,8 +110,9 @@ class Plan:
 class FaultList:
     """The faults of one simulator, for use from any thread."""
 
-    def __init__(self, faults: Iterable[Fault] = ()) -> None:
+    def __init__(self, faults: Iterable[Fault] = (), seed: int = 0) -> None:
         self._lock = threading.Lock()
+        self._random = random.Random(seed)  # noqa: S311 - chance, not secrecy
         self._faults = list(faults)
 
     def add(self, kind: str, **fields: Any) -> None:
@@ -121,15 +146,12 @@ class FaultList:
                     continue
                 if fault.times == 0 or (fault.kind in ANSWERING and plan.answering is not None):
                     continue
+                if fault.chance < 1 and self._random.random() >= fault.chance:
+                    continue
                 if fault.times is not None:
                     fault.times -= 1
                 fault.struck += 1
-                if fault.kind in ANSWERING:
-                    plan.answering = fault
-                elif fault.kind == "late":
-                    plan.late = fault
-                else:
-                    plan.in_results.append(fault)
+                plan.add(fault)
         return plan
 
 

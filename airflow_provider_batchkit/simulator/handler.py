@@ -20,6 +20,7 @@ from .errors import ApiError, error_body, request_id
 from .faults import CutError, Fault, Plan, faulty
 from .models import MODELS
 from .records import system_bytes, text_bytes
+from .store import Spell
 from .tokens import OVERHEAD_TOKENS, tokens_of_bytes
 
 if TYPE_CHECKING:
@@ -90,8 +91,10 @@ class Handler(BaseHTTPRequestHandler):
         try:
             try:
                 plan.strike("cut_before_accept", "status")
+                if plan.late_accept is not None:
+                    self.core.stopping.wait(plan.late_accept.seconds)
                 workspace = self._admit(path, endpoint, target, too_large=too_large)
-                answer = self._carry_out(endpoint or "", target or "", workspace, body, parse_qs(query, keep_blank_values=True))
+                answer = self._carry_out(endpoint or "", target or "", workspace, body, parse_qs(query, keep_blank_values=True), plan)
             finally:
                 if plan.late is not None:
                     self.core.stopping.wait(plan.late.seconds)
@@ -145,12 +148,13 @@ class Handler(BaseHTTPRequestHandler):
         return workspace
 
     def _carry_out(  # noqa: C901, PLR0911 - one case and one return per endpoint
-        self, endpoint: str, target: str, workspace: str, body: bytearray, query: dict[str, list[str]]
+        self, endpoint: str, target: str, workspace: str, body: bytearray, query: dict[str, list[str]], plan: Plan
     ) -> dict[str, Any] | Iterator[bytes]:
         store, beta, base_url = self.core.store, "anthropic-beta" in self.headers, self._base_url()
         match endpoint:
             case "create":
-                return store.create(body, workspace, beta=beta).as_json(base_url)
+                hidden = Spell() if plan.hide is None else Spell(plan.hide.seconds, plan.hide.calls or 0)
+                return store.create(body, workspace, beta=beta, hidden=hidden).as_json(base_url)
             case "retrieve":
                 return store.look(target, workspace).as_json(base_url)
             case "list":

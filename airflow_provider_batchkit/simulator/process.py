@@ -71,6 +71,9 @@ class RemoteControl:
     def archive(self, batch_id: str) -> None:
         self.call("POST", f"batches/{batch_id}/archive")
 
+    def hide(self, batch_id: str, *, seconds: float = 0.0, calls: int = 0) -> None:
+        self.call("POST", f"batches/{batch_id}/hide", {"seconds": seconds, "calls": calls})
+
     def advance(self, seconds: float) -> None:
         self.call("POST", "advance", {"seconds": seconds})
 

@@ -16,7 +16,7 @@ from .errors import ApiError
 from .faults import Fault, FaultList
 from .handler import Handler
 from .settings import SimulatorSettings
-from .store import Store
+from .store import Spell, Store
 
 #: How soon a stop is noticed.
 POLL_SECONDS = 0.02
@@ -27,7 +27,7 @@ class Core:
 
     def __init__(self, settings: SimulatorSettings, faults: Iterable[Fault]) -> None:
         self.store = Store(settings)
-        self.faults = FaultList(faults)
+        self.faults = FaultList(faults, settings.seed)
         self.stopping = threading.Event()
         self._lock = threading.Lock()
         self._calls: Counter[str] = Counter()
@@ -74,8 +74,10 @@ class Core:
                 return self.set(msgspec.json.decode(body, type=dict[str, Any]))
             case "POST", ["advance"]:
                 return {"now": self.store.advance(msgspec.json.decode(body, type=dict[str, float])["seconds"])}
-            case "POST", ["batches", batch_id, ("end" | "expire" | "archive") as how]:
-                return self.store.finish(batch_id, how).as_json("")
+            case "POST", ["batches", batch_id, ("end" | "expire" | "archive" | "hide") as how]:
+                hides = how == "hide"
+                batch = self.store.hide(batch_id, msgspec.json.decode(body, type=Spell)) if hides else self.store.finish(batch_id, how)
+                return batch.as_json("")
         raise ApiError(404, f"no control {method} /_sim/{path}")
 
 
@@ -197,6 +199,10 @@ class Simulator:
     def archive(self, batch_id: str) -> None:
         """Ends a batch if need be and takes its results away."""
         self._core.store.finish(batch_id, "archive")
+
+    def hide(self, batch_id: str, *, seconds: float = 0.0, calls: int = 0) -> None:
+        """Hides a batch from the list and behind a 404, for ``calls`` where that is above 0, else for ``seconds``."""
+        self._core.store.hide(batch_id, Spell(seconds, calls))
 
     def advance(self, seconds: float) -> None:
         """Moves the simulator's clock forward."""

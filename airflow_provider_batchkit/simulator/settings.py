@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from functools import cache
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -16,20 +18,22 @@ MAX_REQUESTS = 100_000
 #: Seconds until a batch that has not ended expires, and until its results are archived, both from creation.
 EXPIRES_AFTER_SECONDS = 24 * 3600
 ARCHIVED_AFTER_SECONDS = 29 * 24 * 3600
+_CLOCK = re.compile(r"polls:(?P<polls>\d+)|seconds:(?P<least>\d+(\.\d+)?)(-(?P<most>\d+(\.\d+)?))?")
 
 
 class SimulatorSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Every knob of the simulator. Outcome and token settings hold for requests accepted after they are set.
 
     ``clock``: when a batch ends. ``"instant"``: with its creation. ``"polls:N"``: after N looks (retrieve, or a list page that shows
-    it) have answered ``in_progress``. ``"seconds:S"``: S seconds after creation. ``"manual"``: by a control call only. In every mode a
-    batch that is 24 hours old on the simulator's clock expires, and one that is 29 days old loses its results.
+    it) have answered ``in_progress``. ``"seconds:S"``: S seconds after creation; ``"seconds:S-T"``: after a time between the two, another
+    one for each batch. ``"manual"``: by a control call only. In every mode a batch that is 24 hours old on the simulator's clock expires,
+    and one that is 29 days old loses its results.
     """
 
     clock: str = "instant"
     #: seconds by which the server's clock is ahead of the machine's (negative: behind)
     skew_seconds: float = 0.0
-    #: decides the order of results, the rates below, and nothing else
+    #: decides the order of results, the rates below, how long each batch takes, which calls a fault with a chance strikes; no more
     seed: int = 0
     #: API key or bearer token → workspace; empty: every non-empty key belongs to workspace ``default``
     keys: dict[str, str] = {}
@@ -62,7 +66,7 @@ class SimulatorSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     cancel_looks: Count = 1
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a clock that is not one of the four forms and for rates whose sum is above 1."""
+        """Raises ValueError for a clock that is not one of the five forms and for rates whose sum is above 1."""
         clock_mode(self.clock)
         if self.errored + self.expired + self.canceled > 1:
             raise ValueError(f"errored + expired + canceled is {self.errored + self.expired + self.canceled}, above 1")
@@ -76,13 +80,23 @@ class SimulatorSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
             raise ValueError(str(error)) from error
 
 
-def clock_mode(clock: str) -> tuple[str, float]:
-    """Splits ``"polls:3"`` into ``("polls", 3.0)``; instant is ``("polls", 0.0)``. Raises ValueError for anything else."""
-    name, colon, amount = clock.partition(":")
+@cache
+def clock_mode(clock: str) -> tuple[str, float, float]:
+    """Splits ``"seconds:3-20"`` into ``("seconds", 3.0, 20.0)``, ``"polls:3"`` into ``("polls", 3.0, 3.0)``; instant is no polls.
+
+    Raises ValueError for anything else.
+    """
     if clock == "instant":
-        return "polls", 0.0
+        return "polls", 0.0, 0.0
     if clock == "manual":
-        return "manual", 0.0
-    if colon and ((name == "polls" and amount.isdecimal()) or (name == "seconds" and amount.replace(".", "", 1).isdecimal())):
-        return name, float(amount)
-    raise ValueError(f"clock {clock!r} is none of 'instant', 'polls:N', 'seconds:S', 'manual'")
+        return "manual", 0.0, 0.0
+    found = _CLOCK.fullmatch(clock)
+    if found is None:
+        raise ValueError(f"clock {clock!r} is none of 'instant', 'polls:N', 'seconds:S', 'seconds:S-T', 'manual'")
+    if found["polls"]:
+        return "polls", float(found["polls"]), float(found["polls"])
+    least = float(found["least"])
+    most = float(found["most"] or least)
+    if most < least:
+        raise ValueError(f"clock {clock!r}: {most:g} seconds are less than {least:g}")
+    return "seconds", least, most

@@ -8,14 +8,16 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from typing import Any
+from typing import Annotated, Any
+
+import msgspec
 
 from . import records as rec
 from . import validate
 from .errors import ApiError
 from .outcomes import Outcome, chance
 from .records import Intake, Record
-from .settings import ARCHIVED_AFTER_SECONDS, EXPIRES_AFTER_SECONDS, SimulatorSettings, clock_mode
+from .settings import ARCHIVED_AFTER_SECONDS, EXPIRES_AFTER_SECONDS, Count, SimulatorSettings, clock_mode
 
 _TTL_SECONDS = {"5m": 300, "1h": 3600}
 _BILL_LINE = (
@@ -27,6 +29,13 @@ _BILL_LINE = (
     "cache_read_tokens",
     "web_search_requests",
 )
+
+
+class Spell(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How long a batch is hidden: for ``calls`` where that is above 0, else for ``seconds``. By default not at all."""
+
+    seconds: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    calls: Count = 0
 
 
 @dataclass
@@ -45,6 +54,9 @@ class Batch:
     cancel_initiated_at: float | None = None
     ended_at: float | None = None
     archived_at: float | None = None
+    #: while hidden, it is missing from lists and its id is unknown
+    hidden_until: float = 0.0
+    hidden_calls: int = 0
     counts: list[int] = field(default_factory=lambda: [0] * len(Outcome))
 
     @property
@@ -102,8 +114,8 @@ class Store:
 
     # what clients call
 
-    def create(self, body: bytearray, workspace: str, *, beta: bool) -> Batch:
-        """Takes a create call's body. Raises ApiError (400), and then nothing was accepted."""
+    def create(self, body: bytearray, workspace: str, *, beta: bool, hidden: Spell = Spell()) -> Batch:  # noqa: B008 - immutable
+        """Takes a create call's body; the batch begins ``hidden``. Raises ApiError (400), and then nothing was accepted."""
         settings = self.settings
         raws = validate.batch_body(body, settings)
         intake = self._intake(settings, workspace)
@@ -119,6 +131,7 @@ class Store:
             now = self.now()
             id_ = "msgbatch_" + secrets.token_hex(12)
             batch = Batch(id_, workspace, len(self._numbers), records, now, len(records), records[0].custom_id)
+            self._hide(batch, hidden)
             self._batches[batch.id] = batch
             self._numbers[batch.id] = batch.number
             self._accepted_requests += batch.size
@@ -172,7 +185,8 @@ class Store:
             for name, cursor in (("after_id", after_id), ("before_id", before_id)):
                 if cursor and cursor not in self._numbers:
                     raise ApiError(400, f"{name}: {cursor} is not a known batch")
-            newest_first = [batch for batch in reversed(self._batches.values()) if batch.workspace == workspace]
+            of_caller = (batch for batch in reversed(self._batches.values()) if batch.workspace == workspace)
+            newest_first = [batch for batch in of_caller if not self._is_hidden(batch)]
             if before_id:
                 found = [batch for batch in newest_first if batch.number > self._numbers[before_id]]
                 page = found[-limit:]
@@ -228,6 +242,26 @@ class Store:
                 self._archive(batch, self.now())
             return replace(batch)
 
+    def hide(self, batch_id: str, spell: Spell) -> Batch:
+        """Makes a batch invisible from now on. Raises ApiError (404) for an unknown id."""
+        with self._lock:
+            if batch_id not in self._batches:
+                raise ApiError(404, f"no batch {batch_id}")
+            batch = self._batches[batch_id]
+            self._hide(batch, spell)
+            return replace(batch)
+
+    def _hide(self, batch: Batch, spell: Spell) -> None:
+        batch.hidden_calls = spell.calls
+        batch.hidden_until = 0.0 if spell.calls else self.now() + spell.seconds
+
+    def _is_hidden(self, batch: Batch) -> bool:
+        """Whether a call that asks for the batch does not find it now. Counts the call."""
+        if batch.hidden_calls:
+            batch.hidden_calls -= 1
+            return True
+        return self.now() < batch.hidden_until
+
     def advance(self, seconds: float) -> float:
         """Moves the simulator's clock forward and gives its new time."""
         with self._lock:
@@ -269,8 +303,8 @@ class Store:
 
     def _find(self, batch_id: str, workspace: str) -> Batch:
         batch = self._batches.get(batch_id)
-        if batch is None or batch.workspace != workspace:
-            raise ApiError(404, f"Batch {batch_id} not found")
+        if batch is None or batch.workspace != workspace or self._is_hidden(batch):
+            raise ApiError(404, f"Message Batch {batch_id} not found.")
         self._refresh(batch, look=False)
         return batch
 
@@ -283,7 +317,8 @@ class Store:
         """Brings a batch up to the clock. A look counts only when it is answered with a batch that has not ended."""
         now = self.now()
         if batch.ended_at is None:
-            mode, amount = clock_mode(self.settings.clock)
+            mode, least, most = clock_mode(self.settings.clock)
+            amount = least if most == least else least + (most - least) * chance(self.settings.seed, "life", str(batch.number))
             if now >= batch.created_at + EXPIRES_AFTER_SECONDS:
                 self._end(batch, batch.created_at + EXPIRES_AFTER_SECONDS, Outcome.EXPIRED)
             elif batch.cancel_initiated_at is not None:

@@ -13,7 +13,7 @@ import anthropic
 import pytest
 from anthropic.types.messages import MessageBatch
 
-from airflow_provider_batchkit.simulator import Simulator, answer_for
+from airflow_provider_batchkit.simulator import Simulator, SimulatorProcess, answer_for
 from airflow_provider_batchkit.simulator.settings import SimulatorSettings
 from airflow_provider_batchkit.simulator.store import Store
 
@@ -23,7 +23,7 @@ HTTP = anthropic.DefaultHttpxClient()
 HEADERS = {"x-api-key": "k", "anthropic-version": "2023-06-01"}
 
 
-def client_of(simulator: Simulator, key: str = "k") -> anthropic.Anthropic:
+def client_of(simulator: Simulator | SimulatorProcess, key: str = "k") -> anthropic.Anthropic:
     """The SDK as strict as it gets: every answer is validated, nothing is retried."""
     return anthropic.Anthropic(base_url=simulator.base_url, api_key=key, max_retries=0, http_client=HTTP, _strict_response_validation=True)
 
@@ -159,7 +159,7 @@ def test_only_an_ended_batch_is_deleted_and_then_gone(simulator: Simulator, clie
     assert client.messages.batches.delete(batch.id).id == batch.id
     with pytest.raises(anthropic.NotFoundError) as caught:
         client.messages.batches.retrieve(batch.id)
-    assert error_of(caught) == (404, "not_found_error", f"Batch {batch.id} not found")
+    assert error_of(caught) == (404, "not_found_error", f"Message Batch {batch.id} not found.")
     with pytest.raises(anthropic.NotFoundError):
         client.messages.batches.delete(batch.id)
     assert client.messages.batches.list().data == []
@@ -211,6 +211,19 @@ def test_a_batch_expires_after_24_hours(simulator: Simulator, client: anthropic.
     assert client.messages.batches.retrieve(batch.id).request_counts.expired == 2
     assert {line.result.type for line in client.messages.batches.results(batch.id)} == {"expired"}
     assert simulator.stats()["bill"] == {}
+
+
+def test_clock_seconds_can_be_a_span() -> None:
+    """seconds:S-T ends each batch after a time of its own between the two; the seed decides it."""
+    lives = []
+    for _ in range(2):
+        with Simulator(clock="seconds:100-200", seed=3) as simulator:
+            ids = [create(client_of(simulator), "x").id for _ in range(12)]
+            simulator.advance(201)
+            batches = [client_of(simulator).messages.batches.retrieve(batch_id) for batch_id in ids]
+            lives.append([(batch.ended_at - batch.created_at).total_seconds() for batch in batches if batch.ended_at is not None])
+    assert [round(s, 3) for s in lives[0]] == [round(s, 3) for s in lives[1]]
+    assert len(set(lives[0])) == 12 and all(100 <= life <= 200 for life in lives[0])
 
 
 def test_the_clock_can_be_skewed() -> None:

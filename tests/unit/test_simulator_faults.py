@@ -150,6 +150,102 @@ def test_a_late_answer_outlasts_the_client_but_the_batch_is_there() -> None:
         assert time.monotonic() - started < 1.4
 
 
+def test_a_late_list_shows_what_was_there_when_the_call_began() -> None:
+    """A batch that is created while the answer is under way is not in it, and one that ends meanwhile is still running in it."""
+    with Simulator(clock="manual") as simulator:
+        client = client_of(simulator)
+        early = create(client, "x")
+        simulator.faults.add("late", endpoint="list", seconds=0.6)
+        answers: list[Any] = []
+        looker = threading.Thread(target=lambda: answers.append(client_of(simulator).messages.batches.list().data))
+        looker.start()
+        time.sleep(0.2)
+        late = create(client, "y")
+        simulator.end(early.id)
+        assert answers == []
+        looker.join(10)
+        assert [(batch.id, batch.processing_status) for batch in answers[0]] == [(early.id, "in_progress")]
+        assert {batch.id for batch in client.messages.batches.list()} == {early.id, late.id}
+
+
+def test_a_late_acceptance_outlives_a_client_that_has_gone_away() -> None:
+    """There is no batch when the client gives up, and a moment later there is one."""
+    with Simulator() as simulator:
+        simulator.faults.add("late_accept", seconds=0.8)
+        with pytest.raises(anthropic.APITimeoutError):
+            client_of(simulator).with_options(timeout=0.2).messages.batches.create(requests=[request("a")])
+        assert simulator.stats()["batches_accepted"] == 0
+        deadline = time.monotonic() + 10
+        while not simulator.stats()["batches_accepted"] and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert simulator.stats()["batches_accepted"] == 1
+
+
+def seen(simulator: Simulator | SimulatorProcess, batch_id: str) -> tuple[bool, int, int]:
+    """Whether the list has a batch, and the statuses of its retrieve and of its results."""
+    path = f"{simulator.base_url}/v1/messages/batches"
+    listed = batch_id in {batch["id"] for batch in HTTP.get(path, headers=HEADERS).json()["data"]}
+    retrieved = HTTP.get(f"{path}/{batch_id}", headers=HEADERS)
+    if retrieved.status_code == 404:
+        assert retrieved.json()["error"]["message"] == f"Message Batch {batch_id} not found."
+    return listed, retrieved.status_code, HTTP.get(f"{path}/{batch_id}/results", headers=HEADERS).status_code
+
+
+def test_a_hidden_batch_is_accepted_and_not_found_for_a_while() -> None:
+    """From its creation on it is missing from the list and answers 404; the answer of its create call has its id, and it ends in time."""
+    with Simulator() as simulator:
+        client = client_of(simulator)
+        visible = create(client, "x").id
+        simulator.faults.add("hide", seconds=30)
+        hidden = create(client, "y").id
+        assert (seen(simulator, hidden), seen(simulator, visible)) == ((False, 404, 404), (True, 200, 200))
+        assert simulator.stats()["batches_accepted"] == 2
+        simulator.advance(31)
+        assert seen(simulator, hidden) == (True, 200, 200)
+        assert seen(simulator, create(client, "z").id) == (True, 200, 200)
+
+
+def test_a_batch_can_be_hidden_for_a_number_of_calls() -> None:
+    """List, retrieve and results each count once; the fourth call finds it."""
+    with Simulator() as simulator:
+        simulator.faults.add("hide", calls=4)
+        batch = create(client_of(simulator), "x").id
+        assert seen(simulator, batch) == (False, 404, 404)
+        assert seen(simulator, batch) == (False, 200, 200)
+
+
+def test_a_batch_can_be_hidden_at_any_later_moment() -> None:
+    """By the object and by the control endpoint of a process; an unknown id and an unknown field are refused."""
+    with Simulator() as simulator, SimulatorProcess() as process:
+        for target in (simulator, process):
+            batch = create(client_of(target), "x").id
+            assert seen(target, batch) == (True, 200, 200)
+            target.hide(batch, seconds=30)
+            assert seen(target, batch) == (False, 404, 404)
+            target.advance(31)
+            assert seen(target, batch) == (True, 200, 200)
+            target.hide(batch, calls=1)
+            assert seen(target, batch) == (False, 200, 200)
+        assert HTTP.post(f"{simulator.base_url}/_sim/batches/none/hide", json={"seconds": 1}).status_code == 404
+        assert HTTP.post(f"{simulator.base_url}/_sim/batches/{batch}/hide", json={"days": 1}).status_code == 400
+
+
+def test_a_fault_with_a_chance_strikes_that_share_of_its_calls() -> None:
+    """The seed decides which; calls that it lets through do not use up its times."""
+    struck = []
+    for seed in (1, 1, 2):
+        with Simulator(seed=seed, clock="manual") as simulator:
+            simulator.faults.add("hide", chance=0.5, times=None, seconds=30)
+            ids = [create(client_of(simulator), "x").id for _ in range(40)]
+            listed = {
+                batch["id"] for batch in HTTP.get(f"{simulator.base_url}/v1/messages/batches?limit=40", headers=HEADERS).json()["data"]
+            }
+            struck.append([batch not in listed for batch in ids])
+            assert simulator.stats()["faults"][0]["struck"] == sum(struck[-1])
+    assert struck[0] == struck[1] != struck[2]
+    assert 8 <= sum(struck[0]) <= 32
+
+
 def test_faults_in_a_results_stream_change_the_lines_that_they_name() -> None:
     """Garbage and a stranger come before their line, a duplicate is sent twice, a missing line is not sent; the rest is as it was."""
     with Simulator() as simulator:
@@ -213,7 +309,14 @@ def test_a_trickle_takes_its_time_per_line_and_ends_with_the_simulator() -> None
 
 
 @pytest.mark.parametrize(
-    "fields", [{"kind": "boom"}, {"kind": "late", "second": 1}, {"kind": "status", "status": 200}, {"kind": "late", "times": 0}]
+    "fields",
+    [
+        {"kind": "boom"},
+        {"kind": "late", "second": 1},
+        {"kind": "status", "status": 200},
+        {"kind": "late", "times": 0},
+        {"kind": "hide", "calls": 0},
+    ],
 )
 def test_a_fault_that_makes_no_sense_is_refused(fields: dict[str, Any]) -> None:
     """By the object and by the control endpoint."""

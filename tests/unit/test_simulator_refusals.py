@@ -158,8 +158,8 @@ def test_a_batch_has_at_most_its_maximum_of_requests() -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"clock": "polls"}, {"clock": "seconds:x"}, {"clock": "soon"}, {"errored": 1.5}, {"errored": 0.6, "expired": 0.6},
-        {"max_requests": 100_001}, {"unknown": 1}, {"params_checks": "never"},
+        {"clock": "polls"}, {"clock": "seconds:x"}, {"clock": "seconds:9-3"}, {"clock": "soon"}, {"errored": 1.5},
+        {"errored": 0.6, "expired": 0.6}, {"max_requests": 100_001}, {"unknown": 1}, {"params_checks": "never"},
     ],
 )  # fmt: skip
 def test_settings_that_make_no_sense_are_refused(changes: dict[str, Any]) -> None:
