@@ -41,6 +41,8 @@ from airflow_provider_batchkit.tally import TallyBuilder
 if TYPE_CHECKING:
     import anthropic
 
+    from airflow_provider_batchkit.cancel import Cancellation
+
 log = logging.getLogger(__name__)
 
 #: the API processes a batch within 24 hours or expires the rest (its documentation); an hour more for clocks and queues
@@ -181,6 +183,16 @@ class BatchKit(BatchApi):
             state.failed(str(e), fatal=True)
         except anthropic.APIError as e:
             state.failed(**poll_failure(e))
+
+    def cancel_all(self, batch_ids: str | Iterable[str]) -> list[Cancellation]:
+        """Cancel batches, several at a time, and say what became of each, in the order given. Takes 25 seconds at most.
+
+        Each batch is canceled by itself, and nothing is raised for one that cannot be: a batch that had ended already is a line in the
+        log, any other failure a warning with its reason. Answers that a batch has by then stay answered and billed.
+        """
+        from airflow_provider_batchkit.cancel import cancel_batches
+
+        return cancel_batches(self.client, [batch_ids] if isinstance(batch_ids, str) else batch_ids)
 
     def read_items(
         self, batch_id: str, reconciler: Reconciler, expected: int, *, sleep: Callable[[float], None] = time.sleep

@@ -91,7 +91,8 @@ def test_the_kit_composes_stages_and_the_calls_of_the_api_alone() -> None:
     """``BatchKit`` works without a ledger, without a table to land in, and without Airflow."""
     assert violations(modules_in({"api"}), FOUNDATION | STAGES) == []
     assert violations(modules_in({"estimate", "tally"}), FOUNDATION | STAGES) == []
-    assert violations(modules_in({"kit"}), FOUNDATION | STAGES | {"api", "estimate", "scratch", "tally"}) == []
+    assert violations(modules_in({"cancel"}), FOUNDATION | STAGES | {"api"}) == []
+    assert violations(modules_in({"kit"}), FOUNDATION | STAGES | {"api", "cancel", "estimate", "scratch", "tally"}) == []
 
 
 def test_ledger_and_landing_know_neither_the_kit_nor_the_package_as_a_whole() -> None:
