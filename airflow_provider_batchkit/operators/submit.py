@@ -404,15 +404,10 @@ class SubmitBatchOperator(BatchLineage, BaseOperator):
             yield from read_sql(engine, sql, self.parameters)
 
     def on_kill(self) -> None:
-        from airflow_provider_batchkit.ledger import BatchState, Ledger
+        if self.cancel_on_kill and self._job_id is not None:
+            from airflow_provider_batchkit.operators.kill import cancel_batches_of, running_batches
 
-        if not self.cancel_on_kill or self._job_id is None:
-            return
-        with sql_engine(self.sql_conn_id) as engine:
-            batches = Ledger(engine).batches(self._job_id)
-        for batch_id in (b.batch_id for b in batches if b.batch_id and b.state is BatchState.SUBMITTED):
-            self.log.info("The task was killed and cancel_on_kill is set: canceling %s", batch_id)
-            self.hook.kit.cancel(batch_id)
+            cancel_batches_of(self.hook, running_batches(self.sql_conn_id, self._job_id))
 
     def _nothing_to_ask(self, report: SubmitReport) -> list[str]:
         if report.unchanged:

@@ -16,6 +16,7 @@ from airflow.providers.common.compat.sdk import (
     PokeReturnValue,
 )
 
+from airflow_provider_batchkit.exceptions import BatchInputError
 from airflow_provider_batchkit.hooks.batchkit import BatchKitHook
 from airflow_provider_batchkit.links import ConsoleLink, push_console_link
 from airflow_provider_batchkit.operators.tasks import as_batch_ids, batchkit_errors
@@ -120,10 +121,23 @@ class BatchSensor(BaseSensorOperator):
         return known["counts"]
 
     def on_kill(self) -> None:
-        if self.cancel_on_kill:
-            for batch_id in as_batch_ids(self.batch_id):
-                self.log.info("The task was killed and cancel_on_kill is set: canceling %s", batch_id)
-                self.hook.kit.cancel(batch_id)
+        batch_ids = self._known_ids() if self.cancel_on_kill else []
+        if batch_ids:
+            from airflow_provider_batchkit.operators.kill import cancel_batches_of
+
+            cancel_batches_of(self.hook, lambda: batch_ids)
+
+    def _known_ids(self) -> list[str]:
+        """The batches, without a call; none before the templates are rendered, or where the task before has pushed nothing."""
+        if "_state" in self.__dict__:
+            return list(self._state.batch_ids)
+        if not isinstance(self.batch_id, str | list | tuple):  # a task's output that was not read yet
+            return []
+        try:
+            batch_ids = as_batch_ids(self.batch_id)
+        except BatchInputError:
+            return []
+        return [] if any("{" in batch_id for batch_id in batch_ids) else batch_ids
 
 
 def _result(state: PollState) -> dict[str, int]:

@@ -91,10 +91,24 @@ class BatchTrigger(BaseTrigger):
         if not self.cancel_on_kill:
             self.log.info("The task was killed; its batches %s go on (cancel_on_kill is off)", ", ".join(self.batch_ids))
             return
-        async with cast("AsyncAnthropic", await BatchKitHook(self.anthropic_conn_id).get_async_conn()) as client:
-            for batch_id in self.batch_ids:
-                await client.messages.batches.cancel(batch_id)
-                self.log.info("The task was killed and cancel_on_kill is set: canceled %s", batch_id)
+        if not self.batch_ids:
+            return
+        from airflow_provider_batchkit.cancel import cancel_batches_async
+
+        try:
+            client = cast("AsyncAnthropic", await BatchKitHook(self.anthropic_conn_id).get_async_conn())
+        except Exception as e:  # noqa: BLE001 - whatever it is, nothing can be canceled, and Airflow's own line would not name the batches
+            self.log.warning(
+                "The task was killed and cancel_on_kill is set, but the batches %s could not be canceled: the connection %r cannot be "
+                "used (%s). They run on and are billed.",
+                ", ".join(self.batch_ids),
+                self.anthropic_conn_id,
+                str(e) or repr(e),
+            )
+            return
+        self.log.info("The task was killed and cancel_on_kill is set: its batches are canceled")
+        async with client:
+            await cancel_batches_async(client, self.batch_ids)
 
     def _event(self, status: str, **values: Any) -> TriggerEvent:
         return TriggerEvent({"status": status, "batch_ids": self.batch_ids, **values})
