@@ -31,7 +31,7 @@ class Wait:
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """Every batch has ended."""
+    """Every batch has ended, or one of them where the wait is for the first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,7 @@ def backoff(interval: float, failures: int, retry_after: float = 0.0) -> float:
 
 @dataclass(slots=True)
 class PollState:
-    """Watches batches until the last has ended.
+    """Watches batches until the last has ended, or the first.
 
     Tell it what was seen (:meth:`saw`) or that looking failed (:meth:`failed`), then ask :meth:`decide` what to do. Times are seconds on
     any clock that the caller uses throughout; ``deadline`` is on the same clock.
@@ -82,6 +82,8 @@ class PollState:
     #: intervals follow the age of the youngest open batch instead (:func:`interval_at_age`); ``now`` is then seconds since the epoch
     by_age: bool = False
     deadline: float | None = None
+    #: the wait is over as soon as one of the batches has ended; set when the state is made, and never changed
+    first: bool = False
     seen: dict[str, BatchSnapshot] = field(default_factory=dict)
     _failures: int = 0
     _last_error: str = ""
@@ -90,8 +92,9 @@ class PollState:
     _looks: int = 0
 
     def open_ids(self) -> list[str]:
-        """Batches that have not been seen ended, in the order given."""
-        return [b for b in self.batch_ids if (s := self.seen.get(b)) is None or s.processing_status != ENDED]
+        """Batches to look at, in the order given: those not seen ended. None once the wait for the first is over."""
+        not_ended = [b for b in self.batch_ids if (s := self.seen.get(b)) is None or s.processing_status != ENDED]
+        return [] if self.first and len(not_ended) < len(self.batch_ids) else not_ended
 
     def saw(self, snapshots: Iterable[BatchSnapshot]) -> None:
         """Note a successful look.

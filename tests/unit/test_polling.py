@@ -33,6 +33,35 @@ def test_no_batches_have_ended_at_once() -> None:
     assert PollState([], interval=10).decide(0) == Ended()
 
 
+def test_a_wait_for_the_first_is_over_with_any_one_of_them() -> None:
+    """Then no batch is to be looked at any more, also those that still run."""
+    state = PollState(["a", "b", "c"], interval=10, first=True, deadline=100)
+    state.saw([seen("a", "in_progress"), seen("b", "canceling"), seen("c", "in_progress")])
+    assert state.open_ids() == ["a", "b", "c"]
+    assert state.decide(0) == Wait(10)
+    assert state.decide(100) == TimedOut(("a", "b", "c"))
+    state.saw([seen("b", "ended", canceled=2)])
+    assert state.open_ids() == []
+    assert state.decide(100) == Ended()
+    assert state.counts() == BatchCounts(canceled=2)
+
+
+def test_a_wait_for_the_first_is_over_although_the_others_cannot_be_seen() -> None:
+    """A batch that has ended counts more than one that is gone; without one, what is gone ends the wait as ever."""
+    states = [PollState(["a", "b"], interval=10, first=True) for _ in range(2)]
+    states[0].note([seen("a", "ended")])
+    for state in states:
+        state.failed("404 b", fatal=True)
+    assert [state.decide(0) for state in states] == [Ended(), GaveUp("404 b")]
+
+
+def test_an_end_of_another_batch_is_not_the_first() -> None:
+    """Only the batches of the wait count."""
+    state = PollState(["a"], interval=10, first=True)
+    state.note([seen("x", "ended")])
+    assert state.open_ids() == ["a"]
+
+
 def test_intervals_grow_to_their_bound() -> None:
     """Young batches are looked at sooner, old ones later."""
     state = PollState(["a"], interval=10, max_interval=30, factor=2)

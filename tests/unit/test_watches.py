@@ -189,3 +189,37 @@ def test_who_has_left_is_watched_no_more() -> None:
     watches.leave(second)
     assert not watches.watched("a") and not watches.watched("b")
     assert watches.next_due() == float("inf")
+
+
+def test_a_wait_for_the_first_ends_with_one_and_leaves_the_others_to_whoever_watches_them() -> None:
+    """Its running batches are forgotten when it leaves, but not for another trigger that waits for them."""
+    watches = watching(PollState(["a", "b", "c"], interval=10, first=True))
+    other = watches.join(PollState(["b"], interval=10), due=0.0, now=NOW, clock=0.0)
+    (first,) = (watch for watch in watches.due(0) if watch is not other)
+    look = a_look(shown("a", "ended"), shown("b"), shown("c"))
+    told = {id(watch): watches.tell(watch, look, now=NOW, clock=0) for watch in watches.concerned(watches.due(0), look)}
+    assert told == {id(first): Ended(), id(other): Wait(10)}
+    watches.leave(first)
+    assert [watches.watched(batch_id) for batch_id in "abc"] == [False, True, False]
+    assert watches.unchanged("b", "in_progress") is not None and watches.unchanged("c", "in_progress") is None
+    assert list(watches.wanted(watches.due(10))) == ["b"]
+
+
+def test_a_wait_for_the_first_waits_on_while_none_has_ended() -> None:
+    """All of its batches are looked at again, whether they were shown or not."""
+    watches = watching(PollState(["a", "b"], interval=10, first=True))
+    (watch,) = watches.due(0)
+    assert watches.tell(watch, a_look(shown("a"), b=Failure("500")), now=NOW, clock=0) == Wait(10)
+    assert list(watches.wanted([watch])) == ["a", "b"]
+
+
+def test_a_wait_for_the_first_ends_by_a_look_that_failed_for_the_others() -> None:
+    """What was shown counts, also by the way of a look that was made for somebody else."""
+    watches = watching(PollState(["a", "b"], interval=10, first=True))
+    (watch,) = watches.due(0)
+    assert watches.tell(watch, a_look(shown("a", "ended"), b=Failure("404", fatal=True)), now=NOW, clock=0) == Ended()
+    by_the_way = watches.join(PollState(["c", "d"], interval=10, first=True), due=9.0, now=NOW, clock=0.0)
+    assert watches.tell(by_the_way, a_look(shown("d", "ended")), now=NOW, clock=0) == Ended()
+    for told in (watch, by_the_way):
+        watches.leave(told)
+    assert not any(watches.watched(batch_id) for batch_id in "abcd")
