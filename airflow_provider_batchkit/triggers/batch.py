@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any, cast
 
@@ -15,17 +17,21 @@ from airflow_provider_batchkit.triggers.poller import ended
 if TYPE_CHECKING:
     from anthropic import AsyncAnthropic
 
+#: seconds between two looks at the clock by a trigger that waits for it alone
+_CLOCK_S = 60.0
+
 
 class BatchTrigger(BaseTrigger):
     """Fires once every batch has ended, the deadline has passed, or looking keeps failing.
 
-    :param batch_ids: the batches
+    :param batch_ids: the batches. Without any, a trigger that has a deadline waits for the deadline alone, without a call to the API
     :param anthropic_conn_id: connection of type ``anthropic``
     :param poke_interval: the shortest time between two looks that are made for these batches, in seconds; the first comes at once. Old
         batches are looked at less often: every twentieth of their age, and at least every 4 intervals (:func:`.interval_at_age`). A look
         that is made for another trigger of the connection and shows these batches counts for them too
     :param deadline: seconds since the epoch; wall-clock, since a trigger may resume in another process
     :param cancel_on_kill: cancel the batches when a user kills or clears the deferred task (Airflow 3.3 and later)
+    :param first: fire as soon as one of the batches has ended. The event names all of them; ``counts`` are of those that have ended
     """
 
     def __init__(
@@ -36,6 +42,7 @@ class BatchTrigger(BaseTrigger):
         poke_interval: float,
         deadline: float | None = None,
         cancel_on_kill: bool = False,
+        first: bool = False,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # Airflow's own, without annotations
         self.batch_ids = batch_ids
@@ -43,6 +50,7 @@ class BatchTrigger(BaseTrigger):
         self.poke_interval = poke_interval
         self.deadline = deadline
         self.cancel_on_kill = cancel_on_kill
+        self.first = first
 
     def serialize(self) -> tuple[str, dict[str, Any]]:
         return (
@@ -53,11 +61,16 @@ class BatchTrigger(BaseTrigger):
                 "poke_interval": self.poke_interval,
                 "deadline": self.deadline,
                 "cancel_on_kill": self.cancel_on_kill,
+                "first": self.first,
             },
         )
 
     async def run(self) -> AsyncIterator[TriggerEvent]:
-        state = PollState(self.batch_ids, interval=self.poke_interval, by_age=True, deadline=self.deadline)
+        if not self.batch_ids and self.deadline is not None:
+            await _until(self.deadline)
+            yield self._event("timeout", message="The time that the task waited for has come. It waited for no batch.")
+            return
+        state = PollState(self.batch_ids, interval=self.poke_interval, by_age=True, deadline=self.deadline, first=self.first)
         try:
             decision = await ended(self.anthropic_conn_id, state)
         except PollError as e:
@@ -88,10 +101,10 @@ class BatchTrigger(BaseTrigger):
 
     async def on_kill(self) -> None:
         """A user killed or cleared the deferred task: cancel only where that was asked for."""
+        if not self.batch_ids:
+            return
         if not self.cancel_on_kill:
             self.log.info("The task was killed; its batches %s go on (cancel_on_kill is off)", ", ".join(self.batch_ids))
-            return
-        if not self.batch_ids:
             return
         from airflow_provider_batchkit.cancel import cancel_batches_async
 
@@ -112,3 +125,9 @@ class BatchTrigger(BaseTrigger):
 
     def _event(self, status: str, **values: Any) -> TriggerEvent:
         return TriggerEvent({"status": status, "batch_ids": self.batch_ids, **values})
+
+
+async def _until(deadline: float) -> None:
+    """Sleep until ``deadline``, in seconds since the epoch. The clock is read every minute, since it may be set meanwhile."""
+    while (left := deadline - time.time()) > 0:  # noqa: ASYNC110 - time is what it waits for
+        await asyncio.sleep(min(left, _CLOCK_S))

@@ -47,7 +47,11 @@ def create(sim: Simulator, count: int, key: str = "k") -> list[str]:
 
 
 async def wait_for(
-    *batch_ids: str, conn_id: str = "anthropic_default", poke_s: float = POKE_S, deadline_s: float | None = None
+    *batch_ids: str,
+    conn_id: str = "anthropic_default",
+    poke_s: float = POKE_S,
+    deadline_s: float | None = None,
+    first: bool = False,
 ) -> dict[str, Any]:
     """The event of a trigger, as Airflow gets it."""
     trigger = BatchTrigger(
@@ -55,6 +59,7 @@ async def wait_for(
         anthropic_conn_id=conn_id,
         poke_interval=poke_s,
         deadline=None if deadline_s is None else time.time() + deadline_s,
+        first=first,
     )
     async with contextlib.aclosing(cast("AsyncGenerator[TriggerEvent, None]", trigger.run())) as events:
         payload: dict[str, Any] = (await anext(events)).payload
@@ -446,6 +451,78 @@ def test_many_batches_of_one_trigger_end_together(sim: Simulator) -> None:
         assert (await task)["counts"] == {"succeeded": 7, "errored": 0, "canceled": 0, "expired": 0}
 
     run(work)
+
+
+@pytest.mark.parametrize("count", [2, 7], ids=["retrieved", "listed"])
+def test_a_trigger_that_waits_for_the_first_fires_while_the_others_run(sim: Simulator, count: int) -> None:
+    """One event, which names all batches; a trigger that waits for all of the same batches waits on."""
+    ids = create(sim, count)
+
+    async def work() -> None:
+        one, both = asyncio.create_task(wait_for(*ids, first=True)), asyncio.create_task(wait_for(*ids))
+        await until(lambda: calls(sim, "list") + calls(sim, "retrieve") >= 1)
+        assert not one.done()
+        sim.end(ids[1])
+        event = await one
+        assert (event["status"], event["batch_ids"]) == ("ended", ids)
+        assert event["counts"] == {"succeeded": 1, "errored": 0, "canceled": 0, "expired": 0}
+        assert not both.done()
+        assert (await wait_for(*ids, first=True))["status"] == "ended", "one that has ended before counts at the first look"
+        for batch_id in ids:
+            sim.end(batch_id)
+        assert (await both)["counts"]["succeeded"] == count
+
+    run(work)
+
+
+def test_a_trigger_that_waits_for_the_first_times_out_with_all_that_run(sim: Simulator) -> None:
+    """None has ended by the deadline."""
+    ids = create(sim, 2)
+    event = run(lambda: wait_for(*ids, first=True, deadline_s=0.5))
+    assert event["status"] == "timeout" and all(batch_id in event["message"] for batch_id in ids)
+
+
+def test_a_trigger_without_batches_waits_until_its_deadline(sim: Simulator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It needs neither a poller nor a client, nor a connection that works."""
+    monkeypatch.delenv("AIRFLOW_CONN_ANTHROPIC_DEFAULT")
+
+    async def work() -> None:
+        began = time.monotonic()
+        task = asyncio.create_task(wait_for(deadline_s=0.6))
+        await asyncio.sleep(0.3)
+        assert not task.done() and poller._pollers == {}
+        event = await task
+        assert (event["status"], event["batch_ids"]) == ("timeout", []) and event["message"]
+        assert 0.5 < time.monotonic() - began < 5
+        assert (await wait_for(deadline_s=-5))["status"] == "timeout", "a trigger that is resumed late"
+        assert (await wait_for())["status"] == "ended", "without a deadline there is nothing to wait for"
+
+    run(work)
+    assert sim.stats()["calls"] == {}
+
+
+def test_a_trigger_without_batches_can_be_canceled(sim: Simulator) -> None:
+    """Its wait is a sleep, which ends at once."""
+
+    async def work() -> None:
+        task = asyncio.create_task(wait_for(deadline_s=3600))
+        await asyncio.sleep(0.05)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    run(work)
+
+
+def test_a_trigger_is_what_its_serialized_form_says_also_an_old_one() -> None:
+    """A triggerer makes triggers of what is in the database, also of what an older version wrote."""
+    trigger = BatchTrigger(batch_ids=["b"], anthropic_conn_id="a", poke_interval=1, deadline=2.0, cancel_on_kill=True, first=True)
+    path, kwargs = trigger.serialize()
+    assert path == "airflow_provider_batchkit.triggers.batch.BatchTrigger"
+    again = BatchTrigger(**kwargs)
+    assert again.first and again.serialize() == (path, kwargs)
+    del kwargs["first"]
+    assert BatchTrigger(**kwargs).first is False
 
 
 def test_event_loops_do_not_share_a_poller_and_closed_ones_are_forgotten(sim: Simulator) -> None:
