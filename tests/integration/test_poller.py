@@ -463,7 +463,8 @@ def test_a_trigger_that_waits_for_the_first_fires_while_the_others_run(sim: Simu
         await until(lambda: calls(sim, "list") + calls(sim, "retrieve") >= 1)
         assert not one.done()
         sim.end(ids[1])
-        event = await one
+        async with asyncio.timeout(15):
+            event = await one
         assert (event["status"], event["batch_ids"]) == ("ended", ids)
         assert event["counts"] == {"succeeded": 1, "errored": 0, "canceled": 0, "expired": 0}
         assert not both.done()
