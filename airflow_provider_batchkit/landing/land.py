@@ -24,7 +24,7 @@ from airflow_provider_batchkit.landing.stage import AskedKeys, Stage, StageTable
 from airflow_provider_batchkit.landing.table import ResultTable, WriteDisposition
 from airflow_provider_batchkit.landing.write import TableWriter, prepare_connection, queue_for_table, settle_outcomes
 from airflow_provider_batchkit.ledger.account import note_landing
-from airflow_provider_batchkit.ledger.engine import prepare_engine
+from airflow_provider_batchkit.ledger.engine import begin_writing, prepare_engine
 from airflow_provider_batchkit.ledger.ledger import BatchRecord, Ledger
 from airflow_provider_batchkit.ledger.outputs import output_schema_of
 from airflow_provider_batchkit.ledger.states import BatchState
@@ -139,6 +139,7 @@ class _Landing:
         filled = [self._fill(connection, snapshot, record, together) for snapshot, record in batches]
         now, started = datetime.now(UTC), time.monotonic()
         writer = TableWriter(connection, self.table, self.disposition, include_failed=self.include_failed, landed_at=now)
+        begin_writing(connection)
         lock_jobs(connection, together)
         for batch in filled:
             if batch.record is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,7 +10,12 @@ from typing import Any
 from sqlalchemy import event
 from sqlalchemy.engine import Connection, Engine
 
+log = logging.getLogger(__name__)
+
+#: milliseconds that one attempt waits for a lock, and how many attempts a writer makes: an hour in all. SQLite's queue has no order, and
+#: a landing of a million rows holds the lock for a minute.
 _SQLITE_BUSY_MS = 120_000
+_SQLITE_ATTEMPTS = 30
 _BEGIN_OPTION = "batchkit_sqlite_begin"
 _PREPARED = "_batchkit_prepared"
 
@@ -28,7 +34,10 @@ def prepare_engine(engine: Engine) -> Engine:
         dbapi_connection.execute(f"PRAGMA busy_timeout = {_SQLITE_BUSY_MS}")
 
     def on_begin(connection: Connection) -> None:
-        connection.exec_driver_sql("BEGIN " + connection.get_execution_options().get(_BEGIN_OPTION, "DEFERRED"))
+        if connection.get_execution_options().get(_BEGIN_OPTION) == "IMMEDIATE":
+            _begin_immediate(connection)
+        else:
+            connection.exec_driver_sql("BEGIN DEFERRED")
 
     event.listen(engine, "connect", on_connect)
     event.listen(engine, "begin", on_begin)
@@ -44,3 +53,34 @@ def write_transaction(engine: Engine) -> Iterator[Connection]:
         connection = connection.execution_options(**{_BEGIN_OPTION: "IMMEDIATE"})
         with connection.begin():
             yield connection
+
+
+def begin_writing(connection: Connection) -> None:
+    """Take SQLite's write lock until the end of the transaction. Other databases lock rows, and nothing is done there.
+
+    SQLite does not let a transaction that has read wait for the write lock: it fails at once ("database is locked") while another
+    connection writes, since the two may wait for each other. So the transaction ends here, and another one begins with the lock.
+    The caller may have written to temporary tables only: they are kept, and they are all that is committed.
+    """
+    if connection.dialect.name == "sqlite":
+        connection.exec_driver_sql("COMMIT")
+        _begin_immediate(connection)
+
+
+def _begin_immediate(connection: Connection) -> None:
+    """Begin a transaction that holds the write lock, in several attempts: each of them is a wait of its own."""
+    driver: Any = connection.connection.dbapi_connection
+    dbapi: Any = connection.dialect.dbapi
+    for attempt in range(1, _SQLITE_ATTEMPTS):
+        try:
+            driver.execute("BEGIN IMMEDIATE")
+        except dbapi.OperationalError as e:
+            if "locked" not in str(e):
+                raise
+            log.info(
+                "Other connections write to %s; %s s have been waited for it", connection.engine.url, attempt * _SQLITE_BUSY_MS // 1000
+            )
+        else:
+            return
+    # the last attempt's error is SQLAlchemy's
+    connection.exec_driver_sql("BEGIN IMMEDIATE")
