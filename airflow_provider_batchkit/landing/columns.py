@@ -1,12 +1,13 @@
-"""Columns of an answer's properties: their SQL types, and whether a column of somebody else's making can hold them."""
+"""Types of columns: those of an answer's properties, and whether a column of an existing table can hold what a landing writes."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.dialects.postgresql import DOMAIN, JSONB
 from sqlalchemy.engine import Dialect
+from sqlalchemy.types import NullType
 
 from airflow_provider_batchkit.ledger.tables import UtcDateTime
 
@@ -20,7 +21,10 @@ ANSWER_TYPES: dict[str, Any] = {
     "date-time": UtcDateTime(),
     "json": sa.Text().with_variant(JSONB(), "postgresql"),
 }
-_FITTING: dict[str, tuple[type[Any], ...]] = {
+
+_Classes = tuple[type[Any], ...]
+
+_FITTING: dict[str, _Classes] = {
     "integer": (sa.Integer, sa.Numeric),
     "number": (sa.Float, sa.Numeric),
     "boolean": (sa.Boolean,),
@@ -30,12 +34,56 @@ _FITTING: dict[str, tuple[type[Any], ...]] = {
     "json": (sa.JSON, sa.String),
 }
 #: SQLite has no such types, and knows no more of a column that was made by CREATE TABLE AS
-_FITTING_SQLITE: dict[str, tuple[type[Any], ...]] = {
+_FITTING_SQLITE: dict[str, _Classes] = {
     "boolean": (sa.Integer, sa.Numeric),
     "date": (sa.String, sa.Numeric),
     "date-time": (sa.String, sa.Numeric),
 }
 _NEVER = (sa.SmallInteger, sa.Enum)
+
+#: A key's column also has to be compared with the key. PostgreSQL assigns a number to a text column and does not compare the two.
+_KEYS: dict[str, _Classes] = {
+    "boolean": (sa.Boolean,),
+    "integer": (sa.Integer, sa.Numeric),
+    "numeric": (sa.Numeric,),
+    "float": (sa.Float,),
+    "text": (sa.String,),
+    "timestamp": (sa.DateTime,),
+    "timestamptz": (sa.DateTime,),
+    "date": (sa.Date, sa.DateTime),
+    "uuid": (sa.Uuid,),
+}
+#: SQLite converts a value by the affinity of its column (SQLite documentation, "Datatypes In SQLite"): text that looks like a number
+#: becomes one in a column of INTEGER, REAL or NUMERIC affinity. A column that was made by CREATE TABLE AS is NUM for all but text.
+_KEYS_SQLITE: dict[str, _Classes] = {
+    "boolean": (sa.Boolean, sa.Integer, sa.Numeric),
+    "integer": (sa.Integer, sa.Numeric),
+    "numeric": (sa.String, sa.Numeric),
+    "float": (sa.Float, sa.Numeric),
+    "text": (sa.String, sa.Date, sa.DateTime, sa.Time),
+    "timestamp": (sa.DateTime, sa.String, sa.Numeric),
+    "timestamptz": (sa.DateTime, sa.String, sa.Numeric),
+    "date": (sa.Date, sa.String, sa.Numeric),
+    "uuid": (sa.String,),
+}
+#: what other databases have in place of a type that they lack
+_KEYS_ELSEWHERE: dict[str, _Classes] = {
+    "boolean": (sa.Integer, sa.Numeric),
+    "float": (sa.Numeric,),
+    "uuid": (sa.String, sa.LargeBinary),
+}
+
+#: digits after the point of ``cost_usd``: a cost is whole picodollars
+_COST_SCALE = 12
+_TIMES: _Classes = (sa.DateTime, sa.String)
+_NUMBERS: _Classes = (sa.Integer, sa.Numeric, sa.Float, sa.String)
+#: by result column; the other ones are text
+_RESULTS: dict[str, _Classes] = {
+    "input_tokens": _NUMBERS,
+    "output_tokens": _NUMBERS,
+    "cost_usd": (sa.Numeric, sa.Float, sa.String),
+    "landed_at": _TIMES,
+}
 
 
 def fits(kind: str, found: Any, dialect: Dialect) -> bool:
@@ -43,16 +91,85 @@ def fits(kind: str, found: Any, dialect: Dialect) -> bool:
 
     It may be narrower than ours (INTEGER, VARCHAR(200)): a value that is too large is then the database's own error, and nothing lands.
     """
-    if dialect.name == "sqlite" and isinstance(found, _FITTING_SQLITE.get(kind, ())):
+    if dialect.name == "sqlite" and _is(found, (*_FITTING_SQLITE.get(kind, ()), NullType)):
         return True
-    if isinstance(found, _NEVER) or not isinstance(found, _FITTING[kind]):
-        return False
-    if kind == "integer" and isinstance(found, sa.Float):
+    if isinstance(found, _NEVER) or not _is(found, _FITTING[kind]):
         return False
     if kind == "date-time" and dialect.name == "postgresql":
         # without a time zone it would be the session's local time
         return bool(found.timezone)
     return True
+
+
+def key_fits(type_name: str, found: Any, dialect: Dialect) -> bool:
+    """Whether an existing column holds keys of a type exactly, and can be compared with them.
+
+    It may be narrower than ours: see :func:`changes`.
+    """
+    if dialect.name == "sqlite":
+        # a column without a type, or BLOB, keeps what it gets
+        return _is(found, (*_KEYS_SQLITE[type_name], NullType, sa.LargeBinary)) and not isinstance(found, sa.Enum)
+    if dialect.name != "postgresql":
+        return _is(found, (*_KEYS[type_name], *_KEYS_ELSEWHERE.get(type_name, ()), NullType)) and not isinstance(found, sa.Enum)
+    base = _base(found)
+    if not _is(base, _KEYS[type_name]) or isinstance(base, sa.Enum):
+        return False
+    if type_name == "text":
+        # the types name and "char" are reflected as a bare String, and cut what is too long; a domain does not tell how long its CHAR is
+        return type(base) is not sa.String and not (isinstance(base, sa.CHAR) and base is not found)
+    if type_name == "float":
+        return not isinstance(base, sa.REAL)
+    if type_name == "integer":
+        return (getattr(base, "scale", None) or 0) >= 0
+    if isinstance(base, sa.DateTime):
+        # between the two the session's time zone decides
+        return bool(base.timezone) is (type_name == "timestamptz")
+    return True
+
+
+def result_fits(name: str, found: Any, dialect: Dialect) -> bool:
+    """Whether an existing column can hold a result column's values, all of them and unchanged where they count."""
+    if dialect.name == "sqlite":
+        return name in _RESULTS or _is(found, (sa.String, NullType, sa.LargeBinary))
+    base = _base(found)
+    if dialect.name != "postgresql":
+        return _is(base, (*_RESULTS.get(name, (sa.String,)), NullType))
+    if isinstance(base, sa.Enum) or type(base) is sa.String or not _is(base, _RESULTS.get(name, (sa.String,))):
+        return False
+    scale = getattr(base, "scale", None)
+    return name != "cost_usd" or isinstance(base, sa.Float) or scale is None or scale >= _COST_SCALE
+
+
+def changes(type_name: str, found: Any, column: sa.ColumnElement[Any], dialect: Dialect) -> sa.ColumnElement[bool] | None:
+    """Which keys a column that fits would store as others: too many digits, too long, or text that looks like a number.
+
+    :param found: the existing column's type
+    :param column: the keys
+    :return: a condition, true for these keys; None where there can be none. A key that is too large fails the condition's statement
+    """
+    if dialect.name == "sqlite":
+        if type_name == "numeric" and _is(found, (sa.Numeric,)):
+            # a number keeps 15 digits, and no zeros at the end; a staged decimal has at least two behind the point
+            text = sa.type_coerce(column, sa.Text())
+            shortest = sa.func.rtrim(sa.func.rtrim(text, "0"), ".")
+            return shortest != sa.cast(sa.cast(text, sa.Numeric()), sa.Text())
+        if type_name == "text" and _is(found, (sa.Date, sa.DateTime, sa.Time)):
+            # the comparison converts the text as storing does
+            return column == sa.cast(column, sa.Numeric())
+        return None
+    if dialect.name != "postgresql":
+        return None
+    if isinstance(found, sa.CHAR):
+        # shorter ones are filled up with spaces, and spaces at the end do not count in a comparison
+        return sa.or_(sa.func.char_length(column) != (found.length or 1), column != sa.func.rtrim(column))
+    narrow = (
+        isinstance(found, DOMAIN)
+        or (type_name == "integer" and not isinstance(found, sa.BigInteger))
+        or (type_name == "numeric" and found.scale is not None)
+        or (type_name == "text" and found.length is not None)
+        or (type_name in ("timestamp", "timestamptz") and getattr(found, "precision", None) is not None)
+    )
+    return column != sa.cast(column, found) if narrow else None
 
 
 def sql_type(type_: Any, dialect: Dialect) -> str:
@@ -61,3 +178,15 @@ def sql_type(type_: Any, dialect: Dialect) -> str:
         return str(type_.compile(dialect=dialect))
     except sa.exc.CompileError:
         return "of an unknown type"
+
+
+def _base(found: Any) -> Any:
+    """The type that a domain restricts."""
+    while isinstance(found, DOMAIN):
+        found = found.data_type
+    return found
+
+
+def _is(found: Any, classes: _Classes) -> bool:
+    # SQLAlchemy 2.0 has Float as a kind of Numeric
+    return isinstance(found, classes) and (sa.Float in classes or not isinstance(found, sa.Float))

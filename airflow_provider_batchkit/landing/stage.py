@@ -18,7 +18,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from airflow_provider_batchkit.blocks import ResultBlock
-from airflow_provider_batchkit.landing.table import ResultTable
+from airflow_provider_batchkit.landing.table import STAGE_COLUMNS, ResultTable
 from airflow_provider_batchkit.ledger.bulk import bulk_loader
 from airflow_provider_batchkit.ledger.outcomes import digests_of, encode_succeeded
 from airflow_provider_batchkit.ledger.tables import keep_entries_plain, succeeded
@@ -45,11 +45,7 @@ _COLUMNS: tuple[tuple[str, Any], ...] = (
     ("output_tokens", sa.BigInteger()),
     ("custom_id", sa.String(64)),
     ("cost_usd", sa.Text()),
-    # what else the ledger wants to know of a row that failed, costs in picodollars; null for one that succeeded
-    ("batchkit_batch_cost", sa.BigInteger()),
-    ("batchkit_standard_cost", sa.BigInteger()),
-    ("batchkit_key", sa.Text()),
-    ("batchkit_asked", sa.Boolean()),
+    *STAGE_COLUMNS,
 )
 
 

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import datetime as dt
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from decimal import Decimal
 from enum import Enum
 from typing import Any
 
 import msgspec
 import sqlalchemy as sa
-from sqlalchemy.engine import Dialect, Engine
-from sqlalchemy.exc import DBAPIError, NoSuchTableError
+from sqlalchemy.engine import Connection, Dialect, Engine
+from sqlalchemy.exc import DataError, DBAPIError, IntegrityError
 from sqlalchemy.types import TypeDecorator
 
 from airflow_provider_batchkit.exceptions import BatchInputError, TableError
-from airflow_provider_batchkit.landing.columns import ANSWER_TYPES, fits, sql_type
+from airflow_provider_batchkit.landing.columns import ANSWER_TYPES, changes, sql_type
+from airflow_provider_batchkit.landing.existing import ExistingTable, WantedColumns
+from airflow_provider_batchkit.landing.names import name_problems
 from airflow_provider_batchkit.ledger.engine import write_transaction
 from airflow_provider_batchkit.ledger.tables import UtcDateTime
 from airflow_provider_batchkit.model import format_usd_exact
@@ -107,6 +109,15 @@ RESULT_COLUMNS: tuple[tuple[str, Any], ...] = (
     ("landed_at", UtcDateTime()),
 )
 RESULT_NAMES = tuple(name for name, _ in RESULT_COLUMNS)
+#: columns that a stage has beside those of the table
+STAGE_COLUMNS: tuple[tuple[str, Any], ...] = (
+    # what else the ledger wants to know of a row that failed, costs in picodollars; null for one that succeeded
+    ("batchkit_batch_cost", sa.BigInteger()),
+    ("batchkit_standard_cost", sa.BigInteger()),
+    ("batchkit_key", sa.Text()),
+    ("batchkit_asked", sa.Boolean()),
+)
+_STAGE_NAMES = tuple(name for name, _ in STAGE_COLUMNS)
 
 
 class ResultTable:
@@ -131,6 +142,12 @@ class ResultTable:
                 f"The key column {', '.join(clash)} has the name of a result column of {name}. Give it an alias in the source's sql "
                 f"(result columns: {', '.join(RESULT_NAMES)})."
             )
+        clash = [column for column, _ in key_columns if column.lower() in _STAGE_NAMES]
+        if clash:
+            raise TableError(
+                f"The key column {', '.join(clash)} has a name that is needed for what is not written to {name}. Give it an alias in the "
+                "source's sql. Nothing was sent or written."
+            )
         answers = () if schema is None else schema.columns
         clash = [column.name for column in answers if column.name.lower() in (*names, *RESULT_NAMES)]
         if clash:
@@ -145,6 +162,8 @@ class ResultTable:
         self.name = name
         self.key_columns = tuple(key_columns)
         self.key_names = tuple(column for column, _ in key_columns) or ("custom_id",)
+        #: types of the key columns of the table that :meth:`check` found
+        self._found_keys: dict[str, Any] = {}
         self._decoders = [_DECODE.get(type_name) for _, type_name in key_columns]
         keys = [sa.Column(column, _KEY_TYPES[type_name], nullable=False, autoincrement=False) for column, type_name in key_columns]
         results = [sa.Column(column, type_, nullable=column != "custom_id") for column, type_ in RESULT_COLUMNS]
@@ -173,36 +192,72 @@ class ResultTable:
             columns = list(zip(*_KEYS.decode(f"[{','.join(journaled)}]"), strict=True))
         return [list(map(decode, column)) if decode else column for decode, column in zip(self._decoders, columns, strict=True)]
 
-    def check(self, engine: Engine) -> bool:
-        """Whether the table exists.
+    def check_names(self, dialect: Dialect) -> None:
+        """Check that a database takes the names of the columns and of the table. Nothing is read from it.
 
-        :raises TableError: when it exists and lacks columns, or has them with types that cannot hold the answers; the message lists them
+        :raises TableError: naming those that it does not take
         """
-        try:
-            found = sa.inspect(engine).get_columns(self.table.name, schema=self.table.schema)
-        except NoSuchTableError:
-            return False
-        types = {column["name"]: column["type"] for column in found}
-        differences = self._differences(types, engine.dialect)
-        if differences:
-            raise TableError(
-                f"The table {self.name} exists and {'; it '.join(differences)}. Alter it, or name another table. "
-                "Nothing was written; the results stay with the API for 29 days."
-            )
-        return True
-
-    def _differences(self, found: Mapping[str, Any], dialect: Dialect) -> list[str]:
-        """What an existing table of these column types lacks, and what does not fit."""
-        wanted = {name: sql_type(type_, dialect) for name, type_ in self.answer_columns}
-        lacking = [f"{name} {wanted.get(name, '')}".rstrip() for name in self.column_names if name not in found]
-        answers = self.schema.columns if self.schema is not None else ()
-        unfit = [
-            f"{column.name} is {sql_type(found[column.name], dialect)} and must be {wanted[column.name]}"
-            for column in answers
-            if column.name in found and not fits(column.kind, found[column.name], dialect)
+        names = [
+            *(("key column", name) for name in self.key_names),
+            *(("property", name) for name, _ in self.answer_columns),
+            *([("schema", self.table.schema)] if self.table.schema else []),
+            ("table", self.table.name),
         ]
-        differences = [f"lacks the columns {', '.join(lacking)}"] if lacking else []
-        return [*differences, f"does not fit output_schema: {', '.join(unfit)}"] if unfit else differences
+        problems = name_problems(names, dialect)
+        if problems:
+            raise TableError(
+                f"{self.name} cannot be a result table: the {'; the '.join(problems)}. Give a key column another alias in the source, "
+                "rename a property of output_schema, or name another table. Nothing was sent or written."
+            )
+
+    def check(self, engine: Engine) -> bool:
+        """Whether the table exists. Finds all that can be known before anything is sent or written.
+
+        :raises TableError: when results cannot land in it, or could not be created, or would be changed; the message lists every reason
+        """
+        self.check_names(engine.dialect)
+        answers = () if self.schema is None else self.schema.columns
+        wanted = WantedColumns(
+            dict(self.key_columns),
+            {column.name: column.kind for column in answers},
+            {column.name: column.type for column in self.table.columns},
+        )
+        with engine.connect() as connection:
+            found = ExistingTable(connection, self.table)
+            problems = found.problems(wanted)
+        if problems:
+            raise TableError(
+                f"The table {self.name} {'exists and ' if found.exists else ''}{'; it '.join(problems)}. Alter it, or name another table. "
+                "Nothing was written, and nothing was sent; results of batches that were sent before stay with the API for 29 days."
+            )
+        self._found_keys = {name: found.type_of(name) for name, _ in self.key_columns} if found.exists else {}
+        return found.exists
+
+    def check_keys(self, connection: Connection, rows: sa.Table, batch_id: str) -> None:
+        """Check that the table's key columns, as :meth:`check` found them, keep the keys of staged rows as they are.
+
+        :param rows: the stage
+        :raises TableError: naming a key that would be stored as another one, or what the database says of one that it cannot store
+        """
+        dialect = connection.dialect
+        for name, type_name in self.key_columns:
+            found = self._found_keys.get(name)
+            changed = None if found is None else changes(type_name, found, rows.c[name], dialect)
+            if changed is None:
+                continue
+            try:
+                key = connection.execute(sa.select(rows.c[name]).where(changed).limit(1)).first()
+            except (DataError, IntegrityError) as e:
+                problem = f"cannot hold every key of {batch_id}: {e.orig}"
+            else:
+                if key is None:
+                    continue
+                problem = f"would store the key {key[0]!s} of {batch_id} as another value"
+            raise TableError(
+                f"The column {name} of the table {self.name} is {sql_type(found, dialect)} and {problem}. Make it "
+                f"{sql_type(self.table.c[name].type, dialect)}, or name another table. Nothing of the batch was written; its results stay "
+                "with the API for 29 days."
+            )
 
     def create(self, engine: Engine, *, unique_key: bool) -> None:
         """Create the table unless somebody just did; ``unique_key`` makes the key its primary key."""

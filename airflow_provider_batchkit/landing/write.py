@@ -85,7 +85,11 @@ class TableWriter:
         self._connection.execute(sa.delete(self._table.table))
 
     def write(self, rows: sa.Table, batch_id: str, record: BatchRecord | None) -> None:
-        """Write one batch's staged rows as the disposition says."""
+        """Write one batch's staged rows as the disposition says.
+
+        :raises TableError: when the table would store a key as another one
+        """
+        self._table.check_keys(self._connection, rows, batch_id)
         target, names, keys = self._table.table, self._table.column_names, self._table.key_names
         staged: dict[str, sa.ColumnElement[Any]] = {
             **{column.name: column for column in rows.columns},

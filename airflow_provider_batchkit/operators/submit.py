@@ -355,7 +355,7 @@ class SubmitBatchOperator(BatchLineage, BaseOperator):
 
         if types.rows_seen:
             columns = types.result(ledger.key_columns(job_id))
-            ResultTable("results", columns, self.output_schema)
+            ResultTable("results", columns, self.output_schema).check_names(ledger.engine.dialect)
             ledger.set_key_columns(job_id, columns)
 
     def _requests(

@@ -1,0 +1,221 @@
+"""What of an existing table, or of the place for a new one, keeps results from landing: all that can be known before anything is paid.
+
+The database's catalog tells it; no row is read and nothing is locked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.dialects.postgresql import DOMAIN
+from sqlalchemy.engine import Connection, Dialect
+from sqlalchemy.engine.interfaces import ReflectedColumn
+from sqlalchemy.engine.reflection import Inspector
+from sqlalchemy.exc import NoSuchTableError
+
+from airflow_provider_batchkit.landing.columns import fits, key_fits, result_fits, sql_type
+from airflow_provider_batchkit.landing.names import column_name, spelled
+from airflow_provider_batchkit.model import RequestStatus
+
+#: the shortest text columns that hold every value, where the values are known
+_LEAST_CHARACTERS = {"status": max(len(status.value) for status in RequestStatus)}
+#: null for every row that was answered
+_ALWAYS_NULL = ("error_type", "error_message")
+
+#: bits of pg_relation_is_updatable for UPDATE, INSERT and DELETE
+_WRITABLE = 28
+_RIGHTS = sa.text(
+    "SELECT pg_relation_is_updatable(c.oid, true) AS may,"
+    # a trigger before each INSERT may fill any column
+    " EXISTS(SELECT FROM pg_trigger t WHERE t.tgrelid = c.oid AND NOT t.tgisinternal AND t.tgtype & 7 = 7) AS filled,"
+    " ARRAY(SELECT a.attname::text FROM pg_attribute a WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped"
+    " AND NOT (has_column_privilege(c.oid, a.attnum, 'INSERT') AND pg_column_is_updatable(c.oid, a.attnum, true))) AS closed"
+    " FROM pg_class c WHERE c.oid = to_regclass(:spelled)"
+)
+_PLACE = sa.text(
+    "SELECT n.nspname, has_schema_privilege(n.oid, 'USAGE') AS use, has_schema_privilege(n.oid, 'CREATE') AS make"
+    " FROM pg_namespace n WHERE n.nspname = COALESCE(:schema, current_schema())"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class WantedColumns:
+    """The columns that a landing writes."""
+
+    #: key column → name of its type; none where ``custom_id`` is the key
+    keys: Mapping[str, str]
+    #: answer column → its kind
+    answers: Mapping[str, str]
+    #: every column, with the type that a new table would have
+    types: Mapping[str, Any]
+
+
+class ExistingTable:
+    """A table of the database as the catalog shows it."""
+
+    def __init__(self, connection: Connection, table: sa.Table) -> None:
+        self._connection = connection
+        self._dialect: Dialect = connection.dialect
+        self._name, self._schema = table.name, table.schema
+        self._inspector: Inspector = sa.inspect(connection)
+        self._columns: dict[str, ReflectedColumn] | None = None
+        self._place = self._place_problem()
+        if self._place is not None:
+            return
+        try:
+            found = self._inspector.get_columns(self._name, schema=self._schema)
+        except NoSuchTableError:
+            self._place = self._creation_problem()
+        else:
+            self._columns = {column_name(column["name"], self._dialect): column for column in found}
+
+    @property
+    def exists(self) -> bool:
+        """Whether there is such a table."""
+        return self._columns is not None
+
+    def type_of(self, column: str) -> Any:
+        """The type of a column that the table has."""
+        return self._column(column)["type"]
+
+    def problems(self, wanted: WantedColumns) -> list[str]:
+        """What keeps results from landing, or would change them, a sentence part for each."""
+        if self._place is not None or not self.exists:
+            return [self._place] if self._place is not None else []
+        lacking = [
+            f"{name} {self._sql(wanted.types[name])}" if name in wanted.answers else name for name in wanted.types if not self._has(name)
+        ]
+        return [
+            *_sentence("lacks the columns ", lacking),
+            *_sentence("does not fit the source's key: ", self._unfit(wanted.keys, key_fits, wanted)),
+            *_sentence("does not fit output_schema: ", self._unfit(wanted.answers, fits, wanted)),
+            *_sentence("does not fit the results: ", self._unfit_results(wanted)),
+            *self._closed(wanted),
+        ]
+
+    # --- columns ------------------------------------------------------------------------------------------------------------------
+
+    def _unfit(self, kinds: Mapping[str, str], test: Any, wanted: WantedColumns) -> list[str]:
+        return [
+            self._is_and_must_be(name, wanted)
+            for name, kind in kinds.items()
+            if self._has(name) and not test(kind, self.type_of(name), self._dialect)
+        ]
+
+    def _unfit_results(self, wanted: WantedColumns) -> list[str]:
+        unfit = []
+        for name in wanted.types:
+            if name in wanted.keys or name in wanted.answers or not self._has(name):
+                continue
+            found = self.type_of(name)
+            length = None if self._dialect.name == "sqlite" else getattr(found, "length", None)
+            if not result_fits(name, found, self._dialect) or (length is not None and length < _LEAST_CHARACTERS.get(name, 0)):
+                unfit.append(self._is_and_must_be(name, wanted))
+        return unfit
+
+    def _is_and_must_be(self, name: str, wanted: WantedColumns) -> str:
+        return f"{name} is {self._sql(self.type_of(name))} and must be {self._sql(wanted.types[name])}"
+
+    # --- rights and constraints -----------------------------------------------------------------------------------------------------
+
+    def _closed(self, wanted: WantedColumns) -> list[str]:
+        """What cannot be written: the table, columns of ours, or a row without columns that are not ours."""
+        rights = self._rights()
+        if rights is not None and rights.may & _WRITABLE != _WRITABLE:
+            return ["cannot be written: it is a view, or a table of another kind that takes no INSERT, UPDATE and DELETE"]
+        if self._dialect.name == "sqlite" and self._is_sqlite_view():
+            return ["cannot be written: it is a view"]
+        made = [name for name in wanted.types if self._has(name) and _is_generated(self._column(name))]
+        null = [name for name in _ALWAYS_NULL if self._has(name) and not self._column(name)["nullable"]]
+        shut = [] if rights is None else [name for name in wanted.types if name in rights.closed and name not in made]
+        names = {column_name(name, self._dialect) for name in wanted.types}
+        assert self._columns is not None
+        filled = rights is not None and rights.filled
+        unfilled = [c["name"] for name, c in self._columns.items() if name not in names and not filled and self._must_be_given(c)]
+        return [
+            *_sentence("generates columns that a landing writes (make them plain columns): ", made),
+            *_sentence("has NOT NULL columns that are NULL in every row with an answer (drop NOT NULL): ", null),
+            *_sentence("has columns that this user may not write or the view does not pass on: ", shut),
+            *_sentence("has NOT NULL columns without a default that a landing does not write (give them a default): ", unfilled),
+        ]
+
+    def _must_be_given(self, column: ReflectedColumn) -> bool:
+        """Whether an INSERT without the column fails."""
+        found = column["type"]
+        domain = found if isinstance(found, DOMAIN) else None
+        if column["nullable"] and not (domain is not None and domain.not_null):
+            return False
+        given = column.get("default") is not None or (domain is not None and domain.default is not None)
+        if given or _is_generated(column) or column.get("identity") or column.get("autoincrement") is True:
+            return False
+        # SQLite numbers the rows in the one INTEGER column of a primary key
+        alone = self._dialect.name == "sqlite" and self._primary_key() == [column["name"]]
+        return not (alone and isinstance(found, sa.Integer))
+
+    def _primary_key(self) -> list[str]:
+        return self._inspector.get_pk_constraint(self._name, schema=self._schema)["constrained_columns"]
+
+    def _rights(self) -> Any:
+        """What the user may do with the table; None where nothing is known."""
+        if self._dialect.name != "postgresql":
+            return None
+        return self._connection.execute(_RIGHTS, {"spelled": spelled(self._schema, self._name)}).first()
+
+    def _is_sqlite_view(self) -> bool:
+        views = self._inspector.get_view_names(schema=self._schema)
+        return column_name(self._name, self._dialect) in {column_name(view, self._dialect) for view in views}
+
+    # --- the place ------------------------------------------------------------------------------------------------------------------
+
+    def _place_problem(self) -> str | None:
+        """What is wrong with the schema, whether or not the table exists."""
+        if self._schema is None:
+            return None
+        if self._dialect.name == "sqlite":
+            known = {column_name(schema, self._dialect) for schema in (*self._inspector.get_schema_names(), "main")}
+            return None if column_name(self._schema, self._dialect) in known else self._no_schema()
+        if self._dialect.name == "postgresql":
+            place = self._postgres_place()
+            if place is None:
+                return self._no_schema()
+            return None if place.use else f"is in the schema {self._schema}, which this user may not use (GRANT USAGE)"
+        return None
+
+    def _creation_problem(self) -> str | None:
+        """Why the table, which does not exist, cannot be created."""
+        if self._dialect.name != "postgresql":
+            return None
+        place = self._postgres_place()
+        if place is None:
+            return "does not exist, and the connection's search_path names no schema to create it in"
+        return None if place.make else f"does not exist, and this user may not create it in the schema {place.nspname} (GRANT CREATE)"
+
+    def _no_schema(self) -> str:
+        return f"is to be in the schema {self._schema}, which does not exist (create it)"
+
+    def _postgres_place(self) -> Any:
+        return self._connection.execute(_PLACE, {"schema": self._schema}).first()
+
+    # --- inside -------------------------------------------------------------------------------------------------------------------
+
+    def _has(self, name: str) -> bool:
+        return self._columns is not None and column_name(name, self._dialect) in self._columns
+
+    def _column(self, name: str) -> ReflectedColumn:
+        assert self._columns is not None
+        return self._columns[column_name(name, self._dialect)]
+
+    def _sql(self, type_: Any) -> str:
+        return sql_type(type_, self._dialect)
+
+
+def _is_generated(column: ReflectedColumn) -> bool:
+    identity = column.get("identity")
+    return bool(column.get("computed")) or bool(identity and identity.get("always"))
+
+
+def _sentence(beginning: str, parts: list[str]) -> list[str]:
+    return [beginning + ", ".join(parts)] if parts else []
