@@ -18,7 +18,7 @@ from sqlalchemy.types import TypeDecorator
 from airflow_provider_batchkit.exceptions import BatchInputError, TableError
 from airflow_provider_batchkit.landing.columns import ANSWER_TYPES, changes, sql_type
 from airflow_provider_batchkit.landing.existing import ExistingTable, WantedColumns
-from airflow_provider_batchkit.landing.names import name_problems
+from airflow_provider_batchkit.landing.names import canonical_name, name_problems
 from airflow_provider_batchkit.ledger.engine import write_transaction
 from airflow_provider_batchkit.ledger.tables import UtcDateTime
 from airflow_provider_batchkit.model import format_usd_exact
@@ -258,6 +258,10 @@ class ResultTable:
                 f"{sql_type(self.table.c[name].type, dialect)}, or name another table. Nothing of the batch was written; its results stay "
                 "with the API for 29 days."
             )
+
+    def identity(self, connection: Connection) -> str:
+        """The one name of the table in its database, equal for every way to spell it: ``schema.table``, and on SQLite ``table``."""
+        return canonical_name(connection, self.table.schema, self.table.name)
 
     def create(self, engine: Engine, *, unique_key: bool) -> None:
         """Create the table unless somebody just did; ``unique_key`` makes the key its primary key."""

@@ -38,9 +38,11 @@ def queue_for_table(connection: Connection, table: ResultTable) -> None:
     """Wait until no other landing in the table is under way, until the end of the transaction. Nobody else is held up.
 
     Two runs may answer the same keys: on PostgreSQL both would insert them, or lock each other's rows. SQLite has one writer anyway.
+    There is one queue for a table, however it is spelled.
     """
     if connection.dialect.name == "postgresql":
-        connection.execute(sa.select(sa.func.pg_advisory_xact_lock(sa.func.hashtextextended(f"batchkit {table.name}", 0))))
+        name = f"batchkit {table.identity(connection)}"
+        connection.execute(sa.select(sa.func.pg_advisory_xact_lock(sa.func.hashtextextended(name, 0))))
 
 
 def settle_outcomes(connection: Connection, stage: StageTables, record: BatchRecord) -> None:

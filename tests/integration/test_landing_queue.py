@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
+from airflow_provider_batchkit.landing import ResultTable
+from airflow_provider_batchkit.landing.write import queue_for_table
 from airflow_provider_batchkit.ledger import engine as ledger_engine
 from airflow_provider_batchkit.ledger.engine import prepare_engine, write_transaction
 from airflow_provider_batchkit.simulator import Simulator, SimulatorSettings
@@ -44,7 +46,7 @@ def fetch_elsewhere(path: str, base_url: str, batch_ids: list[str]) -> int:
 
 
 def foreign_batches(warehouse: Warehouse, rows: int) -> list[list[str]]:
-    """Batches that no ledger knows: all of them have the keys item-0, item-1, …"""
+    """Batches that no ledger knows: all of them have the keys item-0, item-1 and so on."""
     prompts = [f"Question {i}" for i in range(rows)]
     return [warehouse.kit.submit(prompts, model="claude-haiku-5-5", max_tokens=20) for _ in range(FETCHES)]
 
@@ -131,3 +133,63 @@ def test_a_writer_outwaits_a_queue_that_is_longer_than_one_wait(sqlite: Database
         waiting.result(timeout=30)
     with first.connect() as connection:
         assert connection.execute(sa.text("SELECT n FROM t")).scalars().all() == [1]
+
+
+@pytest.mark.parametrize("spelling", ["t", "public.t"])
+def test_two_spellings_of_a_table_have_one_queue(postgres: Database, sim: Simulator, spelling: str) -> None:
+    """A landing in public.t that has begun to write holds up one in t, and the other way round; both land."""
+    warehouse = Warehouse(postgres.engine(), kit_for(sim.base_url))
+    first, second = (warehouse.submit([{"id": 1, "name": name}], run_id=name).batch_ids for name in ("lamp", "cup"))
+    warehouse.fetch(first, "t")
+    with ThreadPoolExecutor(1) as pool:
+        with warehouse.engine.begin() as writing:
+            queue_for_table(writing, ResultTable("public.t" if spelling == "t" else "t", [("id", "integer")]))
+            landing = pool.submit(Warehouse(postgres.engine(), kit_for(sim.base_url)).fetch, second, spelling)
+            with pytest.raises(TimeoutError):
+                landing.result(timeout=2)
+        assert landing.result(timeout=30).rows == 1
+    assert warehouse.rows("SELECT COUNT(*) AS n FROM t") == [{"n": 1}]
+
+
+def identity(engine: sa.Engine, name: str, *before: str) -> str:
+    """The identity of a table on a connection that has run some statements."""
+    with engine.connect() as connection:
+        for statement in before:
+            connection.exec_driver_sql(statement)
+        return ResultTable(name, []).identity(connection)
+
+
+def test_a_table_of_postgresql_has_one_name_under_any_search_path(postgres: Database) -> None:
+    """The schema is the one in which a statement finds the table; a table that is not there has the name that it would get."""
+    engine = postgres.engine()
+    with engine.begin() as connection:
+        for statement in (
+            "CREATE SCHEMA shop", 'CREATE SCHEMA "a.b"', "CREATE TABLE t (n INT)", "CREATE TABLE shop.t (n INT)",
+            'CREATE TABLE "T" (n INT)',
+            'CREATE TABLE shop."%% odd ""name""" (n INT)', 'CREATE TABLE "a.b".c (n INT)',
+        ):  # fmt: skip
+            connection.exec_driver_sql(statement)
+    assert identity(engine, "t") == identity(engine, "public.t") == "public.t"
+    assert identity(engine, "t", "SET search_path = shop, public") == identity(engine, "shop.t") == "shop.t"
+    assert identity(engine, "T", "SET search_path = shop, public") == "public.T"
+    assert identity(engine, 'shop.% odd "name"') == 'shop.% odd "name"'
+    assert identity(engine, "a.b.c") == "a.b.c"
+    assert identity(engine, "new") == "public.new"
+    assert identity(engine, "new", "SET search_path = shop") == "shop.new"
+    assert identity(engine, "nowhere.new") == "nowhere.new"
+
+
+def test_a_table_of_sqlite_has_one_name_in_any_case(sqlite: Database) -> None:
+    """SQLite ignores the case of a to z, and ``main`` is the file itself."""
+    engine = sqlite.engine()
+    assert {identity(engine, name) for name in ("answers", "Answers", "main.answers", "MAIN.ANSWERS")} == {"answers"}
+    assert identity(engine, "Other.Answers") == "other.answers"
+    assert identity(engine, "ÄPFEL") == "Äpfel"
+
+
+def test_two_spellings_on_sqlite_are_one_table(sqlite: Database, sim: Simulator) -> None:
+    """What one fetch wrote to Answers the next one finds as main.answers."""
+    warehouse = Warehouse(sqlite.engine(), kit_for(sim.base_url))
+    ids = warehouse.submit([{"id": 1, "name": "lamp"}]).batch_ids
+    assert [warehouse.fetch(ids, name).rows for name in ("Answers", "answers", "main.answers", "MAIN.Answers")] == [1, 1, 1, 1]
+    assert warehouse.rows("SELECT COUNT(*) AS n FROM answers") == [{"n": 1}]
