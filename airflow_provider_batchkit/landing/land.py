@@ -66,7 +66,10 @@ def land_batches(
     ledger.ensure()
     records = [ledger.find(s.batch_id) for s in snapshots]
     table = ResultTable(table_name, _common_key(ledger, records, snapshots), _common_schema(ledger, records, snapshots))
-    if not table.check(ledger.engine):
+    if not snapshots and not table.exists(ledger.engine):
+        # no batch tells the key that a new table needs
+        return LandingReport(table=table_name)
+    if snapshots and not table.check(ledger.engine):
         table.create(ledger.engine, unique_key=disposition is not WriteDisposition.APPEND)
     landing = _Landing(ledger, table, read_blocks, price_book, disposition, include_failed, portable)
     batches = list(zip(snapshots, records, strict=True))

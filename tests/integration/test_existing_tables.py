@@ -370,3 +370,10 @@ def test_columns_that_differ_in_case_are_the_same_on_sqlite(sqlite: Database, si
     warehouse = Warehouse(sqlite.engine(), kit_for(sim.base_url))
     warehouse.execute(f"CREATE TABLE own (ID BIGINT, {results_of(warehouse).replace('response', 'Response')})")
     assert warehouse.fetch(warehouse.submit([{"id": 1, "name": "lamp"}]).batch_ids, "Own").rows == 1
+
+
+def test_a_fetch_of_nothing_makes_and_refuses_no_table(warehouse: Warehouse) -> None:
+    """No batch tells the key: a table that was made for none could take none, and one that exists is not looked at."""
+    warehouse.fetch([], "answers")
+    ids = warehouse.submit([{"id": 1, "name": "lamp"}]).batch_ids
+    assert [warehouse.fetch(batches, "answers").rows for batches in (ids, [], ids)] == [1, 0, 1]
