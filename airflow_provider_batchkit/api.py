@@ -7,6 +7,7 @@ cut makes another batch that is billed. Refusals that prove that nothing was acc
 from __future__ import annotations
 
 import logging
+import random
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from airflow_provider_batchkit.exceptions import (
     BatchNotEndedError,
+    BatchNotVisibleError,
     BatchUnavailableError,
     LeaseLostError,
     ResultStreamError,
@@ -36,10 +38,18 @@ log = logging.getLogger(__name__)
 
 _PAGE = 1000
 _UPLOAD_CHUNK = 1 << 18
+#: The closing brackets of a body go out only after a fresh look at clock and lease.
+_LAST_BYTES = 2
 
 _THROTTLED = frozenset({429, 529})
 #: a 4xx that does not prove a refusal: the request may have been taken
 _AMBIGUOUS_4XX = frozenset({408, 409})
+
+
+#: A pause is made longer by chance, by this share of it at most: workers that were refused together do not come back together.
+_JITTER = 0.25
+#: Shares of a POST's total time: for handing the body over, for its last bytes, and for the answer.
+_BODY_SHARE, _LAST_SHARE, _ANSWER_SHARE = 0.5, 0.1, 0.4
 
 
 class BatchApi:
@@ -47,6 +57,8 @@ class BatchApi:
 
     #: seconds that :meth:`send` waits in all while the API says "not now"
     throttle_wait_s = 900.0
+    #: seconds that a POST takes at most, from its beginning until its sender gives it up
+    post_s = 1200.0
 
     def __init__(self, client: anthropic.Anthropic) -> None:
         self.client = client
@@ -56,36 +68,41 @@ class BatchApi:
         shard: Shard,
         *,
         fence: Callable[[], None] = lambda: None,
-        answer_timeout_s: float | None = None,
+        post_s: float | None = None,
+        throttle_wait_s: float | None = None,
         sleep: Callable[[float], None] = time.sleep,
     ) -> BatchSnapshot:
-        """POST one shard, at most once accepted. 429 and 529 are retried for up to ``throttle_wait_s`` seconds, honouring ``retry-after``.
+        """POST one shard, at most once accepted. 429 and 529 are retried, honouring ``retry-after``, with a pause that chance makes longer.
 
         :param fence: called just before the last bytes of the body go out; raising :class:`LeaseLostError` there aborts the upload,
             and a body that is not complete is never accepted
-        :param answer_timeout_s: seconds to wait for the answer once the body is sent; by default what the client is set to
+        :param post_s: the total time of a POST, in seconds. The last bytes do not go out when more than half of it is over, or when the
+            fence itself took too long
+        :param throttle_wait_s: seconds to wait in all while the API says "not now"
         :raises SubmitRefusedError: a definite 4xx
-        :raises SubmitThrottledError: still throttled after the bound
+        :raises SubmitThrottledError: not taken within the bound; says how long to wait before the next try
         :raises SubmitUncertainError: anything that does not prove whether the batch was accepted
         """
+        post_s = self.post_s if post_s is None else post_s
+        bound = self.throttle_wait_s if throttle_wait_s is None else throttle_wait_s
         waited, delay = 0.0, 1.0
         while True:
             try:
-                return self._post(shard, fence, answer_timeout_s)
-            except _Throttled as e:
-                pause = max(e.retry_after or 0.0, delay)
-                if waited + pause > self.throttle_wait_s:
+                return self._post(shard, fence, post_s)
+            except _NotTaken as e:
+                pause = max(e.retry_after or 0.0, delay) * (1 + _JITTER * random.random())  # noqa: S311 - no secret depends on it
+                if waited + pause > bound:
                     raise SubmitThrottledError(
-                        f"The API answered {e} for shard {shard.number} ({shard.requests:,} requests) after {waited:.0f} s of waiting "
-                        f"and asks for {pause:.0f} s more, beyond the bound of {self.throttle_wait_s:.0f} s. Nothing of this shard was "
-                        "accepted or billed; a retry of the task sends it."
+                        f"Shard {shard.number} ({shard.requests:,} requests) was not taken after {waited:.0f} s of waiting: {e}. The next "
+                        f"try is due in {pause:.0f} s, beyond the bound of {bound:.0f} s. Nothing of this shard was accepted or billed.",
+                        pause_s=pause,
                     ) from e.__cause__
-                log.warning("The API answered %s; nothing was accepted. Sending shard %d again in %.0f s.", e, shard.number, pause)
+                log.warning("Shard %d was not taken: %s. Nothing was accepted. Sending it again in %.0f s.", shard.number, e, pause)
                 sleep(pause)
                 waited += pause
                 delay = min(delay * 2, 60.0)
 
-    def _post(self, shard: Shard, fence: Callable[[], None], answer_timeout_s: float | None) -> BatchSnapshot:
+    def _post(self, shard: Shard, fence: Callable[[], None], post_s: float) -> BatchSnapshot:
         import anthropic
         import httpx2
         from anthropic.types.messages import MessageBatch
@@ -93,15 +110,16 @@ class BatchApi:
         options: RequestOptions = {
             "max_retries": 0,
             "headers": {"Content-Type": "application/json", "Content-Length": str(shard.bytes)},
+            "timeout": _bounded(self.client.timeout, write_s=_LAST_SHARE * post_s, read_s=_ANSWER_SHARE * post_s),
         }
-        if answer_timeout_s is not None:
-            options["timeout"] = _bounded(self.client.timeout, answer_timeout_s)
         try:
-            batch = self.client.post("/v1/messages/batches", content=_fenced_body(shard, fence), cast_to=MessageBatch, options=options)
+            batch = self.client.post(
+                "/v1/messages/batches", content=_fenced_body(shard, fence, _BODY_SHARE * post_s), cast_to=MessageBatch, options=options
+            )
         except anthropic.APIStatusError as e:
             status = e.status_code
             if status in _THROTTLED:
-                raise _Throttled(f"{status} {e.type or ''}".strip(), _retry_after(e)) from e
+                raise _NotTaken(f"the API answered {status} {e.type or ''}".strip(), _retry_after(e)) from e
             if 400 <= status < 500 and status not in _AMBIGUOUS_4XX:
                 raise SubmitRefusedError(
                     f"The API refused shard {shard.number} ({shard.requests:,} requests, {shard.bytes:,} bytes) with {status} "
@@ -112,10 +130,10 @@ class BatchApi:
                 ) from e
             raise self._uncertain(shard, f"the API answered {status}: {e.api_message or e.message}") from e
         except anthropic.APIConnectionError as e:
-            if isinstance(e.__cause__, LeaseLostError):
+            if isinstance(e.__cause__, LeaseLostError | SubmitThrottledError):
                 raise e.__cause__ from None
             if isinstance(e.__cause__, httpx2.ConnectError | httpx2.ConnectTimeout | httpx2.PoolTimeout):
-                raise _Throttled(f"no connection ({e.__cause__})", None) from e
+                raise _NotTaken(f"no connection ({e.__cause__})", None) from e
             raise self._uncertain(shard, f"the connection broke: {e.__cause__ or e}") from e
         except anthropic.APIResponseValidationError as e:
             raise self._uncertain(shard, f"the answer was unreadable: {e}") from e
@@ -124,8 +142,8 @@ class BatchApi:
     @staticmethod
     def _uncertain(shard: Shard, what: str) -> SubmitUncertainError:
         return SubmitUncertainError(
-            f"Shard {shard.number} ({shard.requests:,} requests) was sent, and {what}. It may have been accepted, in which case it runs "
-            "and is billed. It must be looked for before it is sent again."
+            f"Shard {shard.number} ({shard.requests:,} requests) was sent, and {what.removesuffix('.')}. It may have been accepted, then "
+            "it runs and is billed once. It is not sent again before its batch has been looked for."
         )
 
     def count_tokens(self, params: Mapping[str, Any]) -> int:
@@ -193,8 +211,8 @@ class BatchApi:
             raise ResultStreamError(f"The results of batch {batch_id} were cut off: {e!r}. Nothing is lost: they can be read again.") from e
 
 
-class _Throttled(Exception):
-    """The create call was answered in a way that proves that nothing was accepted and that invites another try."""
+class _NotTaken(Exception):
+    """A create call proved that nothing was accepted, and invites another try: a refusal for now, or no connection."""
 
     def __init__(self, what: str, retry_after: float | None) -> None:
         super().__init__(what)
@@ -210,25 +228,44 @@ _ADVICE = {
 }
 
 
-def _bounded(timeout: Any, answer_s: float) -> Any:
-    """The client's own timeout with reading bounded to ``answer_s`` seconds."""
+def _bounded(timeout: Any, *, write_s: float, read_s: float) -> Any:
+    """The client's own timeout, with the time of a write and that of a read bounded."""
     import httpx2
 
     own = httpx2.Timeout(timeout)
-    return httpx2.Timeout(
-        connect=own.connect, write=own.write, pool=own.pool, read=answer_s if own.read is None else min(own.read, answer_s)
-    )
+
+    def least(value: float | None, bound: float) -> float:
+        return bound if value is None else min(value, bound)
+
+    return httpx2.Timeout(connect=own.connect, pool=own.pool, write=least(own.write, write_s), read=least(own.read, read_s))
 
 
-def _fenced_body(shard: Shard, fence: Callable[[], None]) -> Iterator[bytes]:
-    """The body in chunks, with ``fence`` called when only the last chunk is left."""
-    left = shard.bytes
+def _fenced_body(shard: Shard, fence: Callable[[], None], seconds: float) -> Iterator[bytes]:
+    """The body in chunks. ``fence`` is called when only the last two bytes are left, which go out right after it.
+
+    :param seconds: for all of it: a timeout of the client bounds each write, not their sum
+    :raises SubmitThrottledError: when the time is over before the last bytes; the body is then not complete
+    """
+    started = time.monotonic()
+    left = shard.bytes - _LAST_BYTES
     with Path(shard.body_path).open("rb") as body:
-        while chunk := body.read(_UPLOAD_CHUNK):
+        while left:
+            chunk = body.read(min(_UPLOAD_CHUNK, left))
             left -= len(chunk)
-            if left <= 0:
-                fence()
             yield chunk
+            _refuse_late(started, seconds)
+        fence()
+        _refuse_late(started, seconds)
+        yield body.read()
+
+
+def _refuse_late(started: float, seconds: float) -> None:
+    took = time.monotonic() - started
+    if took > seconds:
+        raise SubmitThrottledError(
+            f"An upload had taken {took:.0f} s and was not complete, and {seconds:.0f} s are allowed, so it was broken off. Nothing of its "
+            "shard was accepted or billed. A slow connection needs a larger settle_seconds or a smaller max_bytes_per_batch."
+        )
 
 
 def _retry_after(error: anthropic.APIStatusError) -> float | None:
@@ -264,7 +301,7 @@ def unavailable(what: str, error: anthropic.APIStatusError) -> BatchUnavailableE
     """The error for something that the API does not show, by the status of its refusal."""
     message = error.api_message or str(error)
     if error.status_code == 404:
-        return BatchUnavailableError(
+        return BatchNotVisibleError(
             f"{what} cannot be seen with this connection ({message}). It was deleted, or belongs to another workspace: check that "
             "the connection's key is of the workspace that submitted it. What landed before is in your table and the ledger."
         )

@@ -11,11 +11,15 @@
     │       └── BudgetReservedError  retry    it would have room if batches under way land cheaper than they may; nothing was sent
     ├── SubmitRefusedError         terminal   the API refused the batch (4xx); nothing was billed
     ├── SubmitThrottledError       retry      the API said "not now" (429, 529) longer than we wait; nothing was billed
-    ├── SubmitUncertainError       retry      nobody knows yet whether the API accepted the batch; reconcile, never resend
-    ├── LeaseLostError             terminal   another attempt of the same job has taken over; this one sent nothing more
+    ├── SubmitUncertainError       retry      nobody knows yet whether the API accepted the batch; settle, never resend
+    ├── LeaseLostError             retry      another attempt of the same job has taken over; this one sent nothing more
+    ├── LandedMeanwhileError       retry      a batch landed while rows that share its requests were added to it; nothing was sent
     ├── LedgerError                terminal   the ledger does not allow this move, or is of another version
-    ├── BatchUnavailableError      terminal   the batch is gone, archived or invisible to this key; says what can be recovered
-    ├── WrongBatchError            terminal   a batch that was adopted unproved is another job's; its own rows were never accepted
+    ├── BatchUnavailableError      terminal   the batch is archived or invisible to this key; says what can be recovered
+    │   ├── BatchNotVisibleError   retry      the API answers 404 for it: deleted, of another workspace, or hidden for a moment
+    │   └── BatchGoneError         terminal   a submitted batch was deleted or archived before it landed; it may have been billed
+    ├── WrongBatchError            terminal   a batch has results that its row did not ask; nothing was written
+    ├── ReplaceRefusedError        retry      a "replace" would have deleted rows without an answer to put in their place
     ├── BatchNotEndedError         retry      results were asked of a batch that is still running
     ├── BatchWaitTimeout           retry      the batch did not end in the time allowed; it goes on and can be waited for again
     ├── PollError                  retry      the API kept failing while we polled; the batch itself is untouched
@@ -28,7 +32,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 
 class BatchKitError(Exception):
@@ -37,6 +41,10 @@ class BatchKitError(Exception):
     retryable: ClassVar[bool] = False
     #: ids of batches that the same call had submitted before it failed; they run and are billed
     submitted: Sequence[str] = ()
+    #: figures of the batches that the same call had landed before it failed
+    landed: Sequence[Any] = ()
+    #: a :class:`~airflow_provider_batchkit.waiting.WaitFor` where the same may succeed later, without anybody's doing
+    wait: Any = None
 
 
 class BatchInputError(BatchKitError, ValueError):
@@ -85,9 +93,16 @@ class SubmitRefusedError(BatchKitError):
 
 
 class SubmitThrottledError(BatchKitError):
-    """The API answered 429 or 529 until the bound on waiting was reached. Nothing was accepted or billed."""
+    """The API answered 429 or 529, or no connection could be made, until the bound on waiting was reached. Nothing was accepted or billed.
+
+    ``pause_s`` is how long to wait before the next try, in seconds.
+    """
 
     retryable = True
+
+    def __init__(self, message: str, *, pause_s: float = 0.0) -> None:
+        super().__init__(message)
+        self.pause_s = pause_s
 
 
 class SubmitUncertainError(BatchKitError):
@@ -97,7 +112,18 @@ class SubmitUncertainError(BatchKitError):
 
 
 class LeaseLostError(BatchKitError):
-    """A newer attempt of the same job holds its lease; this attempt stops before it sends anything more."""
+    """A newer attempt of the same job holds its lease; this attempt stops before it sends anything more.
+
+    Worth a retry, because it says nothing about the job: Airflow's newest attempt has a lease of its own and goes on.
+    """
+
+    retryable = True
+
+
+class LandedMeanwhileError(BatchKitError):
+    """A batch landed while rows that share its requests were added to it: they would have had no answer."""
+
+    retryable = True
 
 
 class LedgerError(BatchKitError):
@@ -105,16 +131,36 @@ class LedgerError(BatchKitError):
 
 
 class BatchUnavailableError(BatchKitError):
-    """The batch or its results cannot be had with this connection: deleted, archived, or in another workspace."""
+    """The batch or its results cannot be had with this connection: archived, or the key is refused."""
+
+
+class BatchNotVisibleError(BatchUnavailableError):
+    """The API answers 404. Live batches do so now and then, so that this alone does not prove that a batch is gone."""
+
+    retryable = True
+    #: of the batch that is not visible, where it is one
+    batch_id: str | None = None
+
+
+class BatchGoneError(BatchUnavailableError):
+    """A batch that was accepted has been deleted or archived before it landed. Its rows have no answer, and it may have been billed."""
 
 
 class WrongBatchError(BatchKitError):
-    """A batch that was adopted while it ran proved to be another job's. ``custom_id`` is the first of its results."""
+    """A batch has results that were never asked of it, and not every result that was. Nothing of it was written."""
 
-    def __init__(self, message: str, *, batch_id: str, custom_id: str) -> None:
+
+class ReplaceRefusedError(BatchKitError):
+    """A ``replace`` was to delete the table's rows, and not every request has a readable result, or none has an answer.
+
+    Nothing was written or deleted. A retry reads the results again. ``torn`` says that results are missing or unreadable.
+    """
+
+    retryable = True
+
+    def __init__(self, message: str, *, torn: bool = False) -> None:
         super().__init__(message)
-        self.batch_id = batch_id
-        self.custom_id = custom_id
+        self.torn = torn
 
 
 class BatchNotEndedError(BatchKitError):

@@ -26,7 +26,12 @@ def get_provider_info() -> dict[str, Any]:
         "triggers": [{"integration-name": integration, "python-modules": [f"{package}.triggers.batch"]}],
         "task-decorators": [{"name": "claude_batch", "class-name": f"{package}.decorators.claude_batch.claude_batch_task"}],
         "extra-links": [f"{package}.links.ConsoleLink"],
-        "config": {"batchkit": {"description": "Message batches: prices and the Console's address.", "options": _OPTIONS}},
+        "config": {
+            "batchkit": {
+                "description": "Message batches: prices, how long a batch is looked for, and the Console's address.",
+                "options": _OPTIONS,
+            }
+        },
     }
 
 
@@ -51,6 +56,14 @@ _OPTIONS: dict[str, Any] = {
         "type": "string",
         "example": None,
         "default": None,
+    },
+    "absence_seconds": {
+        "description": "Seconds for which a batch may be missing from the API's list, or answer 404, although it is there. Before a shard "
+        "counts as never accepted, or a batch as deleted, it is looked for over a longer span.",
+        "version_added": "0.1.0",
+        "type": "float",
+        "example": None,
+        "default": "900",
     },
     "console_url": {
         "description": "The Claude Console's page of batches that tasks link to. Put your workspace's id in the place of default.",

@@ -17,17 +17,9 @@ from airflow_provider_batchkit.kit import BatchKit
 from airflow_provider_batchkit.ledger import BatchRecord, BatchState
 from airflow_provider_batchkit.model import BatchSnapshot
 from airflow_provider_batchkit.polling import ENDED, PollState
+from airflow_provider_batchkit.waiting import WaitFor
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Hold:
-    """The rest of a job waits for its primer."""
-
-    batch_id: str
-    #: aware
-    until: datetime
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +33,7 @@ class Priming:
     #: the waiting is over: say what became of the primer and send the rest
     over: bool = False
 
-    def hold(self, kit: BatchKit, batches: Sequence[BatchRecord]) -> Hold | None:
+    def wait(self, kit: BatchKit, batches: Sequence[BatchRecord]) -> WaitFor | None:
         """What the job's next shard must wait for; None when it may go out, with a line in the log where that is worth less.
 
         :param batches: the job's, by shard
@@ -55,7 +47,8 @@ class Priming:
         if found is None or found.processing_status != ENDED:
             until = primer.intended_at + timedelta(seconds=self.timeout_s)
             if not self.over and now < until:
-                return Hold(primer.batch_id, until)
+                why = f"The first row is asked in {primer.batch_id}; the rest waits for it, until {until:%Y-%m-%d %H:%M:%S} UTC at most."
+                return WaitFor((primer.batch_id,), until, until, why, about="primer")
             log.warning(
                 "The primer %s has not been seen to end since %s. The rest is sent now, and may not find its system prompt in the cache.",
                 primer.batch_id,

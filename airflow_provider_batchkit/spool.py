@@ -100,7 +100,7 @@ def _spool(requests: Iterable[RequestBlock], seen: _Seen, writer: ShardWriter, c
 
 
 class _Seen:
-    """Keys and questions of the job so far; memory: 32 bytes a row, 64 for rows of earlier attempts."""
+    """Keys and questions of the job so far; memory: 32 bytes a row, 96 for rows of earlier attempts."""
 
     def __init__(self, folder: str, known: Iterable[Known], only: Iterable[str] | None, answered: Iterable[tuple[str, str]]) -> None:
         """For the parameters see :func:`spool`."""
@@ -115,19 +115,24 @@ class _Seen:
         self.new_keys = MarkTable(Path(folder, "new-keys"))
         self.questions = MarkTable(Path(folder, "questions"))
         self._known_keys = MarkTable(Path(folder, "known-keys"))
+        self._known_questions = MarkTable(Path(folder, "known-questions"))
         self._only = None if only is None else MarkTable(Path(folder, "only-keys"))
         keys = iter(only or ())
         while self._only is not None and (part := list(islice(keys, _CHUNK_ROWS))):
             self._only.add_all(_key_marks(part))
-        #: by number of the known key, the number of its question
+        #: by number of the known key, the number of its question among the known ones
         self._asked = array("I")
-        #: by number of the question, the shard that asks it
+        #: by number of the question, the open shard that asks it
         self._shards = array("I")
-        rows = iter(known)
+        rows, known_questions = iter(known), 0
         while chunk := list(islice(rows, _CHUNK_ROWS)):
             self._known_keys.add_all(_key_marks([row.key for row in chunk]))
-            for row, asked in zip(chunk, self.questions.add_all(_question_marks([row.custom_id for row in chunk])), strict=True):
-                self._asked.append(len(self._shards) if asked is None else asked)
+            for asked in self._known_questions.add_all(_question_marks([row.custom_id for row in chunk])):
+                self._asked.append(known_questions if asked is None else asked)
+                known_questions += asked is None
+            # the answer to a question whose batch has landed is not read again: a new row that asks the same asks it anew
+            shared = [row for row in chunk if row.open]
+            for row, asked in zip(shared, self.questions.add_all(_question_marks([row.custom_id for row in shared])), strict=True):
                 if asked is None:
                     self._shards.append(row.shard)
 
@@ -149,7 +154,7 @@ class _Seen:
 
     def _unknown(self, block: RequestBlock, keys: bytes, rows: list[int], counts: RowCounts) -> list[int]:
         """Those of ``rows`` that no earlier attempt has in flight or landed."""
-        known, questions = self._known_keys.find_all(keys), self.questions.find_all(_question_marks(block.custom_ids))
+        known, questions = self._known_keys.find_all(keys), self._known_questions.find_all(_question_marks(block.custom_ids))
         fresh = []
         for row in rows:
             key = known[row]
@@ -178,7 +183,7 @@ class _Seen:
         return self._shards[question] if question < earlier else writer.shard_of(question - earlier)
 
     def close(self) -> None:
-        for table in (self.new_keys, self.questions, self._known_keys, self._answered_keys, self._only):
+        for table in (self.new_keys, self.questions, self._known_keys, self._known_questions, self._answered_keys, self._only):
             if table is not None:
                 table.close()
 

@@ -31,6 +31,8 @@ os.environ["AIRFLOW__CORE__UNIT_TEST_MODE"] = "True"
 os.environ["AIRFLOW__CORE__LOAD_EXAMPLES"] = "False"
 os.environ["AIRFLOW__CORE__DAGS_FOLDER"] = str(AIRFLOW_HOME / "dags")
 os.environ["AIRFLOW__CORE__PLUGINS_FOLDER"] = str(AIRFLOW_HOME / "plugins")
+# a batch that the simulator does not show is not there, unless a test hides it
+os.environ["AIRFLOW__BATCHKIT__ABSENCE_SECONDS"] = "0.2"
 os.environ["AIRFLOW__DATABASE__SQL_ALCHEMY_CONN"] = f"sqlite:///{AIRFLOW_HOME / 'airflow.db'}"
 
 # No test speaks TLS. Without a single authority a client is made at once, where reading them all takes 30 ms, and none of them can talk

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
 from typing import Any
 
 import anthropic
 import sqlalchemy as sa
+import uuid6
 
 from airflow_provider_batchkit import BatchKit
-from airflow_provider_batchkit.jobs import SubmitReport, fetch_job, submit_job
+from airflow_provider_batchkit.fetching import fetch_job
+from airflow_provider_batchkit.jobs import Attempt, SubmitReport, submit_job
 from airflow_provider_batchkit.landing import LandingReport, WriteDisposition
-from airflow_provider_batchkit.ledger import JobRecord, Ledger, make_job_id, prepare_engine
+from airflow_provider_batchkit.ledger import JobRecord, Ledger, prepare_engine
 from airflow_provider_batchkit.requests import RequestBuilder, RequestDefaults, items_of
 from airflow_provider_batchkit.schema import OutputSchema
+from airflow_provider_batchkit.settling import DEFAULT_TIMES, SettleTimes
 from airflow_provider_batchkit.sources import KeyTypes
 from airflow_provider_batchkit.templates import RowTemplate
 
@@ -27,9 +31,19 @@ LANDING_PATHS = {
 }
 
 
-def kit_for(base_url: str, **client: Any) -> BatchKit:
+def kit_for(base_url: str, *, api_key: str = "test-key", **client: Any) -> BatchKit:
     """A kit on a simulator."""
-    return BatchKit(anthropic.Anthropic(api_key="test-key", base_url=base_url, max_retries=0, **client))
+    return BatchKit(anthropic.Anthropic(api_key=api_key, base_url=base_url, max_retries=0, **client))
+
+
+def new_attempt() -> Attempt:
+    """An attempt that is younger than all before it."""
+    return Attempt(str(uuid6.uuid7()), datetime.now(UTC))
+
+
+def times_of(settle_seconds: float | None, absence_seconds: float = 0.1) -> SettleTimes:
+    """Times as short as a test wants them."""
+    return DEFAULT_TIMES if settle_seconds is None else SettleTimes(settle_seconds, absence_seconds)
 
 
 class Warehouse:
@@ -53,10 +67,13 @@ class Warehouse:
         dedupe: bool = True,
         output_schema: Any = None,
         params: Mapping[str, Any] | None = None,
+        attempt: Attempt | None = None,
+        map_index: int = -1,
+        settle_seconds: float | None = None,
         **limits: Any,
     ) -> SubmitReport:
-        """Submit rows as the job of ``run_id``."""
-        job = JobRecord(make_job_id("dag", run_id, "submit"), "dag", run_id, "submit")
+        """Submit rows as the job of ``run_id``, in an attempt of its own unless one is given."""
+        job = self.job(run_id, map_index=map_index)
         types = KeyTypes(key)
         schema = None if output_schema is None else OutputSchema.parse(output_schema)
         defaults = RequestDefaults(model, max_tokens, params=dict(params or {}), output_format=None if schema is None else schema.format)
@@ -71,28 +88,43 @@ class Warehouse:
             self.ledger,
             job,
             builder.pieces(rows, types.see),
+            attempt=attempt or new_attempt(),
+            times=times_of(settle_seconds),
             anthropic_conn_id="anthropic_default",
             before_send=note_key,
             output_schema=None if schema is None else schema.text,
             **limits,
         )
 
+    def job(self, run_id: str = "run-1", *, task_id: str = "submit", map_index: int = -1) -> JobRecord:
+        """The job of a run, in a ledger that is there."""
+        self.ledger.ensure()
+        return self.ledger.identify("dag", run_id, task_id, map_index)
+
     def submit_requests(self, requests: Any, *, run_id: str = "run-1", **limits: Any) -> SubmitReport:
         """Submit requests without rows, as the job of ``run_id``."""
-        job = JobRecord(make_job_id("dag", run_id, "submit"), "dag", run_id, "submit")
+        job = self.job(run_id)
         builder = RequestBuilder(RequestDefaults("claude-haiku-5-5", 100), job_id=job.job_id)
         return submit_job(
             self.kit,
             self.ledger,
             job,
             builder.pieces(items_of(requests)),
+            attempt=new_attempt(),
             anthropic_conn_id="anthropic_default",
             before_send=lambda: self.ledger.set_key_columns(job.job_id, KeyTypes(()).result()),
             **limits,
         )
 
     def fetch(
-        self, batch_ids: Iterable[str], table: str = "answers", *, disposition: str = "merge", run_id: str = "run-1", **options: Any
+        self,
+        batch_ids: Iterable[str],
+        table: str = "answers",
+        *,
+        disposition: str = "merge",
+        run_id: str = "run-1",
+        settle_seconds: float | None = None,
+        **options: Any,
     ) -> LandingReport:
         """Land batches in a table."""
         return fetch_job(
@@ -102,6 +134,7 @@ class Warehouse:
             table,
             dag_id="dag",
             run_id=run_id,
+            times=times_of(settle_seconds),
             disposition=WriteDisposition(disposition),
             **{"portable": self._portable, **options},
         )

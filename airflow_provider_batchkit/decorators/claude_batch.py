@@ -62,13 +62,14 @@ class ClaudeBatchDecoratedOperator(DecoratedOperator, SubmitBatchOperator):
             raise BatchInputError(f"@task.claude_batch {name}: the function must not be async. Return a list or a generator.")
         super().__init__(python_callable=python_callable, op_args=op_args, op_kwargs=op_kwargs, requests=(), **kwargs)
 
-    def execute(self, context: Context) -> Any:
+    def _go_on(self, context: Context) -> Any:
+        # in every leg: the function is the source, and is read anew as a query is
         arguments = determine_kwargs(self.python_callable, self.op_args, {**context, **self.op_kwargs})
         returned = self.python_callable(*self.op_args, **arguments)
         with batchkit_errors():
             _check(self.python_callable.__name__, returned)
         self.requests = returned
-        return super().execute(context)
+        return super()._go_on(context)
 
 
 def _check(name: str, returned: Any) -> None:

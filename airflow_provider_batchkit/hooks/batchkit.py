@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from airflow_provider_batchkit.kit import BatchKit
     from airflow_provider_batchkit.pricing import PriceBook
+    from airflow_provider_batchkit.settling import SettleTimes
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,17 @@ def configured_prices() -> PriceBook:
         live=conf.getboolean("batchkit", "live_prices", fallback=False),
         live_url=conf.get("batchkit", "live_prices_url", fallback=None) or None,
     )
+
+
+def settle_times(settle_seconds: float | None = None) -> SettleTimes:
+    """How long a batch that a killed attempt may have sent is looked for, in this deployment.
+
+    :param settle_seconds: of the task; its default where it has none
+    """
+    from airflow_provider_batchkit.settling import DEFAULT_TIMES, SettleTimes
+
+    settle_s = DEFAULT_TIMES.settle_s if settle_seconds is None else float(settle_seconds)
+    return SettleTimes(settle_s, conf.getfloat("batchkit", "absence_seconds", fallback=DEFAULT_TIMES.absence_s))
 
 
 @contextmanager

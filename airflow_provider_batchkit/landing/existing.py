@@ -17,7 +17,8 @@ from sqlalchemy.engine.reflection import Inspector
 from sqlalchemy.exc import NoSuchTableError
 
 from airflow_provider_batchkit.landing.columns import fits, key_fits, result_fits, sql_type
-from airflow_provider_batchkit.landing.names import column_name, spelled
+from airflow_provider_batchkit.landing.names import column_name
+from airflow_provider_batchkit.ledger.names import spelled
 from airflow_provider_batchkit.model import RequestStatus
 
 #: the shortest text columns that hold every value, where the values are known

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-from airflow_provider_batchkit.ledger.ledger import Landed
-from airflow_provider_batchkit.model import ANSWERED, BatchSnapshot, CostTally
+from airflow_provider_batchkit.ledger.landings import Landed
+from airflow_provider_batchkit.model import BatchSnapshot, CostTally
 from airflow_provider_batchkit.results import StreamFaults
 
 log = logging.getLogger(__name__)
@@ -35,6 +35,11 @@ class LandedBatch:
     first: bool
     #: seconds that reading and staging it took
     read_s: float
+
+    @property
+    def complete(self) -> bool:
+        """Every request has a readable result line: nothing more could be had from the API."""
+        return not self.missing and not self.faults.broken and not self.faults.short
 
     @property
     def latency_s(self) -> float | None:
@@ -67,13 +72,15 @@ class LandingReport:
     missing: list[str] = field(default_factory=list)
     #: the batches that had not landed before: what a counter may add up
     first: list[BatchFigures] = field(default_factory=list)
+    #: the batches that are in the table whole: nothing more could be had of them from the API
+    complete_ids: list[str] = field(default_factory=list)
     created_at: datetime | None = None
     ended_at: datetime | None = None
 
     @property
     def complete(self) -> bool:
-        """Every request has a readable result line: nothing more could be had from the API."""
-        return not self.missing and not self.faults.broken and not self.faults.short
+        """Nothing more could be had from the API."""
+        return set(self.batch_ids) <= set(self.complete_ids)
 
     @property
     def latency_s(self) -> float | None:
@@ -94,10 +101,12 @@ class LandingReport:
         }
 
     def recall(self, landed: Landed) -> None:
-        """Add a batch that landed before and whose results are gone: nothing is written, its counts and its bill are in the ledger."""
+        """Add a batch that has landed in the table before: nothing is written, its counts and its bill are in the ledger."""
         self.batch_ids.append(landed.batch_id)
-        self.rows += sum(landed.counts.get(status.value, 0) for status in ANSWERED)
+        self.rows += landed.rows
         self.counts.update(landed.counts)
+        if landed.complete:
+            self.complete_ids.append(landed.batch_id)
         self.tally = self.tally + CostTally.from_json(landed.tally)
         self.created_at = min(filter(None, (self.created_at, landed.created_at)), default=None)
         self.ended_at = max(filter(None, (self.ended_at, landed.ended_at)), default=None)
@@ -111,6 +120,8 @@ class LandingReport:
         self.tally = self.tally + batch.tally
         self.faults = self.faults + batch.faults
         self.missing.extend(batch.missing[: NAMED - len(self.missing)])
+        if batch.complete and not batch.faults.foreign:
+            self.complete_ids.append(snapshot.batch_id)
         if batch.first:
             self.first.append(BatchFigures(snapshot.batch_id, batch.counts, batch.tally, batch.latency_s))
         self.created_at = min(filter(None, (self.created_at, snapshot.created_at)))

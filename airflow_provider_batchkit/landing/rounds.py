@@ -12,7 +12,7 @@ from sqlalchemy.engine import Connection
 from airflow_provider_batchkit.landing.stage import AskedKeys
 from airflow_provider_batchkit.ledger import journal
 from airflow_provider_batchkit.ledger.bulk import bulk_loader
-from airflow_provider_batchkit.ledger.ledger import BatchRecord
+from airflow_provider_batchkit.ledger.records import BatchRecord
 from airflow_provider_batchkit.ledger.states import BatchState
 from airflow_provider_batchkit.ledger.tables import batch, failed, job
 

@@ -18,8 +18,9 @@ from sqlalchemy.types import TypeDecorator
 from airflow_provider_batchkit.exceptions import BatchInputError, TableError
 from airflow_provider_batchkit.landing.columns import ANSWER_TYPES, changes, sql_type
 from airflow_provider_batchkit.landing.existing import ExistingTable, WantedColumns
-from airflow_provider_batchkit.landing.names import canonical_name, name_problems
+from airflow_provider_batchkit.landing.names import name_problems
 from airflow_provider_batchkit.ledger.engine import write_transaction
+from airflow_provider_batchkit.ledger.names import table_identity
 from airflow_provider_batchkit.ledger.tables import UtcDateTime
 from airflow_provider_batchkit.model import format_usd_exact
 from airflow_provider_batchkit.schema import OutputSchema
@@ -233,7 +234,7 @@ class ResultTable:
         if problems:
             raise TableError(
                 f"The table {self.name} {'exists and ' if found.exists else ''}{'; it '.join(problems)}. Alter it, or name another table. "
-                "Nothing was written, and nothing was sent; results of batches that were sent before stay with the API for 29 days."
+                "Nothing was written; results of batches that were sent before stay with the API for 29 days."
             )
         self._found_keys = {name: found.type_of(name) for name, _ in self.key_columns} if found.exists else {}
         return found.exists
@@ -266,7 +267,7 @@ class ResultTable:
 
     def identity(self, connection: Connection) -> str:
         """The one name of the table in its database, equal for every way to spell it: ``schema.table``, and on SQLite ``table``."""
-        return canonical_name(connection, self.table.schema, self.table.name)
+        return table_identity(connection, self.name)
 
     def create(self, engine: Engine, *, unique_key: bool) -> None:
         """Create the table unless somebody just did; ``unique_key`` makes the key its primary key."""

@@ -12,7 +12,7 @@ from airflow_provider_batchkit.landing.rounds import forget_failures, remove_row
 from airflow_provider_batchkit.landing.stage import StageTables
 from airflow_provider_batchkit.landing.table import ResultTable, WriteDisposition
 from airflow_provider_batchkit.ledger import outcomes
-from airflow_provider_batchkit.ledger.ledger import BatchRecord
+from airflow_provider_batchkit.ledger.records import BatchRecord
 from airflow_provider_batchkit.ledger.tables import failed, succeeded
 from airflow_provider_batchkit.model import ANSWERED, RequestStatus
 
@@ -86,9 +86,10 @@ class TableWriter:
         """Delete every row of the table."""
         self._connection.execute(sa.delete(self._table.table))
 
-    def write(self, rows: sa.Table, batch_id: str, record: BatchRecord | None) -> None:
+    def write(self, rows: sa.Table, batch_id: str, record: BatchRecord | None, *, older: sa.Select[Any] | None = None) -> None:
         """Write one batch's staged rows as the disposition says.
 
+        :param older: ids of the batches over whose answers it may write; None for all. Given where the batch has landed before
         :raises TableError: when the table would store a key as another one
         """
         self._table.check_keys(self._connection, rows, batch_id)
@@ -103,13 +104,21 @@ class TableWriter:
         same_key = sa.and_(*(target.c[name] == rows.c[name] for name in keys))
         select = sa.select(*(staged[name].label(name) for name in names)).select_from(rows).where(wanted)
         if self._disposition is WriteDisposition.MERGE:
-            better = sa.or_(rows.c.status == _SUCCEEDED, target.c.status != _SUCCEEDED, target.c.status.is_(None))
+            better = sa.or_(target.c.status != _SUCCEEDED, target.c.status.is_(None))
+            over = sa.true() if older is None else target.c.batch_id.in_(older)
+            better = sa.or_(sa.and_(rows.c.status == _SUCCEEDED, over), better)
             changed = {name: staged[name] for name in names if name not in keys}
             if self._connection.execute(sa.select(sa.exists().where(same_key))).scalar():
                 self._connection.execute(sa.update(target).values(changed).where(same_key, wanted, better))
                 self._connection.execute(sa.delete(rows).where(sa.exists().where(same_key)))
         elif self._disposition is WriteDisposition.APPEND:
-            self._connection.execute(sa.delete(target).where(target.c.batch_id == batch_id))
+            own = target.c.batch_id == batch_id
+            if older is not None:
+                # a row without an answer gives way; what is answered stays as it is
+                self._connection.execute(sa.delete(target).where(own, target.c.status.not_in([status.value for status in ANSWERED])))
+                self._connection.execute(sa.delete(rows).where(sa.exists().where(same_key, own)))
+            else:
+                self._connection.execute(sa.delete(target).where(own))
             if record is not None:
                 remove_rows(self._connection, target, record, sa.exists().where(same_key, wanted))
         self._connection.execute(sa.insert(target).from_select(list(names), select))

@@ -56,7 +56,7 @@ def _line(line: ModelTally) -> dict[str, Any]:
     return values
 
 
-def note_landing(connection: Connection, job_id: str, shard: int, seconds: float) -> None:
+def note_duration(connection: Connection, job_id: str, shard: int, seconds: float) -> None:
     """How long a batch's landing took, inside its transaction."""
     here = (batch.c.job_id == job_id) & (batch.c.shard == shard)
     connection.execute(sa.update(batch).where(here).values(landing_ms=round(seconds * 1000)))

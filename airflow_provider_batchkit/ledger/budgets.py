@@ -1,8 +1,8 @@
 """Budgets in the ledger. The books are the batch rows themselves, so they cannot disagree with them.
 
 A batch that counts in a budget has its name in its row, with the time that decides the window and the most that it can cost. It is reserved
-while it is ``sending`` or ``submitted``, spent once it is ``landed`` (at its real cost), and counts no more when it is ``rejected`` or
-``void``: whatever moves a batch moves its money, in one statement.
+while it is ``sending``, ``submitted`` or ``gone`` (it may have been billed), spent once it is ``landed`` (at its real cost), and counts no
+more when it is ``rejected`` or ``void``: whatever moves a batch moves its money, in one statement.
 
 Before its first batch row an attempt takes a *hold*: the sum of all that it is about to send. Each intent draws its batch's part from the
 hold, in the intent's transaction. A hold counts as long as its attempt has the job's lease and lives; the next attempt of the job, or
@@ -121,21 +121,16 @@ def put_back(connection: Connection, job_id: str, shard: int) -> None:
         )
 
 
-def carried(connection: Connection, job_id: str, shard: int) -> dict[str, Any]:
-    """What goes along when a batch's requests move to another row."""
-    columns = sa.select(batch.c.bound_picousd, batch.c.bound_tokens, batch.c.budget, batch.c.budget_at)
-    return dict(connection.execute(columns.where(batch.c.job_id == job_id, batch.c.shard == shard)).mappings().one())
-
-
 def settled(connection: Connection, job_id: str, shard: int, tally: CostTally) -> dict[str, Any]:
     """Further columns of a landed batch's row: the tokens that it used."""
     if tally.batch_cost_usd is None:
-        where = carried(connection, job_id, shard)
-        if where["budget"] is not None:
+        columns = sa.select(batch.c.budget, batch.c.bound_picousd).where(batch.c.job_id == job_id, batch.c.shard == shard)
+        where = connection.execute(columns).one()
+        if where.budget is not None:
             log.warning(
                 "The cost of a batch is unknown: the budget %r goes on counting it at its upper bound, %s",
-                where["budget"],
-                usd_text(_usd(where["bound_picousd"])),
+                where.budget,
+                usd_text(_usd(where.bound_picousd)),
             )
     total = tally.total
     return {"billed_tokens": sum(getattr(total, name) for name in _TALLY_TOKENS)}
@@ -201,7 +196,7 @@ def _books(connection: Connection, name: str, window: str, at: datetime) -> Book
 
     of_batches = batch.c.budget == name
     landed = batch.c.state == BatchState.LANDED.value
-    open_ = batch.c.state.in_([BatchState.SENDING.value, BatchState.SUBMITTED.value])
+    open_ = batch.c.state.in_([state.value for state in (BatchState.SENDING, BatchState.SUBMITTED, BatchState.GONE)])
     living = sa.and_(
         hold.c.budget == name,
         hold.c.held_at > datetime.now(UTC) - timedelta(seconds=HOLD_S),

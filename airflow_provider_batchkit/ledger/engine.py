@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from typing import Any
 
+import sqlalchemy as sa
 from sqlalchemy import event
 from sqlalchemy.engine import Connection, Engine
 
@@ -53,6 +55,18 @@ def write_transaction(engine: Engine) -> Iterator[Connection]:
         connection = connection.execution_options(**{_BEGIN_OPTION: "IMMEDIATE"})
         with connection.begin():
             yield connection
+
+
+def clock(connection: Connection) -> datetime:
+    """The time by the database's own clock, which the workers of a deployment share. Aware, UTC.
+
+    A SQLite database is read and written by one machine, so its clock is this process's.
+    """
+    if connection.dialect.name == "sqlite":
+        return datetime.now(UTC)
+    now = sa.func.clock_timestamp() if connection.dialect.name == "postgresql" else sa.func.current_timestamp()
+    found: datetime = connection.execute(sa.select(sa.type_coerce(now, sa.DateTime(timezone=True)))).scalar_one()
+    return found.replace(tzinfo=UTC) if found.tzinfo is None else found.astimezone(UTC)
 
 
 def begin_writing(connection: Connection) -> None:

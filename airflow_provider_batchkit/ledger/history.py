@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+from collections import defaultdict
 from collections.abc import Iterator
 from decimal import Decimal
 
@@ -10,27 +12,45 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Engine
 
 from airflow_provider_batchkit.ledger import outcomes
-from airflow_provider_batchkit.ledger.ledger import JobRecord
-from airflow_provider_batchkit.ledger.states import BatchState
+from airflow_provider_batchkit.ledger.landings import landings_of
+from airflow_provider_batchkit.ledger.names import table_identity
+from airflow_provider_batchkit.ledger.records import JobRecord
+from airflow_provider_batchkit.ledger.states import HELD, BatchState
 from airflow_provider_batchkit.ledger.tables import batch, job
 from airflow_provider_batchkit.model import COST_QUANTUM
+
+log = logging.getLogger(__name__)
 
 _RECENT = 20
 
 
-def answered(engine: Engine, record: JobRecord) -> Iterator[tuple[str, str]]:
-    """(key, digest) of every request of the task's other runs that succeeded, the one that landed last first."""
-    landed = (
-        sa.select(batch.c.job_id, batch.c.shard)
-        .join(job, job.c.job_id == batch.c.job_id)
-        .where(job.c.dag_id == record.dag_id, job.c.task_id == record.task_id, job.c.job_id != record.job_id)
-        .where(batch.c.state == BatchState.LANDED.value)
-        .order_by(batch.c.landed_at.desc(), batch.c.job_id, batch.c.shard.desc())
-    )
+def answered(engine: Engine, record: JobRecord, table: str | None) -> Iterator[tuple[str, str]]:
+    """(key, digest) of every request that succeeded in an earlier run of the task and landed in its table, the latest landing first.
+
+    :param table: the task's result table as it names it. None where the task does not know it: then an earlier run counts when all that
+        it landed is in one table, or else the same mapped instance of it when that landed in one table
+    """
     with engine.connect() as connection:
-        for job_id, shard in connection.execute(landed).all():
-            for row in outcomes.succeeded_rows(connection, job_id, shard):
-                yield row.key, row.digest
+        only = None if table is None else table_identity(connection, table)
+        landed = [row for row in landings_of(connection, record.dag_id, record.task_id) if row.run_id != record.run_id]
+        by_run, by_job = defaultdict[str, set[str]](set), defaultdict[str, set[str]](set)
+        for row in landed:
+            by_run[row.run_id].add(row.table_name)
+            by_job[row.job_id].add(row.table_name)
+        ignored: set[str] = set()
+        for row in landed:
+            own = row.map_index == record.map_index and len(by_job[row.job_id]) == 1
+            if row.table_name == only if only is not None else own or len(by_run[row.run_id]) == 1:
+                for answer in outcomes.succeeded_rows(connection, row.job_id, row.shard):
+                    yield answer.key, answer.digest
+            elif only is None:
+                ignored.add(row.run_id)
+        if ignored:
+            log.warning(
+                "skip_unchanged: the answers of %d earlier runs landed in several tables, and this task does not say which one is its own: "
+                "they do not count. Give it its `table`.",
+                len(ignored),
+            )
 
 
 def output_per_request(engine: Engine, dag_id: str, task_id: str) -> Decimal | None:
@@ -51,7 +71,7 @@ def output_per_request(engine: Engine, dag_id: str, task_id: str) -> Decimal | N
 def committed_usd(engine: Engine, job_id: str) -> tuple[Decimal, list[str]]:
     """What the job's batches have cost or may still cost, and those of them for which nobody knows."""
     statement = sa.select(batch.c.batch_id, batch.c.shard, sa.func.coalesce(batch.c.batch_cost_picousd, batch.c.bound_picousd)).where(
-        batch.c.job_id == job_id, batch.c.state.in_([s.value for s in (BatchState.SENDING, BatchState.SUBMITTED, BatchState.LANDED)])
+        batch.c.job_id == job_id, batch.c.state.in_([state.value for state in HELD])
     )
     with engine.connect() as connection:
         rows = connection.execute(statement).all()

@@ -18,8 +18,7 @@ from airflow_provider_batchkit.shards import IndexEntry, decode_entries
 
 def write(connection: Connection, job_id: str, shard: int, parts: Iterable[bytes]) -> None:
     """Journal index lines of a shard, behind what is journaled of it already."""
-    here = (journal.c.job_id == job_id) & (journal.c.shard == shard)
-    last = connection.execute(sa.select(sa.func.max(journal.c.part)).where(here)).scalar()
+    last = last_part(connection, job_id, shard)
     for number, part in enumerate(parts, start=0 if last is None else last + 1):
         connection.execute(sa.insert(journal).values(job_id=job_id, shard=shard, part=number, entries=part))
 
@@ -38,21 +37,15 @@ def pieces(connection: Connection, job_id: str, shard: int) -> Iterator[list[Ind
         yield decode_entries(connection.execute(piece).scalar_one())
 
 
-def shards(connection: Connection, job_id: str) -> list[int]:
-    """Numbers of the job's shards that are journaled."""
-    return list(
-        connection.execute(sa.select(journal.c.shard).where(journal.c.job_id == job_id).distinct().order_by(journal.c.shard)).scalars()
-    )
-
-
 def asks(connection: Connection, job_id: str, shard: int, custom_id: str) -> bool:
     """Whether the shard's body has this request."""
     return any(entry.custom_id == custom_id and entry.asked for entry in entries(connection, job_id, shard))
 
 
-def move(connection: Connection, job_id: str, shard: int, target: int) -> None:
-    """Give what is journaled of a shard to another number."""
-    connection.execute(sa.update(journal).where(journal.c.job_id == job_id, journal.c.shard == shard).values(shard=target))
+def last_part(connection: Connection, job_id: str, shard: int) -> int | None:
+    """The number of the last part that is journaled of a shard: a greater one later means that rows were added."""
+    here = (journal.c.job_id == job_id) & (journal.c.shard == shard)
+    return connection.execute(sa.select(sa.func.max(journal.c.part)).where(here)).scalar()
 
 
 def remove(connection: Connection, job_id: str, shard: int) -> None:

@@ -1,4 +1,8 @@
-"""The lease of a job: only the latest attempt may write what leads to a POST."""
+"""The lease of a job: only the youngest attempt that has opened it, in its latest opening, may write what leads to a POST.
+
+Attempts are ordered by the ids of their task instances, which Airflow makes anew for every try: UUIDv7, so their order is that of their
+birth. The try number is no order, because it begins again when a DAG run is deleted and made anew.
+"""
 
 from __future__ import annotations
 
@@ -25,3 +29,12 @@ def lease_lost(job_id: str, lease: int) -> LeaseLostError:
         f"Another attempt of job {job_id} has begun (this one holds lease {lease}). This attempt stops before it sends anything more; "
         "what it sent is in the ledger and belongs to the new attempt."
     )
+
+
+def refuse_older(job_id: str, attempt_id: str, youngest: str | None) -> None:
+    """:raises LeaseLostError: when a younger attempt of the job has opened it"""
+    if youngest is not None and attempt_id < youngest:
+        raise LeaseLostError(
+            f"The attempt {attempt_id} of job {job_id} is older than {youngest}, which has opened the job. This attempt stops before it "
+            "reads or sends anything; the younger one goes on."
+        )

@@ -2,142 +2,108 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
+import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.engine import Connection, Engine, Row
+from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
 from airflow_provider_batchkit.budget import Budget
-from airflow_provider_batchkit.exceptions import LedgerError
+from airflow_provider_batchkit.exceptions import LandedMeanwhileError, LedgerError
 from airflow_provider_batchkit.ledger import budgets, journal, rounds
 from airflow_provider_batchkit.ledger.account import bill_columns, write_bill
-from airflow_provider_batchkit.ledger.engine import prepare_engine, write_transaction
-from airflow_provider_batchkit.ledger.leases import hold_lease, lease_lost
+from airflow_provider_batchkit.ledger.engine import clock, prepare_engine, write_transaction
+from airflow_provider_batchkit.ledger.leases import hold_lease, lease_lost, refuse_older
+from airflow_provider_batchkit.ledger.migrate import OLDEST, migrate
+from airflow_provider_batchkit.ledger.moves import BatchMoves
+from airflow_provider_batchkit.ledger.records import BatchRecord, JobRecord, Known, make_job_id, record_of
 from airflow_provider_batchkit.ledger.rollup import create_views
-from airflow_provider_batchkit.ledger.states import BatchState, check_move, sources_of
-from airflow_provider_batchkit.ledger.tables import VERSION, batch, job, metadata, version
-from airflow_provider_batchkit.model import BatchSnapshot, Bound, CostTally
+from airflow_provider_batchkit.ledger.states import BatchState
+from airflow_provider_batchkit.ledger.tables import VERSION, batch, former_id, job, landing, metadata, version
+from airflow_provider_batchkit.model import Bound, CostTally
 from airflow_provider_batchkit.shards import IndexEntry, Shard, index_parts
 
 
-def make_job_id(dag_id: str, run_id: str, task_id: str, map_index: int = -1) -> str:
-    """20 hex characters that name a task instance, the same on every attempt: the try number is not part of it."""
-    return hashlib.sha256(json.dumps([dag_id, run_id, task_id, map_index]).encode()).hexdigest()[:20]
-
-
-@dataclass(frozen=True, slots=True)
-class JobRecord:
-    """A job: one task instance of a DAG run."""
-
-    job_id: str
-    dag_id: str
-    run_id: str
-    task_id: str
-    map_index: int = -1
-
-
-@dataclass(frozen=True, slots=True)
-class BatchRecord:
-    """A row of ``batchkit_batch``. Times are aware and UTC."""
-
-    job_id: str
-    shard: int
-    batch_id: str | None
-    anthropic_conn_id: str
-    state: BatchState
-    #: of asking, from 1
-    round: int
-    #: its id is a guess
-    adopted: bool
-    requests: int
-    body_bytes: int
-    intended_at: datetime
-    created_at: datetime | None
-    ended_at: datetime | None
-    landed_at: datetime | None
-    landed_table: str | None
-    note: str | None
-
-    def __str__(self) -> str:
-        return f"shard {self.shard} of job {self.job_id} ({self.batch_id or 'no batch id yet'})"
-
-
-@dataclass(frozen=True, slots=True)
-class Landed:
-    """What the ledger keeps of a landing: rows per outcome, and the tally as JSON."""
-
-    batch_id: str
-    counts: dict[str, int]
-    tally: dict[str, Any]
-    created_at: datetime | None
-    ended_at: datetime | None
-
-
-@dataclass(frozen=True, slots=True)
-class Known:
-    """What the ledger knows of a source row from an earlier attempt of its job."""
-
-    key: str
-    custom_id: str
-    shard: int
-
-
-class Ledger:
+class Ledger(BatchMoves):
     """The door to the ``batchkit_*`` tables of one database."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = prepare_engine(engine)
 
     def ensure(self) -> None:
-        """Create the tables and the roll-up's views where they are missing. Safe when several tasks do so at once.
+        """Create the tables and the roll-up's views where they are missing; migrate them where they are of an older version. Safe when
+        several tasks do so at once.
 
-        :raises LedgerError: when the tables are of another version
+        :raises LedgerError: when the tables are of a version that cannot be migrated, or of a newer one
         """
         for attempt in (1, 2, 3):
             try:
                 with write_transaction(self.engine) as connection:
                     found = _version(connection)
-                    if found in (None, VERSION):
+                    if found is not None and OLDEST <= found < VERSION:
+                        migrate(connection, found)
+                    if found is None or OLDEST <= found <= VERSION:
                         metadata.create_all(connection)
                     if found is None:
+                        connection.execute(sa.insert(version).values(version=VERSION, ledger_id=secrets.token_hex(16)))
+                    if found is None or OLDEST <= found < VERSION:
                         create_views(connection)
-                        connection.execute(sa.insert(version).values(version=VERSION))
                         found = VERSION
                 break
             except DBAPIError:
-                # another task created them between our look and our CREATE
+                # another task created or migrated them between our look and our statement
                 if attempt == 3:
                     raise
         if found != VERSION:
             raise LedgerError(
-                f"The ledger's tables are of version {found}, this provider writes version {VERSION}. Nothing was sent. Let the provider "
-                "that made them land what still runs; then rename or drop the batchkit_ tables and views."
+                f"The ledger's tables are of version {found}, this provider reads versions {OLDEST} to {VERSION}. Nothing was sent. Use "
+                "the provider that made them, or let it land what still runs and then rename the batchkit_ tables and views."
             )
 
     def exists(self) -> bool:
         """Whether the tables are there."""
         return sa.inspect(self.engine).has_table(job.name)
 
+    def now(self) -> datetime:
+        """The time by the database's clock."""
+        with self.engine.connect() as connection:
+            return clock(connection)
+
     # --- jobs ---------------------------------------------------------------------------------------------------------------------
 
-    def open_job(self, record: JobRecord) -> int:
-        """Begin an attempt of a job: create its row or take over its lease. Returns the lease, to be shown at every intent."""
+    def identify(self, dag_id: str, run_id: str, task_id: str, map_index: int = -1) -> JobRecord:
+        """The job of a task instance. A job that the ledger has keeps its id, also when the ledger was migrated or moved."""
+        here = (job.c.dag_id == dag_id) & (job.c.run_id == run_id) & (job.c.task_id == task_id) & (job.c.map_index == map_index)
+        known = ledger_id = None
+        if self.exists():
+            with self.engine.connect() as connection:
+                known = connection.execute(sa.select(job.c.job_id).where(here)).scalar()
+                ledger_id = connection.execute(sa.select(version.c.ledger_id)).scalar()
+        return JobRecord(known or make_job_id(ledger_id or "", dag_id, run_id, task_id, map_index), dag_id, run_id, task_id, map_index)
+
+    def open_job(self, record: JobRecord, attempt_id: str) -> int:
+        """Begin an attempt of a job, or go on with one: create the job's row or take over its lease. Rows that some sender left as
+        ``sending`` are in doubt from now on.
+
+        :param attempt_id: a UUIDv7 in its text form: a younger attempt has a greater one
+        :returns: the lease, to be shown at every intent
+        :raises LeaseLostError: when a younger attempt has opened the job
+        """
         try:
-            return self._take_lease(record)
+            return self._take_lease(record, attempt_id)
         except IntegrityError:
             # another first attempt created the row between our look and our INSERT
-            return self._take_lease(record)
+            return self._take_lease(record, attempt_id)
 
-    def _take_lease(self, record: JobRecord) -> int:
+    def _take_lease(self, record: JobRecord, attempt_id: str) -> int:
+        here = job.c.job_id == record.job_id
         with write_transaction(self.engine) as connection:
-            taken = connection.execute(sa.update(job).where(job.c.job_id == record.job_id).values(lease=job.c.lease + 1))
-            if taken.rowcount == 0:
+            locked = connection.execute(sa.update(job).where(here).values(lease=job.c.lease + 1))
+            if locked.rowcount == 0:
                 connection.execute(
                     sa.insert(job).values(
                         job_id=record.job_id,
@@ -145,13 +111,21 @@ class Ledger:
                         run_id=record.run_id,
                         task_id=record.task_id,
                         map_index=record.map_index,
-                        created_at=_now(),
+                        created_at=clock(connection),
                         lease=1,
                         key_columns="[]",
                         rounds_sent=0,
                     )
                 )
-            return int(connection.execute(sa.select(job.c.lease).where(job.c.job_id == record.job_id)).scalar_one())
+            found = connection.execute(sa.select(job.c.lease, job.c.attempt_id).where(here)).one()
+            refuse_older(record.job_id, attempt_id, found.attempt_id)
+            if found.attempt_id != attempt_id:
+                connection.execute(sa.update(job).where(here).values(attempt_id=attempt_id))
+                # nobody knows what a batch did while no attempt looked: a younger attempt begins its series of looks anew
+                unsettled = (batch.c.job_id == record.job_id) & (batch.c.state == BatchState.SENDING.value)
+                connection.execute(sa.update(batch).where(unsettled).values(unseen_since=None, unseen_at=None))
+            self._doubt(connection, batch.c.job_id == record.job_id)
+            return int(found.lease)
 
     def set_key_columns(self, job_id: str, columns: Sequence[tuple[str, str]]) -> None:
         """Note (column, type) of the source's key, which fetch needs for the result table."""
@@ -163,6 +137,16 @@ class Ledger:
         with self.engine.connect() as connection:
             text = connection.execute(sa.select(job.c.key_columns).where(job.c.job_id == job_id)).scalar_one()
         return [(column, type_name) for column, type_name in json.loads(text)]
+
+    def note_skipping(self, job_id: str, *, skips: bool) -> None:
+        """Note whether the job's task leaves out rows that an earlier run has answered."""
+        with write_transaction(self.engine) as connection:
+            connection.execute(sa.update(job).where(job.c.job_id == job_id).values(skip_unchanged=skips))
+
+    def skips_unchanged(self, job_id: str) -> bool:
+        """Whether the job's task leaves out rows that an earlier run has answered: its batches are then a part of the source's rows."""
+        with self.engine.connect() as connection:
+            return bool(connection.execute(sa.select(job.c.skip_unchanged).where(job.c.job_id == job_id)).scalar())
 
     def check_lease(self, job_id: str, lease: int) -> None:
         """:raises LeaseLostError: when another attempt of the job has begun"""
@@ -176,14 +160,28 @@ class Ledger:
     def known(self, job_id: str, round_number: int = 1) -> Iterator[Known]:
         """Rows that earlier attempts have in flight or landed in this round of the job, or in a later one."""
         with self.engine.connect() as connection:
-            for shard in rounds.shards(connection, job_id, round_number):
+            for shard, state in rounds.shards(connection, job_id, round_number):
                 for entry in journal.entries(connection, job_id, shard):
-                    yield Known(entry.key, entry.custom_id, shard)
+                    yield Known(entry.key, entry.custom_id, shard, state in (BatchState.SENDING, BatchState.SUBMITTED))
 
     def rows_of(self, record: BatchRecord) -> Iterator[list[IndexEntry]]:
         """Every source row that the batch answers, in pieces."""
         with self.engine.connect() as connection:
             yield from journal.pieces(connection, record.job_id, record.shard)
+
+    def keys_of(self, record: BatchRecord) -> Iterator[str]:
+        """The keys of every source row that the batch was to answer."""
+        return (entry.key for piece in self.rows_of(record) for entry in piece)
+
+    def unasked(self, record: BatchRecord) -> Iterator[str]:
+        """The keys of the batch's rows that are in no later round of its job."""
+        later = {known.key for known in self.known(record.job_id, record.round + 1)}
+        return (key for key in self.keys_of(record) if key not in later)
+
+    def last_part(self, record: BatchRecord) -> int | None:
+        """The number of the last part of the batch's journal."""
+        with self.engine.connect() as connection:
+            return journal.last_part(connection, record.job_id, record.shard)
 
     def asks(self, record: BatchRecord, custom_id: str) -> bool:
         """Whether the batch's body has this request."""
@@ -191,10 +189,21 @@ class Ledger:
             return journal.asks(connection, record.job_id, record.shard, custom_id)
 
     def add_copies(self, job_id: str, lease: int, copies: Iterable[tuple[int, bytes]]) -> None:
-        """Journal rows that share a request which an earlier attempt has sent, as (its shard, index lines)."""
+        """Journal rows that share a request which an earlier attempt has sent and which has not landed, as (its shard, index lines).
+
+        :raises LandedMeanwhileError: when it has landed by now: these rows would have no answer
+        """
         with write_transaction(self.engine) as connection:
             hold_lease(connection, job_id, lease)
             for shard, part in copies:
+                running = [state.value for state in (BatchState.SENDING, BatchState.SUBMITTED)]
+                here = (batch.c.job_id == job_id) & (batch.c.shard == shard) & batch.c.state.in_(running)
+                # an update, so that a landing of the batch waits for these rows, or these rows for it
+                if connection.execute(sa.update(batch).where(here).values(requests=batch.c.requests)).rowcount == 0:
+                    raise LandedMeanwhileError(
+                        f"Shard {shard} of job {job_id} landed while rows that share its requests were added to it. Nothing was sent by "
+                        "this attempt; the next one asks these rows."
+                    )
                 journal.write(connection, job_id, shard, [part])
 
     # --- batches ------------------------------------------------------------------------------------------------------------------
@@ -232,152 +241,54 @@ class Ledger:
                     round=round_number,
                     requests=shard.requests,
                     body_bytes=shard.bytes,
-                    intended_at=_now(),
+                    intended_at=clock(connection),
                     **budgets.draw(connection, job_id, lease, bound, budget),
                 )
             )
             journal.write(connection, job_id, shard.number, index_parts(shard))
 
-    def submitted(self, job_id: str, shard: int, found: BatchSnapshot) -> None:
-        """The API accepted the shard under this id: proved, by its answer or by the batch's results.
-
-        Another row that had adopted the batch as a guess gives it up: its requests wait in a new ``sending`` row to be looked for again.
-        """
-        with write_transaction(self.engine) as connection:
-            other = connection.execute(sa.select(batch).where(batch.c.batch_id == found.batch_id, batch.c.adopted)).first()
-            if other is not None and (other.job_id, other.shard) != (job_id, shard):
-                self._requeue(connection, _record(other), f"adopted {found.batch_id}, which is of shard {shard} of job {job_id}")
-            self._move(connection, job_id, shard, BatchState.SUBMITTED, batch_id=found.batch_id, created_at=found.created_at)
-
-    def adopt(self, job_id: str, shard: int, found: BatchSnapshot) -> None:
-        """Take a running batch for the shard's own, as a guess.
-
-        :raises IntegrityError: when another row has it
-        """
-        with write_transaction(self.engine) as connection:
-            self._move(connection, job_id, shard, BatchState.SUBMITTED, batch_id=found.batch_id, created_at=found.created_at, adopted=True)
-
-    def rejected(self, job_id: str, shard: int, reason: str) -> None:
-        """The API refused the shard: its requests are free to be asked again."""
-        self._release(job_id, shard, BatchState.REJECTED, reason)
-
-    def void(self, job_id: str, shard: int, reason: str) -> None:
-        """The shard was never accepted: its requests are free to be asked again.
-
-        :raises LedgerError: when it is not ``sending`` any more
-        """
-        self._release(job_id, shard, BatchState.VOID, reason)
-
     def batches(self, job_id: str) -> list[BatchRecord]:
         """Every batch row of a job, by shard."""
         with self.engine.connect() as connection:
-            return [_record(row) for row in connection.execute(sa.select(batch).where(batch.c.job_id == job_id).order_by(batch.c.shard))]
+            return [record_of(row) for row in connection.execute(sa.select(batch).where(batch.c.job_id == job_id).order_by(batch.c.shard))]
 
     def find(self, batch_id: str) -> BatchRecord | None:
         """The row of a batch id; None for a batch that was submitted elsewhere."""
         with self.engine.connect() as connection:
             row = connection.execute(sa.select(batch).where(batch.c.batch_id == batch_id)).first()
-        return _record(row) if row is not None else None
+        return record_of(row) if row is not None else None
 
-    def landed_in(self, batch_id: str, table: str) -> Landed | None:
-        """What landed of a batch in ``table``; None when it has not landed there."""
-        statement = sa.select(batch.c.counts, batch.c.tally, batch.c.created_at, batch.c.ended_at).where(
-            batch.c.batch_id == batch_id, batch.c.state == BatchState.LANDED.value, batch.c.landed_table == table
+    def row_of(self, batch_id: str, dag_id: str, run_id: str) -> BatchRecord | None:
+        """The row of a batch id as the tasks of a DAG run know it; None for a batch that was submitted elsewhere.
+
+        Tasks that submitted with a ledger of version 3 may know a row by an id that was never proved to be its own.
+        """
+        former = (
+            sa.select(batch)
+            .join(former_id, (former_id.c.job_id == batch.c.job_id) & (former_id.c.shard == batch.c.shard))
+            .join(job, job.c.job_id == batch.c.job_id)
+            .where(former_id.c.batch_id == batch_id, job.c.dag_id == dag_id, job.c.run_id == run_id)
         )
         with self.engine.connect() as connection:
-            row = connection.execute(statement).first()
-        return None if row is None else Landed(batch_id, json.loads(row.counts), json.loads(row.tally), row.created_at, row.ended_at)
+            row = connection.execute(former).first()
+        return self.find(batch_id) if row is None else record_of(row)
+
+    def answered_batches(self, job_id: str) -> list[BatchRecord]:
+        """The job's batches that have landed with an answer."""
+        answers = sa.exists().where(landing.c.batch_id == batch.c.batch_id, landing.c.rows_answered > 0)
+        with self.engine.connect() as connection:
+            return [record_of(row) for row in connection.execute(sa.select(batch).where(batch.c.job_id == job_id, answers))]
 
     def claims(self, batch_ids: Sequence[str]) -> dict[str, BatchRecord]:
         """Those of the ids that some row has, with the row."""
         with self.engine.connect() as connection:
             rows = connection.execute(sa.select(batch).where(batch.c.batch_id.in_(batch_ids)))
-            return {row.batch_id: _record(row) for row in rows}
+            return {row.batch_id: record_of(row) for row in rows}
 
     def get(self, job_id: str, shard: int) -> BatchRecord:
         """One batch row."""
         with self.engine.connect() as connection:
-            return _record(connection.execute(sa.select(batch).where(batch.c.job_id == job_id, batch.c.shard == shard)).one())
-
-    def replacement(self, batch_id: str, dag_id: str, run_id: str) -> BatchRecord | None:
-        """The row that took over when a job of this DAG run had adopted ``batch_id`` wrongly; None when that never happened."""
-        statement = (
-            sa.select(batch.c.job_id, batch.c.replaced_by)
-            .join(job, job.c.job_id == batch.c.job_id)
-            .where(batch.c.adopted_id == batch_id, job.c.dag_id == dag_id, job.c.run_id == run_id)
-        )
-        with self.engine.connect() as connection:
-            row = connection.execute(statement).first()
-        return None if row is None else self.get(row.job_id, row.replaced_by)
-
-    def witness(self, anthropic_conn_id: str) -> str | None:
-        """The id of the youngest batch that this connection submitted and that has not landed: it must be visible with its key."""
-        statement = (
-            sa.select(batch.c.batch_id)
-            .where(batch.c.anthropic_conn_id == anthropic_conn_id, batch.c.state == BatchState.SUBMITTED.value)
-            .order_by(batch.c.created_at.desc())
-            .limit(1)
-        )
-        with self.engine.connect() as connection:
-            return connection.execute(statement).scalar()
-
-    def disown(self, record: BatchRecord, found: BatchSnapshot, custom_id: str) -> BatchRecord:
-        """``record`` had adopted ``found``, whose results (``custom_id``) are another's: give it to its owner.
-
-        The record becomes void, and its requests wait in a new ``sending`` row, which is returned, until they are looked for again. When
-        the owner had adopted another batch in its turn, so do the owner's requests, and that other batch is free to be found.
-        """
-        with write_transaction(self.engine) as connection:
-            fresh = self._requeue(connection, record, f"adopted {found.batch_id}, which is not its own")
-            job_id = custom_id[:20]
-            # a later round asks under the same ids, and only the last one can be looking for its batch
-            owner = next((n for n in reversed(journal.shards(connection, job_id)) if journal.asks(connection, job_id, n, custom_id)), None)
-            if owner is not None:
-                rightful = _record(connection.execute(sa.select(batch).where(batch.c.job_id == job_id, batch.c.shard == owner)).one())
-                if rightful.state is BatchState.SUBMITTED and rightful.adopted:
-                    rightful = self._requeue(connection, rightful, f"adopted {rightful.batch_id} while {found.batch_id} is its own")
-                if rightful.state is BatchState.SENDING:
-                    self._move(
-                        connection,
-                        rightful.job_id,
-                        rightful.shard,
-                        BatchState.SUBMITTED,
-                        batch_id=found.batch_id,
-                        created_at=found.created_at,
-                    )
-        return fresh
-
-    def _requeue(self, connection: Connection, record: BatchRecord, note: str) -> BatchRecord:
-        """Void a wrongly adopted row and put its requests into a new ``sending`` row with the old intent."""
-        last = connection.execute(sa.select(sa.func.max(batch.c.shard)).where(batch.c.job_id == record.job_id)).scalar_one()
-        number = last + 1
-        self._move(
-            connection,
-            record.job_id,
-            record.shard,
-            BatchState.VOID,
-            batch_id=None,
-            adopted=False,
-            adopted_id=record.batch_id,
-            replaced_by=number,
-            note=note,
-        )
-        connection.execute(
-            sa.insert(batch).values(
-                job_id=record.job_id,
-                shard=number,
-                anthropic_conn_id=record.anthropic_conn_id,
-                state=BatchState.SENDING.value,
-                round=record.round,
-                adopted=False,
-                requests=record.requests,
-                body_bytes=record.body_bytes,
-                intended_at=record.intended_at,
-                **budgets.carried(connection, record.job_id, record.shard),
-            )
-        )
-        journal.move(connection, record.job_id, record.shard, number)
-        return _record(connection.execute(sa.select(batch).where(batch.c.job_id == record.job_id, batch.c.shard == number)).one())
+            return record_of(connection.execute(sa.select(batch).where(batch.c.job_id == job_id, batch.c.shard == shard)).one())
 
     def landed(self, connection: Connection, record: BatchRecord, tally: CostTally, values: Mapping[str, Any]) -> None:
         """Move a batch to ``landed``, with its bill, inside the landing's own transaction.
@@ -385,33 +296,8 @@ class Ledger:
         Also a lock: a second landing of the batch waits here.
         """
         more = {**bill_columns(tally), **budgets.settled(connection, record.job_id, record.shard, tally)}
-        self._move(connection, record.job_id, record.shard, BatchState.LANDED, adopted=False, **values, **more)
+        self._move(connection, record.job_id, record.shard, BatchState.LANDED, unseen_since=None, unseen_at=None, **values, **more)
         write_bill(connection, record.job_id, record.shard, tally)
-
-    # --- inside -------------------------------------------------------------------------------------------------------------------
-
-    def _move(
-        self, connection: Connection, job_id: str, shard: int, target: BatchState, *, source: BatchState | None = None, **values: Any
-    ) -> None:
-        """Move a row, from ``source`` where that is given, else from any state that the table allows."""
-        here = (batch.c.job_id == job_id) & (batch.c.shard == shard)
-        allowed = [state.value for state in sources_of(target) if source in (None, state)]
-        if target is BatchState.SUBMITTED:
-            values["submitted_at"] = _now()
-        moved = connection.execute(sa.update(batch).where(here, batch.c.state.in_(allowed)).values(state=target.value, **values))
-        if moved.rowcount == 0:
-            row = connection.execute(sa.select(batch).where(here)).first()
-            if row is None:
-                raise LedgerError(f"The ledger has no shard {shard} of job {job_id}.")
-            check_move(str(_record(row)), BatchState(row.state), target)
-            raise LedgerError(f"{_record(row)} is {row.state} by now and was not moved to {target.value}.")
-
-    def _release(self, job_id: str, shard: int, target: BatchState, reason: str) -> None:
-        with write_transaction(self.engine) as connection:
-            self._move(connection, job_id, shard, target, source=BatchState.SENDING, note=reason)
-            journal.remove(connection, job_id, shard)
-            rounds.reopen(connection, job_id, shard)
-            budgets.put_back(connection, job_id, shard)
 
 
 def _version(connection: Connection) -> int | None:
@@ -419,27 +305,3 @@ def _version(connection: Connection) -> int | None:
     if not sa.inspect(connection).has_table(version.name):
         return None
     return connection.execute(sa.select(version.c.version)).scalar()
-
-
-def _now() -> datetime:
-    return datetime.now(UTC)
-
-
-def _record(row: Row[Any]) -> BatchRecord:
-    return BatchRecord(
-        row.job_id,
-        row.shard,
-        row.batch_id,
-        row.anthropic_conn_id,
-        BatchState(row.state),
-        row.round,
-        row.adopted,
-        row.requests,
-        row.body_bytes,
-        row.intended_at,
-        row.created_at,
-        row.ended_at,
-        row.landed_at,
-        row.landed_table,
-        row.note,
-    )

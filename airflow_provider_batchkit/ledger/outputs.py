@@ -10,12 +10,12 @@ from sqlalchemy.engine import Engine
 from airflow_provider_batchkit.exceptions import BatchInputError
 from airflow_provider_batchkit.ledger.engine import write_transaction
 from airflow_provider_batchkit.ledger.leases import hold_lease
-from airflow_provider_batchkit.ledger.states import BatchState
+from airflow_provider_batchkit.ledger.states import HELD
 from airflow_provider_batchkit.ledger.tables import batch, job
 
 log = logging.getLogger(__name__)
 
-_ASKED = [state.value for state in (BatchState.SENDING, BatchState.SUBMITTED, BatchState.LANDED)]
+_ASKED = [state.value for state in HELD]
 
 
 def note_output_schema(engine: Engine, job_id: str, lease: int, schema: str | None, *, sends: bool) -> None:

@@ -207,6 +207,7 @@ def summary() -> sa.Select[Any]:
     def landed(column: sa.ColumnElement[Any]) -> sa.ColumnElement[Any]:
         return sa.case((is_landed, column))
 
+    dead = [state.value for state in (BatchState.REJECTED, BatchState.VOID, BatchState.GONE)]
     identity = (job.c.job_id, job.c.dag_id, job.c.run_id, job.c.task_id, job.c.map_index, job.c.created_at)
     unchanged = sa.func.coalesce(job.c.unchanged_rows, 0)
     nothing_sent = sa.func.count(batch.c.shard) == 0
@@ -234,7 +235,7 @@ def summary() -> sa.Select[Any]:
                 for name in ("batch_cost_picousd", "standard_cost_picousd")
             ),
         )
-        .outerjoin(batch, (batch.c.job_id == job.c.job_id) & batch.c.state.not_in([BatchState.REJECTED.value, BatchState.VOID.value]))
+        .outerjoin(batch, (batch.c.job_id == job.c.job_id) & batch.c.state.not_in(dead))
         .where(batch.c.shard.is_not(None) | (unchanged > 0))
         .group_by(*identity, job.c.rendering_ms, job.c.unchanged_rows)
     )

@@ -23,13 +23,13 @@ from sqlalchemy.engine import Connection, Engine
 from airflow_provider_batchkit.ledger import outcomes
 from airflow_provider_batchkit.ledger.engine import write_transaction
 from airflow_provider_batchkit.ledger.leases import hold_lease
-from airflow_provider_batchkit.ledger.states import BatchState
-from airflow_provider_batchkit.ledger.tables import batch, failed, job
+from airflow_provider_batchkit.ledger.states import HELD, BatchState
+from airflow_provider_batchkit.ledger.tables import batch, failed, job, landing
 from airflow_provider_batchkit.model import CostTally, RequestStatus
 
 #: error types of the Messages API that say nothing about the request (API documentation, "Errors"): 429, 500, 504, 529
 SERVER_ERRORS = frozenset({"rate_limit_error", "api_error", "timeout_error", "overloaded_error"})
-_LIVING = [s.value for s in (BatchState.SENDING, BatchState.SUBMITTED, BatchState.LANDED)]
+_HELD = [state.value for state in HELD]
 _KEYS_AT_A_TIME = 5_000
 _NAMED = 5
 
@@ -77,10 +77,12 @@ def reopen(connection: Connection, job_id: str, shard: int) -> None:
     connection.execute(sa.update(job).where(job.c.job_id == job_id, job.c.rounds_sent >= number).values(rounds_sent=number - 1))
 
 
-def shards(connection: Connection, job_id: str, round_number: int) -> list[int]:
-    """Numbers of the shards whose requests are journaled, of this round and later ones."""
-    statement = sa.select(batch.c.shard).where(batch.c.job_id == job_id, batch.c.round >= round_number, batch.c.state.in_(_LIVING))
-    return list(connection.execute(statement.order_by(batch.c.shard)).scalars())
+def shards(connection: Connection, job_id: str, round_number: int) -> list[tuple[int, BatchState]]:
+    """Numbers and states of the shards whose requests are journaled, of this round and later ones."""
+    statement = sa.select(batch.c.shard, batch.c.state).where(
+        batch.c.job_id == job_id, batch.c.round >= round_number, batch.c.state.in_(_HELD)
+    )
+    return [(shard, BatchState(state)) for shard, state in connection.execute(statement.order_by(batch.c.shard))]
 
 
 # --- rows to ask again ------------------------------------------------------------------------------------------------------------
@@ -133,6 +135,8 @@ class Outcome:
     #: per round: its batches, rows and requests asked, rows per outcome
     rounds: list[dict[str, Any]] = field(default_factory=list)
     failed: list[FailedRows] = field(default_factory=list)
+    #: the batches that landed whole: nothing more could be had of them from the API
+    complete_ids: list[str] = field(default_factory=list)
     #: by the API's clock
     created_at: datetime | None = None
     ended_at: datetime | None = None
@@ -142,11 +146,6 @@ class Outcome:
         """Seconds from the first batch's creation to the last one's end."""
         return None if self.created_at is None or self.ended_at is None else (self.ended_at - self.created_at).total_seconds()
 
-    @property
-    def complete(self) -> bool:
-        """Every request of every round has a readable result line: nothing more could be had from the API."""
-        return not any(round_["counts"].get(RequestStatus.MISSING.value) for round_ in self.rounds)
-
 
 def outcome(engine: Engine, job_id: str, *, invalid_output: bool = False) -> Outcome:
     """What has landed of a job."""
@@ -155,6 +154,8 @@ def outcome(engine: Engine, job_id: str, *, invalid_output: bool = False) -> Out
     with engine.connect() as connection:
         for row in connection.execute(landed):
             _include(found, row)
+        whole = sa.select(landing.c.batch_id).where(landing.c.batch_id.in_(found.batch_ids), landing.c.complete)
+        found.complete_ids = list(connection.execute(whole.distinct()).scalars())
         kinds = (failed.c.status, failed.c.error_type)
         grouped = sa.select(*kinds, sa.func.count().label("rows")).where(failed.c.job_id == job_id).group_by(*kinds).order_by(*kinds)
         answered = outcomes.count_succeeded(connection, job_id)

@@ -15,24 +15,32 @@ class BatchState(str, Enum):
 
     #: its requests are journaled; the POST may or may not have happened
     SENDING = "sending"
-    #: the API accepted it and its id is known
+    #: the API accepted it, which its answer or its results have proved, and its id is known
     SUBMITTED = "submitted"
-    #: its results are in the table
+    #: its results are in a table
     LANDED = "landed"
     #: the API refused it; nothing was billed
     REJECTED = "rejected"
-    #: it was never accepted, or what was adopted proved to be somebody else's
+    #: it was proved, or a person decided, that it was never accepted
     VOID = "void"
+    #: it was deleted or archived before it landed; it may have been billed
+    GONE = "gone"
 
 
 MOVES: dict[BatchState, frozenset[BatchState]] = {
     BatchState.SENDING: frozenset({BatchState.SUBMITTED, BatchState.REJECTED, BatchState.VOID}),
-    BatchState.SUBMITTED: frozenset({BatchState.LANDED, BatchState.VOID}),
-    # landing again writes the same rows: a fetch may run twice
+    # to void, and to submitted under another id, only when a person says so
+    BatchState.SUBMITTED: frozenset({BatchState.LANDED, BatchState.GONE, BatchState.VOID, BatchState.SUBMITTED}),
+    # a second table, or one that was emptied, may be filled from the same results
     BatchState.LANDED: frozenset({BatchState.LANDED}),
     BatchState.REJECTED: frozenset(),
     BatchState.VOID: frozenset(),
+    # landed: the API shows it again after all; void: a person gives it up
+    BatchState.GONE: frozenset({BatchState.LANDED, BatchState.VOID}),
 }
+
+#: Batches whose requests must not be asked again by themselves: they may have been, or were, accepted and billed.
+HELD = (BatchState.SENDING, BatchState.SUBMITTED, BatchState.LANDED, BatchState.GONE)
 
 
 def sources_of(target: BatchState) -> list[BatchState]:

@@ -8,6 +8,8 @@
 ``batchkit_bill``      one row per landed batch and model: its tokens and what they cost
 ``batchkit_budget``    one row per budget, with the cap that was last given for it; its books are the rows of ``batchkit_batch``
 ``batchkit_budget_hold``  one row per attempt that is about to send: what it holds of a budget and has not journaled yet
+``batchkit_landing``   one row per batch, table and landing number: what a fetch wrote to which result table
+``batchkit_former_id`` one row per batch id under which the tasks of an older version of the ledger know a batch row
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import sqlalchemy as sa
 from sqlalchemy.types import TypeDecorator
 
 #: of the tables' layout; written to ``batchkit_version``
-VERSION = 3
+VERSION = 4
 
 
 class UtcDateTime(TypeDecorator[datetime]):
@@ -47,7 +49,13 @@ metadata = sa.MetaData()
 
 _KEY = sa.Text().with_variant(sa.String(512), "mysql", "mariadb")
 
-version = sa.Table("batchkit_version", metadata, sa.Column("version", sa.Integer, primary_key=True))
+version = sa.Table(
+    "batchkit_version",
+    metadata,
+    sa.Column("version", sa.Integer, primary_key=True),
+    # random, made with the ledger: two deployments that run the same DAG in one workspace must not have equal job ids
+    sa.Column("ledger_id", sa.String(32), nullable=False),
+)
 
 job = sa.Table(
     "batchkit_job",
@@ -58,8 +66,12 @@ job = sa.Table(
     sa.Column("task_id", sa.String(250), nullable=False),
     sa.Column("map_index", sa.Integer, nullable=False),
     sa.Column("created_at", UtcDateTime, nullable=False),
-    # counts attempts; only the latest may send
+    # counts how often an attempt has opened the job; only the latest opening may send
     sa.Column("lease", sa.Integer, nullable=False),
+    # the youngest attempt that has opened the job, by its task instance's id: a UUIDv7, so a younger attempt has a greater id
+    sa.Column("attempt_id", sa.String(36)),
+    # whether its task leaves out rows that an earlier run has answered: the job then asks a part of the source's rows
+    sa.Column("skip_unchanged", sa.Boolean),
     # [[column, type], ...] of the source's key, for the result table
     sa.Column("key_columns", sa.Text, nullable=False),
     # the JSON Schema that its answers are to fit, as it was given; null for plain text
@@ -70,6 +82,7 @@ job = sa.Table(
     sa.Column("unchanged_rows", sa.BigInteger),
     # so many rounds of asking have been sent whole
     sa.Column("rounds_sent", sa.Integer, nullable=False, default=0),
+    sa.Index("batchkit_job_task", "dag_id", "run_id", "task_id", "map_index", unique=True),
 )
 
 batch = sa.Table(
@@ -82,14 +95,19 @@ batch = sa.Table(
     sa.Column("state", sa.String(10), nullable=False),
     # 1 for what the job asks first; a later round asks again what failed in the rounds before it
     sa.Column("round", sa.Integer, nullable=False, default=1),
-    # the id was taken by a settling while the batch ran: a guess, until its results prove it
-    sa.Column("adopted", sa.Boolean, nullable=False, default=False),
     sa.Column("requests", sa.Integer, nullable=False),
     sa.Column("body_bytes", sa.BigInteger, nullable=False),
+    # by the database's clock, as the next two: the row was written; its sender was found dead or gave the POST up
     sa.Column("intended_at", UtcDateTime, nullable=False),
+    sa.Column("doubt_at", UtcDateTime),
+    # the first and the last of an unbroken series of looks that showed nothing: of a row in doubt no candidate, of a submitted batch a 404
+    sa.Column("unseen_since", UtcDateTime),
+    sa.Column("unseen_at", UtcDateTime),
     # the API's clock
     sa.Column("created_at", UtcDateTime),
     sa.Column("ended_at", UtcDateTime),
+    # ours: this package deleted it from the API
+    sa.Column("deleted_at", UtcDateTime),
     # ours: the batch id was journaled; its landing began, and took so long
     sa.Column("submitted_at", UtcDateTime),
     sa.Column("landed_at", UtcDateTime),
@@ -110,11 +128,8 @@ batch = sa.Table(
     sa.Column("budget_at", UtcDateTime),
     # prompt tokens, cached or not, and output tokens, once landed
     sa.Column("billed_tokens", sa.BigInteger),
-    # why it was rejected or void
+    # why it was rejected, void or gone
     sa.Column("note", sa.Text),
-    # of a void row: the id that it had adopted wrongly, and the shard that has its requests since
-    sa.Column("adopted_id", sa.String(100)),
-    sa.Column("replaced_by", sa.Integer),
     sa.Index("batchkit_batch_budget", "budget", "budget_at"),
 )
 
@@ -210,4 +225,33 @@ budget_hold = sa.Table(
     # the attempt's last sign of life
     sa.Column("held_at", UtcDateTime, nullable=False),
     sa.Index("batchkit_budget_hold_budget", "budget"),
+)
+
+landing = sa.Table(
+    "batchkit_landing",
+    metadata,
+    sa.Column("batch_id", sa.String(100), primary_key=True),
+    # the table's name as the database knows it, with its schema
+    sa.Column("table_name", sa.String(250), primary_key=True),
+    # from 1; a table that was dropped or emptied is filled anew under the next number
+    sa.Column("number", sa.Integer, primary_key=True),
+    sa.Column("landed_at", UtcDateTime, nullable=False),
+    # of the result table, and those of them that have an answer
+    sa.Column("rows_written", sa.BigInteger, nullable=False),
+    sa.Column("rows_answered", sa.BigInteger, nullable=False),
+    # every request had a readable result line, and no line came that nobody had asked
+    sa.Column("complete", sa.Boolean, nullable=False),
+    # as in batchkit_batch; a batch that was submitted elsewhere has no row there
+    sa.Column("counts", sa.Text, nullable=False),
+    sa.Column("tally", sa.Text, nullable=False),
+    sa.Column("created_at", UtcDateTime),
+    sa.Column("ended_at", UtcDateTime),
+)
+
+former_id = sa.Table(
+    "batchkit_former_id",
+    metadata,
+    sa.Column("batch_id", sa.String(100), primary_key=True),
+    sa.Column("job_id", sa.String(20), primary_key=True),
+    sa.Column("shard", sa.Integer, nullable=False),
 )

@@ -3,42 +3,59 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from airflow.providers.common.compat.sdk import AirflowFailException, BaseOperator
 
-from airflow_provider_batchkit.exceptions import BatchInputError, ErrorRateError
-from airflow_provider_batchkit.hooks.batchkit import BatchKitHook, sql_engine
+from airflow_provider_batchkit.exceptions import BatchInputError, BatchKitError, ErrorRateError
+from airflow_provider_batchkit.hooks.batchkit import BatchKitHook, settle_times, sql_engine
 from airflow_provider_batchkit.lineage import BatchLineage
 from airflow_provider_batchkit.links import ConsoleLink, push_console_link
 from airflow_provider_batchkit.model import RequestStatus
+from airflow_provider_batchkit.operators.metrics import count_landed
 from airflow_provider_batchkit.operators.publish import publish_summary
-from airflow_provider_batchkit.operators.tasks import as_batch_ids, batchkit_errors
+from airflow_provider_batchkit.operators.tasks import Leg, as_batch_ids, batchkit_errors, wait_for, waited
 
 if TYPE_CHECKING:
     from airflow.providers.common.compat.sdk import Context
+
+    from airflow_provider_batchkit.landing import LandingReport
+    from airflow_provider_batchkit.ledger import Ledger
+
+
+def refuse_replace(what: str, write_disposition: str) -> None:
+    """:raises BatchInputError: for a ``replace`` of a job that asks the changed rows only"""
+    if write_disposition == "replace":
+        raise BatchInputError(
+            f"{what}: write_disposition='replace' with skip_unchanged would delete the rows that are answered and unchanged. Use 'merge'."
+        )
 
 
 class LandingOperator(BatchLineage, BaseOperator):
     """The parameters of every task that writes results to a table, checked, and what it does with them."""
 
+    table: Any
+    hook: Any
+    _leg: Leg
+
     def __init__(
         self,
         *,
-        table: str,
         write_disposition: str = "merge",
         include_failed: bool = False,
         fail_on_error_rate: float | None = None,
         delete_after_fetch: bool = False,
+        rewrite: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.table = table
         self.write_disposition = write_disposition
         self.include_failed = include_failed
         self.fail_on_error_rate = fail_on_error_rate
         self.delete_after_fetch = delete_after_fetch
+        self.rewrite = rewrite
         if write_disposition not in ("merge", "append", "replace"):
             raise BatchInputError(
                 f"Task {self.task_id}: write_disposition must be 'merge', 'append' or 'replace', not {write_disposition!r}."
@@ -51,6 +68,44 @@ class LandingOperator(BatchLineage, BaseOperator):
             raise AirflowFailException(
                 "write_disposition='replace' in a mapped task: each would replace the others' rows. Nothing was written."
             )
+
+    def _fetch(self, context: Context, ledger: Ledger, batch_ids: Sequence[str], disposition: str, **options: Any) -> LandingReport:
+        """Land batches, or wait without a worker slot for what the API does not show at the moment."""
+        from airflow_provider_batchkit.fetching import fetch_job
+        from airflow_provider_batchkit.landing import WriteDisposition
+
+        ti = context["ti"]
+        try:
+            return fetch_job(
+                self.hook.kit,
+                ledger,
+                batch_ids,
+                self.table,
+                dag_id=ti.dag_id,
+                run_id=ti.run_id,
+                times=settle_times(),
+                disposition=WriteDisposition.parse(disposition),
+                include_failed=self.include_failed,
+                rewrite=self.rewrite,
+                **options,
+            )
+        except BatchKitError as e:
+            count_landed(ti, e.landed)
+            if e.wait is None or e.wait.latest < datetime.now(UTC):
+                raise
+            self.log.warning("%s", e)
+            wait_for(self, context, e.wait, self._leg)
+
+    def _delete(self, ledger: Ledger, batch_ids: Sequence[str], complete: Sequence[str]) -> None:
+        """Delete the batches that have landed whole, where that is wanted."""
+        if not self.delete_after_fetch:
+            return
+        for batch_id in batch_ids:
+            if batch_id in complete:
+                self.hook.kit.delete(batch_id)
+                ledger.deleted(batch_id)
+            else:
+                self.log.warning("Not every request of %s has a readable result; the batch is not deleted", batch_id)
 
     def _check_error_rate(self, counts: Mapping[str, int]) -> None:
         total = sum(counts.values())
@@ -68,18 +123,21 @@ class FetchBatchOperator(LandingOperator):
     The rows, each request's outcome and the batch's bill are written in one transaction per batch: killed anywhere, it can run again.
     Answers to an ``output_schema`` are typed columns beside their raw text; one that does not fit is written with the status
     ``invalid_output``, its text and the reason, and never over an answer that fits.
-    Fetching twice changes nothing; fetching an older run again writes that run's answers over newer ones of the same keys. Works on any
-    batch id, also one that was submitted elsewhere: its rows are keyed by ``custom_id``. The summary is the ``extra`` of the events of
-    outlet assets, too.
+    What has landed in the table is not written again, so that a retry or a cleared task of an older run leaves newer answers alone; a table
+    that is missing or empty is filled anew. Works on any batch id, also one that was submitted elsewhere: its rows are keyed by
+    ``custom_id``. The summary is the ``extra`` of the events of outlet assets, too. A batch that the API does not show at the moment is
+    waited for, without a worker slot.
 
     :param batch_id: a batch id or a list of them, usually the output of submit (templated)
     :param table: result table, ``table`` or ``schema.table`` (templated); created when it does not exist, keyed by the source's key
     :param anthropic_conn_id: connection of type ``anthropic``
     :param sql_conn_id: SQL connection of the table and the ledger
-    :param write_disposition: ``"merge"`` by key, ``"append"``, or ``"replace"`` the table's content
+    :param write_disposition: ``"merge"`` by key, ``"append"``, or ``"replace"`` the table's content: all batches together, and only
+        when every request has a readable result and some have an answer; otherwise the old rows stay and the task fails
     :param include_failed: also write a row for each request that was not answered
     :param fail_on_error_rate: fail the task, after the results have landed, when a greater share of rows has no answer, 0.0 to 1.0
-    :param delete_after_fetch: delete the batches from the API once every request's result has landed
+    :param delete_after_fetch: delete each batch from the API that this task has landed whole
+    :param rewrite: write also what has landed in the table before, over whatever is there now
     """
 
     template_fields: Sequence[str] = ("batch_id", "table", "anthropic_conn_id", "sql_conn_id")
@@ -90,12 +148,14 @@ class FetchBatchOperator(LandingOperator):
         self,
         *,
         batch_id: Any,
+        table: str,
         anthropic_conn_id: str = BatchKitHook.default_conn_name,
         sql_conn_id: str,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.batch_id = batch_id
+        self.table = table
         self.anthropic_conn_id = anthropic_conn_id
         self.sql_conn_id = sql_conn_id
 
@@ -104,8 +164,16 @@ class FetchBatchOperator(LandingOperator):
         return BatchKitHook(self.anthropic_conn_id)
 
     def execute(self, context: Context) -> dict[str, Any]:
-        from airflow_provider_batchkit.jobs import fetch_job
-        from airflow_provider_batchkit.landing import WriteDisposition
+        self._leg = Leg.first()
+        return self._go_on(context)
+
+    def resume(self, context: Context, event: Any = None, since: str = "", asked: int = 0, about: str = "unseen") -> dict[str, Any]:
+        """The wait for what the API did not show is over."""
+        with batchkit_errors():
+            self._leg = Leg.after(event, since=since, asked=asked, about=about)
+        return self._go_on(context)
+
+    def _go_on(self, context: Context) -> dict[str, Any]:
         from airflow_provider_batchkit.ledger import Ledger
         from airflow_provider_batchkit.tally import format_tally
 
@@ -113,26 +181,14 @@ class FetchBatchOperator(LandingOperator):
         self._refuse_mapped_replace(context)
         push_console_link(context, batch_ids)
         with batchkit_errors(), sql_engine(self.sql_conn_id) as engine:
-            kit = self.hook.kit
-            report = fetch_job(
-                kit,
-                Ledger(engine),
-                batch_ids,
-                self.table,
-                dag_id=context["ti"].dag_id,
-                run_id=context["ti"].run_id,
-                disposition=WriteDisposition.parse(self.write_disposition),
-                include_failed=self.include_failed,
-            )
-        self.log.info("Landed %s rows in %s; outcomes: %s", f"{report.rows:,}", self.table, dict(report.counts))
-        self.log.info("Cost of %s:\n%s", ", ".join(batch_ids) or "no batches", format_tally(report.tally))
-        summary = report.to_json()
-        publish_summary(self, context, summary, report.first)
-        if self.delete_after_fetch and not report.complete:
-            self.log.warning("Not every request has a readable result; the batches are not deleted")
-        elif self.delete_after_fetch:
-            for batch_id in batch_ids:
-                kit.delete(batch_id)
+            ledger = Ledger(engine)
+            report = self._fetch(context, ledger, batch_ids, self.write_disposition)
+            waited(context, self._leg)
+            self.log.info("Landed %s rows in %s; outcomes: %s", f"{report.rows:,}", self.table, dict(report.counts))
+            self.log.info("Cost of %s:\n%s", ", ".join(batch_ids) or "no batches", format_tally(report.tally))
+            summary = report.to_json()
+            publish_summary(self, context, summary, report.first)
+            self._delete(ledger, report.batch_ids, report.complete_ids)
         with batchkit_errors():
             self._check_error_rate(report.counts)
         return summary

@@ -7,17 +7,26 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-from airflow_provider_batchkit.exceptions import BatchInputError, BatchWaitTimeout, CostLimitError, PollError
+from airflow_provider_batchkit.exceptions import (
+    BatchGoneError,
+    BatchInputError,
+    BatchNotEndedError,
+    BatchWaitTimeout,
+    CostLimitError,
+    PollError,
+    ReplaceRefusedError,
+)
 from airflow_provider_batchkit.hooks.batchkit import sql_engine
 from airflow_provider_batchkit.links import push_console_link
 from airflow_provider_batchkit.model import ANSWERED
-from airflow_provider_batchkit.operators.fetch import LandingOperator
+from airflow_provider_batchkit.operators.fetch import LandingOperator, refuse_replace
 from airflow_provider_batchkit.operators.metrics import count_landed
 from airflow_provider_batchkit.operators.publish import publish_summary
 from airflow_provider_batchkit.operators.submit import SubmitBatchOperator
-from airflow_provider_batchkit.operators.tasks import batchkit_errors, job_of
+from airflow_provider_batchkit.operators.tasks import Leg, batchkit_errors, job_of, wait_for, waited
 from airflow_provider_batchkit.polling import Ended, GaveUp, PollState, validate_event
 
 if TYPE_CHECKING:
@@ -25,7 +34,6 @@ if TYPE_CHECKING:
 
     from airflow_provider_batchkit.ledger import BatchRecord, Ledger
     from airflow_provider_batchkit.ledger.rounds import Outcome
-    from airflow_provider_batchkit.sources import KeyTypes
 
 #: how much later than the trigger's own deadline Airflow ends a deferral that never came back
 _GRACE_S = 300.0
@@ -41,8 +49,9 @@ class RunBatchOperator(SubmitBatchOperator, LandingOperator):
     A round's answers land as soon as its batches have ended. The next round asks again only rows that the API failed on its own side:
     expired, canceled, overloaded, rate limited, timed out, API errors; never what it refused, nor a row whose result line is missing
     (its answer may be billed: clear the task to read the results again). Rows that the source has gained meanwhile wait for the next DAG
-    run. Where the task stands is in the ledger: a retry or a cleared task goes on from there, and pays for nothing twice. When
-    ``max_cost_usd`` or the ``budget`` has no room for another round, the task ends with the answers it has.
+    run. Rows of a batch that was deleted or archived before it landed are asked again with ``retry_gone``. Where the task stands is in the
+    ledger: a retry or a cleared task goes on from there, and pays for nothing twice. When ``max_cost_usd`` or the ``budget`` has no room
+    for another round, the task ends with the answers it has.
 
     The summary holds what fetch's does, over all rounds: ``counts`` are rows by their last outcome, ``cost_tally`` is what all rounds
     cost, ``rounds`` says what each asked and got, ``failed`` which rows have no answer and why, ``stopped`` why no further round was
@@ -56,10 +65,8 @@ class RunBatchOperator(SubmitBatchOperator, LandingOperator):
         as killing it on Airflow 3.3, and paid work must survive that
     """
 
-    template_fields: Sequence[str] = (*SubmitBatchOperator.template_fields, "table")
-
-    def __init__(self, *, max_rounds: int = 1, poke_interval: float = 60.0, timeout: float = _WEEK_S, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+    def __init__(self, *, table: str, max_rounds: int = 1, poke_interval: float = 60.0, timeout: float = _WEEK_S, **kwargs: Any) -> None:
+        super().__init__(table=table, **kwargs)
         self.max_rounds = max_rounds
         self.poke_interval = poke_interval
         self.timeout = timeout
@@ -68,40 +75,55 @@ class RunBatchOperator(SubmitBatchOperator, LandingOperator):
             raise BatchInputError(f"Task {self.task_id}: max_rounds must be a whole number from 1, not {max_rounds!r}.")
         if poke_interval <= 0 or timeout <= 0:
             raise BatchInputError(f"Task {self.task_id}: poke_interval and timeout are seconds above 0.")
+        if self.skip_unchanged:
+            refuse_replace(f"Task {self.task_id}", self.write_disposition)
 
     def execute(self, context: Context) -> Any:
-        from airflow_provider_batchkit.ledger import BatchState
-
         self._refuse_mapped_replace(context)
+        self._leg = Leg.first()
         with batchkit_errors():
             if self.is_dry_run:
                 return self._nothing_to_ask(self._ask(context))
             with self._opened(context) as job:
-                landed = [b for b in job.batches() if b.state is BatchState.LANDED]
-                if landed:
-                    # a retry or a cleared task: the table may be another one now, or gone
-                    self._land(context, job, landed, self.write_disposition)
+                self._land_again(context, job)
                 return self._advance(context, job)
 
     def execute_complete(self, context: Context, event: Any = None) -> Any:
         """The trigger has ended: with every batch, with a time-out, or because looking kept failing."""
+        self._leg = Leg.first()
         with batchkit_errors():
             known = validate_event(event)
             if known["status"] == "timeout":
                 raise BatchWaitTimeout(str(known["message"]))
             if known["status"] == "error":
                 raise PollError(str(known["message"]))
-            with self._opened(context) as job:
-                return self._advance(context, job)
+        return self._go_on(context)
+
+    def _go_on(self, context: Context) -> Any:
+        with batchkit_errors(), self._opened(context) as job:
+            if self._leg.about == "unseen":
+                # it may have waited for one of these
+                self._land_again(context, job)
+            return self._advance(context, job)
+
+    def _land_again(self, context: Context, job: _Job) -> None:
+        """What earlier attempts have landed: the table may be another one now, or empty, and a batch that was gone may be back."""
+        from airflow_provider_batchkit.ledger import BatchState
+
+        batches = job.batches()
+        for state in (BatchState.LANDED, BatchState.GONE):
+            before = [b for b in batches if b.state is state]
+            if before:
+                self._land(context, job, before)
 
     @contextmanager
     def _opened(self, context: Context) -> Iterator[_Job]:
         from airflow_provider_batchkit.ledger import Ledger
 
-        self._job_id = job_of(context).job_id
         with sql_engine(self.sql_conn_id) as engine:
             ledger = Ledger(engine)
             ledger.ensure()
+            self._job_id = job_of(context, ledger).job_id
             yield _Job(ledger, self._job_id)
 
     def _advance(self, context: Context, job: _Job) -> Any:
@@ -112,15 +134,13 @@ class RunBatchOperator(SubmitBatchOperator, LandingOperator):
             round_number = self._round_to_ask(job)
             if round_number is not None:
                 self._ask_round(context, round_number)
+            waited(context, self._leg)
             batches = job.batches()
             running = [b for b in batches if b.state is BatchState.SUBMITTED]
             if not running:
                 return self._finish(context, job)
             self._tell(context, [str(b.batch_id) for b in batches if b.state in (BatchState.SUBMITTED, BatchState.LANDED)])
-            self._wait([str(b.batch_id) for b in running])
-            # what an earlier round wrote is not to be replaced by this one
-            begun = any(b.state is BatchState.LANDED for b in batches)
-            self._land(context, job, running, "merge" if begun and self.write_disposition == "replace" else self.write_disposition)
+            self._land(context, job, self._wait(job, running))
 
     # --- asking -------------------------------------------------------------------------------------------------------------------
 
@@ -138,7 +158,7 @@ class RunBatchOperator(SubmitBatchOperator, LandingOperator):
         if begun >= self.max_rounds or any(b.state is BatchState.SUBMITTED for b in batches):
             return None
         failed = rounds.count_failed(job.ledger.engine, job.job_id, invalid_output=self.retry_invalid_output)
-        return begun + 1 if failed else None
+        return begun + 1 if failed or (self.retry_gone and job.gone()) else None
 
     def _ask_round(self, context: Context, round_number: int) -> None:
         """A later round that the caps have no room for ends the asking, not the task: what landed is paid for."""
@@ -149,13 +169,13 @@ class RunBatchOperator(SubmitBatchOperator, LandingOperator):
                 raise
             self._stopped = str(e)
         else:
-            if round_number == 1 and not report.batch_ids:
+            if report.waits_for is not None:
+                wait_for(self, context, report.waits_for, self._leg, asked=report.asked)
+            elif round_number == 1 and not report.batch_ids:
                 self._nothing_to_ask(report)
                 self._stopped = "There was nothing to ask."
             elif not report.asked and not report.known:
                 self._stopped = "The source has none of the failed rows any more."
-            elif report.waits_for is not None:
-                self._wait_for(report.waits_for, report.asked)
         if self._stopped is not None:
             self.log.warning("Nothing was asked in round %d: %s", round_number, self._stopped)
 
@@ -164,35 +184,32 @@ class RunBatchOperator(SubmitBatchOperator, LandingOperator):
 
         if round_number == 1:
             return super()._only(context, ledger, job_id, round_number)
-        return failed_keys(ledger.engine, job_id, invalid_output=self.retry_invalid_output)
-
-    def _note_key(self, ledger: Ledger, job_id: str, types: KeyTypes) -> None:
-        """Also refuse a result table that does not fit while nothing is sent."""
-        from airflow_provider_batchkit.landing import ResultTable
-
-        super()._note_key(ledger, job_id, types)
-        if types.rows_seen:
-            ResultTable(self.table, ledger.key_columns(job_id), self.output_schema).check(ledger.engine)
+        failed = failed_keys(ledger.engine, job_id, invalid_output=self.retry_invalid_output)
+        gone = _Job(ledger, job_id).gone() if self.retry_gone else []
+        return chain(failed, *(ledger.unasked(b) for b in gone))
 
     # --- waiting and landing ------------------------------------------------------------------------------------------------------
 
-    def _wait(self, batch_ids: list[str]) -> None:
-        """Return when all have ended, which one look may show; else defer, which does not return.
-
-        :raises PollError: when they cannot be seen
-        """
-        state = PollState(batch_ids, interval=self.poke_interval)
-        self.hook.kit.look(state)
-        decision = state.decide(time.monotonic())
-        if isinstance(decision, Ended):
-            return
-        if isinstance(decision, GaveUp):
-            raise PollError(f"{decision.reason}. The batches are untouched; waiting again costs nothing.")
+    def _wait(self, job: _Job, running: Sequence[BatchRecord]) -> Sequence[BatchRecord]:
+        """All of the batches when they have ended, or those that are not visible, which the landing waits for; else defer."""
+        hidden, open_ids = [], []
+        for record in running:
+            state = PollState([str(record.batch_id)], interval=self.poke_interval)
+            self.hook.kit.look(state)
+            if state.seen:
+                job.ledger.note_unseen(record, None)
+            decision = state.decide(time.monotonic())
+            if isinstance(decision, GaveUp):
+                hidden.append(record)
+            elif not isinstance(decision, Ended):
+                open_ids.append(str(record.batch_id))
+        if hidden or not open_ids:
+            return hidden or running
         from airflow_provider_batchkit.triggers.batch import BatchTrigger
 
         self.defer(
             trigger=BatchTrigger(
-                batch_ids=batch_ids,
+                batch_ids=[str(record.batch_id) for record in running],
                 anthropic_conn_id=self.anthropic_conn_id,
                 poke_interval=float(self.poke_interval),
                 deadline=time.time() + self.timeout,
@@ -201,24 +218,32 @@ class RunBatchOperator(SubmitBatchOperator, LandingOperator):
             method_name="execute_complete",
             timeout=timedelta(seconds=self.timeout + _GRACE_S),
         )
+        raise AssertionError("defer raises")
 
-    def _land(self, context: Context, job: _Job, batches: Sequence[BatchRecord], disposition: str) -> None:
-        from airflow_provider_batchkit.jobs import fetch_job
-        from airflow_provider_batchkit.landing import WriteDisposition
-
-        ti = context["ti"]
-        report = fetch_job(
-            self.hook.kit,
-            job.ledger,
-            [str(b.batch_id) for b in batches],
-            self.table,
-            dag_id=ti.dag_id,
-            run_id=ti.run_id,
-            settle_seconds=self.settle_seconds,
-            disposition=WriteDisposition.parse(disposition),
-            include_failed=self.include_failed,
-        )
-        count_landed(ti, report.first)
+    def _land(self, context: Context, job: _Job, batches: Sequence[BatchRecord]) -> None:
+        disposition = self.write_disposition
+        if disposition == "replace" and not job.replaces(batches):
+            # the job's first answers have replaced the old rows, and the later ones come beside them
+            disposition = "merge"
+        ids = [str(b.batch_id) for b in batches]
+        try:
+            report = self._fetch(context, job.ledger, ids, disposition)
+        except ReplaceRefusedError as e:
+            if e.torn:
+                raise
+            # nothing was answered: the outcomes are noted, the old rows stay, and a further round may have answers to put in their place
+            self.log.warning("%s", e)
+            report = self._fetch(context, job.ledger, ids, "merge")
+        except BatchGoneError as e:
+            if self.write_disposition == "replace" and not self.retry_gone:
+                raise
+            # said again at the end, unless a further round asks its rows
+            self.log.warning("%s", e)
+            return
+        except BatchNotEndedError:
+            # it was not visible a moment ago, and runs
+            return
+        count_landed(context["ti"], report.first)
         self.log.info("Landed %s rows in %s; outcomes: %s", f"{report.rows:,}", self.table, dict(report.counts))
 
     def _finish(self, context: Context, job: _Job) -> dict[str, Any]:
@@ -234,11 +259,18 @@ class RunBatchOperator(SubmitBatchOperator, LandingOperator):
         self.log.info("Cost of %s:\n%s", ", ".join(found.batch_ids) or "no batches", format_tally(found.tally))
         summary = self._summary(found)
         publish_summary(self, context, summary, ())
-        if self.delete_after_fetch and not found.complete:
-            self.log.warning("Not every request has a readable result; the batches are not deleted")
-        elif self.delete_after_fetch:
-            for batch_id in found.batch_ids:
-                self.hook.kit.delete(batch_id)
+        self._delete(job.ledger, found.batch_ids, found.complete_ids)
+        gone = job.gone()
+        if gone:
+            raise BatchGoneError(
+                f"{len(gone)} batches are gone before they landed, with {sum(b.requests for b in gone):,} requests: "
+                f"{'; '.join(f'{b.batch_id} was {b.note}' for b in gone)}. They may have been billed. What landed is in {self.table}. With "
+                "retry_gone=True and a further round (max_rounds) their rows are asked again, and billed again."
+            )
+        if self.write_disposition == "replace" and found.batch_ids and not any(found.counts[status.value] for status in ANSWERED):
+            raise ReplaceRefusedError(
+                f"None of {found.counts.total():,} rows has an answer, so the old rows of {self.table} stay: {dict(found.counts)}."
+            )
         self._check_error_rate(found.counts)
         return summary
 
@@ -274,3 +306,14 @@ class _Job:
 
     def batches(self) -> list[BatchRecord]:
         return self.ledger.batches(self.job_id)
+
+    def gone(self) -> list[BatchRecord]:
+        """The batches that are gone and whose rows no later round has asked, or not all of them."""
+        from airflow_provider_batchkit.ledger import BatchState
+
+        return [b for b in self.batches() if b.state is BatchState.GONE and any(True for _ in self.ledger.unasked(b))]
+
+    def replaces(self, batches: Sequence[BatchRecord]) -> bool:
+        """Whether these batches are to replace the table's rows: no other batch of the job has landed with an answer."""
+        ids = {b.batch_id for b in batches}
+        return not any(b.batch_id not in ids for b in self.ledger.answered_batches(self.job_id))

@@ -8,7 +8,7 @@ from typing import Any
 
 from airflow.providers.common.compat.sdk import BaseOperator, TaskGroup
 
-from airflow_provider_batchkit.operators.fetch import FetchBatchOperator
+from airflow_provider_batchkit.operators.fetch import FetchBatchOperator, refuse_replace
 from airflow_provider_batchkit.operators.submit import SubmitBatchOperator
 from airflow_provider_batchkit.sensors.batch import BatchSensor
 
@@ -58,6 +58,7 @@ def batch_stage(
     :param outlets: assets that ``fetch`` updates
     :param default_args: parameters that any task has (``retries``, ``pool``, ``queue`` …), for all three
     :raises TypeError: when the DAG is parsed, for a parameter that none of the three has
+    :raises BatchInputError: when the DAG is parsed, for a ``replace`` with ``skip_unchanged``
     """
     tasks: dict[str, type[BaseOperator]] = {"submit": SubmitBatchOperator, "wait": BatchSensor, "fetch": FetchBatchOperator}
     names = {task: _parameters(operator) for task, operator in tasks.items()}
@@ -68,12 +69,15 @@ def batch_stage(
             "such as retries, goes into default_args."
         )
 
+    if parameters.get("skip_unchanged"):
+        refuse_replace(f"Stage {group_id}", parameters.get("write_disposition", "merge"))
+
     def given(task: str) -> dict[str, Any]:
         return {name: value for name, value in parameters.items() if name in names[task]}
 
     stage = BatchStage(group_id=group_id, default_args=dict(default_args or {}))  # type: ignore[arg-type]  # its converter is generic
     with stage:
-        submit = SubmitBatchOperator(task_id="submit", **given("submit"))
+        submit = SubmitBatchOperator(task_id="submit", table=table, **given("submit"))
         wait = BatchSensor(task_id="wait", batch_id=submit.output, **given("wait"))
         fetch = FetchBatchOperator(task_id="fetch", batch_id=submit.output, table=table, outlets=outlets, **given("fetch"))
         wait >> fetch

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -13,13 +12,21 @@ from airflow.providers.common.compat.sdk import AirflowSkipException, BaseOperat
 
 from airflow_provider_batchkit.budget import Budget
 from airflow_provider_batchkit.exceptions import BatchInputError, BatchKitError, BudgetExceededError
-from airflow_provider_batchkit.hooks.batchkit import BatchKitHook, sql_engine
+from airflow_provider_batchkit.hooks.batchkit import BatchKitHook, settle_times, sql_engine
 from airflow_provider_batchkit.lineage import BatchLineage
 from airflow_provider_batchkit.links import ConsoleLink, push_console_link
 from airflow_provider_batchkit.model import MAX_BYTES_PER_BATCH, MAX_REQUESTS_PER_BATCH, parse_usd
 from airflow_provider_batchkit.operators.metrics import count_submitted
-from airflow_provider_batchkit.operators.tasks import as_batch_ids, batchkit_errors, job_of, own_params
-from airflow_provider_batchkit.polling import validate_event
+from airflow_provider_batchkit.operators.tasks import (
+    Leg,
+    as_batch_ids,
+    attempt_id_of,
+    batchkit_errors,
+    job_of,
+    own_params,
+    wait_for,
+    waited,
+)
 from airflow_provider_batchkit.requests import CACHE_TTL_S, cache_system_problem
 from airflow_provider_batchkit.schema import OutputSchema
 
@@ -29,19 +36,16 @@ if TYPE_CHECKING:
     from airflow_provider_batchkit.jobs import SubmitReport
     from airflow_provider_batchkit.ledger import Ledger
     from airflow_provider_batchkit.prepared import RequestBlock
-    from airflow_provider_batchkit.priming import Hold
     from airflow_provider_batchkit.rows import Items, Rows
     from airflow_provider_batchkit.sources import KeyTypes
-
-#: how much later than the trigger's own deadline Airflow ends a deferral that never came back
-_GRACE = timedelta(minutes=5)
 
 
 class SubmitBatchOperator(BatchLineage, BaseOperator):
     """Ask Claude about every row of a source, as message batches at half price. Returns the list of batch ids.
 
     Every request is journaled in the ``batchkit_*`` tables of ``sql_conn_id`` before it is sent, so a retry, a cleared task or a killed
-    worker never pays for a row twice.
+    worker never pays for a row twice. What a killed attempt may have sent is settled by proof before anything is sent again: that costs
+    time, which the task spends without a worker slot. The XCom key ``waits_for`` says what it waits for, and until when at the latest.
 
     Give exactly one source, ``sql``, ``input_path`` or ``requests``.
 
@@ -67,10 +71,13 @@ class SubmitBatchOperator(BatchLineage, BaseOperator):
         for CSV ``encoding`` and ``delimiter``
     :param max_requests_per_batch: 1 to 100,000
     :param max_bytes_per_batch: bytes of a batch's body, at most 256,000,000
+    :param table: the result table that a later task writes, where that is known: it is checked before anything is sent (templated)
     :param dedupe: rows that ask exactly the same share one request; the answer lands for each
-    :param skip_unchanged: leave out rows whose very request has succeeded in an earlier run of this task. A changed row, prompt, model
-        or parameter is asked. What the earlier run wrote is taken to be in the table still
-    :param settle_seconds: how long a batch that a killed attempt may have sent is looked for, before its rows are sent anew
+    :param skip_unchanged: leave out rows whose very request has succeeded in an earlier run of this task, and landed in the same table:
+        ``table``, else the one table in which that run has landed. A changed row, prompt, model or parameter is asked. What the earlier
+        run wrote is taken to be in the table still
+    :param settle_seconds: a batch that a killed attempt may have sent is looked for so long, and then over ``[batchkit] absence_seconds``
+        once more, before its rows are sent anew. A POST takes half of it at most
     :param cancel_on_kill: cancel the job's batches when the running task is killed; otherwise they go on, and a retry re-attaches
     :param max_cost_usd: fail before anything is sent when the task's batches may cost more: the estimate's upper bound counts, and what
         earlier attempts of this task have spent or may still spend. Requests that nothing bounds (server tools, PDFs) are refused then
@@ -89,6 +96,8 @@ class SubmitBatchOperator(BatchLineage, BaseOperator):
         worth asking again (expired, canceled, overloaded, rate limited, API errors; never what the API refused). Give the rows as that
         task had them: the requests are rendered anew (templated)
     :param retry_invalid_output: count answers that do not fit the schema among what is worth asking again, although they are billed
+    :param retry_gone: with ``only_failed_of``, ask also the rows of batches that were deleted or archived before they landed, although
+        they may have been billed
     :param on_empty: a source without rows, or without a row to ask again: ``"skip"`` the task, ``"succeed"`` with no batches, or ``"fail"``
     """
 
@@ -103,6 +112,7 @@ class SubmitBatchOperator(BatchLineage, BaseOperator):
         "source_conn_id",
         "input_conn_id",
         "only_failed_of",
+        "table",
     )
     template_ext: Sequence[str] = (".sql",)
     template_fields_renderers = {"sql": "sql", "requests": "json"}  # noqa: RUF012 - Airflow's own attribute
@@ -130,9 +140,10 @@ class SubmitBatchOperator(BatchLineage, BaseOperator):
         input_options: Mapping[str, Any] | None = None,
         max_requests_per_batch: int = MAX_REQUESTS_PER_BATCH,
         max_bytes_per_batch: int = MAX_BYTES_PER_BATCH,
+        table: str | None = None,
         dedupe: bool = True,
         skip_unchanged: bool = False,
-        settle_seconds: float = 120.0,
+        settle_seconds: float = 900.0,
         cancel_on_kill: bool = False,
         max_cost_usd: Decimal | str | float | None = None,
         budget: Budget | Mapping[str, Any] | None = None,
@@ -143,6 +154,7 @@ class SubmitBatchOperator(BatchLineage, BaseOperator):
         dry_run: bool = False,
         only_failed_of: Any = None,
         retry_invalid_output: bool = False,
+        retry_gone: bool = False,
         on_empty: str = "skip",
         **kwargs: Any,
     ) -> None:
@@ -166,17 +178,20 @@ class SubmitBatchOperator(BatchLineage, BaseOperator):
         self.input_options = input_options
         self.max_requests_per_batch = max_requests_per_batch
         self.max_bytes_per_batch = max_bytes_per_batch
+        self.table = table
         self.dedupe = dedupe
         self.skip_unchanged = skip_unchanged
         self.settle_seconds = settle_seconds
         self.cancel_on_kill = cancel_on_kill
         self._job_id: str | None = None
-        #: of a task that goes on after its primer: nothing waits for it any more, and what the leg before sent
-        self._primer_is_over, self._asked_before = False, 0
+        #: what is being sent is to stop, since what was sent is canceled
+        self._killed = False
+        self._leg = Leg.first()
         self.only_failed_of = only_failed_of
         # a task's output may turn out to be None, which must not mean "ask all rows"
         self._asks_again = only_failed_of is not None
         self.retry_invalid_output = retry_invalid_output
+        self.retry_gone = retry_gone
         self.on_empty = on_empty
         self.max_cost_usd = None if max_cost_usd is None else parse_usd(max_cost_usd, f"Task {self.task_id}: max_cost_usd")
         self.budget = None if budget is None else Budget.parse(budget)
@@ -213,30 +228,40 @@ class SubmitBatchOperator(BatchLineage, BaseOperator):
         return BatchKitHook(self.anthropic_conn_id)
 
     def execute(self, context: Context) -> Any:
+        self._leg = Leg.first()
+        return self._go_on(context)
+
+    def resume(self, context: Context, event: Any = None, since: str = "", asked: int = 0, about: str = "doubt") -> Any:
+        """The wait is over, however it ended: the ledger says what is to be done next.
+
+        :param since: when the attempt's first leg began
+        :param asked: requests that earlier legs have sent
+        :param about: what was waited for
+        """
+        with batchkit_errors():
+            self._leg = Leg.after(event, since=since, asked=asked, about=about)
+        if self._leg.broken:
+            self.log.warning("%s", event["message"])
+        return self._go_on(context)
+
+    def primer_over(self, context: Context, event: Any = None, asked_before: int = 0) -> Any:
+        """What a task calls that an older version of this package has deferred."""
+        return self.resume(context, event, asked=asked_before, about="primer")
+
+    def _go_on(self, context: Context) -> Any:
         with batchkit_errors():
             report = self._ask(context)
+        if report.waits_for is not None:
+            wait_for(self, context, report.waits_for, self._leg, asked=report.asked)
+        waited(context, self._leg)
         if not report.batch_ids:
             return self._nothing_to_ask(report)
-        if report.waits_for is not None:
-            self._wait_for(report.waits_for, self._asked_before + report.asked)
         self.lineage_summary = {
             "batch_ids": report.batch_ids,
             "source_rows": report.rows,
-            "submitted_requests": self._asked_before + report.asked,
+            "submitted_requests": self._leg.asked + report.asked,
         }
         return report.batch_ids
-
-    def primer_over(self, context: Context, event: Any = None, asked_before: int = 0) -> Any:
-        """The waiting for the primer is over, however it ended: the rest is sent.
-
-        :param asked_before: requests that the leg before sent
-        """
-        with batchkit_errors():
-            known = validate_event(event)
-        if known["status"] != "ended":
-            self.log.warning("%s", known["message"])
-        self._primer_is_over, self._asked_before = True, asked_before
-        return self.execute(context)
 
     def _ask(self, context: Context, round_number: int = 1) -> SubmitReport:
         """Submit a round of the job, and tell of it."""
@@ -253,7 +278,8 @@ class SubmitBatchOperator(BatchLineage, BaseOperator):
             raise
         if self.is_dry_run and report.rows:
             self._end_dry_run(context, report)
-        if not report.batch_ids:
+        if not report.batch_ids or (report.waits_for is not None and not report.rows):
+            # the source has not been read: there is nothing to tell but the wait
             return report
         push_console_link(context, report.batch_ids)
         count_submitted(context["ti"], report.asked)
@@ -272,24 +298,6 @@ class SubmitBatchOperator(BatchLineage, BaseOperator):
         )
         return report
 
-    def _wait_for(self, hold: Hold, asked: int) -> None:
-        """:raises TaskDeferred: always; the worker is free until the primer has ended"""
-        from airflow_provider_batchkit.triggers.batch import BatchTrigger
-
-        self.log.info("The first row is asked in %s; the rest waits for it, until %s at most", hold.batch_id, hold.until)
-        self.defer(
-            trigger=BatchTrigger(
-                batch_ids=[hold.batch_id],
-                anthropic_conn_id=self.anthropic_conn_id,
-                poke_interval=self.poke_interval,
-                deadline=hold.until.timestamp(),
-                cancel_on_kill=self.cancel_on_kill,
-            ),
-            method_name="primer_over",
-            kwargs={"asked_before": asked},
-            timeout=hold.until - datetime.now(UTC) + _GRACE,
-        )
-
     def _only(self, context: Context, ledger: Ledger, job_id: str, round_number: int) -> Iterable[str] | None:
         """Keys of the rows to ask in a round; None for all."""
         from airflow_provider_batchkit.jobs import failed_keys_of
@@ -297,16 +305,20 @@ class SubmitBatchOperator(BatchLineage, BaseOperator):
         if not self._asks_again:
             return None
         ti, batch_ids = context["ti"], as_batch_ids(self.only_failed_of)
-        return failed_keys_of(ledger, batch_ids, dag_id=ti.dag_id, run_id=ti.run_id, invalid_output=self.retry_invalid_output)
+        return failed_keys_of(
+            ledger, batch_ids, dag_id=ti.dag_id, run_id=ti.run_id, invalid_output=self.retry_invalid_output, gone=self.retry_gone
+        )
 
     def _submit(self, context: Context, ledger: Ledger, round_number: int) -> SubmitReport:
         from airflow_provider_batchkit.files import FileRows
-        from airflow_provider_batchkit.jobs import rehearse_job, submit_job
+        from airflow_provider_batchkit.jobs import Attempt, rehearse_job, submit_job
         from airflow_provider_batchkit.priming import Priming
         from airflow_provider_batchkit.sources import KeyTypes
         from airflow_provider_batchkit.spending import Limits
 
-        job = job_of(context)
+        if not self.is_dry_run or ledger.exists():
+            ledger.ensure()
+        job = job_of(context, ledger)
         self._job_id = job.job_id
         key = [self.key] if isinstance(self.key, str) else list(self.key or ())
         types = KeyTypes(key)
@@ -316,10 +328,11 @@ class SubmitBatchOperator(BatchLineage, BaseOperator):
             "max_requests": self.max_requests_per_batch,
             "max_bytes": self.max_bytes_per_batch,
             "skip_unchanged": self.skip_unchanged,
+            "table": self.table,
             "only": self._only(context, ledger, job.job_id, round_number),
         }
         if self.prime_cache and self.cache_system is not None:
-            how["priming"] = Priming(CACHE_TTL_S[self.cache_system], self.prime_timeout, over=self._primer_is_over)
+            how["priming"] = Priming(CACHE_TTL_S[self.cache_system], self.prime_timeout, over=self._leg.about == "primer")
         with items.naming_places() if isinstance(items, FileRows) else nullcontext():
             if self.is_dry_run:
                 return rehearse_job(self.hook.kit, ledger, job, requests, **how)
@@ -328,9 +341,10 @@ class SubmitBatchOperator(BatchLineage, BaseOperator):
                 ledger,
                 job,
                 requests,
+                attempt=Attempt(attempt_id_of(context["ti"]), self._leg.since, self._leg.waited_for, lambda: self._killed),
                 anthropic_conn_id=self.anthropic_conn_id,
                 **how,
-                settle_seconds=self.settle_seconds,
+                times=settle_times(self.settle_seconds),
                 before_send=lambda: self._note_key(ledger, job.job_id, types),
                 limits=Limits(self.max_cost_usd, self.budget),
                 round_number=round_number,
@@ -355,7 +369,11 @@ class SubmitBatchOperator(BatchLineage, BaseOperator):
 
         if types.rows_seen:
             columns = types.result(ledger.key_columns(job_id))
-            ResultTable("results", columns, self.output_schema).check_names(ledger.engine.dialect)
+            table = ResultTable(self.table or "results", columns, self.output_schema)
+            if self.table is None:
+                table.check_names(ledger.engine.dialect)
+            else:
+                table.check(ledger.engine)
             ledger.set_key_columns(job_id, columns)
 
     def _requests(
@@ -405,6 +423,7 @@ class SubmitBatchOperator(BatchLineage, BaseOperator):
 
     def on_kill(self) -> None:
         if self.cancel_on_kill and self._job_id is not None:
+            self._killed = True
             from airflow_provider_batchkit.operators.kill import cancel_batches_of, running_batches
 
             cancel_batches_of(self.hook, running_batches(self.sql_conn_id, self._job_id))

@@ -79,7 +79,7 @@ class BatchSensor(BaseSensorOperator):
                 self.hook.kit.look(state)
         decision = state.decide(time.monotonic())
         if isinstance(decision, GaveUp):
-            raise AirflowException(f"{decision.reason}. The batches are untouched; waiting again costs nothing.")
+            raise AirflowException(f"{decision.reason.removesuffix('.')}. The batches are untouched; waiting again costs nothing.")
         self.log.info("%d of %d batches have ended", len(state.batch_ids) - len(state.open_ids()), len(state.batch_ids))
         return PokeReturnValue(isinstance(decision, Ended), _result(state))
 

@@ -61,7 +61,8 @@ class BatchTrigger(BaseTrigger):
                 "poke_interval": self.poke_interval,
                 "deadline": self.deadline,
                 "cancel_on_kill": self.cancel_on_kill,
-                "first": self.first,
+                # a triggerer that is updated after the workers does not know it
+                **({"first": True} if self.first else {}),
             },
         )
 

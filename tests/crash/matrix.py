@@ -18,6 +18,7 @@ import signal
 import socket
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from decimal import Decimal
@@ -26,7 +27,9 @@ from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
+from airflow.providers.common.compat.sdk import TaskDeferred
 from sqlalchemy.engine import Connection
+from uuid6 import uuid7
 
 from airflow_provider_batchkit import estimate
 from airflow_provider_batchkit.ledger.budgets import budget_status
@@ -37,6 +40,8 @@ from tests.connections import anthropic_connection
 ROWS = 7
 SHARD = 4
 SETTLE_S = 0.5
+#: how long a batch may be missing from the list, and what a deferred attempt sleeps in place of the triggerer
+ABSENCE_S, DEFERRED_S = 0.3, 0.2
 #: the upper bound of a case's rows is between $0.0105 and $0.016
 CAP_USD = "0.020"
 #: the same of a primed job, whose bound counts a write to the cache: $0.0205 to $0.0215
@@ -110,7 +115,8 @@ class Case:
     def submit(self) -> None:
         from airflow_provider_batchkit.operators.batch import SubmitBatchOperator
 
-        operator = SubmitBatchOperator(
+        make = partial(
+            SubmitBatchOperator,
             task_id="submit",
             sql="SELECT id, name FROM products ORDER BY id",
             key="id",
@@ -124,18 +130,31 @@ class Case:
             budget={"name": self.name, "usd": self._cap_usd},
             **self._priming,
         )
-        self._out.write_text(json.dumps(operator.execute(self._context("submit"))))
+        self._out.write_text(json.dumps(self._perform(make)))
 
     def fetch(self) -> None:
         from airflow_provider_batchkit.operators.batch import FetchBatchOperator
 
         ids = json.loads(self._out.read_text())
-        operator = FetchBatchOperator(task_id="fetch", batch_id=ids, table=self.table, sql_conn_id="warehouse")
-        operator.execute(self._context("fetch"))
+        self._perform(partial(FetchBatchOperator, task_id="fetch", batch_id=ids, table=self.table, sql_conn_id="warehouse"))
 
-    def _context(self, task_id: str) -> Any:
-        ti = type("TI", (), {"dag_id": "crash", "run_id": self.name, "task_id": task_id, "map_index": -1, "xcom_push": _nowhere})
-        return {"ti": ti()}
+    def _perform(self, make: Callable[[], Any]) -> Any:
+        """Execute a task's operator in one attempt, as Airflow does: after each deferral another object of it goes on."""
+        operator = make()
+        # the id of a task instance is new for each attempt, and an attempt keeps it over its deferrals
+        names = {"id": uuid7(), "dag_id": "crash", "run_id": self.name, "task_id": operator.task_id, "map_index": -1}
+        context = {"ti": type("TI", (), {**names, "xcom_push": _nowhere})()}
+        goes_on = operator.execute
+        event: dict[str, Any] = {}
+        while True:
+            try:
+                return goes_on(context, **event)
+            except TaskDeferred as deferred:
+                time.sleep(DEFERRED_S)
+                goes_on = getattr(make(), deferred.method_name)
+                batch_ids = list(getattr(deferred.trigger, "batch_ids", ()))
+                told = {"status": "timeout", "batch_ids": batch_ids, "message": "The time is over."}
+                event = {"event": told, **(deferred.kwargs or {})}
 
     def attempt(self, what: Callable[[], None], kill_at: int | None = None) -> str:
         """Run in a fork; gives ``done``, ``killed`` or the error."""
@@ -221,6 +240,7 @@ def main(run: Callable[[sa.Engine, RemoteControl, Path], int] | None = None) -> 
     logging.disable(logging.INFO)
     os.environ["AIRFLOW_CONN_ANTHROPIC_DEFAULT"] = anthropic_connection(args.simulator)
     os.environ["AIRFLOW_CONN_WAREHOUSE"] = args.airflow_uri
+    os.environ["AIRFLOW__BATCHKIT__ABSENCE_SECONDS"] = str(ABSENCE_S)
     engine = sa.create_engine(args.url, poolclass=sa.pool.NullPool)
     with engine.begin() as connection:
         connection.exec_driver_sql("CREATE TABLE products (id INTEGER PRIMARY KEY, name TEXT)")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import sqlalchemy as sa
@@ -31,7 +32,8 @@ class RunCase(Case):
         from airflow_provider_batchkit.operators.batch import RunBatchOperator
 
         late = ", ".join(map(str, sorted(LATE)))
-        RunBatchOperator(
+        make = partial(
+            RunBatchOperator,
             task_id="run",
             sql=f"SELECT id, name, CASE WHEN id IN ({late}) THEN '[[sim:expired-once]]' ELSE '' END AS late FROM products ORDER BY id",
             key="id",
@@ -42,7 +44,8 @@ class RunCase(Case):
             table=self.table,
             settle_seconds=SETTLE_S,
             max_rounds=2,
-        ).execute(self._context("run"))
+        )
+        self._perform(make)
 
     def verify(self) -> list[str]:
         wrong = []

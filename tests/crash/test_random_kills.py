@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.crash.chaos import ROWS_PER_RUN, run_chaos
+from tests.crash.chaos import ROWS_PER_RUN, TABLES, run_chaos
 
 
 @pytest.mark.chaos
@@ -16,4 +16,5 @@ def test_random_kills_pay_once_and_lose_nothing() -> None:
     assert outcome.violations == []
     assert outcome.kills.total() == 6
     assert outcome.runs > 0
-    assert outcome.accepted == outcome.asked == outcome.runs * ROWS_PER_RUN
+    assert outcome.accepted == outcome.asked == outcome.runs * ROWS_PER_RUN * len(TABLES)
+    assert (outcome.duplicates, outcome.lost, outcome.wrong) == (0, 0, 0)

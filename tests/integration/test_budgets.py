@@ -21,16 +21,15 @@ from airflow_provider_batchkit.exceptions import (
     SubmitRefusedError,
     SubmitUncertainError,
 )
-from airflow_provider_batchkit.ledger import JobRecord, make_job_id
 from airflow_provider_batchkit.ledger.budgets import HOLD_S, budget_status, reserve
 from airflow_provider_batchkit.model import Bound
 from airflow_provider_batchkit.pricing import PriceBook
 from airflow_provider_batchkit.simulator import Simulator, SimulatorProcess, SimulatorSettings
 from airflow_provider_batchkit.spending import Limits
 from tests.databases import Database
-from tests.warehouse import Warehouse, kit_for
+from tests.warehouse import Warehouse, kit_for, new_attempt
 
-SETTLE = 0.3
+SETTLE = 0.8
 PICO = Decimal("1e-12")
 NOTHING = Decimal(0)
 
@@ -176,20 +175,6 @@ def test_the_halves_of_a_shard_share_its_reservation(database: Database) -> None
         assert 0 < assert_books(warehouse).reserved_usd <= bound
 
 
-def test_a_batch_that_is_given_back_takes_its_reservation_along(warehouse: Warehouse, sim: Simulator) -> None:
-    """Adopted by guess, claimed by its living sender: the guesser's rows wait in a new batch row, reserved once."""
-    sim.set(clock="manual")
-    bound = bound_of_ten(warehouse)
-    one = make_job_id("dag", "measure", "submit")
-    (batch,) = sim.stats()["batches"]
-    warehouse.execute(f"UPDATE batchkit_batch SET state = 'sending', batch_id = NULL WHERE job_id = '{one}'")
-    sim.faults.add("cut_before_accept")
-    report = warehouse.submit(products(10), limits=within(bound), settle_seconds=SETTLE)
-    assert report.batch_ids == [batch["id"]]
-    warehouse.ledger.submitted(one, 0, warehouse.kit.get(batch["id"]))
-    assert assert_books(warehouse).reserved_usd == bound
-
-
 def test_a_model_that_turns_out_to_have_no_price_goes_on_counting_at_its_bound(
     warehouse: Warehouse, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -289,10 +274,9 @@ def test_a_retry_replaces_what_a_killed_attempt_held(warehouse: Warehouse, sim: 
 
 def test_what_a_dead_attempt_holds_ends_by_itself(warehouse: Warehouse) -> None:
     """Nobody runs its job again: after six hours without an intent its hold counts no more."""
-    warehouse.ledger.ensure()
-    job = JobRecord(make_job_id("dag", "dead", "submit"), "dag", "dead", "submit")
+    job = warehouse.job("dead")
     budget = Budget("catalog", usd=Decimal(1), window="ever")
-    lease = warehouse.ledger.open_job(job)
+    lease = warehouse.ledger.open_job(job, new_attempt().attempt_id)
     reserve(warehouse.engine, job.job_id, lease, budget, Bound(Decimal("0.9"), 900))
     assert status(warehouse).reserved_usd == Decimal("0.9")
     age_holds(warehouse, HOLD_S + 1)
@@ -331,9 +315,10 @@ def test_an_attempt_that_slept_too_long_asks_again(warehouse: Warehouse, sim: Si
 
 def test_a_network_that_never_takes_the_body_leaves_nothing_reserved(warehouse: Warehouse, sim: Simulator) -> None:
     """Five proved failures end the attempt; void batches count nowhere."""
+    warehouse.submit(products(1), run_id="witness")
     sim.faults.add("cut_before_accept", times=5)
     with pytest.raises(SubmitUncertainError):
-        warehouse.submit(products(2), settle_seconds=0.1, limits=within(1))
+        warehouse.submit(products(2), settle_seconds=SETTLE, limits=within(1))
     assert assert_books(warehouse).reserved_usd == 0
 
 

@@ -110,7 +110,7 @@ def _land_without_ensure(database: Database, sim: Simulator, ids: list[str]) -> 
     """A fetch whose tables exist, so that it takes no lock before its results are read."""
     warehouse = Warehouse(database.engine(), kit_for(sim.base_url))
     warehouse.ledger.ensure = lambda: None  # type: ignore[method-assign]
-    return warehouse.fetch(ids).rows
+    return warehouse.fetch(ids, rewrite=True).rows
 
 
 def test_a_writer_outwaits_a_queue_that_is_longer_than_one_wait(sqlite: Database, monkeypatch: pytest.MonkeyPatch) -> None:

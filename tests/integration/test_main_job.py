@@ -343,14 +343,38 @@ def test_lines_that_never_come_are_missing_by_name(warehouse: Warehouse, sim: Si
     sim.faults.add("missing_line", line=3, times=None)
     sim.faults.add("broken_line", line=1, times=None)
     sim.faults.add("duplicate_line", line=5, times=None)
-    sim.faults.add("foreign_line", line=6, times=None)
     landed = warehouse.fetch(ids)
     assert dict(landed.counts) == {"succeeded": 9, "missing": 1}
     assert len(landed.missing) == 1
-    assert landed.faults.to_json() == {"broken_lines": 1, "duplicate_lines": 1, "foreign_lines": 1, "short_by": 0}
+    assert landed.faults.to_json() == {"broken_lines": 1, "duplicate_lines": 1, "foreign_lines": 0, "short_by": 0}
     assert not landed.complete
     (row,) = warehouse.rows("SELECT key FROM batchkit_request WHERE status = 'missing'")
     assert [row["key"]] == landed.missing
+
+
+@pytest.mark.parametrize("disposition", ["merge", "append"])
+def test_lines_that_come_later_are_written_beside_what_has_landed(warehouse: Warehouse, sim: Simulator, disposition: str) -> None:
+    """A fetch that runs again reads a torn batch again, and writes what was missing and nothing else; the bill is then whole."""
+    ids = warehouse.submit(products(10)).batch_ids
+    sim.faults.add("missing_line", line=3, times=None)
+    sim.faults.add("missing_line", line=7, times=None)
+    first = warehouse.fetch(ids, disposition=disposition)
+    assert dict(first.counts) == {"succeeded": 8, "missing": 2}
+    warehouse.execute("UPDATE answers SET response = 'newer'")
+    assert dict(warehouse.fetch(ids, disposition=disposition).counts) == {"succeeded": 8, "missing": 2}
+    sim.faults.clear()
+    last = warehouse.fetch(ids, disposition=disposition)
+    assert (dict(last.counts), last.complete, last.tally.requests) == ({"succeeded": 10}, True, 10)
+    found = warehouse.rows("SELECT id, response FROM answers ORDER BY id")
+    assert [r["id"] for r in found] == list(range(10))
+    assert sum(r["response"] == "newer" for r in found) == 8
+    assert all(r["response"] in ("newer", answer_for(f"About product {r['id']}")) for r in found)
+    assert warehouse.rows("SELECT COUNT(*) AS n FROM batchkit_request WHERE status = 'succeeded'") == [{"n": 10}]
+    assert warehouse.rows("SELECT number FROM batchkit_landing") == [{"number": 1}]
+    # whole by now: nothing is read again
+    results = sim.stats()["calls"]["results"]
+    warehouse.fetch(ids, disposition=disposition)
+    assert sim.stats()["calls"]["results"] == results
 
 
 def test_an_attempt_without_rows_keeps_the_keys_types(warehouse: Warehouse) -> None:

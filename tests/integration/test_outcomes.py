@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import sqlalchemy as sa
 
+from airflow_provider_batchkit.exceptions import ReplaceRefusedError
 from airflow_provider_batchkit.landing.stage import StageTables
 from airflow_provider_batchkit.landing.write import settle_outcomes
 from airflow_provider_batchkit.ledger import BatchRecord, outcomes
@@ -71,7 +73,7 @@ def test_rounds_that_land_at_once_leave_one_outcome_of_a_row(warehouse: Warehous
 
     monkeypatch.setattr("airflow_provider_batchkit.landing.land.settle_outcomes", slow)
     with ThreadPoolExecutor() as pool:
-        again = pool.submit(warehouse.fetch, first, include_failed=True)
+        again = pool.submit(warehouse.fetch, first, include_failed=True, rewrite=True)
         assert at_work.wait(30)
         warehouse.fetch(second, include_failed=True)
         again.result(30)
@@ -101,7 +103,10 @@ def test_rounds_that_land_again_in_any_order_change_no_outcome(warehouse: Wareho
         ("[2]", "errored", 2),
         ("[3]", "expired", 2),
     ]
-    warehouse.fetch([batches[place] for place in order], disposition=disposition)
+    # a round without an answer alone does not replace the others' rows
+    refused = pytest.raises(ReplaceRefusedError) if (disposition, order) == ("replace", [1]) else contextlib.nullcontext()
+    with refused:
+        warehouse.fetch([batches[place] for place in order], disposition=disposition, rewrite=True)
     assert warehouse.rows("SELECT key, status, shard FROM batchkit_request ORDER BY key") == before
     assert outcome(warehouse.engine, job_id).counts == {"succeeded": 1, "errored": 1, "expired": 1}
 

@@ -16,7 +16,7 @@ import pytest
 from airflow_provider_batchkit.budget import Budget
 from airflow_provider_batchkit.exceptions import SubmitRefusedError
 from airflow_provider_batchkit.jobs import SubmitReport, rehearse_job, submit_job
-from airflow_provider_batchkit.ledger import JobRecord, make_job_id
+from airflow_provider_batchkit.ledger import JobRecord
 from airflow_provider_batchkit.priming import Priming
 from airflow_provider_batchkit.requests import RequestBuilder, RequestDefaults
 from airflow_provider_batchkit.simulator import Simulator, SimulatorProcess, SimulatorSettings, answer_for
@@ -27,14 +27,14 @@ from airflow_provider_batchkit.templates import RowTemplate
 from tests.connections import anthropic_connection
 from tests.databases import Database
 from tests.integration.airflow_runs import run_dag
-from tests.warehouse import Warehouse, kit_for
+from tests.warehouse import Warehouse, kit_for, new_attempt, times_of
 
 #: 5,000 tokens of the simulator
 RULES = "Answer in the house style, in one sentence. " * 455
 SYSTEM = RULES[:20_000]
 ROWS = 138
 MODEL = "claude-haiku-4-5"
-JOB = JobRecord(make_job_id("dag", "run-1", "submit"), "dag", "run-1", "submit")
+JOB = JobRecord("0123456789abcdef0123", "dag", "run-1", "submit")
 PRIMING = Priming(ttl_s=3600, timeout_s=600)
 
 
@@ -77,7 +77,8 @@ def submit(
         anthropic_conn_id="anthropic_default",
         before_send=lambda: warehouse.ledger.set_key_columns(JOB.job_id, types.result(warehouse.ledger.key_columns(JOB.job_id))),
         priming=priming,
-        settle_seconds=0.4,
+        attempt=new_attempt(),
+        times=times_of(0.4),
         **options,
     )
 
@@ -162,14 +163,14 @@ def test_the_rest_waits_until_the_primer_has_ended(warehouse: Warehouse, sim: Si
     sim.set(clock="manual")
     first = submit(warehouse, products(10), PRIMING, max_requests=4)
     assert first.waits_for is not None
-    assert first.batch_ids == [first.waits_for.batch_id]
+    assert first.batch_ids == [first.waits_for.batch_ids[0]]
     again = submit(warehouse, products(10), PRIMING, max_requests=4)
     assert again.waits_for == first.waits_for
     assert (sizes(sim), again.asked) == ([1], 0)
-    sim.end(first.waits_for.batch_id)
+    sim.end(first.waits_for.batch_ids[0])
     last = submit(warehouse, products(10), PRIMING, max_requests=4)
     assert (sizes(sim), last.asked, last.waits_for) == ([1, 4, 4, 1], 9, None)
-    assert last.batch_ids[0] == first.waits_for.batch_id
+    assert last.batch_ids[0] == first.waits_for.batch_ids[0]
     for batch_id in last.batch_ids[1:]:
         sim.end(batch_id)
     assert_paid_once(warehouse, sim, last.batch_ids, 10)
@@ -189,7 +190,7 @@ def test_a_row_that_asks_what_the_primer_asks_lands_with_it(warehouse: Warehouse
     rows = [{"id": i, "name": f"product {i % 2}"} for i in range(6)]
     first = submit(warehouse, rows, PRIMING)
     assert first.waits_for is not None
-    sim.end(first.waits_for.batch_id)
+    sim.end(first.waits_for.batch_ids[0])
     last = submit(warehouse, rows, PRIMING)
     sim.end(last.batch_ids[1])
     warehouse.fetch(last.batch_ids)
@@ -212,7 +213,7 @@ def test_caps_hold_over_both_legs(warehouse: Warehouse, sim: Simulator) -> None:
     limits = Limits(upper.upper_usd, Budget("cache", usd=upper.upper_usd))
     first = submit(warehouse, products(5), PRIMING, limits=limits)
     assert first.waits_for is not None
-    sim.end(first.waits_for.batch_id)
+    sim.end(first.waits_for.batch_ids[0])
     assert submit(warehouse, products(5), PRIMING, limits=limits).asked == 4
 
 
@@ -225,9 +226,9 @@ def ended_primer(warehouse: Warehouse, sim: Simulator, rows: list[dict[str, Any]
     first = submit(warehouse, rows, PRIMING)
     assert first.waits_for is not None
     if how == "expire":
-        sim.expire(first.waits_for.batch_id)
+        sim.expire(first.waits_for.batch_ids[0])
     elif how == "end":
-        sim.end(first.waits_for.batch_id)
+        sim.end(first.waits_for.batch_ids[0])
 
 
 @pytest.mark.parametrize(("name", "how"), [("[[sim:errored]]", "end"), ("product 0", "expire")])
@@ -326,7 +327,7 @@ def test_a_kill_while_priming_never_pays_twice(
     moments: dict[str, tuple[Any, str, int]] = {
         "after the POST": (warehouse.kit, "send", 1),
         "after the id": (warehouse.ledger, "submitted", 1),
-        "before the rest": (Priming, "hold", 2),
+        "before the rest": (Priming, "wait", 2),
         "in the rest": (warehouse.kit, "send", 2),
     }
     kill_after(monkeypatch, *moments[moment])

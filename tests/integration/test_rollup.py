@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from airflow_provider_batchkit.blocks import ResultBlock
-from airflow_provider_batchkit.landing import land_batches
+from airflow_provider_batchkit.landing import Batch, land_batches
 from airflow_provider_batchkit.ledger.account import note_rendering
 from airflow_provider_batchkit.ledger.tables import batch
 from airflow_provider_batchkit.pricing import PriceBook
@@ -100,7 +100,8 @@ def test_sums_are_exact_for_random_usages(warehouse: Warehouse, answers: list[An
         lines = [result_line(custom_id, answer) for custom_id, answer in zip(ids, said, strict=False) if answer != "no line"]
         yield from itertools.starmap(reconciler.accept_block, parse_blocks(iter(lines)))
 
-    landed = land_batches(warehouse.ledger, [warehouse.kit.get(b) for b in report.batch_ids], table, read, BOOK, include_failed=True)
+    batches = [Batch(b, warehouse.ledger.find(b)) for b in report.batch_ids]
+    landed = land_batches(warehouse.ledger, batches, table, lambda b: warehouse.kit.get(b.batch_id), read, BOOK, include_failed=True)
     tally = landed.tally
     billed = [answer for answer in answers if isinstance(answer, dict)]
     assert (landed.rows, tally.requests) == (len(rows), len(billed))

@@ -70,6 +70,11 @@ class Legs:
         """The trigger has seen all batches ended."""
         return self.run("execute_complete", event={"status": "ended", "batch_ids": [], "counts": {}})
 
+    def go_on(self, deferred: Any, status: str = "ended") -> Any:
+        """The trigger of a deferral has fired."""
+        event = {"status": status, "batch_ids": deferred.trigger.batch_ids, "message": "m", "counts": {}}
+        return self.run(deferred.method_name, event=event, **(deferred.kwargs or {}))
+
 
 def test_three_rounds_answer_five_percent_expired_and_two_percent_overloaded_rows(
     home: Path, database: Database, api: SimulatorProcess
@@ -144,11 +149,11 @@ def test_a_primed_run_sends_the_rest_when_its_first_row_has_ended(home: Path, da
     before = api.stats()["requests_accepted"]
     legs = Legs(system="Be brief. " * 2_000, cache_system="5m", prime_cache=True)
     primer = legs.run()
-    assert primer.method_name == "primer_over"
+    assert (primer.method_name, primer.kwargs["about"]) == ("resume", "primer")
     assert api.stats()["requests_accepted"] - before == 1
     assert legs.run().trigger.batch_ids == primer.trigger.batch_ids
     api.end(primer.trigger.batch_ids[0])
-    rest = legs.run("primer_over", event={"status": "ended", "batch_ids": [], "counts": {}}, asked_before=1)
+    rest = legs.go_on(primer)
     assert (rest.method_name, api.stats()["requests_accepted"] - before) == ("execute_complete", 4)
     for batch_id in rest.trigger.batch_ids:
         api.end(batch_id)
@@ -294,6 +299,7 @@ def test_a_row_has_its_last_outcome_whatever_the_disposition_and_order(
             sql_conn_id="warehouse",
             include_failed=True,
             write_disposition=disposition,
+            rewrite=True,
         ).execute({"ti": ti()})
         assert rows(database, "SELECT id, status FROM answers ORDER BY id") == expected
     assert rows(database, "SELECT key, shard, status, batch_cost_picousd FROM batchkit_request ORDER BY job_id, key") == ledger
@@ -324,7 +330,8 @@ def test_a_first_round_that_is_landed_again_while_the_second_lands_leaves_its_ou
 
     monkeypatch.setattr(land, "Later", Late)
     ti = type("TI", (), {"dag_id": "d", "run_id": "r", "task_id": "f", "map_index": -1, "xcom_push": lambda *_, **__: None})
-    fetch = FetchBatchOperator(task_id="f", batch_id=summary["batch_ids"][0], table="answers", sql_conn_id="warehouse", include_failed=True)
+    first = summary["batch_ids"][0]
+    fetch = FetchBatchOperator(task_id="f", batch_id=first, table="answers", sql_conn_id="warehouse", include_failed=True, rewrite=True)
     fetch.execute({"ti": ti()})
     assert len(looks) == 2 and looks[1].keys == {"[2]", "[3]"}
     assert (rows(database, outcomes), rows(database, "SELECT id, status, batch_id FROM answers ORDER BY id")) == before
@@ -415,7 +422,7 @@ def test_killing_it_cancels_what_runs_only_where_that_is_asked_for(
     home: Path, database: Database, api: SimulatorProcess, cancel: bool
 ) -> None:
     """Batches of a round that has landed are over; only the running ones are canceled."""
-    from airflow_provider_batchkit.ledger import make_job_id
+    from airflow_provider_batchkit.ledger import Ledger
     from airflow_provider_batchkit.operators.batch import RunBatchOperator
 
     fill(database, {1: "one", 2: "two [[sim:expired-once]]"})
@@ -424,30 +431,191 @@ def test_killing_it_cancels_what_runs_only_where_that_is_asked_for(
     api.end(legs.run().trigger.batch_ids[0])
     (running,) = legs.resume().trigger.batch_ids
     operator = RunBatchOperator(task_id="run", **legs.parameters)
-    operator._job_id = make_job_id("d", "r", "run")
+    operator._job_id = Ledger(database.engine()).identify("d", "r", "run").job_id
     operator.on_kill()
     assert {b["id"]: b["status"] for b in api.stats()["batches"]}[running] == ("canceling" if cancel else "in_progress")
 
 
-def test_a_round_whose_batch_proves_to_be_anothers_is_sent_by_the_next_attempt(
-    home: Path, database: Database, api: SimulatorProcess
-) -> None:
-    """A cut POST and a running batch of the same size: adopted as a guess, disproved at landing, and the retry sends the rows once."""
+def test_a_round_in_doubt_waits_for_what_runs_and_sends_its_rows_once(home: Path, database: Database, api: SimulatorProcess) -> None:
+    """A cut POST and somebody's running batch of the same size: the task waits for its end, rules it out, and sends the rows once."""
     from airflow_provider_batchkit.hooks.batchkit import BatchKitHook
 
+    fill(database, {1: "one"})
+    assert Legs("before").run()["rows"] == 1
     fill(database, {1: "one", 2: "two [[sim:expired-once]]"})
     api.set(clock="manual")
     (foreign,) = BatchKitHook().kit.submit(["a", "b"], model="claude-haiku-5-5", max_tokens=9)
     api.faults.add("cut_before_accept")
     legs = Legs(max_rounds=2)
-    assert legs.run().trigger.batch_ids == [foreign]
+    deferred = legs.run()
+    assert (deferred.trigger.batch_ids, deferred.method_name) == ([foreign], "resume")
+    assert legs.pushed["waits_for"]["batch_ids"] == [foreign]
+    assert foreign in legs.pushed["waits_for"]["why"]
+    # its end was missed: the trigger fired because looking failed, and the task waits for a minute without a batch
+    broken = legs.go_on(deferred, "error")
+    assert (broken.trigger.batch_ids, broken.method_name) == ([], "resume")
     api.end(foreign)
     api.set(clock="instant")
-    with pytest.raises(AirflowFailException, match="is another job's"):
-        legs.resume()
     asked = api.stats()["requests_accepted"]
-    assert legs.run()["counts"] == {"succeeded": 2}
+    assert legs.go_on(deferred)["counts"] == {"succeeded": 2}
+    assert legs.pushed["waits_for"] is None
     assert api.stats()["requests_accepted"] == asked + 3
+
+
+def test_rows_of_a_batch_that_is_gone_are_asked_again_only_when_the_user_says_so(
+    home: Path, database: Database, api: SimulatorProcess
+) -> None:
+    """Deleted before it landed: the task says what it may have cost; with retry_gone a further round asks the rows."""
+    from airflow_provider_batchkit.hooks.batchkit import BatchKitHook
+
+    fill(database, {1: "one", 2: "two", 3: "three"})
+    api.set(clock="manual")
+    legs = Legs(max_rounds=2, max_requests_per_batch=2)
+    ids = legs.run().trigger.batch_ids
+    for batch_id in ids:
+        api.end(batch_id)
+    BatchKitHook().kit.delete(ids[0])
+    asked = api.stats()["requests_accepted"]
+    for _ in range(2):
+        with pytest.raises(AirflowFailException, match=rf"{ids[0]} was not visible .*retry_gone=True"):
+            legs.run()
+    assert rows(database, "SELECT id FROM answers") == [(3,)]
+    assert api.stats()["requests_accepted"] == asked
+    api.set(clock="instant")
+    legs.parameters["retry_gone"] = True
+    summary = legs.run()
+    assert sorted(rows(database, "SELECT id FROM answers")) == [(1,), (2,), (3,)]
+    assert ([r["rows"] for r in summary["rounds"]], summary["counts"]) == ([1, 2], {"succeeded": 3})
+    assert api.stats()["requests_accepted"] == asked + 2
+
+
+def test_a_further_round_that_leaves_gone_rows_out_does_not_hide_them(home: Path, database: Database, api: SimulatorProcess) -> None:
+    """The second round asks what failed and not what is gone: the task lands it, and still says that rows have no answer."""
+    from airflow_provider_batchkit.hooks.batchkit import BatchKitHook
+
+    fill(database, {1: "one", 2: "two", 3: "three [[sim:expired-once]]", 4: "four"})
+    api.set(clock="manual")
+    legs = Legs(max_rounds=3, max_requests_per_batch=2)
+    ids = legs.run().trigger.batch_ids
+    for batch_id in ids:
+        api.end(batch_id)
+    BatchKitHook().kit.delete(ids[0])
+    api.set(clock="instant")
+    with pytest.raises(AirflowFailException, match="1 batches are gone before they landed, with 2 requests"):
+        legs.run()
+    assert sorted(rows(database, "SELECT id FROM answers")) == [(3,), (4,)]
+    legs.parameters["retry_gone"] = True
+    assert legs.run()["counts"] == {"succeeded": 4}
+
+
+@pytest.mark.parametrize("disposition", ["merge", "replace"])
+def test_an_older_runs_task_that_is_cleared_leaves_newer_answers_alone(
+    home: Path, database: Database, api: SimulatorProcess, disposition: str
+) -> None:
+    """Monday's task runs again after Tuesday's: its summary is the old one, and nothing is asked or written."""
+    fill(database, {1: "Monday"})
+    monday = Legs("monday", write_disposition=disposition)
+    first = monday.run()
+    fill(database, {1: "Tuesday"})
+    Legs("tuesday", write_disposition=disposition).run()
+    asked = api.stats()["requests_accepted"]
+    assert monday.run()["cost_tally"] == first["cost_tally"]
+    assert rows(database, "SELECT response FROM answers") == [(answer_for("Tuesday"),)]
+    assert api.stats()["requests_accepted"] == asked
+
+
+def test_a_replace_deletes_nothing_while_a_batch_is_gone(home: Path, database: Database, api: SimulatorProcess) -> None:
+    """The gone half would be deleted and have nothing in its place."""
+    from airflow_provider_batchkit.hooks.batchkit import BatchKitHook
+
+    fill(database, {1: "old", 2: "old too"})
+    Legs("old").run()
+    fill(database, {1: "new", 2: "new too"})
+    api.set(clock="manual")
+    legs = Legs("new", write_disposition="replace", max_requests_per_batch=1, prompt="{{ row.note }}!")
+    ids = legs.run().trigger.batch_ids
+    for batch_id in ids:
+        api.end(batch_id)
+    BatchKitHook().kit.delete(ids[0])
+    for _ in range(2):
+        with pytest.raises(AirflowFailException, match="was not visible"):
+            legs.run()
+    assert sorted(rows(database, "SELECT response FROM answers")) == sorted([(answer_for("old"),), (answer_for("old too"),)])
+
+
+def test_a_replace_with_failed_rows_written_replaces_once_there_are_answers(home: Path, database: Database, api: SimulatorProcess) -> None:
+    """Rows without an answer do not count as the job's first answers."""
+    fill(database, {1: "old", 9: "old too"})
+    Legs("old").run()
+    fill(database, {1: "new [[sim:expired-once]]", 2: "new too [[sim:expired-once]]"})
+    summary = Legs("new", write_disposition="replace", include_failed=True, max_rounds=2).run()
+    assert summary["counts"] == {"succeeded": 2}
+    assert sorted(rows(database, "SELECT id, status FROM answers")) == [(1, "succeeded"), (2, "succeeded")]
+
+
+@pytest.mark.parametrize("disposition", ["merge", "replace"])
+def test_a_cleared_task_that_has_to_wait_fills_its_table_all_the_same(
+    home: Path, database: Database, api: SimulatorProcess, monkeypatch: pytest.MonkeyPatch, disposition: str
+) -> None:
+    """The table was dropped; one of the landed batches is hidden for a while when the task runs again."""
+    from airflow_provider_batchkit import fetching
+
+    fill(database, {i: f"thing {i}" for i in range(4)})
+    legs = Legs(max_requests_per_batch=2, write_disposition=disposition)
+    ids = legs.run()["batch_ids"]
+    with database.engine().begin() as connection:
+        connection.exec_driver_sql("DROP TABLE answers")
+    monkeypatch.setattr(fetching, "PATIENCE_S", 0.0)
+    monkeypatch.setenv("AIRFLOW__BATCHKIT__ABSENCE_SECONDS", "900")
+    api.faults.add("status", endpoint="retrieve", batch=ids[1], status=404)
+    deferred = legs.run()
+    assert deferred.kwargs["about"] == "unseen"
+    assert legs.go_on(deferred, "timeout")["rows"] == 4
+    assert sorted(rows(database, "SELECT id FROM answers")) == [(i,) for i in range(4)]
+
+
+def test_one_passing_404_costs_no_try(home: Path, database: Database, api: SimulatorProcess) -> None:
+    """Right after the create the API does not show the batch: the task waits for it as for any other."""
+    fill(database, {1: "one"})
+    api.set(clock="manual")
+    api.faults.add("status", endpoint="retrieve", status=404)
+    deferred = Legs().run()
+    api.set(clock="instant")
+    assert deferred.method_name == "execute_complete"
+    assert len(deferred.trigger.batch_ids) == 1
+
+
+def test_a_gone_batch_beside_a_running_one_costs_no_try(home: Path, database: Database, api: SimulatorProcess) -> None:
+    """What runs is waited for, and the end says what is gone."""
+    from airflow_provider_batchkit.hooks.batchkit import BatchKitHook
+
+    fill(database, {1: "one", 2: "two", 3: "three"})
+    assert Legs("before").run()["rows"] == 3
+    api.set(clock="manual")
+    legs = Legs(max_requests_per_batch=2)
+    ids = legs.run().trigger.batch_ids
+    api.end(ids[0])
+    BatchKitHook().kit.delete(ids[0])
+    deferred = legs.run()
+    assert (deferred.method_name, deferred.trigger.batch_ids) == ("execute_complete", [ids[1]])
+    api.end(ids[1])
+    api.set(clock="instant")
+    with pytest.raises(AirflowFailException, match="1 batches are gone"):
+        legs.resume()
+    assert (3,) in rows(database, "SELECT id FROM answers")
+
+
+def test_a_replace_whose_first_round_has_no_answer_replaces_with_the_second(home: Path, database: Database, api: SimulatorProcess) -> None:
+    """The old rows stay until there is something to put in their place."""
+    fill(database, {1: "old"})
+    assert Legs("old").run()["rows"] == 1
+    fill(database, {2: "two [[sim:expired-once]]", 3: "three [[sim:expired-once]]"})
+    one = Legs("one", write_disposition="replace")
+    with pytest.raises(AirflowException, match="None of 2 rows has an answer"):
+        one.run()
+    assert rows(database, "SELECT id FROM answers") == [(1,)]
+    assert Legs("two", write_disposition="replace", prompt="{{ row.note }}!", max_rounds=2).run()["rows"] == 2
+    assert sorted(rows(database, "SELECT id FROM answers")) == [(2,), (3,)]
 
 
 def test_a_retry_in_the_middle_of_a_round_sends_only_the_rest_of_it(home: Path, database: Database, api: SimulatorProcess) -> None:

@@ -253,3 +253,24 @@ def test_the_params_of_a_dag_are_not_sent_to_the_api(home: Path, database: Datab
     batch_ids = [*ended.xcom("plain"), *ended.xcom("mapped", map_index=0), *ended.xcom("ask")]
     asked = [custom_id.partition("-")[2] for batch_id in batch_ids for custom_id in simulator.custom_ids(batch_id)]
     assert asked == [params_digest(encode_params(params)) for params in sent]
+
+
+def test_a_function_is_called_again_in_the_leg_after_a_wait(home: Path, database: Database, api: SimulatorProcess) -> None:
+    """The first row goes alone and is waited for, deferred: the rest is what the function gives then."""
+    ended = run_dag(
+        home,
+        """
+        @task.claude_batch(
+            key="id", prompt="About {{ row.name }}", system="Be brief. " * 2000, cache_system="5m", prime_cache=True, poke_interval=0.2,
+            model="claude-haiku-5-5", max_tokens=100, sql_conn_id="warehouse",
+        )
+        def ask():
+            return [{"id": number, "name": f"{number}"} for number in range(5)]
+
+        batches = ask()
+        """,
+        FETCH,
+    )
+    assert ended.state == "success"
+    assert len(ended.xcom("ask")) == 2
+    assert dict(rows(database, "SELECT id, response FROM answers")) == {n: answer_for(f"About {n}") for n in range(5)}

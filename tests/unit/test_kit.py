@@ -157,7 +157,7 @@ def test_throttling_beyond_the_bound_fails_with_nothing_billed(kit: BatchKit, si
 def test_an_answer_that_never_came_is_never_sent_again(kit: BatchKit, sim: Simulator, fault: str) -> None:
     """The SDK alone would POST three times; here one POST goes out and the doubt is told."""
     sim.faults.add(fault, times=5)
-    with pytest.raises(SubmitUncertainError, match="must be looked for before it is sent again"):
+    with pytest.raises(SubmitUncertainError, match="not sent again before its batch has been looked for"):
         kit.submit(["hello"], **MODEL)
     assert sim.stats()["posts"] == 1
 

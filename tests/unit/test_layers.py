@@ -19,11 +19,11 @@ SOURCES = {
 }
 
 #: Values and errors: what every other module may build on.
-FOUNDATION = {"model", "exceptions", "exposure", "blocks", "keys", "prepared", "rows"}
+FOUNDATION = {"model", "exceptions", "waiting", "exposure", "blocks", "keys", "prepared", "rows"}
 #: One stage of the way from rows to costs each. They know the foundation, not each other.
 STAGES = {"sources", "files", "templates", "requests", "shards", "results", "pricing", "polling", "budget", "schema"}
 #: The parts that know Airflow.
-AIRFLOW_SIDE = {"hooks", "operators", "sensors", "triggers", "decorators", "links", "lineage", "ui"}
+AIRFLOW_SIDE = {"hooks", "operators", "sensors", "triggers", "decorators", "links", "lineage", "ui", "commands", "__main__"}
 #: The only modules of the simulator's folder that know Airflow and the client side: the demo's drivers, which start both.
 DEMO = {module for module in SOURCES if module.startswith(f"{PACKAGE}.simulator.demo")}
 MAX_LINES = 450

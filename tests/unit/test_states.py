@@ -14,8 +14,13 @@ LEGAL = {
     ("sending", "rejected"),
     ("sending", "void"),
     ("submitted", "landed"),
-    ("submitted", "void"),
+    ("submitted", "gone"),
     ("landed", "landed"),
+    ("gone", "landed"),
+    # a person says so
+    ("submitted", "void"),
+    ("submitted", "submitted"),
+    ("gone", "void"),
 }
 
 

@@ -1,0 +1,1 @@
+"""The command line: what a person decides or wants to see."""

@@ -1,0 +1,102 @@
+"""What the ledger tells of jobs, batches and rows, as plain values."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy.engine import Row
+
+from airflow_provider_batchkit.ledger.states import BatchState
+
+#: a ``custom_id`` that this package gave: the job's id, a dash and a digest of the request
+OUR_CUSTOM_ID = re.compile(r"(?P<job_id>[0-9a-f]{20})-[0-9a-f]{40}")
+
+
+def make_job_id(ledger_id: str, dag_id: str, run_id: str, task_id: str, map_index: int = -1) -> str:
+    """20 hex characters that name a task instance in a ledger, the same on every attempt: the try number is not part of it."""
+    return hashlib.sha256(json.dumps([ledger_id, dag_id, run_id, task_id, map_index]).encode()).hexdigest()[:20]
+
+
+@dataclass(frozen=True, slots=True)
+class JobRecord:
+    """A job: one task instance of a DAG run."""
+
+    job_id: str
+    dag_id: str
+    run_id: str
+    task_id: str
+    map_index: int = -1
+
+
+@dataclass(frozen=True, slots=True)
+class BatchRecord:
+    """A row of ``batchkit_batch``. Times are aware and UTC."""
+
+    job_id: str
+    shard: int
+    batch_id: str | None
+    anthropic_conn_id: str
+    state: BatchState
+    #: of asking, from 1
+    round: int
+    requests: int
+    body_bytes: int
+    intended_at: datetime
+    #: its sender was found dead or gave the POST up
+    doubt_at: datetime | None
+    #: the first and the last of an unbroken series of looks that showed nothing
+    unseen_since: datetime | None
+    unseen_at: datetime | None
+    created_at: datetime | None
+    ended_at: datetime | None
+    landed_at: datetime | None
+    landed_table: str | None
+    note: str | None
+
+    def __str__(self) -> str:
+        return f"shard {self.shard} of job {self.job_id} ({self.batch_id or 'no batch id yet'})"
+
+    @property
+    def settle_command(self) -> str:
+        """What a person types to decide what nothing proves."""
+        command = f"python -m airflow_provider_batchkit settle {self.job_id} {self.shard} --sql-conn-id CONN"
+        return f"`{command} --void` (its rows are asked again) or `{command} --is BATCH` (CONN is the task's sql_conn_id)"
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What the ledger knows of a source row from an earlier attempt of its job."""
+
+    key: str
+    custom_id: str
+    shard: int
+    #: its batch has not landed: a row that asks the same can still be added to it
+    open: bool
+
+
+def record_of(row: Row[Any]) -> BatchRecord:
+    """A row of ``batchkit_batch``."""
+    return BatchRecord(
+        row.job_id,
+        row.shard,
+        row.batch_id,
+        row.anthropic_conn_id,
+        BatchState(row.state),
+        row.round,
+        row.requests,
+        row.body_bytes,
+        row.intended_at,
+        row.doubt_at,
+        row.unseen_since,
+        row.unseen_at,
+        row.created_at,
+        row.ended_at,
+        row.landed_at,
+        row.landed_table,
+        row.note,
+    )

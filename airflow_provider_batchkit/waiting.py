@@ -1,0 +1,41 @@
+"""What a job waits for when it can do nothing more now. No clock, no I/O."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True)
+class WaitFor:
+    """A job goes on when one of these batches has ended, or at a time, whichever comes first. Times are aware and UTC."""
+
+    #: batches whose end is worth another look; none where only time helps
+    batch_ids: tuple[str, ...]
+    #: the next look
+    until: datetime
+    #: when the wait is over at the latest
+    latest: datetime
+    #: one sentence for the log
+    why: str
+    about: Literal["doubt", "primer", "throttle", "unseen"] = "doubt"
+
+    def to_json(self) -> dict[str, object]:
+        """For XCom."""
+        return {"batch_ids": list(self.batch_ids), "until": self.latest.isoformat(timespec="seconds"), "why": self.why}
+
+
+def together(waits: Iterable[WaitFor]) -> WaitFor | None:
+    """One wait for all: the next look is the earliest of theirs, the latest end the latest."""
+    found = list(waits)
+    if not found:
+        return None
+    return WaitFor(
+        tuple(dict.fromkeys(batch_id for wait in found for batch_id in wait.batch_ids)),
+        min(wait.until for wait in found),
+        max(wait.latest for wait in found),
+        " ".join(wait.why for wait in found),
+        found[0].about,
+    )

@@ -1,0 +1,200 @@
+"""FetchBatchOperator and its neighbours, leg by leg: what is refused when, what is waited for, and what is deleted from the API."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from airflow.providers.common.compat.sdk import AirflowFailException, TaskDeferred
+
+from airflow_provider_batchkit.exceptions import BatchInputError
+from airflow_provider_batchkit.simulator import SimulatorProcess
+from tests.databases import Database, rows
+
+SOURCE: dict[str, Any] = {
+    "sql": "SELECT id, note FROM things ORDER BY id",
+    "key": "id",
+    "prompt": "{{ row.note }}",
+    "max_tokens": 100,
+    "sql_conn_id": "warehouse",
+}
+
+
+class Task:
+    """A task instance whose legs are run by hand, each by a new operator, as Airflow runs them."""
+
+    def __init__(self, operator: type, task_id: str, run_id: str = "r", **parameters: Any) -> None:
+        self.make: Callable[[], Any] = lambda: operator(task_id=task_id, **parameters)
+        self.pushed: dict[str, Any] = {}
+        task = {"dag_id": "d", "run_id": run_id, "task_id": task_id, "map_index": -1}
+        push = lambda _, key, value: self.pushed.update({key: value})  # noqa: E731 - a method of a class that has no other
+        self.context: Any = {"ti": type("TI", (), {**task, "xcom_push": push})()}
+
+    def run(self) -> Any:
+        """The first leg; gives what it returns, or its deferral."""
+        return self._leg("execute")
+
+    def go_on(self, deferred: Any) -> Any:
+        """The trigger of a deferral has fired at its deadline."""
+        event = {"status": "timeout", "batch_ids": deferred.trigger.batch_ids, "message": "m"}
+        return self._leg(deferred.method_name, event=event, **(deferred.kwargs or {}))
+
+    def _leg(self, method: str, **arguments: Any) -> Any:
+        try:
+            return getattr(self.make(), method)(self.context, **arguments)
+        except TaskDeferred as deferred:
+            return deferred
+
+
+def fill(database: Database, count: int) -> None:
+    with database.engine().begin() as connection:
+        connection.exec_driver_sql("CREATE TABLE things (id INTEGER PRIMARY KEY, note TEXT)")
+        for i in range(count):
+            connection.exec_driver_sql(f"INSERT INTO things VALUES ({i}, 'thing {i}')")
+
+
+def submit(**parameters: Any) -> Task:
+    from airflow_provider_batchkit.operators.batch import SubmitBatchOperator
+
+    return Task(SubmitBatchOperator, "submit", **{**SOURCE, **parameters})
+
+
+def fetch(batch_ids: list[str], **parameters: Any) -> Task:
+    from airflow_provider_batchkit.operators.batch import FetchBatchOperator
+
+    return Task(FetchBatchOperator, "fetch", batch_id=batch_ids, **{"table": "answers", "sql_conn_id": "warehouse", **parameters})
+
+
+def test_only_what_has_landed_whole_is_deleted(home: Path, database: Database, api: SimulatorProcess) -> None:
+    """Each batch by itself: one whose result line is missing is kept; a fetch that runs again deletes what it had not got to."""
+    fill(database, 6)
+    ids = submit(max_requests_per_batch=2).run()
+    api.faults.add("missing_line", batch=ids[1], line=1, times=None)
+    fetch(ids, delete_after_fetch=True).run()
+    left = [batch["id"] for batch in api.stats()["batches"]]
+    assert ids[1] in left
+    assert not {ids[0], ids[2]} & set(left)
+    # the first two of three were deleted when the worker died: what has landed whole before is deleted, and what is not there is fine
+    fetch(ids, delete_after_fetch=True).run()
+    assert ids[1] in [batch["id"] for batch in api.stats()["batches"]]
+    assert len(rows(database, "SELECT id FROM answers")) == 5
+    # with the line there, an insisting fetch lands it whole
+    api.faults.clear()
+    fetch([ids[1]], delete_after_fetch=True, rewrite=True).run()
+    assert len(rows(database, "SELECT id FROM answers")) == 6
+    assert ids[1] not in [batch["id"] for batch in api.stats()["batches"]]
+
+
+def test_a_fetch_that_died_before_it_deleted_deletes_in_its_retry(home: Path, database: Database, api: SimulatorProcess) -> None:
+    """The rows are there already, and the ledger knows that they are whole."""
+    fill(database, 2)
+    ids = submit().run()
+    fetch(ids).run()
+    assert ids[0] in [batch["id"] for batch in api.stats()["batches"]]
+    fetch(ids, delete_after_fetch=True).run()
+    assert ids[0] not in [batch["id"] for batch in api.stats()["batches"]]
+
+
+def test_a_fetch_waits_without_a_worker_slot_for_a_batch_that_is_not_visible(
+    home: Path, database: Database, api: SimulatorProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It says so under waits_for, and takes that back when it is done."""
+    from airflow_provider_batchkit import fetching
+
+    monkeypatch.setenv("AIRFLOW__BATCHKIT__ABSENCE_SECONDS", "900")
+    monkeypatch.setattr(fetching, "PATIENCE_S", 0.0)
+    fill(database, 2)
+    ids = submit().run()
+    api.faults.add("status", endpoint="retrieve", batch=ids[0], status=404)
+    task = fetch(ids)
+    deferred = task.run()
+    assert (deferred.method_name, deferred.trigger.batch_ids, deferred.trigger.cancel_on_kill) == ("resume", [], False)
+    assert ids[0] in task.pushed["waits_for"]["why"]
+    assert task.go_on(deferred)["rows"] == 2
+    assert task.pushed["waits_for"] is None
+
+
+def test_a_throttled_submit_waits_without_a_worker_slot(home: Path, database: Database, api: SimulatorProcess) -> None:
+    """The pause that the API asks for is a deferral, and the next leg sends the rows."""
+    fill(database, 2)
+    api.faults.add("status", status=429, retry_after=300)
+    task = submit()
+    before = api.stats()["batches_accepted"]
+    deferred = task.run()
+    assert (deferred.kwargs["about"], deferred.trigger.batch_ids) == ("throttle", [])
+    assert 300 <= (deferred.timeout.total_seconds() - 300) <= 376
+    assert len(task.go_on(deferred)) == 1
+    assert api.stats()["batches_accepted"] == before + 1
+
+
+def test_a_candidate_is_never_canceled_with_the_task(home: Path, database: Database, api: SimulatorProcess) -> None:
+    """What a doubt waits for may be somebody else's batch, so cancel_on_kill does not hold for it."""
+    from airflow_provider_batchkit.hooks.batchkit import BatchKitHook
+
+    fill(database, 2)
+    api.set(clock="manual")
+    (foreign,) = BatchKitHook().kit.submit(["a", "b"], model="claude-haiku-5-5", max_tokens=9)
+    api.faults.add("cut_before_accept")
+    deferred = submit(cancel_on_kill=True, settle_seconds=0.5).run()
+    api.set(clock="instant")
+    assert foreign in deferred.trigger.batch_ids
+    assert deferred.trigger.cancel_on_kill is False
+
+
+@pytest.mark.parametrize("column", ["id TEXT", "id REAL"])
+def test_a_table_that_does_not_fit_is_refused_before_anything_is_sent(
+    home: Path, database: Database, api: SimulatorProcess, column: str
+) -> None:
+    """Where the submit knows it: by ``table``, as ``batch_stage`` gives it."""
+    fill(database, 2)
+    result = "response TEXT, status VARCHAR(16), stop_reason TEXT, error_type TEXT, error_message TEXT, model TEXT, input_tokens BIGINT, "
+    result += "output_tokens BIGINT, cost_usd TEXT, custom_id VARCHAR(64), batch_id VARCHAR(100), landed_at TIMESTAMP"
+    with database.engine().begin() as connection:
+        connection.exec_driver_sql(f"CREATE TABLE answers ({column}, {result})")
+    posts = api.stats()["posts"]
+    with pytest.raises(AirflowFailException, match=r"id .*Nothing was"):
+        submit(table="answers").run()
+    assert api.stats()["posts"] == posts
+
+
+def test_replace_with_skip_unchanged_is_refused_when_the_dag_is_parsed() -> None:
+    """By the operators that know both."""
+    from airflow_provider_batchkit.operators.batch import RunBatchOperator
+    from airflow_provider_batchkit.operators.stages import batch_stage
+
+    given = {**SOURCE, "table": "answers", "skip_unchanged": True, "write_disposition": "replace"}
+    with pytest.raises(BatchInputError, match=r"Task run: .*skip_unchanged"):
+        RunBatchOperator(task_id="run", **given)
+    with pytest.raises(BatchInputError, match=r"Stage stage: .*skip_unchanged"):
+        batch_stage("stage", **given)
+
+
+def test_a_dry_run_beside_a_ledger_of_an_older_version_reports(home: Path, database: Database, api: SimulatorProcess) -> None:
+    """Nothing is sent; the ledger is migrated, as by any other task."""
+    from airflow.providers.common.compat.sdk import AirflowSkipException
+
+    from airflow_provider_batchkit.ledger import prepare_engine
+    from tests.ledgers import KeptLedger
+
+    fill(database, 2)
+    KeptLedger(3).write(prepare_engine(database.engine()), {})
+    task = submit(dry_run=True)
+    with pytest.raises(AirflowSkipException):
+        task.run()
+    assert task.pushed["estimate"]["rows"] == 2
+
+
+def test_batches_that_were_deleted_after_their_fetch_are_no_witnesses(home: Path, database: Database, api: SimulatorProcess) -> None:
+    """That they are not visible says nothing; an older one that is there still counts."""
+    fill(database, 2)
+    submit().run()
+    for number in range(3):
+        task = submit(prompt=f"{number} {{{{ row.note }}}}")
+        task.context["ti"].run_id = f"run-{number}"
+        fetch(task.run(), delete_after_fetch=True, table=f"answers_{number}").run()
+    api.faults.add("cut_before_accept")
+    task = submit(prompt="last {{ row.note }}", settle_seconds=0.5)
+    task.context["ti"].run_id = "last"
+    assert len(task.run()) == 1
