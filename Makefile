@@ -30,7 +30,7 @@ endef
 .PHONY: help
 help: ## this list
 	@echo "make TARGET, where TARGET is one of"
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' Makefile
 
 .PHONY: demo
 demo: $(VENV)/.runtime ## 50,000 products, their descriptions and the bill, against the simulator
@@ -44,6 +44,14 @@ airflow: $(VENV)/.runtime ## the same catalog in a real Airflow with its UI; Ctr
 .PHONY: test
 test: $(VENV)/.dev ## the whole test suite, with a real PostgreSQL and a real Airflow
 	@$(BIN)/python -m pytest -n 2 $(ARGS)
+
+# about half an hour for each cell; make test-matrix SETS=3.1.0 PYTHONS=3.11 ARGS='-n 2 tests/unit' is one minute
+SETS ?= 3.1.0 3.1.8 3.2.2 3.3.2 newest
+PYTHONS ?= 3.11 3.12 3.13
+.PHONY: test-matrix
+test-matrix: $(VENV)/.dev ## the suite on released Airflows and every Python: SETS='3.1.0 newest' PYTHONS='3.11' ARGS='tests/unit'
+	@test -x $(BIN)/uv || $(BIN)/python -m pip install -qq --constraint constraints.txt uv
+	@UV="$(abspath $(BIN)/uv)" .ci/matrix "$(SETS)" "$(PYTHONS)" $(ARGS)
 
 .PHONY: check
 check: $(VENV)/.dev ## lint, format, types, and what may import what
@@ -68,10 +76,11 @@ constraints: ## constraints.txt anew, from the newest versions that fit
 	    && { sed -n '/^#/p' constraints.txt; "$$dir/env/bin/python" -m pip freeze --exclude-editable; } > "$$dir/constraints.txt" \
 	    && ! grep -nE '^[^#].*(@|://)' "$$dir/constraints.txt" \
 	    && cp "$$dir/constraints.txt" constraints.txt && git diff --stat constraints.txt
+# those of the released Airflows, constraints-<version>.txt, are made by .ci/released
 
 .PHONY: clean
 clean: ## remove the environment, the demo's files and what the tools leave behind
-	@rm -rf $(VENV) .demo build dist .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	@rm -rf $(VENV) .matrix .demo build dist .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	@find airflow_provider_batchkit tests example_dags -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 # The environment: one directory, one stamp per set of packages in it.

@@ -123,12 +123,12 @@ class BatchApi:
             if 400 <= status < 500 and status not in _AMBIGUOUS_4XX:
                 raise SubmitRefusedError(
                     f"The API refused shard {shard.number} ({shard.requests:,} requests, {shard.bytes:,} bytes) with {status} "
-                    f"{e.type or 'error'}: {e.api_message or e.message}. Nothing was accepted or billed. "
+                    f"{e.type or 'error'}: {api_message(e)}. Nothing was accepted or billed. "
                     f"{_ADVICE.get(status, '')}".rstrip(),
                     status=status,
                     error_type=e.type,
                 ) from e
-            raise self._uncertain(shard, f"the API answered {status}: {e.api_message or e.message}") from e
+            raise self._uncertain(shard, f"the API answered {status}: {api_message(e)}") from e
         except anthropic.APIConnectionError as e:
             if isinstance(e.__cause__, LeaseLostError | SubmitThrottledError):
                 raise e.__cause__ from None
@@ -275,6 +275,17 @@ def _retry_after(error: anthropic.APIStatusError) -> float | None:
         return None
 
 
+def api_message(error: anthropic.APIStatusError) -> str:
+    """The API's own words for an error, or the SDK's where it gave none.
+
+    The SDK's own ``api_message`` came in the course of its 2.x releases, so they are read from the body.
+    """
+    match error.body:
+        case {"error": {"message": str(words)}} if words:
+            return words
+    return error.message
+
+
 def poll_failure(error: anthropic.APIError) -> dict[str, Any]:
     """How a failed look counts, as keywords of :meth:`PollState.failed`: 401, 403 and other 4xx will not mend, the rest may."""
     import anthropic
@@ -282,7 +293,7 @@ def poll_failure(error: anthropic.APIError) -> dict[str, Any]:
     if isinstance(error, anthropic.APIStatusError):
         status = error.status_code
         fatal = 400 <= status < 500 and status not in _THROTTLED | _AMBIGUOUS_4XX
-        return {"error": f"{status} {error.api_message or error.message}", "fatal": fatal, "retry_after": _retry_after(error)}
+        return {"error": f"{status} {api_message(error)}", "fatal": fatal, "retry_after": _retry_after(error)}
     return {"error": f"{type(error).__name__}: {error.__cause__ or error}"}
 
 
@@ -299,7 +310,7 @@ def seeing(what: str) -> Iterator[None]:
 
 def unavailable(what: str, error: anthropic.APIStatusError) -> BatchUnavailableError:
     """The error for something that the API does not show, by the status of its refusal."""
-    message = error.api_message or str(error)
+    message = api_message(error)
     if error.status_code == 404:
         return BatchNotVisibleError(
             f"{what} cannot be seen with this connection ({message}). It was deleted, or belongs to another workspace: check that "

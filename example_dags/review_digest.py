@@ -37,7 +37,8 @@ with DAG(
     def ask(path: str) -> Iterator[dict[str, Any]]:
         """One row for each product."""
         with ObjectStoragePath(path).open(newline="") as file:
-            for product, reviews in groupby(csv.DictReader(file), key=lambda review: review["product"]):
+            lines = iter(file.readline, "")  # the files of Airflow 3.1.0's storage paths cannot be iterated over
+            for product, reviews in groupby(csv.DictReader(lines), key=lambda review: review["product"]):
                 yield {"product": product, "texts": [review["text"] for review in reviews]}
 
     batches = ask("{{ var.value.reviews_csv }}")

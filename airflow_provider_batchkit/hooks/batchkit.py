@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from airflow.providers.anthropic.hooks.anthropic import AnthropicHook
-from airflow.providers.common.compat.connection import get_async_connection, get_async_extra_dejson
-from airflow.providers.common.compat.sdk import BaseHook, conf
+from airflow.providers.common.compat.sdk import AirflowException, BaseHook, Connection, conf
 
 from airflow_provider_batchkit.exceptions import BatchInputError
 
@@ -63,15 +62,47 @@ class BatchKitHook(AnthropicHook):
     async def get_async_conn(self) -> AsyncAnthropicClient:
         """The async client, with the connection and its extra read without blocking the event loop.
 
-        The official hook reads ``extra_dejson`` synchronously here, which on a busy triggerer may fail (common-compat documentation of
-        ``get_async_extra_dejson``).
+        The official hook has this method from 1.2 on, and reads ``extra_dejson`` synchronously in it, which on a busy triggerer may fail
+        (common-compat's documentation of ``get_async_extra_dejson``).
+
+        :raises AnthropicError: on a platform that does not serve the Message Batches API, with an official hook older than 1.2
         """
         if "_connection" not in self.__dict__:
-            connection = await get_async_connection(self.conn_id, hook=self)
-            self.__dict__["_connection"] = _ConnectionValues(connection.host, connection.password, await get_async_extra_dejson(connection))
-        # making a client reads the CA certificates for 30 ms and may read credential files: not on the event loop. With the connection
-        # resolved it awaits nothing, so that it can be made on any loop, and it is bound to none before its first call
-        return await asyncio.to_thread(asyncio.run, super().get_async_conn())
+            self.__dict__["_connection"] = await self._resolved_connection()
+        # Making a client reads the CA certificates for 30 ms and may read credential files, so it is not done on the event loop.
+        return await asyncio.to_thread(self._async_client)
+
+    async def _resolved_connection(self) -> _ConnectionValues:
+        if hasattr(Connection, "aextra_dejson"):
+            connection = await self.aget_connection(self.conn_id)
+            return _ConnectionValues(connection.host, connection.password, await connection.aextra_dejson())
+        # Before 3.3.2, Airflow's own async lookup masks secrets with a blocking call, which fails beside another lookup on the same loop.
+        # asgiref's threads, unlike those of asyncio.to_thread, hand what they send to the supervisor to that loop.
+        from asgiref.sync import sync_to_async
+
+        return await sync_to_async(self._read_connection)()
+
+    def _read_connection(self) -> _ConnectionValues:
+        connection = self.get_connection(self.conn_id)
+        return _ConnectionValues(connection.host, connection.password, connection.extra_dejson)
+
+    def _async_client(self) -> AsyncAnthropicClient:
+        """The async twin of :meth:`get_conn`'s client. It is bound to no event loop before its first call."""
+        if hasattr(AnthropicHook, "get_async_conn"):
+            return asyncio.run(super().get_async_conn())  # it awaits nothing, since the connection is resolved
+        from anthropic import AsyncAnthropic, AsyncAnthropicAWS
+
+        self._require_first_party("The Message Batches API")
+        extra = self._connection.extra_dejson
+        options = dict(extra.get("anthropic_client_kwargs", {}))
+        if self.platform == "aws":
+            return self._build_aws_client(AsyncAnthropicAWS, extra.get("aws_region"), options)
+        options["base_url"] = options.get("base_url") or self._connection.host or None
+        if identity := extra.get("workload_identity"):
+            return AsyncAnthropic(credentials=self._workload_identity_credentials(identity), **options)
+        # without a key, the SDK reads its credentials from the environment
+        options["api_key"] = options.get("api_key") or self._connection.password or None
+        return AsyncAnthropic(**options)
 
 
 def configured_prices() -> PriceBook:
@@ -102,19 +133,23 @@ def settle_times(settle_seconds: float | None = None) -> SettleTimes:
     return SettleTimes(settle_s, conf.getfloat("batchkit", "absence_seconds", fallback=DEFAULT_TIMES.absence_s))
 
 
+#: what to install for a connection type whose hook is missing
+_EXTRAS = {"postgres": "postgres", "sqlite": "sqlite"}
+
+
 @contextmanager
 def sql_engine(conn_id: str) -> Iterator[Engine]:
     """A SQLAlchemy engine of a SQL connection. It keeps one connection open between uses, and looks whether that still lives before it
     is used again; at the end all are closed.
 
-    :raises BatchInputError: when the connection is not of a SQL database
+    :raises BatchInputError: when the connection is not of a SQL database, or the provider of its type is not installed
     """
     from airflow.providers.common.sql.hooks.sql import DbApiHook
     from sqlalchemy.pool import QueuePool
 
     from airflow_provider_batchkit.ledger import prepare_engine
 
-    hook = BaseHook.get_connection(conn_id).get_hook()
+    hook = _hook_of(BaseHook.get_connection(conn_id))
     if not isinstance(hook, DbApiHook):
         raise BatchInputError(f"The connection {conn_id!r} is a {type(hook).__name__}, not a SQL database. Nothing was sent.")
     engine = prepare_engine(hook.get_sqlalchemy_engine({"poolclass": QueuePool, "pool_size": 1, "pool_pre_ping": True}))
@@ -122,3 +157,17 @@ def sql_engine(conn_id: str) -> Iterator[Engine]:
         yield engine
     finally:
         engine.dispose()
+
+
+def _hook_of(connection: Connection) -> Any:
+    try:
+        return connection.get_hook()
+    except AirflowException as e:
+        if not str(e).startswith("Unknown hook type"):
+            raise
+        kind = connection.conn_type
+        package = f"airflow-provider-batchkit[{_EXTRAS[kind]}]" if kind in _EXTRAS else f"apache-airflow-providers-{kind}"
+        raise BatchInputError(
+            f"The connection {connection.conn_id!r} is of type {kind!r}, and no installed provider has a hook for it. Install "
+            f"{'it' if kind in _EXTRAS else 'its provider, for most types'} with: pip install '{package}'. Nothing was sent."
+        ) from e

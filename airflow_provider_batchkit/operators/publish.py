@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from airflow.providers.common.compat.sdk import Context
 
     from airflow_provider_batchkit.landing import BatchFigures
+
+log = logging.getLogger(__name__)
 
 #: the keys of the summary that are published, under their own names; all are JSON and small
 PUBLISHED = ("batch_ids", "table", "rows", "counts", "cost_tally", "latency_s")
@@ -38,6 +41,7 @@ def _store(context: Context, published: Mapping[str, Any]) -> None:
     """To the task's Storage tab (Airflow 3.3 and later), where it outlives retries and clears."""
     store = context.get("task_state_store")
     if store is None:
+        log.info("This Airflow has no Storage tab (3.3 is the first that has it): the summary is in this log and in the XCom.")
         return
     store.set("cost", summary_line(CostTally.from_json(published["cost_tally"])))
     for name, value in published.items():

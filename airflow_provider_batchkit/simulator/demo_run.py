@@ -19,10 +19,17 @@ def main() -> int:
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    from airflow.dag_processing.dagbag import DagBag
+    try:
+        from airflow.dag_processing.dagbag import DagBag, sync_bag_to_db
+    except ImportError:  # Airflow 3.1
+        from airflow.models.dagbag import DagBag, sync_bag_to_db  # type: ignore[no-redef]
+    from airflow.dag_processing.bundles.manager import DagBundlesManager
 
-    dag = DagBag(str(DAGS_FOLDER / f"{DAG_ID}.py")).dags[DAG_ID]
-    run = dag.test()
+    bag = DagBag(str(DAGS_FOLDER / f"{DAG_ID}.py"))
+    # Airflow 3.1.0 tests only DAGs that are in its database; later ones put them there by themselves.
+    DagBundlesManager().sync_bundles_to_db()
+    sync_bag_to_db(bag, "dags-folder", None)
+    run = bag.dags[DAG_ID].test()
     return 0 if str(run.state) == "success" else 1
 
 

@@ -71,6 +71,11 @@ class BatchTrigger(BaseTrigger):
             await _until(self.deadline)
             yield self._event("timeout", message="The time that the task waited for has come. It waited for no batch.")
             return
+        if self.cancel_on_kill and not hasattr(BaseTrigger, "on_kill"):
+            self.log.warning(
+                "cancel_on_kill has no effect while the task waits: this Airflow does not tell a deferred task that it is killed (3.3 is "
+                "the first that does). Its batches would run on and be billed."
+            )
         state = PollState(self.batch_ids, interval=self.poke_interval, by_age=True, deadline=self.deadline, first=self.first)
         try:
             decision = await ended(self.anthropic_conn_id, state)

@@ -14,6 +14,7 @@ import sqlalchemy as sa
 
 from airflow_provider_batchkit.model import CostTally
 from airflow_provider_batchkit.simulator import SimulatorProcess, SimulatorSettings
+from tests import releases
 from tests.connections import anthropic_connection
 from tests.databases import sqlite_database
 from tests.e2e.conftest import StartAirflow
@@ -22,6 +23,7 @@ from tests.e2e.harness import AirflowStandalone
 ROWS = 300
 DAG_ID = "catalog_enrichment"
 COST_DAG_ID = "catalog_cost"
+PUBLISHED = ("batch_ids", "table", "rows", "counts", "cost_tally", "latency_s")
 EXAMPLES = Path(__file__).parents[2] / "example_dags"
 
 
@@ -106,15 +108,13 @@ def test_a_table_in_the_answers_and_the_bill_out(shop: Shop) -> None:
 
 
 def test_the_bill_is_the_same_wherever_airflow_shows_it(shop: Shop) -> None:
-    """300 rows at $0.008: XCom, the Storage tab, the asset's event, the table, the ledger and the simulator's own books agree."""
+    """300 rows at $0.008: XCom, the asset's event, the table, the ledger and the simulator's own books agree."""
     airflow, run_id = shop.airflow, shop.ended_run()
     summary = airflow.xcom(DAG_ID, run_id, "fetch")
     tally = CostTally.from_json(summary["cost_tally"])
     assert (tally.batch_cost_usd, tally.standard_cost_usd) == (Decimal("2.40"), Decimal("4.80"))
 
-    stored = airflow.task_state_store(DAG_ID, run_id, "fetch")
-    published = {name: summary[name] for name in ("batch_ids", "table", "rows", "counts", "cost_tally", "latency_s")}
-    assert stored == {**published, "cost": "batch $2.40  standard $4.80  savings $2.40"}
+    published = {name: summary[name] for name in PUBLISHED}
     event = airflow.asset_events(source_dag_id=DAG_ID, source_task_id="fetch", source_run_id=run_id)[-1]
     assert (event["name"], event["extra"]) == ("product_copy", published)
 
@@ -128,6 +128,15 @@ def test_the_bill_is_the_same_wherever_airflow_shows_it(shop: Shop) -> None:
     assert [Decimal(pico).scaleb(-12) for pico in booked] == [tally.batch_cost_usd, tally.standard_cost_usd]
     assert (Decimal(spent[0]), Decimal(spent[1]), spent[2]) == (tally.batch_cost_usd, tally.savings_usd, ROWS)
     assert shop.sim.stats()["bill"]["claude-opus-4-8"]["input_tokens"] == tally.input_tokens
+
+
+@releases.needs("the task's state store")
+def test_the_storage_tab_has_the_summary_and_the_bill_in_words(shop: Shop) -> None:
+    """What the task's page shows beside its log, and keeps when the task is cleared."""
+    airflow, run_id = shop.airflow, shop.ended_run()
+    summary = airflow.xcom(DAG_ID, run_id, "fetch")
+    stored = airflow.task_state_store(DAG_ID, run_id, "fetch")
+    assert stored == {**{name: summary[name] for name in PUBLISHED}, "cost": "batch $2.40  standard $4.80  savings $2.40"}
 
 
 def test_a_dag_that_is_scheduled_on_the_table_reads_its_cost(shop: Shop) -> None:
@@ -149,6 +158,24 @@ def test_openlineage_is_told_of_the_run_and_its_cost(shop: Shop) -> None:
     assert submitted["run"]["facets"]["batchkit"]["source_rows"] == ROWS
     tally = CostTally.from_json(fetched["run"]["facets"]["batchkit"]["cost_tally"])
     assert (tally.batch_cost_usd, tally.input_tokens) == (Decimal("2.40"), 2700 * ROWS)
+
+
+def test_one_task_asks_again_what_expired(shop: Shop) -> None:
+    """A Run of two rounds, deferred in each: a row that expires once is answered in the second."""
+    shop.sim.set(clock="seconds:2")
+    mark = " [[sim:expired-once]]"
+    with shop.engine.begin() as connection:
+        connection.execute(sa.text("UPDATE products SET attributes = attributes || :mark WHERE sku = 'S7'"), {"mark": mark})
+    run_id = shop.airflow.trigger_dag("one_task_run")
+    assert shop.airflow.wait_for_run("one_task_run", run_id, timeout=300) == "success"
+    with shop.engine.begin() as connection:
+        connection.execute(sa.text("UPDATE products SET attributes = replace(attributes, :mark, '')"), {"mark": mark})
+    summary = shop.airflow.xcom("one_task_run", run_id, "run")
+    assert [(part["requests"], part["counts"]) for part in summary["rounds"]] == [
+        (ROWS, {"succeeded": ROWS - 1, "expired": 1}),
+        (1, {"succeeded": 1}),
+    ]
+    assert summary["counts"] == {"succeeded": ROWS}
 
 
 def test_the_examples_without_a_schedule_run_when_they_are_triggered(shop: Shop) -> None:

@@ -7,6 +7,8 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+from tests import releases
+
 _numbers = itertools.count()
 
 _HEAD = """
@@ -53,13 +55,9 @@ def run_dag(airflow_home: Path, *bodies: str) -> Run:
 
 def run_source(airflow_home: Path, dag_id: str, source: str) -> Run:
     """Put a DAG file into Airflow's DAGs folder, run its DAG once, and take the file away: ``dag.test()`` parses the whole folder."""
-    from airflow.dag_processing.dagbag import DagBag
-
     path = airflow_home / "dags" / f"{dag_id}.py"
     path.write_text(source)
     try:
-        bag = DagBag(str(path))
-        assert bag.import_errors == {}
-        return Run(bag.dags[dag_id].test())
+        return Run(releases.parsed(path, dag_id).test())
     finally:
         path.unlink()

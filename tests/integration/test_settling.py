@@ -431,7 +431,7 @@ def test_a_shard_that_comes_to_nothing_in_every_leg_ends_the_attempt(
     attempt = new_attempt()
 
     def legs() -> None:
-        for _ in range(60):
+        for _ in range(400):
             assert warehouse.submit(products(2), attempt=attempt, settle_seconds=SETTLE).waits_for is not None
             time.sleep(0.06)
 

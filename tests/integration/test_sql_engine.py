@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
 
+from airflow_provider_batchkit.exceptions import BatchInputError
 from airflow_provider_batchkit.hooks.batchkit import sql_engine
 from tests.databases import Database
 
@@ -46,3 +49,23 @@ def test_no_connection_is_left_behind(postgres_connection: Database) -> None:
                 break
             other.exec_driver_sql("SELECT pg_sleep(0.1)")
         assert other.exec_driver_sql(alive).scalar_one() == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "package"), [("sqlite", "airflow-provider-batchkit[sqlite]"), ("mssql", "apache-airflow-providers-mssql")]
+)
+def test_a_missing_provider_is_named_with_what_to_install(
+    airflow_db: Path, monkeypatch: pytest.MonkeyPatch, kind: str, package: str
+) -> None:
+    """A connection whose provider is not installed says so, instead of "Unknown hook type"."""
+    from airflow.providers.common.compat.sdk import AirflowException, BaseHook
+
+    def unknown(connection: Any) -> None:
+        raise AirflowException(f'Unknown hook type "{connection.conn_type}"')
+
+    monkeypatch.setenv("AIRFLOW_CONN_WAREHOUSE", f"{kind}://host/name")
+    # Airflow has more than one class of connections
+    monkeypatch.setattr(type(BaseHook.get_connection("warehouse")), "get_hook", unknown)
+    says = rf"'warehouse' is of type '{kind}'.*pip install '{re.escape(package)}'"
+    with pytest.raises(BatchInputError, match=says), sql_engine("warehouse"):
+        pass

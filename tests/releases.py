@@ -1,0 +1,41 @@
+"""What the supported releases of Airflow differ in, for the tests: what moved, and what a release lacks."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+from packaging.version import Version
+
+AIRFLOW = Version(version("apache-airflow"))
+
+_FIRST = {
+    "the task's state store": Version("3.3"),
+}
+
+
+def needs(feature: str) -> pytest.MarkDecorator:
+    """Skips a test where Airflow is older than the first release that has ``feature``, and says so."""
+    first = _FIRST[feature]
+    return pytest.mark.skipif(first > AIRFLOW, reason=f"Airflow {AIRFLOW} lacks {feature}: {first} is the first that has it")
+
+
+def parsed(path: Path, dag_id: str) -> Any:
+    """A DAG of a file, parsed as Airflow's DAG processor does, and ready for ``dag.test()``.
+
+    Airflow 3.1.0 tests only DAGs that are in its database; later ones put them there by themselves.
+    """
+    try:
+        from airflow.dag_processing.dagbag import DagBag, sync_bag_to_db
+    except ImportError:  # Airflow 3.1
+        from airflow.models.dagbag import DagBag, sync_bag_to_db  # type: ignore[no-redef]
+    from airflow.dag_processing.bundles.manager import DagBundlesManager
+
+    bag = DagBag(str(path))
+    assert bag.import_errors == {}
+    if Version("3.2") > AIRFLOW:
+        DagBundlesManager().sync_bundles_to_db()
+        sync_bag_to_db(bag, "dags-folder", None)
+    return bag.dags[dag_id]
