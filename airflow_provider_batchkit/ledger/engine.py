@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy import event
 from sqlalchemy.engine import Connection, Engine
+
+from airflow_provider_batchkit.exceptions import LedgerError
 
 log = logging.getLogger(__name__)
 
@@ -20,6 +22,15 @@ _SQLITE_BUSY_MS = 120_000
 _SQLITE_ATTEMPTS = 30
 _BEGIN_OPTION = "batchkit_sqlite_begin"
 _PREPARED = "_batchkit_prepared"
+#: The current time, in UTC whatever the session's time zone is: CURRENT_TIMESTAMP of MySQL and SQL Server is local and does not say so.
+_UTC_NOW = {
+    "postgresql": "clock_timestamp()",
+    "mysql": "UTC_TIMESTAMP(6)",
+    "mariadb": "UTC_TIMESTAMP(6)",
+    "mssql": "SYSUTCDATETIME()",
+}
+#: the same as what the API's clock may be off (SettleTimes.skew_s)
+_CLOCKS_APART = timedelta(minutes=15)
 
 
 def prepare_engine(engine: Engine) -> Engine:
@@ -61,12 +72,21 @@ def clock(connection: Connection) -> datetime:
     """The time by the database's own clock, which the workers of a deployment share. Aware, UTC.
 
     A SQLite database is read and written by one machine, so its clock is this process's.
+
+    :raises LedgerError: when it is far from this process's. A batch would then be looked for at another time than its own, and not be found
     """
+    here = datetime.now(UTC)
     if connection.dialect.name == "sqlite":
-        return datetime.now(UTC)
-    now = sa.func.clock_timestamp() if connection.dialect.name == "postgresql" else sa.func.current_timestamp()
+        return here
+    now: sa.ColumnClause[datetime] = sa.literal_column(_UTC_NOW.get(connection.dialect.name, "CURRENT_TIMESTAMP"))
     found: datetime = connection.execute(sa.select(sa.type_coerce(now, sa.DateTime(timezone=True)))).scalar_one()
-    return found.replace(tzinfo=UTC) if found.tzinfo is None else found.astimezone(UTC)
+    found = found.replace(tzinfo=UTC) if found.tzinfo is None else found.astimezone(UTC)
+    if abs(found - here) > _CLOCKS_APART:
+        raise LedgerError(
+            f"The database's clock says {found:%Y-%m-%d %H:%M:%S} and this worker's {here:%Y-%m-%d %H:%M:%S}, both as UTC. Doubts about "
+            "batches are settled by these times. Nothing was sent or changed. Set the clocks, or the session's time zone to UTC."
+        )
+    return found
 
 
 def begin_writing(connection: Connection) -> None:
