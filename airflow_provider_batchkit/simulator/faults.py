@@ -1,7 +1,7 @@
 """Faults: what goes wrong on purpose, on which call, and how often.
 
-Of the faults that answer or cut a whole call (``cut_…``, ``status…``) the first armed one in the list strikes, the others wait for
-their turn; ``late``, ``late_accept``, ``hide`` and the faults inside a results stream come on top of them, all together.
+Of the faults that answer or cut a whole call (``cut_…``, ``status…``, ``html…``) the first armed one in the list strikes, the others wait
+for their turn; ``late``, ``late_accept``, ``hide``, ``vanish`` and the faults inside a results stream come on top of them, all together.
 ``cut_results`` belongs to the latter.
 """
 
@@ -15,14 +15,20 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
+from . import odd_lines
 from .errors import ApiError
 
-ANSWERING = ("cut_before_accept", "cut_after_accept", "status", "status_after_accept")
-IN_RESULTS = ("cut_results", "broken_line", "duplicate_line", "foreign_line", "missing_line", "trickle")
+ANSWERING = ("cut_before_accept", "cut_after_accept", "status", "status_after_accept", "html", "html_after_accept")
+IN_RESULTS = ("cut_results", "broken_line", "duplicate_line", "foreign_line", "missing_line", "trickle", "set_member", *odd_lines.CHANGES)
+#: calls that ask for a batch by its id, and the list: where ``vanish`` strikes
+LOOKS = ("retrieve", "list", "results", "cancel", "delete")
 Kind = Literal[
-    "cut_before_accept", "cut_after_accept", "late", "late_accept", "status", "status_after_accept", "hide",
-    "cut_results", "broken_line", "duplicate_line", "foreign_line", "missing_line", "trickle",
+    "cut_before_accept", "cut_after_accept", "late", "late_accept", "status", "status_after_accept", "html", "html_after_accept",
+    "hide", "vanish", "cut_results", "broken_line", "duplicate_line", "foreign_line", "missing_line", "trickle",
+    "set_member", "null_counters", "unknown_members", "lone_surrogate", "new_type", "flat_error", "no_usage", "odd_block",
 ]  # fmt: skip
+#: What a login page of a company's gateway looks like from the outside.
+PAGE = "<!DOCTYPE html>\n<html>\n<head><title>Sign in</title></head>\n<body>Your session has expired.</body>\n</html>\n"
 Endpoint = Literal["create", "retrieve", "list", "cancel", "delete", "results", "count_tokens", "models", "model", "messages", "*"]
 
 
@@ -33,15 +39,22 @@ class Fault(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     is carried out, then the same. ``status``: nothing is done, the answer is ``status``. ``status_after_accept``: the call is carried
     out, the answer is ``status``. ``late``: the call is carried out at once and answered after ``seconds``, so a late list shows what was
     there when the call began. ``late_accept``: the call is carried out after ``seconds``, also when the client has gone away by then.
+    ``html``: nothing is done, the answer is a gateway's page: ``body`` of ``content_type``, by default with status 200.
+    ``html_after_accept``: the call is carried out, then the same.
     ``hide``: the batch that the call creates is missing from the list and answers 404 for ``seconds``, or for ``calls``.
+    ``vanish``: the call does not find a live batch; a retrieve, results, cancel or delete answers 404, a list leaves ``batch`` out
+    (without ``batch``: all of them). It does not count as a look.
 
     In a results stream, ``line`` counts result lines from 1: ``cut_results`` ends the stream in the middle of it (``clean``: before it,
     as if it were the regular end), ``broken_line`` and ``foreign_line`` put a line before it, ``duplicate_line`` sends it twice,
-    ``missing_line`` drops it; ``trickle`` waits ``seconds`` before each line.
+    ``missing_line`` drops it; ``trickle`` waits ``seconds`` before each line. ``set_member`` gives the member at the path ``member``
+    (``result.message.usage.output_tokens``, ``result.message.content.0.text``) the ``value``, or takes it away where there is none; the
+    other kinds of ``odd_lines.CHANGES`` change a line in ways of their own. These take ``line`` 0 for every line, or a ``custom_id``.
     """
 
     kind: Kind
-    #: which calls it matches; by default ``create``, or ``results`` for the faults in a results stream
+    #: which calls it matches; by default ``create``, ``retrieve`` for ``vanish``, ``results`` for the faults in a results stream;
+    #: ``*`` stands for all calls, of ``vanish`` for all that ask for a batch
     endpoint: Endpoint | None = None
     #: only calls on this batch
     batch: str | None = None
@@ -51,26 +64,58 @@ class Fault(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     times: Annotated[int, msgspec.Meta(ge=1)] | None = 1
     #: share of the matching calls that it strikes, 0 to 1; the simulator's seed decides which. The others do not count as ``times``
     chance: Annotated[float, msgspec.Meta(ge=0, le=1)] = 1.0
-    status: Annotated[int, msgspec.Meta(ge=300, le=599)] = 500
+    #: HTTP status of the answer; by default 500, for a page 200
+    status: Annotated[int, msgspec.Meta(ge=200, le=599)] | None = None
     #: type and message of the error; by default those of the status
     error_type: str | None = None
     message: str = "The simulator was told to answer with this error."
     #: seconds in the ``retry-after`` header
     retry_after: float | None = None
     headers: dict[str, str] = {}
+    body: str = PAGE
+    content_type: str = "text/html; charset=utf-8"
     seconds: Annotated[float, msgspec.Meta(ge=0)] = 0.01
     #: of ``hide``, in place of ``seconds``: calls for this batch, and list calls of its workspace, that do not find it
     calls: Annotated[int, msgspec.Meta(ge=1)] | None = None
-    line: Annotated[int, msgspec.Meta(ge=1)] = 1
+    line: Annotated[int, msgspec.Meta(ge=0)] = 1
+    #: in place of ``line``: the lines of this request
+    custom_id: str | None = None
+    #: path of the member that ``set_member`` sets: names, and positions in a list, with dots between them
+    member: str = ""
+    value: Any | msgspec.UnsetType = msgspec.UNSET
     clean: bool = False
     #: cut with a TCP reset in place of a regular close
     reset: bool = False
     #: how often it has struck
     struck: int = 0
 
+    def __post_init__(self) -> None:
+        """Raises ValueError for an error without an error's status, a member without a path, and a line that has to be one."""
+        if self.kind.startswith("status") and (self.status or 500) < 300:
+            raise ValueError(f"status {self.status} is no error")
+        if (self.kind == "set_member") != bool(self.member):
+            raise ValueError("set_member, and nothing else, has a member")
+        if (self.line == 0 or self.custom_id is not None) and not self.is_change:
+            raise ValueError(f"{self.kind} strikes one line, by its number")
+
     @property
-    def matches(self) -> str:
-        return self.endpoint or ("results" if self.kind in IN_RESULTS else "create")
+    def is_change(self) -> bool:
+        """Whether it changes a result line, in place of adding, dropping or cutting one."""
+        return self.kind == "set_member" or self.kind in odd_lines.CHANGES
+
+    def matches(self, endpoint: str, batch_id: str | None) -> bool:
+        """Whether it is meant for this call."""
+        if self.kind == "vanish":
+            own_batch = self.batch in (None, batch_id) or endpoint == "list"
+            return own_batch and endpoint in LOOKS and (self.endpoint or "retrieve") in ("*", endpoint)
+        usual = "results" if self.kind in IN_RESULTS else "create"
+        return (self.endpoint or usual) in ("*", endpoint) and self.batch in (None, batch_id)
+
+    def concerns(self, line: bytes, number: int) -> bool:
+        """Whether it changes this line of a results stream."""
+        if self.custom_id is not None:
+            return odd_lines.custom_id_of(line) == self.custom_id
+        return self.line in (0, number)
 
 
 @dataclass
@@ -81,6 +126,7 @@ class Plan:
     late: Fault | None = None
     late_accept: Fault | None = None
     hide: Fault | None = None
+    vanish: list[Fault] = field(default_factory=list)
     in_results: list[Fault] = field(default_factory=list)
 
     def add(self, fault: Fault) -> None:
@@ -93,18 +139,26 @@ class Plan:
             self.late = fault
         elif fault.kind == "late_accept":
             self.late_accept = fault
+        elif fault.kind == "vanish":
+            self.vanish.append(fault)
         else:
             self.hide = fault
 
     def strike(self, *kinds: str) -> None:
-        """Raises CutError or ApiError when the call's answering fault is of one of these kinds."""
+        """Raises CutError, PageError or ApiError when the call's answering fault is of one of these kinds."""
         fault = self.answering
         if fault is None or fault.kind not in kinds:
             return
         if fault.kind.startswith("cut"):
             raise CutError(b"", fault)
+        if fault.kind.startswith("html"):
+            raise PageError(fault)
         retry = {} if fault.retry_after is None else {"retry-after": f"{fault.retry_after:g}"}
-        raise ApiError(fault.status, fault.message, fault.error_type, {**fault.headers, **retry})
+        raise ApiError(fault.status or 500, fault.message, fault.error_type, {**fault.headers, **retry})
+
+    def is_gone(self, batch_id: str) -> bool:
+        """Whether the call does not find this batch."""
+        return any(fault.batch in (None, batch_id) for fault in self.vanish)
 
 
 class FaultList:
@@ -132,14 +186,14 @@ class FaultList:
     def as_json(self) -> list[dict[str, Any]]:
         """All faults with how often each has struck."""
         with self._lock:
-            return [msgspec.structs.asdict(fault) for fault in self._faults]
+            return [msgspec.to_builtins(fault) for fault in self._faults]
 
     def take(self, endpoint: str, batch_id: str | None) -> Plan:
         """The faults that strike this call. Counts the call for all that it matches."""
         plan = Plan()
         with self._lock:
             for fault in self._faults:
-                if fault.matches not in ("*", endpoint) or (fault.batch is not None and fault.batch != batch_id):
+                if not fault.matches(endpoint, batch_id):
                     continue
                 if fault.after:
                     fault.after -= 1
@@ -164,6 +218,14 @@ class CutError(Exception):
         self.fault = fault
 
 
+class PageError(Exception):
+    """The answer is to be ``fault.body``, a page that is no answer of the API."""
+
+    def __init__(self, fault: Fault) -> None:
+        super().__init__(fault.kind)
+        self.fault = fault
+
+
 def faulty(lines: Iterable[bytes], faults: list[Fault]) -> Iterator[bytes]:
     """The lines with the faults among them. Raises CutError where the stream is to be cut; a line past the last one stands for the end."""
     if not faults:
@@ -171,7 +233,7 @@ def faulty(lines: Iterable[bytes], faults: list[Fault]) -> Iterator[bytes]:
         return
     number = 0
     for number, line in enumerate(lines, start=1):
-        yield from _around(line, [fault for fault in faults if fault.line == number])
+        yield from _around(line, [fault for fault in faults if fault.concerns(line, number)])
     for fault in faults:
         if fault.line > number and fault.kind in ("cut_results", "broken_line", "foreign_line"):
             yield from _around(b"", [fault])
@@ -190,6 +252,10 @@ def _around(line: bytes, faults: list[Fault]) -> Iterator[bytes]:
                 sent = [line, line]
             case "broken_line" | "foreign_line":
                 yield _extra_line(fault)
+            case "set_member":
+                sent = [odd_lines.with_member(text, fault.member, fault.value) for text in sent]
+            case kind if kind in odd_lines.CHANGES:
+                sent = [odd_lines.changed(text, kind) for text in sent]
     yield from sent
 
 

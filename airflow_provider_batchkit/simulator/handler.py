@@ -17,7 +17,7 @@ import msgspec
 
 from . import validate
 from .errors import ApiError, error_body, request_id
-from .faults import CutError, Fault, Plan, faulty
+from .faults import CutError, Fault, PageError, Plan, faulty
 from .models import MODELS
 from .records import system_bytes, text_bytes
 from .store import Spell
@@ -90,7 +90,7 @@ class Handler(BaseHTTPRequestHandler):
         self.core.count(endpoint or "unknown")
         try:
             try:
-                plan.strike("cut_before_accept", "status")
+                plan.strike("cut_before_accept", "status", "html")
                 if plan.late_accept is not None:
                     self.core.stopping.wait(plan.late_accept.seconds)
                 workspace = self._admit(path, endpoint, target, too_large=too_large)
@@ -98,13 +98,15 @@ class Handler(BaseHTTPRequestHandler):
             finally:
                 if plan.late is not None:
                     self.core.stopping.wait(plan.late.seconds)
-            plan.strike("cut_after_accept", "status_after_accept")
+            plan.strike("cut_after_accept", "status_after_accept", "html_after_accept")
             if isinstance(answer, Iterator):
                 self._stream(answer, plan.in_results)
             else:
                 self._answer(200, answer)
         except ApiError as error:
             self._answer_error(error)
+        except PageError as page:
+            self._answer_page(page.fault)
         except CutError as cut:
             self._cut(cut)
 
@@ -151,6 +153,8 @@ class Handler(BaseHTTPRequestHandler):
         self, endpoint: str, target: str, workspace: str, body: bytearray, query: dict[str, list[str]], plan: Plan
     ) -> dict[str, Any] | Iterator[bytes]:
         store, beta, base_url = self.core.store, "anthropic-beta" in self.headers, self._base_url()
+        if plan.vanish and target:
+            raise ApiError(404, f"Message Batch {target} not found.")
         match endpoint:
             case "create":
                 hidden = Spell() if plan.hide is None else Spell(plan.hide.seconds, plan.hide.calls or 0)
@@ -160,7 +164,7 @@ class Handler(BaseHTTPRequestHandler):
             case "list":
                 limit, after_id, before_id = _page_query(query)
                 page, more = store.page(workspace, limit, after_id, before_id)
-                return _list_of([batch.as_json(base_url) for batch in page], more)
+                return _list_of([batch.as_json(base_url) for batch in page if not plan.is_gone(batch.id)], more)
             case "cancel":
                 return store.cancel(target, workspace).as_json(base_url)
             case "delete":
@@ -269,6 +273,19 @@ class Handler(BaseHTTPRequestHandler):
     def _answer_error(self, error: ApiError) -> None:
         extra = [f"{name}: {value}" for name, value in error.headers.items()]
         self._answer(error.status, error_body(error.type, error.message, ""), *extra)
+
+    def _answer_page(self, fault: Fault) -> None:
+        """Answers as something between the client and the API would: without a request id."""
+        status = fault.status or 200
+        self.core.count_status(status)
+        data = fault.body.encode()
+        head = [
+            f"HTTP/1.1 {status} {responses.get(status, 'Error')}",
+            f"content-type: {fault.content_type}",
+            f"content-length: {len(data)}",
+        ]
+        head += [f"{name}: {value}" for name, value in fault.headers.items()]
+        self.wfile.write("\r\n".join([*head, "", ""]).encode("latin-1") + data)
 
     def _stream(self, lines: Iterator[bytes], faults: list[Fault]) -> None:
         """Sends lines in chunks of about 64 KB; with a ``trickle`` fault one by one."""

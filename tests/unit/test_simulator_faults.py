@@ -230,6 +230,104 @@ def test_a_batch_can_be_hidden_at_any_later_moment() -> None:
         assert HTTP.post(f"{simulator.base_url}/_sim/batches/{batch}/hide", json={"days": 1}).status_code == 400
 
 
+@pytest.mark.parametrize("endpoint", ["retrieve", "list", "results", "cancel", "delete"])
+def test_a_live_batch_vanishes_from_one_kind_of_call(endpoint: str) -> None:
+    """As often as told it is not found there, and everywhere else it is; the other batch stays, and a look at nothing is no look."""
+    with Simulator(clock="polls:1") as simulator:
+        client = client_of(simulator)
+        gone, there = create(client, "x").id, create(client, "y").id
+        simulator.faults.add("vanish", endpoint=endpoint, batch=gone, times=2)
+        path = f"{simulator.base_url}/v1/messages/batches"
+
+        def found(batch_id: str) -> bool:
+            match endpoint:
+                case "list":
+                    return batch_id in {batch["id"] for batch in HTTP.get(path, headers=HEADERS).json()["data"]}
+                case "retrieve":
+                    answer = HTTP.get(f"{path}/{batch_id}", headers=HEADERS)
+                case "delete":
+                    answer = HTTP.delete(f"{path}/{batch_id}", headers=HEADERS)
+                case _:
+                    answer = HTTP.request("POST" if endpoint == "cancel" else "GET", f"{path}/{batch_id}/{endpoint}", headers=HEADERS)
+            missing: bool = f"Message Batch {batch_id} not found." in answer.text
+            assert missing == (answer.status_code == 404 and "no available" not in answer.text)
+            return not missing
+
+        assert [found(gone) for _ in range(2)] == [False, False]
+        assert found(gone)
+        assert found(there)
+        assert simulator.stats()["batches_accepted"] == 2
+
+
+def test_every_batch_can_vanish_from_every_call_that_asks_for_one() -> None:
+    """Without a batch and with every endpoint nothing is found, and create still works."""
+    with Simulator() as simulator:
+        simulator.faults.add("vanish", endpoint="*", times=None)
+        batch = create(client_of(simulator), "x").id
+        assert seen(simulator, batch) == (False, 404, 404)
+        simulator.faults.clear()
+        assert seen(simulator, batch) == (True, 200, 200)
+
+
+@pytest.mark.parametrize("endpoint", ["create", "retrieve", "list", "results"])
+def test_a_gateway_answers_with_its_own_page(endpoint: str) -> None:
+    """Status 200, HTML, no request id; for create before or after the batch was accepted, and the next call is answered."""
+    with Simulator() as simulator:
+        batch = create(client_of(simulator), "x")
+        path = f"{simulator.base_url}/v1/messages/batches"
+        body = json.dumps({"requests": [request("a")]})
+        calls = {
+            "create": ("POST", path), "list": ("GET", path), "retrieve": ("GET", f"{path}/{batch.id}"),
+            "results": ("GET", f"{path}/{batch.id}/results"),
+        }  # fmt: skip
+        for kind, accepted in (("html", 1), ("html_after_accept", 2 if endpoint == "create" else 1)):
+            simulator.faults.add(kind, endpoint=endpoint)
+            answer = HTTP.request(*calls[endpoint], headers=HEADERS, content=body)
+            assert (answer.status_code, answer.headers["content-type"]) == (200, "text/html; charset=utf-8")
+            assert answer.text.startswith("<!DOCTYPE html>") and "request-id" not in answer.headers
+            assert simulator.stats()["batches_accepted"] == accepted
+        assert HTTP.request(*calls[endpoint], headers=HEADERS, content=body).headers["content-type"].startswith("application/")
+        simulator.faults.add("html", endpoint=endpoint, status=502, body='{"ok": true}', content_type="application/json")
+        answer = HTTP.request(*calls[endpoint], headers=HEADERS, content=body)
+        assert (answer.status_code, answer.json()) == (502, {"ok": True})
+
+
+def test_a_line_can_differ_from_the_documented_shape() -> None:
+    """Each change strikes the line of its request, on one reading, and leaves the others and the order alone."""
+    with Simulator() as simulator:
+        batch = create(client_of(simulator), "first", "second", "third")
+        url = f"{simulator.base_url}/v1/messages/batches/{batch.id}/results"
+        plain = HTTP.get(url, headers=HEADERS).content.splitlines()
+
+        def change(kind: str, **fields: Any) -> tuple[bytes, Any]:
+            """The line of r1, raw and decoded."""
+            simulator.faults.add(kind, custom_id="r1", **fields)
+            lines = HTTP.get(url, headers=HEADERS).content.splitlines()
+            (position,) = [number for number, line in enumerate(plain) if line != lines[number]]
+            assert (len(lines), json.loads(lines[position])["custom_id"]) == (3, "r1")
+            return lines[position], json.loads(lines[position])["result"]
+
+        usage = change("null_counters")[1]["message"]["usage"]
+        assert (usage["cache_read_input_tokens"], usage["cache_creation"], usage["output_tokens"] > 0) == (None, None, True)
+        message = change("unknown_members")[1]["message"]
+        assert {"novelty", "usage"} < set(message) and "novelty" in message["content"][0] and message["usage"]["novel_tokens"] == 7
+        assert rb'second\ud800"' in change("lone_surrogate")[0]
+        assert change("new_type")[1]["type"] == "postponed"
+        assert change("flat_error")[1] == {"type": "errored", "error": {"type": "api_error", "message": "Internal server error"}}
+        assert "usage" not in change("no_usage")[1]["message"]
+        block, text = change("odd_block")[1]["message"]["content"]
+        assert (isinstance(block["text"], dict), text["type"]) == (True, "text")
+        assert change("set_member", member="result.message.usage.output_tokens", value=None)[1]["message"]["usage"]["output_tokens"] is None
+        assert "id" not in change("set_member", member="result.message.id")[1]["message"]
+        assert change("set_member", member="result.message.content.0.text", value=["x"])[1]["message"]["content"][0]["text"] == ["x"]
+        assert HTTP.get(url, headers=HEADERS).content.splitlines() == plain
+        for kind in ("lone_surrogate", "unknown_members", "no_usage"):
+            simulator.faults.add(kind, line=0)
+        for line in HTTP.get(url, headers=HEADERS).content.splitlines():
+            message = json.loads(line)["result"]["message"]
+            assert rb"\ud800" in line and "usage" not in message and "novelty" in message
+
+
 def test_a_fault_with_a_chance_strikes_that_share_of_its_calls() -> None:
     """The seed decides which; calls that it lets through do not use up its times."""
     struck = []
@@ -316,6 +414,10 @@ def test_a_trickle_takes_its_time_per_line_and_ends_with_the_simulator() -> None
         {"kind": "status", "status": 200},
         {"kind": "late", "times": 0},
         {"kind": "hide", "calls": 0},
+        {"kind": "set_member"},
+        {"kind": "no_usage", "member": "result"},
+        {"kind": "cut_results", "line": 0},
+        {"kind": "missing_line", "custom_id": "a"},
     ],
 )
 def test_a_fault_that_makes_no_sense_is_refused(fields: dict[str, Any]) -> None:
