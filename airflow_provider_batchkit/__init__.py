@@ -8,16 +8,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from airflow_provider_batchkit.budget import Budget
+    from airflow_provider_batchkit.cost.budget import Budget
+    from airflow_provider_batchkit.cost.prices import PriceBook
     from airflow_provider_batchkit.kit import BatchKit, Retrieval
     from airflow_provider_batchkit.model import BatchItem, BatchSnapshot, CostTally, RequestStatus, Usage
-    from airflow_provider_batchkit.pricing import PriceBook
 
 __version__ = "0.1.0"
 
 __all__ = ["BatchItem", "BatchKit", "BatchSnapshot", "Budget", "CostTally", "PriceBook", "RequestStatus", "Retrieval", "Usage"]
 
-_HOMES = {"BatchKit": "kit", "Budget": "budget", "Retrieval": "kit", "PriceBook": "pricing"}
+_HOMES = {"BatchKit": "kit", "Budget": "cost.budget", "Retrieval": "kit", "PriceBook": "cost.prices"}
 
 
 def __getattr__(name: str) -> object:

@@ -43,7 +43,7 @@ class BatchKitError(Exception):
     submitted: Sequence[str] = ()
     #: figures of the batches that the same call had landed before it failed
     landed: Sequence[Any] = ()
-    #: a :class:`~airflow_provider_batchkit.waiting.WaitFor` where the same may succeed later, without anybody's doing
+    #: a :class:`~airflow_provider_batchkit.jobs.waiting.WaitFor` where the same may succeed later, without anybody's doing
     wait: Any = None
 
 

@@ -10,9 +10,13 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from airflow_provider_batchkit.api import BatchApi, poll_failure
-from airflow_provider_batchkit.blocks import ResultBlock
-from airflow_provider_batchkit.estimate import SAMPLES, Estimate, estimate_shards
+from airflow_provider_batchkit.api.blocks import ResultBlock
+from airflow_provider_batchkit.api.calls import BatchApi, poll_failure
+from airflow_provider_batchkit.api.polling import Ended, GaveUp, PollState, TimedOut, Wait
+from airflow_provider_batchkit.api.results import Reconciler, StreamFaults, parse_blocks, parse_stream
+from airflow_provider_batchkit.cost.estimate import SAMPLES, Estimate, estimate_shards
+from airflow_provider_batchkit.cost.prices import PriceBook
+from airflow_provider_batchkit.cost.tally import TallyBuilder
 from airflow_provider_batchkit.exceptions import (
     BatchUnavailableError,
     BatchWaitTimeout,
@@ -30,18 +34,14 @@ from airflow_provider_batchkit.model import (
     BatchSnapshot,
     CostTally,
 )
-from airflow_provider_batchkit.polling import Ended, GaveUp, PollState, TimedOut, Wait
-from airflow_provider_batchkit.pricing import PriceBook
-from airflow_provider_batchkit.requests import RequestBuilder, RequestDefaults, items_of, refuse_repeated_ids
-from airflow_provider_batchkit.results import Reconciler, StreamFaults, parse_blocks, parse_stream
-from airflow_provider_batchkit.scratch import scratch_folder
-from airflow_provider_batchkit.shards import Shard, ShardWriter, remove_shard_files
-from airflow_provider_batchkit.tally import TallyBuilder
+from airflow_provider_batchkit.request.build import RequestBuilder, RequestDefaults, items_of, refuse_repeated_ids
+from airflow_provider_batchkit.request.scratch import scratch_folder
+from airflow_provider_batchkit.request.shards import Shard, ShardWriter, remove_shard_files
 
 if TYPE_CHECKING:
     import anthropic
 
-    from airflow_provider_batchkit.cancel import Cancellation
+    from airflow_provider_batchkit.api.cancel import Cancellation
 
 log = logging.getLogger(__name__)
 
@@ -190,7 +190,7 @@ class BatchKit(BatchApi):
         Each batch is canceled by itself, and nothing is raised for one that cannot be: a batch that had ended already is a line in the
         log, any other failure a warning with its reason. Answers that a batch has by then stay answered and billed.
         """
-        from airflow_provider_batchkit.cancel import cancel_batches
+        from airflow_provider_batchkit.api.cancel import cancel_batches
 
         return cancel_batches(self.client, [batch_ids] if isinstance(batch_ids, str) else batch_ids)
 

@@ -228,7 +228,7 @@ class CostTally:
 
     A total is ``None`` as soon as one model in it has no known price: an unknown cost is never shown as zero. Tokens always count.
     ``price_version`` names the price data that was used; a sum over several versions lists them. ``lines`` are what it takes to price the
-    same usage again (:func:`~airflow_provider_batchkit.tally.reprice`); the ledger keeps them.
+    same usage again (:func:`~airflow_provider_batchkit.cost.tally.reprice`); the ledger keeps them.
     """
 
     models: Mapping[str, ModelTally] = field(default_factory=dict)

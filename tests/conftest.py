@@ -41,7 +41,7 @@ os.environ.pop("SSL_CERT_FILE", None)
 os.environ["SSL_CERT_DIR"] = str(AIRFLOW_HOME / "plugins")
 
 #: tests that keep several processes busy, and those that measure seconds and must not run beside them
-ALONE = ("tests/crash/", "tests/e2e/", "tests/integration/test_poller.py", "tests/unit/test_simulator_faults.py")
+ALONE = ("tests/crash/", "tests/e2e/", "tests/integration/test_poller.py", "tests/unit/simulator/test_simulator_faults.py")
 
 
 @pytest.hookimpl(optionalhook=True)

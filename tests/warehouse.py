@@ -11,15 +11,15 @@ import sqlalchemy as sa
 import uuid6
 
 from airflow_provider_batchkit import BatchKit
-from airflow_provider_batchkit.fetching import fetch_job
-from airflow_provider_batchkit.jobs import Attempt, SubmitReport, submit_job
+from airflow_provider_batchkit.jobs.fetch import fetch_job
+from airflow_provider_batchkit.jobs.settle import DEFAULT_TIMES, SettleTimes
+from airflow_provider_batchkit.jobs.submit import Attempt, SubmitReport, submit_job
 from airflow_provider_batchkit.landing import LandingReport, WriteDisposition
 from airflow_provider_batchkit.ledger import JobRecord, Ledger, prepare_engine
-from airflow_provider_batchkit.requests import RequestBuilder, RequestDefaults, items_of
+from airflow_provider_batchkit.request.build import RequestBuilder, RequestDefaults, items_of
+from airflow_provider_batchkit.request.template import RowTemplate
 from airflow_provider_batchkit.schema import OutputSchema
-from airflow_provider_batchkit.settling import DEFAULT_TIMES, SettleTimes
-from airflow_provider_batchkit.sources import KeyTypes
-from airflow_provider_batchkit.templates import RowTemplate
+from airflow_provider_batchkit.source.sql import KeyTypes
 
 #: every way into a table, as database, driver, and whether it is the one that works anywhere
 LANDING_PATHS = {

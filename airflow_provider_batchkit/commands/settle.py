@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from airflow_provider_batchkit.exceptions import BatchInputError, BatchKitError
 
 if TYPE_CHECKING:
-    from airflow_provider_batchkit.deciding import Decision
+    from airflow_provider_batchkit.jobs.decide import Decision
     from airflow_provider_batchkit.ledger import Ledger
 
 
@@ -71,8 +71,8 @@ def _settle(given: argparse.Namespace) -> int:
 
 
 def _weigh(ledger: Ledger, given: argparse.Namespace) -> Decision:
-    from airflow_provider_batchkit.deciding import decide_is, decide_void
     from airflow_provider_batchkit.hooks.batchkit import BatchKitHook
+    from airflow_provider_batchkit.jobs.decide import decide_is, decide_void
 
     record = next((b for b in ledger.batches(given.job) if b.shard == given.shard), None)
     if record is None:

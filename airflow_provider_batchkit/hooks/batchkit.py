@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from airflow.providers.anthropic.hooks.anthropic import AsyncAnthropicClient
     from sqlalchemy.engine import Engine
 
+    from airflow_provider_batchkit.cost.prices import PriceBook
+    from airflow_provider_batchkit.jobs.settle import SettleTimes
     from airflow_provider_batchkit.kit import BatchKit
-    from airflow_provider_batchkit.pricing import PriceBook
-    from airflow_provider_batchkit.settling import SettleTimes
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def configured_prices() -> PriceBook:
 
     :raises BatchInputError: for an override file that cannot be used
     """
-    from airflow_provider_batchkit.pricing import PriceBook, load_price_overrides
+    from airflow_provider_batchkit.cost.prices import PriceBook, load_price_overrides
 
     path = conf.get("batchkit", "price_overrides", fallback=None)
     if path and not Path(path).is_absolute():
@@ -127,7 +127,7 @@ def settle_times(settle_seconds: float | None = None) -> SettleTimes:
 
     :param settle_seconds: of the task; its default where it has none
     """
-    from airflow_provider_batchkit.settling import DEFAULT_TIMES, SettleTimes
+    from airflow_provider_batchkit.jobs.settle import DEFAULT_TIMES, SettleTimes
 
     settle_s = DEFAULT_TIMES.settle_s if settle_seconds is None else float(settle_seconds)
     return SettleTimes(settle_s, conf.getfloat("batchkit", "absence_seconds", fallback=DEFAULT_TIMES.absence_s))

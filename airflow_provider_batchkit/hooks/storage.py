@@ -11,7 +11,7 @@ from airflow_provider_batchkit.exceptions import BatchInputError
 if TYPE_CHECKING:
     from airflow.sdk import ObjectStoragePath
 
-    from airflow_provider_batchkit.files import InputFile
+    from airflow_provider_batchkit.source.files import InputFile
 
 _WILDCARDS = frozenset("*?[")
 

@@ -19,8 +19,12 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from airflow_provider_batchkit.blocks import ResultBlock
+from airflow_provider_batchkit.api.blocks import ResultBlock
+from airflow_provider_batchkit.api.results import Reconciler
+from airflow_provider_batchkit.cost.prices import PriceBook
+from airflow_provider_batchkit.cost.tally import TallyBuilder
 from airflow_provider_batchkit.exceptions import BatchInputError, BatchKitError, ReplaceRefusedError, WrongBatchError
+from airflow_provider_batchkit.landing.answers import AnswerReader
 from airflow_provider_batchkit.landing.report import NAMED, LandedBatch, LandingReport, log_faults
 from airflow_provider_batchkit.landing.rounds import NO_LATER, Later, Overtaken, lock_jobs
 from airflow_provider_batchkit.landing.stage import AskedKeys, Stage, StageTables
@@ -35,11 +39,8 @@ from airflow_provider_batchkit.ledger.outputs import output_schema_of
 from airflow_provider_batchkit.ledger.records import OUR_CUSTOM_ID, BatchRecord
 from airflow_provider_batchkit.ledger.states import BatchState
 from airflow_provider_batchkit.model import ANSWERED, BatchItem, BatchSnapshot, RequestStatus
-from airflow_provider_batchkit.pricing import PriceBook
 from airflow_provider_batchkit.progress import Progress
-from airflow_provider_batchkit.results import Reconciler
-from airflow_provider_batchkit.schema import AnswerReader, OutputSchema
-from airflow_provider_batchkit.tally import TallyBuilder
+from airflow_provider_batchkit.schema import OutputSchema
 
 log = logging.getLogger(__name__)
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
+from airflow_provider_batchkit.api.results import StreamFaults
 from airflow_provider_batchkit.ledger.landings import Landed
 from airflow_provider_batchkit.model import BatchSnapshot, CostTally
-from airflow_provider_batchkit.results import StreamFaults
 
 log = logging.getLogger(__name__)
 

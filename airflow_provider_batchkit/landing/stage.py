@@ -17,15 +17,15 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from airflow_provider_batchkit.blocks import ResultBlock
+from airflow_provider_batchkit.api.blocks import ResultBlock
+from airflow_provider_batchkit.cost.tally import Costs
+from airflow_provider_batchkit.landing.answers import Values
 from airflow_provider_batchkit.landing.table import STAGE_COLUMNS, ResultTable
 from airflow_provider_batchkit.ledger.bulk import bulk_loader
 from airflow_provider_batchkit.ledger.outcomes import digests_of, encode_succeeded
 from airflow_provider_batchkit.ledger.tables import keep_entries_plain, succeeded
 from airflow_provider_batchkit.model import RequestStatus, format_pico_exact
-from airflow_provider_batchkit.schema.answers import Values
-from airflow_provider_batchkit.shards import IndexEntry
-from airflow_provider_batchkit.tally import Costs
+from airflow_provider_batchkit.request.shards import IndexEntry
 
 #: of rows that share requests so many are written together, or fewer where answers are long
 _COPIES_TOGETHER = 1_000

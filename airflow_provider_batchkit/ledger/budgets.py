@@ -24,7 +24,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import IntegrityError
 
-from airflow_provider_batchkit.budget import Budget, BudgetStatus, window_of
+from airflow_provider_batchkit.cost.budget import Budget, BudgetStatus, window_of
 from airflow_provider_batchkit.exceptions import BudgetExceededError, BudgetReservedError
 from airflow_provider_batchkit.ledger.engine import write_transaction
 from airflow_provider_batchkit.ledger.leases import hold_lease

@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from airflow_provider_batchkit.ledger.tables import journal
-from airflow_provider_batchkit.shards import IndexEntry, decode_entries
+from airflow_provider_batchkit.request.shards import IndexEntry, decode_entries
 
 
 def write(connection: Connection, job_id: str, shard: int, parts: Iterable[bytes]) -> None:

@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
-from airflow_provider_batchkit.budget import Budget
+from airflow_provider_batchkit.cost.budget import Budget
 from airflow_provider_batchkit.exceptions import LandedMeanwhileError, LedgerError
 from airflow_provider_batchkit.ledger import budgets, journal, rounds
 from airflow_provider_batchkit.ledger.account import bill_columns, write_bill
@@ -20,12 +20,13 @@ from airflow_provider_batchkit.ledger.engine import clock, prepare_engine, write
 from airflow_provider_batchkit.ledger.leases import hold_lease, lease_lost, refuse_older
 from airflow_provider_batchkit.ledger.migrate import OLDEST, migrate
 from airflow_provider_batchkit.ledger.moves import BatchMoves
-from airflow_provider_batchkit.ledger.records import BatchRecord, JobRecord, Known, make_job_id, record_of
+from airflow_provider_batchkit.ledger.records import BatchRecord, JobRecord, make_job_id, record_of
 from airflow_provider_batchkit.ledger.rollup import create_views
 from airflow_provider_batchkit.ledger.states import BatchState
 from airflow_provider_batchkit.ledger.tables import VERSION, batch, former_id, job, landing, metadata, version
 from airflow_provider_batchkit.model import Bound, CostTally
-from airflow_provider_batchkit.shards import IndexEntry, Shard, index_parts
+from airflow_provider_batchkit.request.dedupe import Known
+from airflow_provider_batchkit.request.shards import IndexEntry, Shard, index_parts
 
 
 class Ledger(BatchMoves):

@@ -68,17 +68,6 @@ class BatchRecord:
         return f"`{command} --void` (its rows are asked again) or `{command} --is BATCH` (CONN is the task's sql_conn_id)"
 
 
-@dataclass(frozen=True, slots=True)
-class Known:
-    """What the ledger knows of a source row from an earlier attempt of its job."""
-
-    key: str
-    custom_id: str
-    shard: int
-    #: its batch has not landed: a row that asks the same can still be added to it
-    open: bool
-
-
 def record_of(row: Row[Any]) -> BatchRecord:
     """A row of ``batchkit_batch``."""
     return BatchRecord(

@@ -71,7 +71,7 @@ class LandingOperator(BatchLineage, BaseOperator):
 
     def _fetch(self, context: Context, ledger: Ledger, batch_ids: Sequence[str], disposition: str, **options: Any) -> LandingReport:
         """Land batches, or wait without a worker slot for what the API does not show at the moment."""
-        from airflow_provider_batchkit.fetching import fetch_job
+        from airflow_provider_batchkit.jobs.fetch import fetch_job
         from airflow_provider_batchkit.landing import WriteDisposition
 
         ti = context["ti"]
@@ -174,8 +174,8 @@ class FetchBatchOperator(LandingOperator):
         return self._go_on(context)
 
     def _go_on(self, context: Context) -> dict[str, Any]:
+        from airflow_provider_batchkit.cost.tally import format_tally
         from airflow_provider_batchkit.ledger import Ledger
-        from airflow_provider_batchkit.tally import format_tally
 
         batch_ids = as_batch_ids(self.batch_id)
         self._refuse_mapped_replace(context)

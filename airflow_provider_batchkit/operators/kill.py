@@ -6,7 +6,7 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 
-from airflow_provider_batchkit.cancel import TOTAL_S
+from airflow_provider_batchkit.api.cancel import TOTAL_S
 from airflow_provider_batchkit.hooks.batchkit import BatchKitHook, sql_engine
 
 log = logging.getLogger(__name__)

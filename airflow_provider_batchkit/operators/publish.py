@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from airflow.providers.common.compat.sdk import Asset
 
+from airflow_provider_batchkit.cost.tally import summary_line
 from airflow_provider_batchkit.model import CostTally
 from airflow_provider_batchkit.operators.metrics import count_landed
-from airflow_provider_batchkit.tally import summary_line
 
 if TYPE_CHECKING:
     from airflow.providers.common.compat.sdk import Context

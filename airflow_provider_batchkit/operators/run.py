@@ -10,6 +10,7 @@ from datetime import timedelta
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
+from airflow_provider_batchkit.api.polling import Ended, GaveUp, PollState, validate_event
 from airflow_provider_batchkit.exceptions import (
     BatchGoneError,
     BatchInputError,
@@ -27,7 +28,6 @@ from airflow_provider_batchkit.operators.metrics import count_landed
 from airflow_provider_batchkit.operators.publish import publish_summary
 from airflow_provider_batchkit.operators.submit import SubmitBatchOperator
 from airflow_provider_batchkit.operators.tasks import Leg, batchkit_errors, job_of, wait_for, waited
-from airflow_provider_batchkit.polling import Ended, GaveUp, PollState, validate_event
 
 if TYPE_CHECKING:
     from airflow.providers.common.compat.sdk import Context
@@ -247,8 +247,8 @@ class RunBatchOperator(SubmitBatchOperator, LandingOperator):
         self.log.info("Landed %s rows in %s; outcomes: %s", f"{report.rows:,}", self.table, dict(report.counts))
 
     def _finish(self, context: Context, job: _Job) -> dict[str, Any]:
+        from airflow_provider_batchkit.cost.tally import format_tally
         from airflow_provider_batchkit.ledger import rounds
-        from airflow_provider_batchkit.tally import format_tally
 
         found = rounds.outcome(job.ledger.engine, job.job_id, invalid_output=self.retry_invalid_output)
         self._tell(context, found.batch_ids)

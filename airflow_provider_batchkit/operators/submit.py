@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from airflow.providers.common.compat.sdk import AirflowSkipException, BaseOperator, XComArg, literal
 
-from airflow_provider_batchkit.budget import Budget
+from airflow_provider_batchkit.cost.budget import Budget
 from airflow_provider_batchkit.exceptions import BatchInputError, BatchKitError, BudgetExceededError
 from airflow_provider_batchkit.hooks.batchkit import BatchKitHook, settle_times, sql_engine
 from airflow_provider_batchkit.lineage import BatchLineage
@@ -27,17 +27,17 @@ from airflow_provider_batchkit.operators.tasks import (
     wait_for,
     waited,
 )
-from airflow_provider_batchkit.requests import CACHE_TTL_S, cache_system_problem
+from airflow_provider_batchkit.request.build import CACHE_TTL_S, cache_system_problem
 from airflow_provider_batchkit.schema import OutputSchema
 
 if TYPE_CHECKING:
     from airflow.providers.common.compat.sdk import Context
 
-    from airflow_provider_batchkit.jobs import SubmitReport
+    from airflow_provider_batchkit.jobs.submit import SubmitReport
     from airflow_provider_batchkit.ledger import Ledger
-    from airflow_provider_batchkit.prepared import RequestBlock
-    from airflow_provider_batchkit.rows import Items, Rows
-    from airflow_provider_batchkit.sources import KeyTypes
+    from airflow_provider_batchkit.request.block import RequestBlock
+    from airflow_provider_batchkit.source.rows import Items, Rows
+    from airflow_provider_batchkit.source.sql import KeyTypes
 
 
 class SubmitBatchOperator(BatchLineage, BaseOperator):
@@ -211,7 +211,7 @@ class SubmitBatchOperator(BatchLineage, BaseOperator):
             source = "input_path" if self.sql is None else "sql"
             raise BatchInputError(f"Task {self.task_id}: {source} needs key (the columns that identify a row) and prompt.")
         if self.input_options is not None:
-            from airflow_provider_batchkit.files import InputOptions
+            from airflow_provider_batchkit.source.files import InputOptions
 
             InputOptions.parse(self.input_options)
         system = None if self.prompt is None else self.system
@@ -300,7 +300,7 @@ class SubmitBatchOperator(BatchLineage, BaseOperator):
 
     def _only(self, context: Context, ledger: Ledger, job_id: str, round_number: int) -> Iterable[str] | None:
         """Keys of the rows to ask in a round; None for all."""
-        from airflow_provider_batchkit.jobs import failed_keys_of
+        from airflow_provider_batchkit.jobs.submit import failed_keys_of
 
         if not self._asks_again:
             return None
@@ -310,11 +310,11 @@ class SubmitBatchOperator(BatchLineage, BaseOperator):
         )
 
     def _submit(self, context: Context, ledger: Ledger, round_number: int) -> SubmitReport:
-        from airflow_provider_batchkit.files import FileRows
-        from airflow_provider_batchkit.jobs import Attempt, rehearse_job, submit_job
-        from airflow_provider_batchkit.priming import Priming
-        from airflow_provider_batchkit.sources import KeyTypes
-        from airflow_provider_batchkit.spending import Limits
+        from airflow_provider_batchkit.jobs.caps import Limits
+        from airflow_provider_batchkit.jobs.prime import Priming
+        from airflow_provider_batchkit.jobs.submit import Attempt, rehearse_job, submit_job
+        from airflow_provider_batchkit.source.files import FileRows
+        from airflow_provider_batchkit.source.sql import KeyTypes
 
         if not self.is_dry_run or ledger.exists():
             ledger.ensure()
@@ -379,8 +379,8 @@ class SubmitBatchOperator(BatchLineage, BaseOperator):
     def _requests(
         self, context: Context, job_id: str, key: list[str], types: KeyTypes, items: Iterable[Any] | Items
     ) -> Iterator[RequestBlock]:
-        from airflow_provider_batchkit.requests import RequestBuilder, RequestDefaults
-        from airflow_provider_batchkit.templates import RowTemplate
+        from airflow_provider_batchkit.request.build import RequestBuilder, RequestDefaults
+        from airflow_provider_batchkit.request.template import RowTemplate
 
         per_run = dict(context)
         builder = RequestBuilder(
@@ -402,21 +402,21 @@ class SubmitBatchOperator(BatchLineage, BaseOperator):
 
     def _items(self) -> Iterable[Any] | Items:
         if self.input_path is not None:
-            from airflow_provider_batchkit.files import FileRows, InputOptions
             from airflow_provider_batchkit.hooks.storage import input_files
+            from airflow_provider_batchkit.source.files import FileRows, InputOptions
 
             return FileRows(input_files(self.input_path, self.input_conn_id), InputOptions.parse(self.input_options))
         if self.sql is None:
-            from airflow_provider_batchkit.requests import items_of
+            from airflow_provider_batchkit.request.build import items_of
 
             # resolved by now: rendering replaces the literal wrapper and a task's output by their values
             return items_of(self.requests)
-        from airflow_provider_batchkit.rows import RowItems
+        from airflow_provider_batchkit.source.rows import RowItems
 
         return RowItems(self._sql_rows(self.sql))
 
     def _sql_rows(self, sql: str) -> Iterator[Rows]:
-        from airflow_provider_batchkit.sources import read_sql
+        from airflow_provider_batchkit.source.sql import read_sql
 
         with sql_engine(self.source_conn_id or self.sql_conn_id) as engine:
             yield from read_sql(engine, sql, self.parameters)

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from airflow.providers.common.compat.sdk import AirflowException, AirflowFailException
 
+from airflow_provider_batchkit.api.polling import validate_event
 from airflow_provider_batchkit.exceptions import BatchInputError, BatchKitError
-from airflow_provider_batchkit.polling import validate_event
-from airflow_provider_batchkit.waiting import WaitFor
+from airflow_provider_batchkit.jobs.waiting import WaitFor
 
 if TYPE_CHECKING:
     from airflow.providers.common.compat.sdk import Context

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from airflow_provider_batchkit.schema.answers import AnswerReader
 from airflow_provider_batchkit.schema.output import OutputSchema
 from airflow_provider_batchkit.schema.types import Column
 
-__all__ = ["AnswerReader", "Column", "OutputSchema"]
+__all__ = ["Column", "OutputSchema"]

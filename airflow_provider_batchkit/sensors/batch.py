@@ -16,11 +16,11 @@ from airflow.providers.common.compat.sdk import (
     PokeReturnValue,
 )
 
+from airflow_provider_batchkit.api.polling import Ended, GaveUp, PollState, validate_event
 from airflow_provider_batchkit.exceptions import BatchInputError
 from airflow_provider_batchkit.hooks.batchkit import BatchKitHook
 from airflow_provider_batchkit.links import ConsoleLink, push_console_link
 from airflow_provider_batchkit.operators.tasks import as_batch_ids, batchkit_errors
-from airflow_provider_batchkit.polling import Ended, GaveUp, PollState, validate_event
 
 if TYPE_CHECKING:
     from airflow.providers.common.compat.sdk import Context

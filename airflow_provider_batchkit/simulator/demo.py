@@ -150,8 +150,8 @@ def show_bill(catalog: Path) -> None:
     """The tally of the latest run's batches, from the ledger."""
     import json
 
+    from airflow_provider_batchkit.cost.tally import format_tally
     from airflow_provider_batchkit.model import CostTally
-    from airflow_provider_batchkit.tally import format_tally
 
     latest = "SELECT job_id FROM batchkit_job ORDER BY created_at DESC LIMIT 1"
     with contextlib.closing(sqlite3.connect(catalog)) as connection:
@@ -217,8 +217,8 @@ def run_real(catalog: Path) -> int:
     """The same DAG against the real API: shows the most it can cost, asks, runs."""
     import anthropic
 
+    from airflow_provider_batchkit.cost.prices import PriceBook
     from airflow_provider_batchkit.model import Usage
-    from airflow_provider_batchkit.pricing import PriceBook
 
     key = os.environ.get("ANTHROPIC_API_KEY")
     if not key:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 from airflow.triggers.base import BaseTrigger, TriggerEvent
 
+from airflow_provider_batchkit.api.polling import Ended, GaveUp, PollState, TimedOut
 from airflow_provider_batchkit.exceptions import PollError
 from airflow_provider_batchkit.hooks.batchkit import BatchKitHook
-from airflow_provider_batchkit.polling import Ended, GaveUp, PollState, TimedOut
 from airflow_provider_batchkit.triggers.poller import ended
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ class BatchTrigger(BaseTrigger):
         if not self.cancel_on_kill:
             self.log.info("The task was killed; its batches %s go on (cancel_on_kill is off)", ", ".join(self.batch_ids))
             return
-        from airflow_provider_batchkit.cancel import cancel_batches_async
+        from airflow_provider_batchkit.api.cancel import cancel_batches_async
 
         try:
             client = cast("AsyncAnthropic", await BatchKitHook(self.anthropic_conn_id).get_async_conn())

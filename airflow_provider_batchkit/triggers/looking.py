@@ -10,7 +10,7 @@ import anthropic
 import msgspec
 from anthropic.resources.messages import AsyncBatches  # the SDK loads it at the first call otherwise, which blocks the event loop for 0.1 s
 
-from airflow_provider_batchkit.api import poll_failure, snapshot, unavailable
+from airflow_provider_batchkit.api.calls import poll_failure, snapshot, unavailable
 from airflow_provider_batchkit.model import BatchCounts, BatchSnapshot
 from airflow_provider_batchkit.triggers.watches import Failure, Look, Search, Watches
 

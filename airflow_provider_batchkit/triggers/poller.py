@@ -12,9 +12,9 @@ import logging
 import time
 from typing import TYPE_CHECKING, cast
 
+from airflow_provider_batchkit.api.polling import Decision, Ended, PollState, Wait
 from airflow_provider_batchkit.exceptions import PollError
 from airflow_provider_batchkit.hooks.batchkit import BatchKitHook
-from airflow_provider_batchkit.polling import Decision, Ended, PollState, Wait
 from airflow_provider_batchkit.triggers.looking import Looker
 from airflow_provider_batchkit.triggers.watches import Look, Watch, Watches
 

@@ -10,9 +10,9 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 
+from airflow_provider_batchkit.api.polling import ENDED, Decision, PollState, Wait, backoff
 from airflow_provider_batchkit.exceptions import PollError
 from airflow_provider_batchkit.model import BatchSnapshot
-from airflow_provider_batchkit.polling import ENDED, Decision, PollState, Wait, backoff
 
 #: so many batches are retrieved one by one rather than looked for in a list: three small answers at once are less than one page of up
 #: to 1000 batches, most of which may be other people's

@@ -117,7 +117,7 @@ def _triggers(side: str, ids: list[str], observed: Callable[[str], None]) -> Ite
         asked |= {"cancel_on_kill": False, "cancel_on_timeout": False}
         return [LLMBatchTrigger(llm_conn_id="pydanticai_default", batch_id=batch_id, **asked) for batch_id in ids]
 
-    from airflow_provider_batchkit.polling import PollState
+    from airflow_provider_batchkit.api.polling import PollState
     from airflow_provider_batchkit.triggers.batch import BatchTrigger
 
     saw = PollState.saw

@@ -31,7 +31,7 @@ from airflow.providers.common.compat.sdk import TaskDeferred
 from sqlalchemy.engine import Connection
 from uuid6 import uuid7
 
-from airflow_provider_batchkit import estimate
+from airflow_provider_batchkit.cost import estimate
 from airflow_provider_batchkit.ledger.budgets import budget_status
 from airflow_provider_batchkit.simulator import answer_for
 from airflow_provider_batchkit.simulator.process import RemoteControl

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from airflow_provider_batchkit.budget import Budget, BudgetStatus
+from airflow_provider_batchkit.cost.budget import Budget, BudgetStatus
+from airflow_provider_batchkit.cost.prices import PriceBook
 from airflow_provider_batchkit.exceptions import (
     BudgetExceededError,
     BudgetReservedError,
@@ -21,11 +22,10 @@ from airflow_provider_batchkit.exceptions import (
     SubmitRefusedError,
     SubmitUncertainError,
 )
+from airflow_provider_batchkit.jobs.caps import Limits
 from airflow_provider_batchkit.ledger.budgets import HOLD_S, budget_status, reserve
 from airflow_provider_batchkit.model import Bound
-from airflow_provider_batchkit.pricing import PriceBook
 from airflow_provider_batchkit.simulator import Simulator, SimulatorProcess, SimulatorSettings
-from airflow_provider_batchkit.spending import Limits
 from tests.databases import Database
 from tests.warehouse import Warehouse, kit_for, new_attempt
 
@@ -258,7 +258,7 @@ def test_a_retry_replaces_what_a_killed_attempt_held(warehouse: Warehouse, sim: 
     with monkeypatch.context() as patch:
         patch.setattr(type(warehouse.kit), "send", killed_at_the_third)
         # a killed process does not give up what it holds
-        patch.setattr("airflow_provider_batchkit.spending.give_up_hold", lambda *_: None)
+        patch.setattr("airflow_provider_batchkit.jobs.caps.give_up_hold", lambda *_: None)
         with pytest.raises(Killed):
             warehouse.submit(products(10), max_requests=2, limits=within(bound))
     assert len(warehouse.rows("SELECT * FROM batchkit_budget_hold")) == 1

@@ -165,7 +165,7 @@ def test_a_cancel_whose_answer_is_lost_is_looked_up(
     sim: Simulator, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, who: str
 ) -> None:
     """Accepted, then cut off, late or answered with 500: the batch object says that it is being canceled."""
-    monkeypatch.setattr("airflow_provider_batchkit.cancel.CALL_S", 0.3)
+    monkeypatch.setattr("airflow_provider_batchkit.api.cancel.CALL_S", 0.3)
     (cut, late, wrong), kill = begin(who, sim, 3)
     sim.faults.add("cut_after_accept", endpoint="cancel", batch=cut, times=None)
     sim.faults.add("late", endpoint="cancel", batch=late, seconds=1.5, times=None)
@@ -190,7 +190,7 @@ def test_it_takes_a_bounded_time_in_all(
     sim: Simulator, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, who: str
 ) -> None:
     """Where the API hangs, those that were not reached are named like the others."""
-    monkeypatch.setattr("airflow_provider_batchkit.cancel.TOTAL_S", 1.0)
+    monkeypatch.setattr("airflow_provider_batchkit.api.cancel.TOTAL_S", 1.0)
     ids, kill = begin(who, sim, 20)
     sim.faults.add("late", endpoint="*", seconds=30, times=None)
     began = time.monotonic()
@@ -325,7 +325,7 @@ def test_a_kill_handler_that_need_not_act_imports_nothing(airflow_db: Path) -> N
 
 def test_the_kit_reports_what_became_of_each_batch(sim: Simulator) -> None:
     """One entry a batch, in the order given, each once."""
-    from airflow_provider_batchkit.cancel import Cancellation, Fate
+    from airflow_provider_batchkit.api.cancel import Cancellation, Fate
 
     (ended, running), _ = begin("sensor", sim, 2)
     sim.end(ended)

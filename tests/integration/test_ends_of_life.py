@@ -10,8 +10,8 @@ import anthropic
 import pytest
 
 from airflow_provider_batchkit import BatchKit, BatchSnapshot
+from airflow_provider_batchkit.api.polling import GaveUp, PollState
 from airflow_provider_batchkit.exceptions import BatchNotEndedError, BatchUnavailableError, SubmitUncertainError
-from airflow_provider_batchkit.polling import GaveUp, PollState
 from airflow_provider_batchkit.simulator import Simulator, SimulatorSettings, answer_for
 from tests.databases import Database
 from tests.warehouse import Warehouse

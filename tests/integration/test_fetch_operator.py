@@ -101,7 +101,7 @@ def test_a_fetch_waits_without_a_worker_slot_for_a_batch_that_is_not_visible(
     home: Path, database: Database, api: SimulatorProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It says so under waits_for, and takes that back when it is done."""
-    from airflow_provider_batchkit import fetching
+    from airflow_provider_batchkit.jobs import fetch as fetching
 
     monkeypatch.setenv("AIRFLOW__BATCHKIT__ABSENCE_SECONDS", "900")
     monkeypatch.setattr(fetching, "PATIENCE_S", 0.0)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from airflow_provider_batchkit.budget import Budget
+from airflow_provider_batchkit.cost.budget import Budget
 from airflow_provider_batchkit.exceptions import (
     BatchGoneError,
     BatchInputError,
@@ -19,11 +19,11 @@ from airflow_provider_batchkit.exceptions import (
     ReplaceRefusedError,
     WrongBatchError,
 )
-from airflow_provider_batchkit.jobs import failed_keys_of
+from airflow_provider_batchkit.jobs.caps import Limits
+from airflow_provider_batchkit.jobs.submit import failed_keys_of
 from airflow_provider_batchkit.ledger import BatchState
 from airflow_provider_batchkit.ledger.budgets import budget_status
 from airflow_provider_batchkit.simulator import Simulator, SimulatorSettings, answer_for
-from airflow_provider_batchkit.spending import Limits
 from tests.databases import Database
 from tests.warehouse import Warehouse, kit_for
 

@@ -16,12 +16,12 @@ from typing import Any
 
 import pytest
 
+from airflow_provider_batchkit.cost.prices import PriceBook
+from airflow_provider_batchkit.cost.tally import reprice
 from airflow_provider_batchkit.exceptions import BatchInputError, RequestError, ResultStreamError, TableError
 from airflow_provider_batchkit.landing.stage import AskedKeys
 from airflow_provider_batchkit.ledger.account import tally_of
-from airflow_provider_batchkit.pricing import PriceBook
 from airflow_provider_batchkit.simulator import Simulator, SimulatorSettings, answer_for
-from airflow_provider_batchkit.tally import reprice
 from tests.databases import Database
 from tests.warehouse import LANDING_PATHS, Warehouse, kit_for
 

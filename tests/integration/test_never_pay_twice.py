@@ -11,8 +11,8 @@ import pytest
 import sqlalchemy as sa
 
 from airflow_provider_batchkit.exceptions import LeaseLostError, LedgerError, SubmitRefusedError, SubmitUncertainError
+from airflow_provider_batchkit.jobs.settle import DEFAULT_TIMES, Settler
 from airflow_provider_batchkit.ledger import BatchState
-from airflow_provider_batchkit.settling import DEFAULT_TIMES, Settler
 from airflow_provider_batchkit.simulator import Simulator, SimulatorProcess, SimulatorSettings, answer_for
 from tests.databases import Database
 from tests.warehouse import Warehouse, kit_for, new_attempt

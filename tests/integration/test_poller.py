@@ -13,9 +13,9 @@ import anthropic
 import pytest
 from airflow.triggers.base import TriggerEvent
 
+from airflow_provider_batchkit.api.polling import PollState
 from airflow_provider_batchkit.exceptions import PollError
 from airflow_provider_batchkit.hooks.batchkit import BatchKitHook
-from airflow_provider_batchkit.polling import PollState
 from airflow_provider_batchkit.simulator import Simulator
 from airflow_provider_batchkit.triggers import looking, poller
 from airflow_provider_batchkit.triggers.batch import BatchTrigger
@@ -292,7 +292,7 @@ def test_a_storm_of_429_is_waited_out_by_all_together(sim: Simulator, count: int
 
 def test_failures_of_the_connection_end_in_one_clear_error_after_many_looks(sim: Simulator, monkeypatch: pytest.MonkeyPatch) -> None:
     """An API that stays down is given up, and the message says that nothing is lost."""
-    monkeypatch.setattr("airflow_provider_batchkit.polling.MAX_FAILURES", 3)
+    monkeypatch.setattr("airflow_provider_batchkit.api.polling.MAX_FAILURES", 3)
     ids = create(sim, 6)
     sim.faults.add("status", endpoint="list", status=503, times=None)
 

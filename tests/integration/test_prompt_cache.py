@@ -13,17 +13,17 @@ from typing import Any
 
 import pytest
 
-from airflow_provider_batchkit.budget import Budget
+from airflow_provider_batchkit.cost.budget import Budget
+from airflow_provider_batchkit.cost.tally import format_tally
 from airflow_provider_batchkit.exceptions import SubmitRefusedError
-from airflow_provider_batchkit.jobs import SubmitReport, rehearse_job, submit_job
+from airflow_provider_batchkit.jobs.caps import Limits
+from airflow_provider_batchkit.jobs.prime import Priming
+from airflow_provider_batchkit.jobs.submit import SubmitReport, rehearse_job, submit_job
 from airflow_provider_batchkit.ledger import JobRecord
-from airflow_provider_batchkit.priming import Priming
-from airflow_provider_batchkit.requests import RequestBuilder, RequestDefaults
+from airflow_provider_batchkit.request.build import RequestBuilder, RequestDefaults
+from airflow_provider_batchkit.request.template import RowTemplate
 from airflow_provider_batchkit.simulator import Simulator, SimulatorProcess, SimulatorSettings, answer_for
-from airflow_provider_batchkit.sources import KeyTypes
-from airflow_provider_batchkit.spending import Limits
-from airflow_provider_batchkit.tally import format_tally
-from airflow_provider_batchkit.templates import RowTemplate
+from airflow_provider_batchkit.source.sql import KeyTypes
 from tests.connections import anthropic_connection
 from tests.databases import Database
 from tests.integration.airflow_runs import run_dag

@@ -14,12 +14,12 @@ import sqlalchemy as sa
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from airflow_provider_batchkit.blocks import ResultBlock
+from airflow_provider_batchkit.api.blocks import ResultBlock
+from airflow_provider_batchkit.api.results import Reconciler, parse_blocks
+from airflow_provider_batchkit.cost.prices import PriceBook
 from airflow_provider_batchkit.landing import Batch, land_batches
 from airflow_provider_batchkit.ledger.account import note_rendering
 from airflow_provider_batchkit.ledger.tables import batch
-from airflow_provider_batchkit.pricing import PriceBook
-from airflow_provider_batchkit.results import Reconciler, parse_blocks
 from airflow_provider_batchkit.simulator import Simulator, SimulatorSettings
 from tests.databases import Database
 from tests.warehouse import Warehouse, kit_for

@@ -11,6 +11,7 @@ import pytest
 import sqlalchemy as sa
 from airflow.providers.common.compat.sdk import AirflowException, AirflowFailException, AirflowSkipException, TaskDeferred
 
+from airflow_provider_batchkit.jobs import fetch
 from airflow_provider_batchkit.simulator import SimulatorProcess, SimulatorSettings, answer_for
 from tests.connections import anthropic_connection
 from tests.databases import Database, rows
@@ -558,14 +559,12 @@ def test_a_cleared_task_that_has_to_wait_fills_its_table_all_the_same(
     home: Path, database: Database, api: SimulatorProcess, monkeypatch: pytest.MonkeyPatch, disposition: str
 ) -> None:
     """The table was dropped; one of the landed batches is hidden for a while when the task runs again."""
-    from airflow_provider_batchkit import fetching
-
     fill(database, {i: f"thing {i}" for i in range(4)})
     legs = Legs(max_requests_per_batch=2, write_disposition=disposition)
     ids = legs.run()["batch_ids"]
     with database.engine().begin() as connection:
         connection.exec_driver_sql("DROP TABLE answers")
-    monkeypatch.setattr(fetching, "PATIENCE_S", 0.0)
+    monkeypatch.setattr(fetch, "PATIENCE_S", 0.0)
     monkeypatch.setenv("AIRFLOW__BATCHKIT__ABSENCE_SECONDS", "900")
     api.faults.add("status", endpoint="retrieve", batch=ids[1], status=404)
     deferred = legs.run()

@@ -13,12 +13,13 @@ import pytest
 import sqlalchemy as sa
 import uuid6
 
-from airflow_provider_batchkit import BatchSnapshot, settling
+from airflow_provider_batchkit import BatchSnapshot
 from airflow_provider_batchkit.exceptions import LeaseLostError, LedgerError, SubmitThrottledError, SubmitUncertainError
-from airflow_provider_batchkit.jobs import Attempt
+from airflow_provider_batchkit.jobs import settle
+from airflow_provider_batchkit.jobs.settle import Settler, SettleTimes
+from airflow_provider_batchkit.jobs.submit import Attempt
 from airflow_provider_batchkit.ledger import BatchState
 from airflow_provider_batchkit.ledger.tables import batch
-from airflow_provider_batchkit.settling import Settler, SettleTimes
 from airflow_provider_batchkit.simulator import Simulator, SimulatorSettings, answer_for
 from tests.databases import Database
 from tests.warehouse import Warehouse, kit_for, new_attempt
@@ -162,7 +163,7 @@ def test_foreign_batches_that_come_later_do_not_keep_a_doubt_open(
     warehouse: Warehouse, sim: Simulator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What was created after the doubt, the POST's total time, late acceptance and the clocks' skew cannot be the shard's."""
-    monkeypatch.setattr(settling, "PATIENCE_S", 0.0)
+    monkeypatch.setattr(settle, "PATIENCE_S", 0.0)
     sim.faults.add("cut_before_accept")
     wait = warehouse.submit(products(3), settle_seconds=200).waits_for
     assert wait is not None
@@ -321,7 +322,7 @@ def test_a_batch_that_is_missing_from_the_list_for_a_moment_is_not_bought_again(
 
 def test_the_wait_for_a_void_is_kept_in_the_ledger(warehouse: Warehouse, sim: Simulator, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first empty look is noted, so that the next leg, or the next attempt, goes on from there."""
-    monkeypatch.setattr(settling, "PATIENCE_S", 0.0)
+    monkeypatch.setattr(settle, "PATIENCE_S", 0.0)
     sim.faults.add("cut_before_accept")
     job = warehouse.job()
     wait = warehouse.submit(products(3), settle_seconds=100).waits_for
@@ -359,9 +360,9 @@ def test_a_younger_attempt_begins_the_series_of_looks_anew(warehouse: Warehouse,
 
 def test_a_look_that_comes_too_late_begins_another_series(warehouse: Warehouse, sim: Simulator, monkeypatch: pytest.MonkeyPatch) -> None:
     """The triggerer was down for hours between two looks."""
-    monkeypatch.setattr(settling, "_LOOK_OVERDUE", timedelta(seconds=0.1))
+    monkeypatch.setattr(settle, "_LOOK_OVERDUE", timedelta(seconds=0.1))
     sim.faults.add("cut_before_accept")
-    monkeypatch.setattr(settling, "PATIENCE_S", 0.0)
+    monkeypatch.setattr(settle, "PATIENCE_S", 0.0)
     warehouse.submit(products(3), settle_seconds=100)
     job, times = warehouse.job(), SettleTimes(0.0, 0.2)
     lease = warehouse.ledger.open_job(job, str(uuid6.uuid7()))
@@ -427,7 +428,7 @@ def test_a_shard_that_comes_to_nothing_in_every_leg_ends_the_attempt(
 ) -> None:
     """Each doubt is settled in a later leg of the same attempt: after five of them it fails, and does not go on for ever."""
     sim.faults.add("cut_before_accept", times=None)
-    monkeypatch.setattr(settling, "PATIENCE_S", 0.0)
+    monkeypatch.setattr(settle, "PATIENCE_S", 0.0)
     attempt = new_attempt()
 
     def legs() -> None:

@@ -6,7 +6,7 @@ import tracemalloc
 
 import sqlalchemy as sa
 
-from airflow_provider_batchkit.sources import read_sql
+from airflow_provider_batchkit.source.sql import read_sql
 from tests.databases import Database
 
 

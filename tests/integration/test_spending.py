@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from airflow_provider_batchkit.exceptions import CostLimitError
+from airflow_provider_batchkit.jobs.caps import Limits
 from airflow_provider_batchkit.ledger import Ledger
 from airflow_provider_batchkit.ledger.budgets import budget_status
 from airflow_provider_batchkit.simulator import Simulator, SimulatorProcess, SimulatorSettings
-from airflow_provider_batchkit.spending import Limits
 from tests.databases import Database
 from tests.integration.airflow_runs import run_dag
 from tests.warehouse import Warehouse, kit_for

@@ -9,7 +9,7 @@ import pytest
 from airflow.sdk import task
 
 from airflow_provider_batchkit.exceptions import BatchInputError
-from airflow_provider_batchkit.requests import encode_params, params_digest
+from airflow_provider_batchkit.request.build import encode_params, params_digest
 from airflow_provider_batchkit.simulator import SimulatorProcess, answer_for
 from tests.databases import Database, rows
 from tests.integration.airflow_runs import Run, run_dag

@@ -1,0 +1,1 @@
+"""Prices, the bill, what requests will cost and may cost at most, and budgets."""

@@ -1,0 +1,190 @@
+"""What spooled requests will cost, before any is sent: a figure to expect, and one that the bill cannot exceed.
+
+The bound looks at every request; :mod:`~airflow_provider_batchkit.request.exposure` says what is known of each. A request without
+``inference_geo`` may be US-only by its workspace's default (https://platform.claude.com/docs/en/build-with-claude/data-residency), and is
+bounded at that price.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from decimal import ROUND_HALF_EVEN, Context, Decimal, localcontext
+from typing import Any
+
+from airflow_provider_batchkit.cost.prices import ModelRates, PriceBook, PriceTier
+from airflow_provider_batchkit.model import COST_QUANTUM, PICO_PER_USD, Bound, format_usd_exact, usd_text
+from airflow_provider_batchkit.request.exposure import Exposure, params_of
+from airflow_provider_batchkit.request.shards import Shard
+
+log = logging.getLogger(__name__)
+
+#: requests of a job whose tokens the API counts
+SAMPLES = 10
+#: prompt tokens of a text when nobody counted: one for this many bytes
+BYTES_PER_TOKEN = 4
+
+_EXACT = Context(prec=60)
+#: what the token count takes of a request's params
+_COUNTED = ("model", "messages", "system", "tools", "tool_choice", "thinking", "output_config", "cache_control")
+
+
+def bound_of(exposure: Exposure, book: PriceBook, at: datetime) -> Bound:
+    """The most that ``exposure`` can cost at the prices of ``at``. Never below the bill; bounds of parts never sum to more."""
+    if exposure.unbounded:
+        return Bound(None, None, f"{exposure.unbounded}, which nothing bounds ({exposure.unbounded_requests:,} such requests)")
+    tokens = sum(group.prompt_bound + group.max_tokens for group in exposure.groups.values())
+    pico = 0
+    for (model, geo, cached, _), group in exposure.groups.items():
+        rates = book.rates(model, at)
+        if rates is None:
+            return Bound(None, tokens, f"no price is known for {model}")
+        factor = Decimal(1) if geo == "global" else rates.us_multiplier
+        # one more each: a bill rounds every request to the quantum
+        pico += group.requests + max(
+            group.prompt_bound * prompt + group.max_tokens * answer
+            for prompt, answer in (_dearest_pico(tier, cached, factor) for tier in rates.tiers if tier.min_prompt_tokens <= group.largest)
+        )
+    return Bound(pico * COST_QUANTUM, tokens)
+
+
+def _dearest_pico(tier: PriceTier, cached: str, factor: Decimal) -> tuple[int, int]:
+    """Whole picodollars a token of prompt and of answer, rounded up, so that sums of any parts agree."""
+    rates = tier.batch
+    prompt = max(rates.input, rates.cache_write_5m, rates.cache_read) if cached else rates.input
+    if cached == "1h":
+        prompt = max(prompt, rates.cache_write_1h)
+    return math.ceil(prompt * factor * PICO_PER_USD), math.ceil(rates.output * factor * PICO_PER_USD)
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What requests will cost as a batch: expected, and at most. USD; ``None`` where it is not known, and ``why_unbounded`` says why."""
+
+    requests: int
+    bytes: int
+    input_tokens: int
+    output_tokens: int
+    expected_usd: Decimal | None
+    upper_usd: Decimal | None
+    upper_tokens: int | None
+    #: where the two token figures come from
+    input_source: str
+    output_source: str
+    why_unbounded: str = ""
+
+    def __str__(self) -> str:
+        upper = f"at most {usd_text(self.upper_usd)}" if self.upper_usd is not None else f"without an upper bound: {self.why_unbounded}"
+        return (
+            f"{self.requests:,} requests: expected {usd_text(self.expected_usd)}, {upper} "
+            f"(input {self.input_tokens:,} tokens, {self.input_source}; output {self.output_tokens:,} tokens, {self.output_source})"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values, money as decimal strings."""
+        return {
+            "requests": self.requests,
+            "bytes": self.bytes,
+            "input_tokens": self.input_tokens,
+            "output_tokens": self.output_tokens,
+            "expected_usd": format_usd_exact(self.expected_usd),
+            "upper_usd": format_usd_exact(self.upper_usd),
+            "upper_tokens": self.upper_tokens,
+            "input_source": self.input_source,
+            "output_source": self.output_source,
+            "why_unbounded": self.why_unbounded,
+        }
+
+
+#: counts the prompt tokens of a message's params, as the API does
+CountTokens = Callable[[Mapping[str, Any]], int]
+
+
+def estimate_shards(
+    shards: Sequence[Shard],
+    samples: Iterable[bytes],
+    book: PriceBook,
+    at: datetime,
+    *,
+    count_tokens: CountTokens,
+    output_per_request: Decimal | None = None,
+) -> Estimate:
+    """The estimate of shards, all together. See :func:`estimate`."""
+    total = Exposure()
+    for shard in shards:
+        total.include(shard.exposure)
+    return estimate(total, samples, book, at, count_tokens=count_tokens, output_per_request=output_per_request)
+
+
+def estimate(
+    exposure: Exposure,
+    samples: Iterable[bytes],
+    book: PriceBook,
+    at: datetime,
+    *,
+    count_tokens: CountTokens,
+    output_per_request: Decimal | None = None,
+) -> Estimate:
+    """Price an exposure at the prices of ``at``.
+
+    :param samples: some of the requests, as they are uploaded, for counting
+    :param count_tokens: counts the prompt tokens of a request's params, as the API does; when it fails, a quarter of the bytes is taken
+    :param output_per_request: what earlier requests of this kind answered, in tokens; else ``max_tokens`` is expected
+    """
+    counts, input_source = _count(samples, count_tokens)
+    inputs = outputs = 0
+    usd: Decimal | None = Decimal(0)
+    with localcontext(_EXACT):
+        for (model, geo, _, _), group in exposure.groups.items():
+            tokens, size = counts.get(model) or counts[""]
+            prompt = min(-(-group.bytes * tokens // size), group.prompt_bound)
+            answer = group.max_tokens
+            if output_per_request is not None:
+                answer = min(int((group.requests * output_per_request).to_integral_value(ROUND_HALF_EVEN)), answer)
+            inputs, outputs = inputs + prompt, outputs + answer
+            rates = book.rates(model, at)
+            usd = None if usd is None or rates is None else usd + _expected_usd(rates, prompt, answer, group.requests, geo)
+    most = bound_of(exposure, book, at)
+    return Estimate(
+        exposure.requests,
+        exposure.body_bytes,
+        inputs,
+        outputs,
+        None if usd is None else usd.quantize(COST_QUANTUM, context=_EXACT),
+        most.usd,
+        most.tokens,
+        input_source,
+        "max_tokens of every request"
+        if output_per_request is None
+        else f"{output_per_request:,.0f} a request as in this task's earlier runs",
+        most.why,
+    )
+
+
+def _expected_usd(rates: ModelRates, prompt: int, answer: int, requests: int, geo: str | None) -> Decimal:
+    tier = [tier for tier in rates.tiers if tier.min_prompt_tokens * requests <= prompt][-1]
+    usd = prompt * tier.batch.input + answer * tier.batch.output
+    return usd * rates.us_multiplier if geo == "us" else usd
+
+
+def _count(samples: Iterable[bytes], count_tokens: CountTokens) -> tuple[dict[str, tuple[int, int]], str]:
+    """Per model, and under ``""`` for all: tokens of how many bytes; and what to say of it."""
+    counts: dict[str, tuple[int, int]] = {}
+    counted = 0
+    try:
+        for body in samples:
+            params = params_of(body)
+            tokens = count_tokens({name: params[name] for name in _COUNTED if name in params})
+            for name in (params["model"], ""):
+                known_tokens, known_size = counts.get(name, (0, 0))
+                counts[name] = (known_tokens + tokens, known_size + len(body))
+            counted += 1
+    except Exception as e:  # noqa: BLE001 - an estimate is worth a warning, never a failed task
+        log.warning(
+            "The tokens of a sample could not be counted (%s: %s); taking a token for %d bytes.", type(e).__name__, e, BYTES_PER_TOKEN
+        )
+        return {"": (1, BYTES_PER_TOKEN)}, f"a token for {BYTES_PER_TOKEN} bytes"
+    return counts or {"": (1, BYTES_PER_TOKEN)}, f"counted on {counted} of them"

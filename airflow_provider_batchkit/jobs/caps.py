@@ -1,0 +1,117 @@
+"""Between the spooled shards and the first POST: the estimate, and the caps that stop a job before it is sent.
+
+``max_cost_usd`` caps a job, over all its attempts; a budget caps all jobs that name it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from decimal import Decimal
+
+from airflow_provider_batchkit.cost.budget import Budget
+from airflow_provider_batchkit.cost.estimate import Estimate, bound_of, estimate_shards
+from airflow_provider_batchkit.exceptions import CostLimitError
+from airflow_provider_batchkit.kit import BatchKit
+from airflow_provider_batchkit.ledger import JobRecord, Ledger
+from airflow_provider_batchkit.ledger.budgets import give_up_hold, reserve
+from airflow_provider_batchkit.ledger.history import committed_usd, output_per_request
+from airflow_provider_batchkit.model import Bound, usd_text
+from airflow_provider_batchkit.request.shards import Shard
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a job may cost."""
+
+    #: for all of the job's batches together
+    max_cost_usd: Decimal | None = None
+    #: for these and all other jobs that name it
+    budget: Budget | None = None
+
+
+NO_LIMITS = Limits()
+
+
+class Spending:
+    """What one attempt of a job will cost, and whether it may."""
+
+    def __init__(self, kit: BatchKit, ledger: Ledger, job: JobRecord, lease: int, limits: Limits) -> None:
+        self._kit = kit
+        self._ledger = ledger
+        self._job = job
+        self._lease = lease
+        self._limits = limits
+        #: prices are those of one moment, also when an attempt goes over midnight
+        self._at = datetime.now(UTC)
+
+    def estimate(self, shards: Sequence[Shard], samples: Iterable[bytes]) -> Estimate:
+        """What they will cost; the API counts the tokens of ``samples``."""
+        return estimate_shards(
+            shards,
+            samples,
+            self._kit.price_book,
+            self._at,
+            count_tokens=self._kit.count_tokens,
+            output_per_request=output_per_request(self._ledger.engine, self._job.dag_id, self._job.task_id),
+        )
+
+    @property
+    def budget(self) -> Budget | None:
+        """Where the job's batches count."""
+        return self._limits.budget
+
+    def bound(self, shard: Shard) -> Bound:
+        """The most that a shard can cost. The bounds of a shard's halves add up to no more than its own."""
+        return bound_of(shard.exposure, self._kit.price_book, self._at)
+
+    @contextmanager
+    def allowed(self, found: Estimate) -> Iterator[None]:
+        """Send inside this block: before it, the caps are checked and the budget holds the upper bound; after it, what is left is freed.
+
+        :raises CostLimitError: it may cost too much, or nobody can tell; nothing is held
+        """
+        if self._limits.max_cost_usd is not None:
+            self._refuse_above(self._limits.max_cost_usd, found)
+        budget = self._limits.budget
+        if budget is None:
+            yield
+            return
+        asked = Bound(found.upper_usd, found.upper_tokens, found.why_unbounded)
+        _refuse_unbounded(f"The budget {budget.name!r}", asked)
+        reserve(self._ledger.engine, self._job.job_id, self._lease, budget, asked)
+        try:
+            yield
+        finally:
+            give_up_hold(self._ledger.engine, self._job.job_id, self._lease)
+
+    def _refuse_above(self, limit: Decimal, found: Estimate) -> None:
+        """Hold the upper bound, and what the job's batches of earlier attempts cost or may cost, against ``max_cost_usd``."""
+        _refuse_unbounded(f"max_cost_usd={usd_text(limit)}", Bound(found.upper_usd, found.upper_tokens, found.why_unbounded))
+        assert found.upper_usd is not None
+        committed, unknown = committed_usd(self._ledger.engine, self._job.job_id)
+        if unknown:
+            raise CostLimitError(
+                f"max_cost_usd={usd_text(limit)} cannot be kept: nobody knows what {', '.join(unknown[:5])} of an earlier attempt may "
+                "cost. Nothing was sent by this attempt."
+            )
+        if committed + found.upper_usd > limit:
+            before = f" and earlier attempts of this task have spent or bound {usd_text(committed)}" if committed else ""
+            raise CostLimitError(
+                f"{found.requests:,} requests are expected to cost {usd_text(found.expected_usd)} and at most "
+                f"{usd_text(found.upper_usd)}{before}: above max_cost_usd={usd_text(limit)}. Nothing was sent by this attempt. "
+                "Lower max_tokens or the number of rows, or raise max_cost_usd."
+            )
+
+
+def _refuse_unbounded(cap: str, most: Bound) -> None:
+    if most.usd is None:
+        raise CostLimitError(
+            f"{cap} cannot be kept: {most.why}. Nothing was sent by this attempt. Send requests that nothing bounds from a task without a "
+            "cap; give a model without a price a price override."
+        )

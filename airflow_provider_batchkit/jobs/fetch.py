@@ -1,0 +1,187 @@
+"""Journaled jobs. A fetch: batch ids → their rows in the ledger → the API → the table.
+
+What the API does not show for a moment is looked for again; what it shows no more is named, and its rows are asked again only when the
+user says so.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from datetime import datetime, timedelta
+from typing import Any
+
+from airflow_provider_batchkit.api.blocks import ResultBlock
+from airflow_provider_batchkit.api.polling import ENDED
+from airflow_provider_batchkit.api.results import Reconciler
+from airflow_provider_batchkit.exceptions import (
+    BatchGoneError,
+    BatchInputError,
+    BatchKitError,
+    BatchNotEndedError,
+    BatchNotVisibleError,
+    BatchUnavailableError,
+    SubmitUncertainError,
+)
+from airflow_provider_batchkit.jobs.settle import DEFAULT_TIMES, PATIENCE_S, Settler, SettleTimes, any_visible, unseen_since
+from airflow_provider_batchkit.jobs.waiting import WaitFor
+from airflow_provider_batchkit.kit import BatchKit
+from airflow_provider_batchkit.landing import Batch, BatchFigures, LandingReport, WriteDisposition, land_batches
+from airflow_provider_batchkit.ledger import BatchRecord, BatchState, Ledger
+from airflow_provider_batchkit.model import BatchSnapshot
+
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 2.0, 300.0
+
+
+def fetch_job(
+    kit: BatchKit,
+    ledger: Ledger,
+    batch_ids: Sequence[str],
+    table: str,
+    *,
+    dag_id: str,
+    run_id: str,
+    times: SettleTimes = DEFAULT_TIMES,
+    sleep: Callable[[float], None] = time.sleep,
+    **options: Any,
+) -> LandingReport:
+    """Land batches. Waits up to a minute for what the API does not show at the moment; an error's ``wait`` says how to wait longer.
+
+    :param dag_id: of the fetching task, with ``run_id``: an older version of the ledger may know a batch by another id there
+    :param options: see :func:`~airflow_provider_batchkit.landing.land_batches`
+    :raises BatchKitError: ``landed`` of the error tells what landed before it
+    :raises BatchUnavailableError: a batch cannot be read; the others have landed, unless they are to replace the table's rows together
+    :raises BatchInputError: ``replace`` of a job that asks a part of the source's rows only; nothing was deleted
+    """
+    ledger.ensure()
+    slept, landed = 0.0, list[BatchFigures]()
+    while True:
+        try:
+            fetch = _Fetch(kit, ledger, times)
+            batches = [fetch.find(batch_id, dag_id, run_id) for batch_id in batch_ids]
+            if options.get("disposition") is WriteDisposition.REPLACE:
+                _refuse_parts(ledger, batches)
+            report = land_batches(ledger, batches, table, fetch.look, fetch.read_blocks, kit.price_book, **options)
+        except BatchKitError as e:
+            landed += e.landed
+            e.landed = landed
+            if e.wait is None or e.wait.batch_ids:
+                raise
+            pause = max((e.wait.until - ledger.now()).total_seconds(), 0.0)
+            if slept + pause > PATIENCE_S:
+                raise
+            sleep(pause)
+            slept += pause
+        else:
+            report.first[:0] = landed
+            return report
+
+
+class _Fetch:
+    """Looks at the batches of one fetch."""
+
+    def __init__(self, kit: BatchKit, ledger: Ledger, times: SettleTimes) -> None:
+        self._kit = kit
+        self._ledger = ledger
+        self._times = times
+        self._records: dict[str, BatchRecord | None] = {}
+        self._ended_at: dict[str, datetime] = {}
+
+    def find(self, batch_id: str, dag_id: str, run_id: str) -> Batch:
+        """The batch that an id stands for, with its row.
+
+        :raises BatchUnavailableError: its rows were never accepted
+        :raises SubmitUncertainError: its row is in doubt, which only a row of an older version of the ledger can be
+        """
+        record = self._ledger.row_of(batch_id, dag_id, run_id)
+        if record is not None and record.state is BatchState.SENDING:
+            record = self._prove(batch_id, record)
+        if record is not None and record.batch_id is None:
+            raise BatchUnavailableError(
+                f"{batch_id} stands for {record}, which is {record.state.value}: its rows were never accepted, and nothing was billed for "
+                "them. Nothing was written. Clear the submit task: it sends them and nothing else."
+            )
+        found = batch_id if record is None or record.batch_id is None else record.batch_id
+        self._records[found] = record
+        return Batch(found, record)
+
+    def _prove(self, batch_id: str, record: BatchRecord) -> BatchRecord:
+        wait = Settler(self._kit, self._ledger, self._times, lease=None).look([record])
+        if wait is not None:
+            error = SubmitUncertainError(f"{batch_id} was never proved to be {record}. {wait.why} Nothing was written.")
+            error.wait = wait
+            raise error
+        return self._ledger.get(record.job_id, record.shard)
+
+    def look(self, batch: Batch) -> BatchSnapshot:
+        """An ended batch."""
+        try:
+            found = self._kit.get(batch.batch_id)
+        except BatchNotVisibleError as e:
+            raise self._not_visible(batch.batch_id, e) from e
+        if batch.record is not None:
+            self._ledger.note_unseen(batch.record, None)
+        if found.archived_at is not None:
+            why = f"archived at {found.archived_at:%Y-%m-%d %H:%M} UTC: results can be read for 29 days after creation"
+            raise self._gone(batch.batch_id, batch.record, why)
+        if found.processing_status != ENDED:
+            raise BatchNotEndedError(
+                f"Batch {batch.batch_id} is {found.processing_status}: its results come when it has ended. Nothing is lost; wait for it."
+            )
+        self._ended_at[batch.batch_id] = found.ended_at or found.created_at
+        return found
+
+    def read_blocks(self, batch_id: str, reconciler: Reconciler, expected: int, on_bytes: Callable[[int], None]) -> Iterator[ResultBlock]:
+        """:meth:`BatchKit.read_blocks` of a batch that :meth:`look` has shown. Its results may answer 404 for a while all the same."""
+        try:
+            yield from self._kit.read_blocks(batch_id, reconciler, expected, on_bytes)
+        except BatchNotVisibleError as e:
+            ended_at, now = self._ended_at[batch_id], self._ledger.now()
+            latest = ended_at + timedelta(seconds=self._times.absence_s)
+            pause = min(max((now - ended_at).total_seconds(), _FIRST_PAUSE_S), _LONGEST_PAUSE_S)
+            why = f"The API shows {batch_id} as ended, and not its results. They are read again until {latest:%H:%M:%S} UTC."
+            e.wait = WaitFor((), now + timedelta(seconds=pause), latest, why, about="unseen")
+            raise
+
+    def _not_visible(self, batch_id: str, error: BatchNotVisibleError) -> BatchUnavailableError:
+        """A 404: to be waited for, unless that has gone on for too long while other batches of the connection are visible."""
+        record = self._records[batch_id]
+        if record is None:
+            return error
+        now, absence = self._ledger.now(), timedelta(seconds=self._times.absence_s)
+        since = unseen_since(record, now, absence) or now
+        self._ledger.note_unseen(record, since, now)
+        if now - since <= absence:
+            pause = min(max((now - since).total_seconds(), _FIRST_PAUSE_S), (since + absence - now).total_seconds() + 0.01)
+            why = f"The API does not show {batch_id}, which is {record}. It is looked for again until {since + absence:%H:%M:%S} UTC."
+            error.wait = WaitFor((), now + timedelta(seconds=pause), since + absence, why, about="unseen")
+            return error
+        if not any_visible(self._kit, self._ledger.witnesses(record)):
+            error.add_note(
+                "None of the connection's earlier batches is visible either, so nothing shows that it is gone. If you know that it is: "
+                f"{record.settle_command}."
+            )
+            return error
+        return self._gone(batch_id, record, f"not visible from {since:%Y-%m-%d %H:%M:%S} to {now:%H:%M:%S} UTC")
+
+    def _gone(self, batch_id: str, record: BatchRecord | None, why: str) -> BatchUnavailableError:
+        if record is None or record.state is BatchState.LANDED:
+            return BatchUnavailableError(
+                f"Batch {batch_id} was {why}. Its answers can no longer be had; what landed before is in your table and the ledger."
+            )
+        if record.state is BatchState.SUBMITTED:
+            self._ledger.gone(record, why)
+        return BatchGoneError(
+            f"Batch {batch_id} was {why}. It has not landed: it is {record}, and its {record.requests:,} requests have no answer. It may "
+            "have been billed. They are asked again, and billed again, only when you say so: by retry_gone=True and a further round of the "
+            "task (max_rounds), or in a task with only_failed_of and retry_gone=True."
+        )
+
+
+def _refuse_parts(ledger: Ledger, batches: Sequence[Batch]) -> None:
+    for job_id in {batch.record.job_id for batch in batches if batch.record is not None}:
+        if ledger.skips_unchanged(job_id):
+            raise BatchInputError(
+                f"The job {job_id} was submitted with skip_unchanged, so its batches answer the changed rows only, and "
+                'write_disposition="replace" would delete all others. Nothing was deleted or written. Fetch with "merge".'
+            )

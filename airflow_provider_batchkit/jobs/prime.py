@@ -1,0 +1,81 @@
+"""Priming the prompt cache: the first request of a job goes out alone, and the rest when it has ended and its system prompt is cached.
+
+The requests of a batch run at the same time, so a batch whose prompt is not cached yet mostly writes the cache for each request, at more
+than the plain price, and reads nothing. A single request before it writes once for all.
+
+Nothing is kept beside the ledger: a job whose only batch has one request is a job whose primer is under way, on whatever attempt.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+
+from airflow_provider_batchkit.api.polling import ENDED, PollState
+from airflow_provider_batchkit.jobs.waiting import WaitFor
+from airflow_provider_batchkit.kit import BatchKit
+from airflow_provider_batchkit.ledger import BatchRecord, BatchState
+from airflow_provider_batchkit.model import BatchSnapshot
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Priming:
+    """How a job is primed. Priming never stops a job: whatever becomes of the primer, the rest is sent in the end."""
+
+    #: how long the API keeps what the primer writes to the cache, in seconds
+    ttl_s: float
+    #: how long the rest waits for the primer, in seconds from its submit
+    timeout_s: float
+    #: the waiting is over: say what became of the primer and send the rest
+    over: bool = False
+
+    def wait(self, kit: BatchKit, batches: Sequence[BatchRecord]) -> WaitFor | None:
+        """What the job's next shard must wait for; None when it may go out, with a line in the log where that is worth less.
+
+        :param batches: the job's, by shard
+        """
+        primer = _primer_of(batches)
+        if primer is None:
+            return None
+        assert primer.batch_id is not None
+        found = _look(kit, primer.batch_id)
+        now = datetime.now(UTC)
+        if found is None or found.processing_status != ENDED:
+            until = primer.intended_at + timedelta(seconds=self.timeout_s)
+            if not self.over and now < until:
+                why = f"The first row is asked in {primer.batch_id}; the rest waits for it, until {until:%Y-%m-%d %H:%M:%S} UTC at most."
+                return WaitFor((primer.batch_id,), until, until, why, about="primer")
+            log.warning(
+                "The primer %s has not been seen to end since %s. The rest is sent now, and may not find its system prompt in the cache.",
+                primer.batch_id,
+                primer.intended_at.isoformat(timespec="seconds"),
+            )
+        elif not found.counts.succeeded:
+            log.warning("The primer %s has no answer, so it cached nothing. The rest is sent as it is.", primer.batch_id)
+        elif found.ended_at is not None and now - found.ended_at > timedelta(seconds=self.ttl_s):
+            log.warning(
+                "The primer %s ended %d s ago, and the cache keeps a system prompt for %d s: the rest will not find it there.",
+                primer.batch_id,
+                (now - found.ended_at).total_seconds(),
+                self.ttl_s,
+            )
+        else:
+            log.info("The primer %s has ended; the rest follows while its system prompt is cached", primer.batch_id)
+        return None
+
+
+def _primer_of(batches: Sequence[BatchRecord]) -> BatchRecord | None:
+    """The job's primer while it is the job's only batch."""
+    live = [b for b in batches if b.state in (BatchState.SUBMITTED, BatchState.LANDED)]
+    return live[0] if len(live) == 1 and live[0].requests == 1 else None
+
+
+def _look(kit: BatchKit, batch_id: str) -> BatchSnapshot | None:
+    """The primer as the API shows it; None when looking failed."""
+    state = PollState([batch_id], interval=0.0)
+    kit.look(state)
+    return state.seen.get(batch_id)

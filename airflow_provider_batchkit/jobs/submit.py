@@ -1,0 +1,372 @@
+"""Journaled jobs. A submit: source items → requests → shards → ledger → API, in the order of writes that never pays twice.
+
+1. the job's lease is taken; whatever an earlier attempt left as ``sending`` is settled;
+2. the source is read to its end, rendered, checked and written to disk, so bad input costs nothing;
+3. for each shard: its requests and its batch row are committed as ``sending``, then the POST, then the batch id.
+
+An attempt after another skips every row that the ledger has in flight or landed: a row is known by its key.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
+from itertools import chain
+
+from airflow_provider_batchkit.cost.estimate import SAMPLES, Estimate, estimate_shards
+from airflow_provider_batchkit.exceptions import (
+    BatchInputError,
+    CostLimitError,
+    LeaseLostError,
+    LedgerError,
+    SubmitRefusedError,
+    SubmitThrottledError,
+    SubmitUncertainError,
+)
+from airflow_provider_batchkit.jobs.caps import NO_LIMITS, Limits, Spending
+from airflow_provider_batchkit.jobs.prime import Priming
+from airflow_provider_batchkit.jobs.settle import DEFAULT_TIMES, PATIENCE_S, Settler, SettleTimes
+from airflow_provider_batchkit.jobs.waiting import WaitFor
+from airflow_provider_batchkit.kit import BatchKit
+from airflow_provider_batchkit.ledger import BatchRecord, BatchState, JobRecord, Ledger
+from airflow_provider_batchkit.ledger.account import note_rendering
+from airflow_provider_batchkit.ledger.history import answered, output_per_request
+from airflow_provider_batchkit.ledger.outputs import note_output_schema
+from airflow_provider_batchkit.ledger.rounds import failed_keys, note_sent
+from airflow_provider_batchkit.model import MAX_BYTES_PER_BATCH, MAX_REQUESTS_PER_BATCH, BatchSnapshot
+from airflow_provider_batchkit.request.block import RequestBlock
+from airflow_provider_batchkit.request.dedupe import RowCounts, spool
+from airflow_provider_batchkit.request.scratch import scratch_folder
+from airflow_provider_batchkit.request.shards import Shard, ShardWriter, remove_shard_files, split_shard
+
+log = logging.getLogger(__name__)
+
+#: POSTs of one shard, in one attempt, whose end nobody saw and that proved never to have been accepted
+_DOUBTS = 5
+#: an attempt waits no longer than this for an API that goes on saying "not now"
+_THROTTLED_AT_MOST = timedelta(hours=24)
+
+
+@dataclass(slots=True)
+class SubmitReport(RowCounts):
+    """What one attempt of a submit did, and all batches of its job."""
+
+    #: of the whole job, in the order of its shards
+    batch_ids: list[str] = field(default_factory=list)
+    #: requests sent by this attempt
+    asked: int = 0
+    #: batches that a rehearsal would create
+    batches: int = 0
+    #: of what this attempt sends; None when it has nothing to send
+    estimate: Estimate | None = None
+    #: what the rest of the job waits for: submit again then
+    waits_for: WaitFor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One attempt of a task, which may come in several legs: between them it waits."""
+
+    #: the task instance's id, a UUIDv7
+    attempt_id: str
+    #: when its first leg began; aware
+    since: datetime
+    #: candidates that the leg before waited for
+    waited_for: Sequence[str] = ()
+    #: whether the task was killed and is to send nothing more
+    stopped: Callable[[], bool] = lambda: False
+
+
+def submit_job(
+    kit: BatchKit,
+    ledger: Ledger,
+    job: JobRecord,
+    requests: Iterable[RequestBlock],
+    *,
+    attempt: Attempt,
+    anthropic_conn_id: str,
+    max_requests: int = MAX_REQUESTS_PER_BATCH,
+    max_bytes: int = MAX_BYTES_PER_BATCH,
+    skip_unchanged: bool = False,
+    table: str | None = None,
+    times: SettleTimes = DEFAULT_TIMES,
+    before_send: Callable[[], None] = lambda: None,
+    limits: Limits = NO_LIMITS,
+    priming: Priming | None = None,
+    round_number: int = 1,
+    only: Iterable[str] | None = None,
+    output_schema: str | None = None,
+) -> SubmitReport:
+    """Submit whatever of ``requests`` the job has not in flight or landed.
+
+    :param requests: built with the job's id; consumed once, to its end, before anything is sent
+    :param skip_unchanged: leave rows out whose request has succeeded in another run of the task and landed in the same table
+    :param table: the task's result table, where it knows it
+    :param round_number: from 1; what the rounds before it asked may be asked again in it, where ``only`` says so
+    :param only: keys of the rows to ask; None for all
+    :param times: how long a shard that an earlier attempt may have sent is looked for before it counts as never accepted
+    :param before_send: called once the source has been read and found good, before the first POST
+    :param limits: what the job may cost
+    :param priming: send the job's first request alone; the rest is not sent before it has ended
+    :param output_schema: the text of the :class:`~airflow_provider_batchkit.schema.OutputSchema` that ``requests`` ask for
+    :raises RequestError: bad input, a key that comes twice; nothing was sent by this attempt
+    :raises CostLimitError: it may cost more than ``limits`` allow; nothing was sent by this attempt
+    :raises SubmitRefusedError: the API refused a shard; ``submitted`` lists the job's batches that run
+    :raises SubmitUncertainError: it cannot be decided whether a shard was accepted; a retry, or a person, does it
+    :raises LeaseLostError: a newer attempt has begun
+    """
+    ledger.ensure()
+    lease = ledger.open_job(job, attempt.attempt_id)
+    sender = _Sender(kit, ledger, job, lease, attempt, times, anthropic_conn_id, round_number)
+    report = SubmitReport(waits_for=sender.settle())
+    if report.waits_for is not None:
+        report.batch_ids = batch_ids_of(ledger, job.job_id)
+        return report
+    with scratch_folder() as folder:
+        first_new = ledger.next_shard(job.job_id)
+        first_alone = priming is not None and not batch_ids_of(ledger, job.job_id)
+        writer = ShardWriter(folder, first_number=first_new, max_requests=max_requests, max_bytes=max_bytes, first_alone=first_alone)
+        started = time.monotonic()
+        history = answered(ledger.engine, job, table) if skip_unchanged else ()
+        spool(requests, ledger.known(job.job_id, round_number), writer, folder, report, only=only, answered=history)
+        shards = writer.close()
+        rendering_s = time.monotonic() - started
+        before_send()
+        note_output_schema(ledger.engine, job.job_id, lease, output_schema, sends=bool(shards))
+        ledger.note_skipping(job.job_id, skips=skip_unchanged)
+        spending = Spending(kit, ledger, job, lease, limits)
+        ledger.add_copies(job.job_id, lease, writer.earlier_copies())
+        if shards or report.unchanged:
+            note_rendering(ledger.engine, job.job_id, rendering_s, report.unchanged)
+        if shards:
+            report.estimate = spending.estimate(shards, writer.samples(SAMPLES))
+            log.info("Estimate for %s", report.estimate)
+            try:
+                with spending.allowed(report.estimate):
+                    for shard in shards:
+                        if priming is not None:
+                            report.waits_for = priming.wait(kit, ledger.batches(job.job_id))
+                        if report.waits_for is None:
+                            report.waits_for = sender.send(shard, spending)
+                        if report.waits_for is not None:
+                            break
+                        report.asked += shard.requests
+            except CostLimitError as e:
+                e.submitted = batch_ids_of(ledger, job.job_id)
+                raise
+    if report.waits_for is None:
+        note_sent(ledger.engine, job.job_id, lease, round_number)
+    report.batch_ids = batch_ids_of(ledger, job.job_id)
+    return report
+
+
+def rehearse_job(
+    kit: BatchKit,
+    ledger: Ledger,
+    job: JobRecord,
+    requests: Iterable[RequestBlock],
+    *,
+    max_requests: int = MAX_REQUESTS_PER_BATCH,
+    max_bytes: int = MAX_BYTES_PER_BATCH,
+    skip_unchanged: bool = False,
+    table: str | None = None,
+    priming: Priming | None = None,
+    only: Iterable[str] | None = None,
+) -> SubmitReport:
+    """What :func:`submit_job` would send, with its estimate. Sends nothing but the token counts of a sample, and journals nothing.
+
+    :raises RequestError: bad input, as a submit raises it
+    """
+    report = SubmitReport()
+    exists = ledger.exists()
+    with scratch_folder() as folder:
+        first_new = ledger.next_shard(job.job_id) if exists else 0
+        first_alone = priming is not None and not (exists and batch_ids_of(ledger, job.job_id))
+        writer = ShardWriter(folder, first_number=first_new, max_requests=max_requests, max_bytes=max_bytes, first_alone=first_alone)
+        known = ledger.known(job.job_id) if exists else ()
+        history = answered(ledger.engine, job, table) if exists and skip_unchanged else ()
+        spool(requests, known, writer, folder, report, only=only, answered=history)
+        shards = writer.close()
+        report.batches = len(shards)
+        report.estimate = estimate_shards(
+            shards,
+            writer.samples(SAMPLES),
+            kit.price_book,
+            datetime.now(UTC),
+            count_tokens=kit.count_tokens,
+            output_per_request=output_per_request(ledger.engine, job.dag_id, job.task_id) if exists else None,
+        )
+    return report
+
+
+def batch_ids_of(ledger: Ledger, job_id: str) -> list[str]:
+    """Ids of the job's batches, by shard: those that run, have landed, or are gone, so that a fetch does not miss them in silence."""
+    return [b.batch_id for b in ledger.batches(job_id) if b.batch_id]
+
+
+class _Sender:
+    """Sends the shards of one attempt of a job."""
+
+    def __init__(
+        self,
+        kit: BatchKit,
+        ledger: Ledger,
+        job: JobRecord,
+        lease: int,
+        attempt: Attempt,
+        times: SettleTimes,
+        anthropic_conn_id: str,
+        round_number: int,
+    ) -> None:
+        self._kit = kit
+        self._ledger = ledger
+        self._job_id = job.job_id
+        self._lease = lease
+        self._attempt = attempt
+        self._times = times
+        self._conn_id = anthropic_conn_id
+        self._round = round_number
+        self.settler = Settler(kit, ledger, times, lease=lease, waited_for=attempt.waited_for)
+
+    def settle(self) -> WaitFor | None:
+        """Settle what is in doubt; gives what must be waited for before that is possible.
+
+        :raises SubmitUncertainError: also after several POSTs of this attempt that came to nothing
+        """
+        wait = self.settler.settle(self._job_id)
+        void = self._ledger.count_void(self._job_id, self._attempt.since)
+        if wait is None and void >= _DOUBTS:
+            error = SubmitUncertainError(
+                f"{void} POSTs of this attempt ended without an answer, and none of them was accepted. Nothing is billed for them. The "
+                "network, or a gateway, does not take them: a retry of the task sends the rows again."
+            )
+            error.submitted = batch_ids_of(self._ledger, self._job_id)
+            raise error
+        return wait
+
+    def send(self, shard: Shard, spending: Spending) -> WaitFor | None:
+        """Send a shard until the API has it: in two halves after a 413, and again after a POST that proved never to have been accepted.
+
+        :returns: what must be waited for before the rest of the job can go on
+        """
+        waiting = deque([shard])
+        while waiting:
+            if self._attempt.stopped():
+                raise LeaseLostError("The task was killed and cancel_on_kill is set: nothing more is sent.")
+            # shards that failed keep their numbers in the ledger
+            piece = replace(waiting.popleft(), number=self._ledger.next_shard(self._job_id))
+            self._ledger.intend(self._job_id, self._lease, piece, self._conn_id, spending.bound(piece), spending.budget, self._round)
+            log.info("Sending shard %d: %s requests, %s bytes", piece.number, f"{piece.requests:,}", f"{piece.bytes:,}")
+            again: list[Shard] = []
+            try:
+                self._note(piece, self._post(piece))
+            except SubmitUncertainError as e:
+                wait = self._give_up(piece, e)
+                if wait is not None:
+                    return wait
+                if self._ledger.get(self._job_id, piece.number).state is BatchState.VOID:
+                    again = [piece]
+                else:
+                    remove_shard_files(piece)
+            except SubmitThrottledError as e:
+                return self._pause(piece, e)
+            except SubmitRefusedError as e:
+                again = self._halves(piece, e)
+            waiting.extendleft(reversed(again))
+        return None
+
+    def _post(self, piece: Shard) -> BatchSnapshot:
+        def fence() -> None:
+            self._ledger.check_lease(self._job_id, self._lease)
+            if self._attempt.stopped():
+                raise LeaseLostError("The task was killed and cancel_on_kill is set: the POST under way was broken off.")
+
+        try:
+            return self._kit.send(piece, fence=fence, post_s=self._times.post_s, throttle_wait_s=PATIENCE_S)
+        except LeaseLostError as e:
+            # its body was not completed, and such a body is never accepted
+            with suppress(LedgerError):
+                self._ledger.rejected(self._job_id, piece.number, str(e))
+            raise
+
+    def _halves(self, piece: Shard, error: SubmitRefusedError) -> list[Shard]:
+        """What to send in place of a shard that the API refused."""
+        self._ledger.rejected(self._job_id, piece.number, str(error))
+        if error.status != 413 or piece.requests == 1:
+            error.submitted = batch_ids_of(self._ledger, self._job_id)
+            raise error
+        log.warning("%s Cutting it in two.", error)
+        return split_shard(piece)
+
+    def _note(self, piece: Shard, found: BatchSnapshot) -> None:
+        try:
+            self._ledger.submitted(self._job_id, piece.number, found)
+        except LedgerError as e:
+            e.add_note(
+                f"The API accepted {found.batch_id} for it, which runs and is billed. {piece.requests:,} answers can be read with "
+                f"BatchKit().retrieve({found.batch_id!r})."
+            )
+            raise
+        if self._attempt.stopped():
+            # the kill handler could not know its id
+            self._kit.cancel_all([found.batch_id])
+        remove_shard_files(piece)
+        log.info("Submitted %s with %s requests, %s bytes", found.batch_id, f"{piece.requests:,}", f"{piece.bytes:,}")
+
+    def _give_up(self, piece: Shard, error: SubmitUncertainError) -> WaitFor | None:
+        log.warning("%s", error)
+        self._ledger.doubt(self._job_id, piece.number)
+        return self.settle()
+
+    def _pause(self, piece: Shard, error: SubmitThrottledError) -> WaitFor:
+        """Wait without a worker slot for an API that says "not now"."""
+        self._ledger.rejected(self._job_id, piece.number, str(error))
+        now = datetime.now(UTC)
+        latest = self._attempt.since + _THROTTLED_AT_MOST
+        until = now + timedelta(seconds=error.pause_s)
+        if not error.pause_s or until > latest:
+            error.submitted = batch_ids_of(self._ledger, self._job_id)
+            raise error
+        return WaitFor((), until, latest, str(error), about="throttle")
+
+
+def failed_keys_of(
+    ledger: Ledger, batch_ids: Iterable[str], *, dag_id: str, run_id: str, invalid_output: bool = False, gone: bool = False
+) -> Iterator[str]:
+    """Keys of the rows that failed in these batches in a way that is worth asking again.
+
+    :param dag_id: of the asking task, with ``run_id``: an older version of the ledger may know a batch by another id there
+    :param invalid_output: count answers that do not fit the schema among them
+    :param gone: count all rows of batches among them that were deleted or archived before they landed
+    :raises BatchInputError: for a batch that has not landed, or that the ledger does not have
+    """
+    ledger.ensure()
+    records = [_asked_record(ledger, batch_id, dag_id, run_id, gone=gone) for batch_id in batch_ids]
+    return chain.from_iterable(
+        ledger.keys_of(r) if r.state is BatchState.GONE else failed_keys(ledger.engine, r.job_id, r.shard, invalid_output=invalid_output)
+        for r in records
+    )
+
+
+def _asked_record(ledger: Ledger, batch_id: str, dag_id: str, run_id: str, *, gone: bool) -> BatchRecord:
+    record = ledger.row_of(batch_id, dag_id, run_id)
+    if record is None:
+        raise BatchInputError(
+            f"The ledger does not know the batch {batch_id}, so it cannot tell which of its rows to ask again. It must be one that this "
+            "provider submitted with the same sql_conn_id. Nothing was sent."
+        )
+    if record.state is BatchState.GONE and not gone:
+        raise BatchInputError(
+            f"The batch {batch_id} was deleted or archived before it landed ({record.note}). It may have been billed. Nothing was sent. "
+            "With retry_gone=True all its rows are asked again, and billed again."
+        )
+    if record.state not in (BatchState.LANDED, BatchState.GONE):
+        raise BatchInputError(
+            f"The batch {batch_id} has not landed, so nobody knows which of its rows to ask again. Fetch it first. Nothing was sent."
+        )
+    return record

@@ -1,0 +1,382 @@
+"""Row + template → request: params, digest and ``custom_id``, checked for all that the API would refuse.
+
+Identity: the digest is taken over the canonical JSON of the params, so the same row asks the same thing under the same
+``custom_id`` on every attempt. A ``custom_id`` of a journaled job is ``<job_id>-<digest>``: each result line names its owner.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+import secrets
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
+from itertools import repeat
+from typing import Any, Protocol
+
+import msgspec
+
+from airflow_provider_batchkit.exceptions import BatchInputError, RequestError
+from airflow_provider_batchkit.model import CUSTOM_ID_PATTERN
+from airflow_provider_batchkit.request.block import PreparedRequest, RequestBlock, RequestForm
+from airflow_provider_batchkit.source.keys import encode_key, encode_keys
+from airflow_provider_batchkit.source.rows import Items, column_of
+
+log = logging.getLogger(__name__)
+
+_CUSTOM_ID = re.compile(CUSTOM_ID_PATTERN)
+_ENCODE = msgspec.json.Encoder(order="deterministic")
+_DIGEST_CHARS = 40
+#: items that are built at a time: at first, and at most where bodies are small
+_FIRST_ROWS = 8
+_PIECE_ROWS = 512
+_PIECE_BYTES = 2 << 20
+#: how long a cached prompt lives after its last use, in seconds
+CACHE_TTL_S = {"5m": 300, "1h": 3600}
+#: fewer bytes than this are fewer tokens than any model caches
+_CACHED_BYTES = 512
+
+
+class Template(Protocol):
+    """What turns a row into a text; see :class:`~airflow_provider_batchkit.request.template.RowTemplate`."""
+
+    def render(self, row: Mapping[str, Any]) -> str:
+        """:raises RequestError: when the row does not give one"""
+
+    def render_all(self, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+        """:meth:`render` for each row."""
+
+
+def check_params(params: Any) -> None:
+    """Raise :class:`RequestError` for params that the API would refuse."""
+    problem = _problem(params)
+    if problem:
+        raise RequestError(f"{problem}. Nothing was sent.")
+
+
+def _problem(params: Any) -> str | None:
+    if not isinstance(params, Mapping):
+        return f"params must be a mapping, not {type(params).__name__}"
+    problem = _problem_of_messages(params.get("messages"))
+    if problem:
+        return problem
+    max_tokens = params.get("max_tokens")
+    if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1:
+        return f"max_tokens must be a whole number of at least 1, not {max_tokens!r}"
+    model = params.get("model")
+    if not isinstance(model, str) or not model.strip():
+        return "no model"
+    if params.get("stream"):
+        return "'stream' is not possible in a batch"
+    if params.get("speed") == "fast":
+        return "speed 'fast' is not possible in a batch"
+    return None
+
+
+def _problem_of_messages(messages: Any) -> str | None:
+    if not isinstance(messages, Sequence) or isinstance(messages, str | bytes) or not messages:
+        return "no messages: params['messages'] must be a non-empty list"
+    for position, message in enumerate(messages):
+        if not isinstance(message, Mapping) or message.get("role") not in ("user", "assistant"):
+            return f"messages[{position}] needs a role, 'user' or 'assistant'"
+        content = message.get("content")
+        if not content or (isinstance(content, str) and content.isspace()):
+            return f"messages[{position}] has no content"
+    return None
+
+
+def check_custom_id(custom_id: Any) -> str:
+    """Return it when the API takes it, else raise :class:`RequestError`."""
+    if not isinstance(custom_id, str) or not _CUSTOM_ID.match(custom_id) or custom_id.endswith("\n"):
+        raise RequestError(
+            f"custom_id {custom_id!r} is not valid: 1 to 64 letters, digits, '_' or '-' ({CUSTOM_ID_PATTERN}). Nothing was sent."
+        )
+    return custom_id
+
+
+def encode_params(params: Any) -> bytes:
+    """Canonical JSON: keys sorted, so equal params give equal bytes and digests."""
+    try:
+        return _ENCODE.encode(params)
+    except (TypeError, ValueError, msgspec.MsgspecError) as e:
+        raise RequestError(f"params cannot be written as JSON: {e}. Nothing was sent.") from e
+
+
+def params_digest(params_json: bytes) -> str:
+    """Hex digest of canonical params JSON, 160 bits."""
+    return hashlib.sha256(params_json).hexdigest()[:_DIGEST_CHARS]
+
+
+class RequestDefaults(msgspec.Struct, frozen=True):
+    """What every request of a job shares. A native request's own params win over these."""
+
+    model: str | None = None
+    max_tokens: int | None = None
+    #: a system prompt that is the same for all rows, text or content blocks
+    system: Any = None
+    #: any further Messages API parameters
+    params: dict[str, Any] = {}
+    #: how long the API caches the job's system prompt, ``"5m"`` or ``"1h"``; a system prompt of a request's own is sent as it is
+    cache_system: str | None = None
+    #: ``output_config.format`` of a schema that all answers are to fit; then no params may name another
+    output_format: dict[str, Any] | None = None
+
+    def merged(self, own: Mapping[str, Any]) -> dict[str, Any]:
+        """Params of a request: the defaults, overlaid by its own."""
+        merged: dict[str, Any] = dict(self.params)
+        for name in ("model", "max_tokens", "system"):
+            value = getattr(self, name)
+            if value is not None:
+                merged[name] = value
+        if "system" in merged:
+            merged["system"] = self.system_param(merged["system"])
+        merged.update(own)
+        if self.output_format is not None:
+            config = merged.get("output_config") or {}
+            if not isinstance(config, Mapping) or config.get("format") is not None or merged.get("output_format") is not None:
+                raise RequestError("params name an output format, and so does output_schema: leave one of them out. Nothing was sent.")
+            merged["output_config"] = {**config, "format": self.output_format}
+        return merged
+
+    def system_param(self, system: Any) -> Any:
+        """A system prompt of the job as the API takes it: a text that is to be cached becomes a marked content block."""
+        if self.cache_system is None or not isinstance(system, str):
+            return system
+        return [{"type": "text", "text": system, "cache_control": {"type": "ephemeral", "ttl": self.cache_system}}]
+
+
+def cache_system_problem(cache_system: Any, *, system: Any, params: Mapping[str, Any] | None) -> str | None:
+    """Why ``cache_system`` cannot mark a job's system prompt; None when it can, or is not asked to.
+
+    :param system: template of the rows' system prompt
+    """
+    if cache_system is None:
+        return None
+    if cache_system not in CACHE_TTL_S:
+        return f"cache_system must be '5m' or '1h', not {cache_system!r}"
+    if system is None and not isinstance((params or {}).get("system"), str):
+        return (
+            "cache_system marks the system prompt, and there is none that is text: give system together with prompt, or params['system'] "
+            "as text. Content blocks take a cache_control of their own"
+        )
+    return None
+
+
+class _Frame:
+    """The canonical JSON of params that differ from row to row in their texts alone: checked and encoded once, around the texts."""
+
+    def __init__(self, defaults: RequestDefaults, *, system: bool) -> None:
+        """:raises RequestError: when no text could make these params good"""
+        content_mark, system_mark = secrets.token_hex(16), secrets.token_hex(16)
+        own: dict[str, Any] = {"messages": [{"role": "user", "content": content_mark}]}
+        if system:
+            own["system"] = defaults.system_param(system_mark)
+        params = defaults.merged(own)
+        check_params(params)
+        encoded = encode_params(params)
+        self._head, rest = encoded.split(f'"{content_mark}"'.encode())
+        # keys are sorted: the messages come before the system prompt
+        self._middle, self._tail = rest.split(f'"{system_mark}"'.encode()) if system else (b"", rest)
+        self._cached = system and defaults.cache_system is not None
+        self.form = RequestForm()
+        #: the system prompt of the last row: most often it is the next one's too
+        self._system: str | None = None
+        self._after = self._tail
+        self._systems = 0
+
+    def fill(self, content: str, system: str | None = None) -> bytes:
+        """Params with these texts, as :func:`encode_params` would write them."""
+        if not content or content.isspace():
+            raise RequestError("messages[0] has no content. Nothing was sent.")
+        if system is not None and system != self._system:
+            self._turn_to(system)
+        return b"".join((self._head, encode_params(content), self._after))
+
+    def fill_all(self, contents: Sequence[str], systems: Sequence[str] | None = None) -> list[bytes]:
+        """:meth:`fill` for many rows."""
+        if all(contents) and not any(map(str.isspace, contents)) and (systems is None or len(set(systems)) == 1):
+            if systems is not None and systems[0] != self._system:
+                self._turn_to(systems[0])
+            head, after, encode = self._head, self._after, _ENCODE.encode
+            try:
+                return [head + encode(content) + after for content in contents]
+            except (TypeError, ValueError, msgspec.MsgspecError):
+                pass  # one of them cannot be encoded: it is looked for
+        return [self.fill(content, system) for content, system in zip(contents, systems or repeat(None), strict=False)]
+
+    def _turn_to(self, system: str) -> None:
+        after = self._middle + encode_params(system) + self._tail
+        # a text that cannot be encoded leaves the frame as it was
+        self._system, self._after = system, after
+        self._systems += 1
+        if self._cached and self._systems == 1 and len(system.encode()) < _CACHED_BYTES:
+            log.warning("The system prompt has %d characters: too short to be cached by any model. cache_system does nothing.", len(system))
+        elif self._cached and self._systems == 2:
+            log.warning("The system prompt differs between rows. A row can read from the cache only what a row with the same one wrote.")
+
+
+class RequestBuilder:
+    """Turns source items into :class:`PreparedRequest`, in any number; keeps nothing of them."""
+
+    def __init__(
+        self,
+        defaults: RequestDefaults,
+        *,
+        job_id: str | None = None,
+        key: Sequence[str] = (),
+        prompt: Template | None = None,
+        system: Template | None = None,
+        dedupe: bool = True,
+    ) -> None:
+        """
+        :param job_id: the journaled job; without one a request is sent under its own ``custom_id`` or position
+        :param key: key columns of row mappings; a row without key columns is known by its position
+        :param prompt: template of the user message of row mappings
+        :param system: template of the system prompt of row mappings
+        :param dedupe: rows that ask the same share one ``custom_id``; otherwise the key is part of it
+        """
+        self._defaults = defaults
+        self._job_id = job_id
+        self._key = tuple(key)
+        self._prompt = prompt
+        self._system = system
+        self._dedupe = dedupe
+
+    @cached_property
+    def _text_frame(self) -> _Frame:
+        return _Frame(self._defaults, system=False)
+
+    @cached_property
+    def _row_frame(self) -> _Frame:
+        return _Frame(self._defaults, system=self._system is not None)
+
+    def build(self, item: Any, position: int) -> PreparedRequest:
+        """One request.
+
+        :param item: a native ``{"custom_id", "params"}`` mapping, a prompt string, or a row mapping
+        :param position: of the item in its source, from 0: names it in errors, and is its key when it has no other
+        :raises RequestError: naming the item, when the API would refuse it
+        """
+        try:
+            if isinstance(item, str):
+                return self._text(item, position)
+            return self._native(item, position) if self._prompt is None else self._row(item, position)
+        except RequestError as e:
+            raise RequestError(f"{self._place(item, position)}: {e}", position=position) from e.__cause__
+
+    def pieces(self, items: Iterable[Any] | Items, see: Callable[[Sequence[Any]], None] = lambda _: None) -> Iterator[RequestBlock]:
+        """:meth:`build_all` for any number of items, some hundred at a time, and fewer when they are large.
+
+        :param see: called with the items of each piece that proved good
+        :raises RequestError: naming the item, when the API would refuse it
+        """
+        source = items if isinstance(items, Items) else Items(items)
+        position, rows = 0, _FIRST_ROWS
+        while chunk := source.take(rows):
+            block = self.build_all(chunk, position)
+            see(chunk)
+            yield block
+            position += len(chunk)
+            rows = max(1, min(_PIECE_BYTES // max(block.sizes), 2 * rows, _PIECE_ROWS))
+
+    def build_all(self, items: Sequence[Any], position: int) -> RequestBlock:
+        """:meth:`build` for items that follow each other from ``position`` on; faster, for rows of a job."""
+        if self._prompt is not None and self._key and self._job_id is not None and self._dedupe:
+            try:
+                return self._rows(items, self._prompt, f"{self._job_id}-")
+            except (RequestError, KeyError, TypeError, ValueError):
+                pass  # one of them is bad: the slow way names it
+        return RequestBlock.of([self.build(item, number) for number, item in enumerate(items, start=position)])
+
+    def _rows(self, rows: Sequence[Mapping[str, Any]], prompt: Template, job: str) -> RequestBlock:
+        """What :meth:`_row` does, step by step for all rows together: a million rows pay for each call."""
+        contents = prompt.render_all(rows)
+        params = self._row_frame.fill_all(contents, None if self._system is None else self._system.render_all(rows))
+        keys = encode_keys([column_of(rows, name) for name in self._key])
+        sha256 = hashlib.sha256
+        custom_ids = [job + sha256(json).hexdigest()[:_DIGEST_CHARS] for json in params]
+        return RequestBlock(custom_ids, keys, params, [self._row_frame.form] * len(params))
+
+    def _place(self, item: Any, position: int) -> str:
+        if self._prompt is not None and isinstance(item, Mapping):
+            known = ", ".join(f"{column}={item[column]!r}" for column in self._key if column in item)
+            return f"row {position} ({known})" if known else f"row {position}"
+        custom_id = item.get("custom_id") if isinstance(item, Mapping) else None
+        return f"request {position}" if custom_id is None else f"request {position} ({custom_id!r})"
+
+    def _text(self, prompt: str, position: int) -> PreparedRequest:
+        if self._key:
+            raise RequestError(f"a prompt string has no columns, and key asks for {', '.join(self._key)}. Nothing was sent.")
+        return self._finish(encode_key([str(position)]), None, self._text_frame.fill(prompt, None), position, self._text_frame.form)
+
+    def _native(self, item: Any, position: int) -> PreparedRequest:
+        _check_mapping(item)
+        if "params" not in item:
+            raise RequestError("a row mapping needs the parameter prompt; a native request needs 'params'. Nothing was sent.")
+        extra = set(item) - {"custom_id", "params"}
+        if extra:
+            raise RequestError(f"unknown fields {sorted(map(str, extra))}; a request has custom_id and params. Nothing was sent.")
+        custom_id = item.get("custom_id")
+        if custom_id is not None:
+            check_custom_id(custom_id)
+        params = item["params"]
+        if isinstance(params, Mapping):
+            params = self._defaults.merged(params)
+        check_params(params)
+        return self._finish(encode_key([str(position) if custom_id is None else custom_id]), custom_id, encode_params(params), position)
+
+    def _row(self, row: Any, position: int) -> PreparedRequest:
+        assert self._prompt is not None
+        _check_mapping(row)
+        if self._key:
+            try:
+                key = encode_key([row[column] for column in self._key])
+            except KeyError:
+                missing = ", ".join(column for column in self._key if column not in row)
+                raise RequestError(
+                    f"key column {missing} is not in the source. Columns: {', '.join(map(str, row))}. Nothing was sent."
+                ) from None
+        else:
+            key = encode_key([str(position)])
+        system = None if self._system is None else self._system.render(row)
+        return self._finish(key, None, self._row_frame.fill(self._prompt.render(row), system), position, self._row_frame.form)
+
+    def _finish(self, key: str, own_id: str | None, params: bytes, position: int, form: RequestForm | None = None) -> PreparedRequest:
+        if self._job_id is not None:
+            digest = params_digest(params)
+            if not self._dedupe:
+                digest = params_digest(f"{digest} {key}".encode())
+            custom_id = f"{self._job_id}-{digest}"
+        else:
+            custom_id = own_id if own_id is not None else f"item-{position}"
+        return PreparedRequest(custom_id, key, params, form)
+
+
+def _check_mapping(item: Any) -> None:
+    if not isinstance(item, Mapping):
+        raise RequestError(f"a request is a mapping or a string, not {type(item).__name__}. Nothing was sent.")
+
+
+def refuse_repeated_ids(blocks: Iterable[RequestBlock]) -> Iterator[RequestBlock]:
+    """Pass blocks through; raise :class:`RequestError` at the first ``custom_id`` that comes a second time."""
+    seen: set[str] = set()
+    for block in blocks:
+        for custom_id in block.custom_ids:
+            if custom_id in seen:
+                raise RequestError(f"request {len(seen)}: custom_id {custom_id!r} came before; it must be unique. Nothing was sent.")
+            seen.add(custom_id)
+        yield block
+
+
+def items_of(requests: Any) -> Iterable[Any]:
+    """``requests`` as given by a user, unless iterating it would ask about its letters or its keys.
+
+    :raises BatchInputError: for a string, bytes, a mapping, or something that is not iterable
+    """
+    if isinstance(requests, str | bytes | Mapping) or not isinstance(requests, Iterable):
+        raise BatchInputError(
+            f"requests must be a list (or another iterable) of requests, not a {type(requests).__name__}. For one request "
+            "give a list of one; for another task's output give task.output, not a template string. Nothing was sent."
+        )
+    return requests

@@ -1,0 +1,255 @@
+"""What requests may cost under any prices: sums over each of them, taken as they are written.
+
+The tokens of a prompt are bounded by what was sent. The source for each part, DOCS being https://platform.claude.com/docs/en, checked
+2026-11-23:
+
+* A token is at least one byte of UTF-8 text, so a request has no more prompt tokens than its JSON has bytes: the tokens that the API puts
+  around messages are fewer than the bytes of the JSON around them.
+* Tools bring a prompt of their own, at most 530 tokens (DOCS/agents-and-tools/tool-use, pricing table); a JSON schema for the answer and
+  citations bring one too, whose length is not published. ``PROMPT_ALLOWANCE`` is added for each.
+* An image is scaled down to at most 4,784 tokens, whatever its source (DOCS/build-with-claude/vision).
+* An answer, thinking included, has at most ``max_tokens``.
+* A prompt with cache markers may be written to the cache, whole.
+* PDFs, files, server tools (web search and the like), MCP servers and parameters that are not known here have no bound: the API
+  decides how much they read.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any, TypeVar
+
+import msgspec
+
+from airflow_provider_batchkit.request.block import PreparedRequest, RequestBlock, RequestForm
+
+#: tokens of the prompt that the API adds for tools, for an answer's schema, or for citations
+PROMPT_ALLOWANCE = 1_000
+IMAGE_TOKENS = 5_000
+
+_T = TypeVar("_T")
+_EMPTY = msgspec.Raw(b"null")
+
+
+class _Params(msgspec.Struct, forbid_unknown_fields=True, gc=False):
+    """Params whose cost is known. One that is not listed makes the request unbounded."""
+
+    model: str
+    max_tokens: int
+    messages: msgspec.Raw
+    system: msgspec.Raw = _EMPTY
+    tools: msgspec.Raw = _EMPTY
+    tool_choice: msgspec.Raw = _EMPTY
+    output_config: msgspec.Raw = _EMPTY
+    cache_control: msgspec.Raw = _EMPTY
+    thinking: msgspec.Raw = _EMPTY
+    inference_geo: str | None = None
+    temperature: msgspec.Raw = _EMPTY
+    top_p: msgspec.Raw = _EMPTY
+    top_k: msgspec.Raw = _EMPTY
+    stop_sequences: msgspec.Raw = _EMPTY
+    metadata: msgspec.Raw = _EMPTY
+    service_tier: msgspec.Raw = _EMPTY
+    user_profile_id: msgspec.Raw = _EMPTY
+    speed: msgspec.Raw = _EMPTY
+    stream: msgspec.Raw = _EMPTY
+
+
+class _Request(msgspec.Struct, gc=False):
+    params: _Params
+
+
+class _AnyRequest(msgspec.Struct, gc=False):
+    params: dict[str, Any]
+
+
+#: in every content block and every cache marker; a quote inside a text is escaped
+_MARKED = b'"type":'
+
+_REQUEST = msgspec.json.Decoder(_Request)
+_ANY_REQUEST = msgspec.json.Decoder(_AnyRequest)
+
+
+class _Unbounded(Exception):
+    """Something in a request whose tokens the API decides."""
+
+
+@dataclass(slots=True)
+class _Group:
+    """Requests of about the same size that are priced alike."""
+
+    requests: int = 0
+    bytes: int = 0
+    max_tokens: int = 0
+    #: prompt tokens at most: of all, and of the largest
+    prompt_bound: int = 0
+    largest: int = 0
+
+
+class _Facts(msgspec.Struct, frozen=True, gc=False):
+    """What a request costs depends on these and its size; the same for all requests of one form."""
+
+    model: str
+    inference_geo: str | None
+    max_tokens: int
+    #: the dearest cache write
+    cached: str = ""
+    #: prompt tokens that the bytes do not bound
+    extra: int = 0
+    #: why nothing bounds it
+    unbounded: str = ""
+
+    @classmethod
+    def of(cls, body: bytes) -> _Facts:
+        """The facts of a request as it is uploaded."""
+        try:
+            params = _REQUEST.decode(body).params
+            # nothing but text has no block and no cache marker, and needs no further look
+            extra = _beyond_text(params) if _MARKED in body else 0
+        except (_Unbounded, msgspec.ValidationError, AttributeError, KeyError, TypeError) as e:
+            given = params_of(body)
+            return cls(given["model"], None, given["max_tokens"], unbounded=_why_unbounded(e))
+        cached = ("1h" if b'"ttl":"1h"' in body else "5m") if b'"cache_control":' in body else ""
+        return cls(params.model, params.inference_geo, params.max_tokens, cached, extra)
+
+
+#: model, ``inference_geo``, the dearest cache write (``""``, ``"5m"`` or ``"1h"``), class of size
+_Kind = tuple[str, str | None, str, int]
+
+
+@dataclass(slots=True)
+class Exposure:
+    """Sums over requests that tell what they may cost under any prices. Memory grows with models and magnitudes, not with requests."""
+
+    groups: dict[_Kind, _Group] = field(default_factory=dict)
+    #: why no bound exists, of the first request that has none, and how many have none
+    unbounded: str = ""
+    unbounded_requests: int = 0
+    #: of the last requests that had one
+    _form: tuple[RequestForm, _Facts] | None = None
+
+    @property
+    def requests(self) -> int:
+        return sum(group.requests for group in self.groups.values())
+
+    @property
+    def body_bytes(self) -> int:
+        return sum(group.bytes for group in self.groups.values())
+
+    def add(self, requests: Sequence[PreparedRequest]) -> None:
+        """Count requests, those of one form together: they differ in what cannot hold a block or a marker."""
+        block = RequestBlock.of(requests)
+        for form, where in _runs(block.forms):
+            alike = block[where]
+            if form is None:
+                for facts, places in _runs(_Facts.of(request.body) for request in alike):
+                    self._count(alike[places], facts)
+            else:
+                if self._form is None or self._form[0] is not form:
+                    self._form = form, _Facts.of(alike[0].body)
+                self._count(alike, self._form[1])
+
+    def _count(self, block: RequestBlock, facts: _Facts) -> None:
+        if facts.unbounded:
+            if not self.unbounded_requests:
+                self.unbounded = f"{block.custom_ids[0]} {facts.unbounded}"
+            self.unbounded_requests += len(block)
+        sizes = sorted(block.sizes)
+        start = 0
+        while start < len(sizes):
+            size_class, next_class = _size_class(sizes[start] + facts.extra)
+            stop = bisect_left(sizes, next_class - facts.extra, start)
+            count, size = stop - start, sum(sizes[start:stop])
+            kind = (facts.model, facts.inference_geo, facts.cached, size_class)
+            group = self.groups.get(kind)
+            if group is None:
+                group = self.groups[kind] = _Group()
+            group.requests += count
+            group.bytes += size
+            group.max_tokens += count * facts.max_tokens
+            group.prompt_bound += size + count * facts.extra
+            group.largest = max(group.largest, sizes[stop - 1] + facts.extra)
+            start = stop
+
+    def include(self, other: Exposure) -> None:
+        """Add another one's requests."""
+        for kind, group in other.groups.items():
+            mine = self.groups.setdefault(kind, _Group())
+            mine.requests += group.requests
+            mine.bytes += group.bytes
+            mine.max_tokens += group.max_tokens
+            mine.prompt_bound += group.prompt_bound
+            mine.largest = max(mine.largest, group.largest)
+        self.unbounded = self.unbounded or other.unbounded
+        self.unbounded_requests += other.unbounded_requests
+
+
+def _runs(values: Iterable[_T]) -> Iterator[tuple[_T, slice]]:
+    """Equal values that follow each other, with where they lie."""
+    start = 0
+    for value, alike in groupby(values):
+        stop = start + len(list(alike))
+        yield value, slice(start, stop)
+        start = stop
+
+
+def _size_class(size: int) -> tuple[int, int]:
+    """The class of a size, and the first size of the next one.
+
+    Sizes of one class differ by an eighth at most, so that requests on both sides of a price tier are seldom priced together.
+    """
+    shift = max(size.bit_length() - 4, 0)
+    step = size >> shift
+    return (shift << 4) | step, (step + 1) << shift
+
+
+def _beyond_text(params: _Params) -> int:
+    """Prompt tokens that the bytes do not bound.
+
+    :raises _Unbounded: when nothing does
+    """
+    extra = 0
+    tools = msgspec.json.decode(params.tools) or ()
+    for tool in tools:
+        if tool.get("type", "custom") != "custom":
+            raise _Unbounded(f"the tool {tool['type']}")
+    extra += PROMPT_ALLOWANCE if tools else 0
+    extra += PROMPT_ALLOWANCE if params.output_config is not _EMPTY else 0
+    extra += _of_blocks(msgspec.json.decode(params.system))
+    for message in msgspec.json.decode(params.messages):
+        extra += _of_blocks(message["content"])
+    return extra
+
+
+def _of_blocks(content: Any) -> int:
+    if content is None or isinstance(content, str):
+        return 0
+    extra = 0
+    for block in content:
+        kind = block.get("type")
+        if kind == "image":
+            extra += IMAGE_TOKENS
+        elif kind in ("tool_result", "search_result"):
+            extra += PROMPT_ALLOWANCE + _of_blocks(block.get("content"))
+        elif kind == "document" and block["source"].get("type") in ("text", "content"):
+            extra += PROMPT_ALLOWANCE + _of_blocks(block["source"].get("content"))
+        elif kind not in ("text", "tool_use"):
+            source = block.get("source", {}).get("type")
+            raise _Unbounded(f"a block of type {kind}" + (f" with a source of type {source}" if source else ""))
+    return extra
+
+
+def _why_unbounded(error: Exception) -> str:
+    if isinstance(error, _Unbounded):
+        return f"has {error}"
+    if isinstance(error, msgspec.ValidationError):
+        return f"is not understood: {error}"
+    return "has blocks or tools of an unknown form"  # whether they are good is for the API to say
+
+
+def params_of(body: bytes) -> dict[str, Any]:
+    """The params of a request as it is uploaded."""
+    return _ANY_REQUEST.decode(body).params

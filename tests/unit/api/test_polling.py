@@ -1,0 +1,165 @@
+"""One decision class serves trigger, poke and kit; it has no clock of its own."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+
+from airflow_provider_batchkit.api.polling import MAX_FAILURES, Ended, GaveUp, PollState, TimedOut, Wait, interval_at_age, validate_event
+from airflow_provider_batchkit.exceptions import PollError
+from airflow_provider_batchkit.model import BatchCounts, BatchSnapshot
+
+
+def seen(batch_id: str, status: str, **counts: int) -> BatchSnapshot:
+    return BatchSnapshot(batch_id, status, BatchCounts(**counts), datetime(2026, 1, 1, tzinfo=UTC))
+
+
+def test_it_waits_until_the_last_batch_has_ended() -> None:
+    """Only batches that have not ended are looked at again."""
+    state = PollState(["a", "b"], interval=10)
+    assert state.decide(0) == Wait(10)
+    state.saw([seen("a", "ended", succeeded=3), seen("b", "canceling", processing=2)])
+    assert state.open_ids() == ["b"]
+    assert state.decide(0) == Wait(10)
+    state.saw([seen("b", "ended", canceled=2)])
+    assert state.decide(0) == Ended()
+    assert state.counts() == BatchCounts(succeeded=3, canceled=2)
+
+
+def test_no_batches_have_ended_at_once() -> None:
+    """An empty source needs no waiting."""
+    assert PollState([], interval=10).decide(0) == Ended()
+
+
+def test_a_wait_for_the_first_is_over_with_any_one_of_them() -> None:
+    """Then no batch is to be looked at any more, also those that still run."""
+    state = PollState(["a", "b", "c"], interval=10, first=True, deadline=100)
+    state.saw([seen("a", "in_progress"), seen("b", "canceling"), seen("c", "in_progress")])
+    assert state.open_ids() == ["a", "b", "c"]
+    assert state.decide(0) == Wait(10)
+    assert state.decide(100) == TimedOut(("a", "b", "c"))
+    state.saw([seen("b", "ended", canceled=2)])
+    assert state.open_ids() == []
+    assert state.decide(100) == Ended()
+    assert state.counts() == BatchCounts(canceled=2)
+
+
+def test_a_wait_for_the_first_is_over_although_the_others_cannot_be_seen() -> None:
+    """A batch that has ended counts more than one that is gone; without one, what is gone ends the wait as ever."""
+    states = [PollState(["a", "b"], interval=10, first=True) for _ in range(2)]
+    states[0].note([seen("a", "ended")])
+    for state in states:
+        state.failed("404 b", fatal=True)
+    assert [state.decide(0) for state in states] == [Ended(), GaveUp("404 b")]
+
+
+def test_an_end_of_another_batch_is_not_the_first() -> None:
+    """Only the batches of the wait count."""
+    state = PollState(["a"], interval=10, first=True)
+    state.note([seen("x", "ended")])
+    assert state.open_ids() == ["a"]
+
+
+def test_intervals_grow_to_their_bound() -> None:
+    """Young batches are looked at sooner, old ones later."""
+    state = PollState(["a"], interval=10, max_interval=30, factor=2)
+    waits = []
+    for _ in range(4):
+        state.saw([seen("a", "in_progress")])
+        waits.append(state.decide(0))
+    assert waits == [Wait(10), Wait(20), Wait(30), Wait(30)]
+
+
+@pytest.mark.parametrize(
+    ("age_s", "seconds"),
+    [(-50, 60), (0, 60), (2399, 60), (2400, 120), (4799, 180), (4800, 240), (86_400, 240)],
+    ids=lambda value: f"{value}",
+)
+def test_intervals_grow_with_the_age_of_the_batch_within_bounds(age_s: float, seconds: float) -> None:
+    """In whole intervals, so that all stay on one beat; a wrong clock changes no bound."""
+    assert interval_at_age(60, age_s) == seconds
+
+
+def test_the_youngest_open_batch_sets_the_pace() -> None:
+    """An old batch beside a new one is looked at with it; once the new one has ended, by its own age."""
+    state, born = PollState(["old", "new"], interval=60, by_age=True), datetime(2026, 1, 1, tzinfo=UTC)
+    now = born.timestamp() + 4800
+    assert state.decide(now) == Wait(60)
+    state.saw([seen("old", "in_progress"), BatchSnapshot("new", "in_progress", BatchCounts(), born + timedelta(hours=1))])
+    assert state.decide(now) == Wait(60)
+    state.saw([BatchSnapshot("new", "ended", BatchCounts(), born + timedelta(hours=1))])
+    assert state.decide(now) == Wait(240)
+
+
+def test_what_was_noted_does_not_forgive_failures() -> None:
+    """Some of the batches showing is not a look that succeeded."""
+    state = PollState(["a", "b"], interval=10)
+    state.failed("500")
+    state.note([seen("a", "ended")])
+    state.failed("500")
+    assert state.open_ids() == ["b"]
+    assert state.decide(0) == Wait(20)
+
+
+def test_the_deadline_ends_the_wait_and_shortens_the_last_interval() -> None:
+    """The last look comes at the deadline, not an interval after it; a batch that ends there still counts."""
+    state = PollState(["a"], interval=10, deadline=25)
+    assert state.decide(20) == Wait(5)
+    assert state.decide(25) == TimedOut(("a",))
+    state.saw([seen("a", "ended")])
+    assert state.decide(25) == Ended()
+
+
+def test_failures_back_off_and_a_success_forgives_them() -> None:
+    """A blip does not end a wait of a day."""
+    state = PollState(["a"], interval=10)
+    state.failed("503")
+    state.failed("503")
+    assert state.decide(0) == Wait(20)
+    state.saw([seen("a", "in_progress")])
+    assert state.decide(0) == Wait(10)
+
+
+def test_retry_after_is_honoured() -> None:
+    """The API knows better than our interval."""
+    state = PollState(["a"], interval=10)
+    state.failed("429", retry_after=77)
+    assert state.decide(0) == Wait(77)
+
+
+def test_too_many_failures_in_a_row_give_up_with_the_last_reason() -> None:
+    """Somebody must be told in the end."""
+    state = PollState(["a"], interval=1)
+    for _ in range(MAX_FAILURES):
+        assert isinstance(state.decide(0), Wait)
+        state.failed("no route")
+    decision = state.decide(0)
+    assert isinstance(decision, GaveUp) and "no route" in decision.reason and str(MAX_FAILURES) in decision.reason
+
+
+def test_a_fatal_failure_gives_up_at_once() -> None:
+    """A revoked key does not come back by asking."""
+    state = PollState(["a"], interval=1)
+    state.failed("401 invalid x-api-key", fatal=True)
+    assert state.decide(0) == GaveUp("401 invalid x-api-key")
+
+
+def test_an_unknown_status_fails_loudly() -> None:
+    """Guessing could end a wait early, or never."""
+    with pytest.raises(PollError, match="unknown status 'paused'"):
+        PollState(["a"], interval=1).saw([seen("a", "paused")])
+
+
+@pytest.mark.parametrize("event", [None, {}, {"status": "success"}, "ended", {"status": None}])
+def test_a_malformed_event_fails_loudly(event: Any) -> None:
+    """An event that this version does not know must not count as success."""
+    with pytest.raises(PollError, match="an event that this version does not know"):
+        validate_event(event)
+
+
+@pytest.mark.parametrize("status", ["ended", "timeout", "error"])
+def test_known_events_pass(status: str) -> None:
+    """The three ends of a trigger."""
+    assert validate_event({"status": status})["status"] == status
