@@ -1,20 +1,24 @@
 """Row templates: Jinja over the columns of a row, compiled once for all rows.
 
 Most prompts only put columns into a text. Those are filled in by one ``%`` of Python, twenty times as fast as a call of Jinja;
-whatever does more (filters, loops, conditions) goes through Jinja itself, with the same result for every row.
+whatever does more (filters, loops, conditions) goes through Jinja itself, with the same result for every row. Wherever a value becomes
+text, in both ways, it is the text of :func:`~airflow_provider_batchkit.request.texts.text_of`.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from types import NoneType
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from decimal import Decimal
+from functools import wraps
 from typing import Any
 
-from jinja2 import StrictUndefined, TemplateError, UndefinedError, nodes
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2 import Environment, StrictUndefined, TemplateError, UndefinedError, nodes, pass_environment
+from jinja2.filters import make_attrgetter
+from jinja2.runtime import Context
+from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedFormatter
 
 from airflow_provider_batchkit.exceptions import BatchInputError, RequestError
+from airflow_provider_batchkit.request.texts import NoTextError, json_of, text_of, texts_of
 from airflow_provider_batchkit.source.rows import column_of
 
 
@@ -32,30 +36,113 @@ class Row(dict[str, Any]):
             raise AttributeError(name) from None
 
 
-def _dumps(value: Any, **kwargs: Any) -> str:
-    return json.dumps({c: value[c] for c in value} if type(value) is Row else value, **kwargs)
+#: filters of Jinja whose first argument is text, and whose Jinja takes ``str`` of anything else
+_TEXT_FILTERS = (
+    "capitalize", "center", "e", "escape", "forceescape", "indent", "lower", "replace", "string", "striptags", "title", "trim",
+    "truncate", "upper", "urlize", "wordcount", "wordwrap",
+)  # fmt: skip
+_TEXT = "batchkit_text"
+
+
+class _RowEnvironment(ImmutableSandboxedEnvironment):
+    """Jinja in which a value becomes text by :func:`text_of`: where it is printed, joined, formatted, or given to a filter of texts."""
+
+    intercepted_binops = frozenset({"%"})
+
+    def __init__(self) -> None:
+        super().__init__(undefined=StrictUndefined, autoescape=False, keep_trailing_newline=True, finalize=text_of)
+        for name in _TEXT_FILTERS:
+            self.filters[name] = _taking_text(self.filters[name])
+        self.filters |= {_TEXT: text_of, "format": _format, "join": _join, "tojson": _tojson}
+
+    def template(self, text: str) -> nodes.Template:
+        """The parsed template; what ``~`` puts together is text."""
+        tree = self.parse(text)
+        for node in tree.find_all(nodes.Concat):
+            node.nodes = [nodes.Filter(part, _TEXT, [], [], None, None) for part in node.nodes]
+        return tree
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        if isinstance(left, str):
+            if isinstance(right, Mapping) and "%(" in left:
+                right = _Formatted({name: right[name] for name in right})
+            else:
+                right = tuple(map(_formatted, right)) if isinstance(right, tuple) else _formatted(right)
+        return super().call_binop(context, operator, left, right)
+
+    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+        if super().wrap_str_format(value) is None:
+            return None
+        form, takes_mapping = value.__self__, value.__name__ == "format_map"
+
+        def format_(*args: Any, **named: Any) -> str:
+            return _Formatter(self).vformat(form, () if takes_mapping else args, args[0] if takes_mapping else named)
+
+        return format_
+
+
+class _Formatter(SandboxedFormatter):
+    """``str.format`` that writes a value as its text, unless the format says how it is to look."""
+
+    def format_field(self, value: Any, format_spec: str) -> Any:
+        return super().format_field(value, format_spec) if format_spec else text_of(value)
+
+
+def _taking_text(found: Callable[..., Any]) -> Callable[..., Any]:
+    """A filter of Jinja that takes the text of its first argument."""
+    first = 1 if hasattr(found, "jinja_pass_arg") else 0
+
+    @wraps(found)
+    def taking_text(*args: Any, **kwargs: Any) -> Any:
+        return found(*args[:first], text_of(args[first]), *args[first + 1 :], **kwargs)
+
+    return taking_text
+
+
+def _format(form: Any, *values: Any, **named: Any) -> str:
+    return text_of(form) % (_Formatted(named) or tuple(map(_formatted, values)))
+
+
+@pass_environment
+def _join(environment: Environment, value: Iterable[Any], d: Any = "", attribute: str | int | None = None) -> str:
+    parts = value if attribute is None else map(make_attrgetter(environment, attribute), value)
+    return text_of(d).join(map(text_of, parts))
+
+
+def _tojson(value: Any, indent: int | None = None) -> str:
+    """JSON as it is, with sorted keys as Jinja's own: that one is for HTML, and escapes what JSON does not."""
+    return json_of(value, indent=indent, sort_keys=True)
+
+
+class _Formatted(dict[str, Any]):
+    """Named values for ``%`` of Python."""
+
+    __slots__ = ()
+
+    def __getitem__(self, name: str) -> Any:
+        return _formatted(super().__getitem__(name))
+
+
+def _formatted(value: Any) -> Any:
+    """A value for ``%`` of Python: a number stays a number for ``%05.1f``; what Python would print as its code is text."""
+    return value if isinstance(value, int | float | Decimal) else text_of(value)
 
 
 class RowTemplate:
     """A compiled row template: Jinja, sandboxed and strict, over ``row`` and whatever ``context`` gives once per run.
 
-    A NULL prints as nothing; in an expression it is Jinja's none: ``row.a | default("", true) | upper``. A missing column raises
-    :class:`RequestError` that names it.
+    Values become text as :mod:`~airflow_provider_batchkit.request.texts` says. A NULL prints as nothing; in an expression it is Jinja's
+    none: ``row.a | default("", true) | upper``. A missing column raises :class:`RequestError` that names it.
     """
 
     def __init__(self, text: str, *, name: str, context: Mapping[str, Any] | None = None) -> None:
         """:param name: what the template is called in errors, e.g. ``prompt``"""
-        environment = ImmutableSandboxedEnvironment(
-            undefined=StrictUndefined,
-            autoescape=False,
-            keep_trailing_newline=True,
-            finalize=lambda value: "" if value is None else value,
-        )
-        environment.policies["json.dumps_function"] = _dumps
+        environment = _RowEnvironment()
         self._name = name
         try:
-            self._template = environment.from_string(text, globals=dict(context or {}))
-            self._filler = _Filler.of(environment.parse(text))
+            tree = environment.template(text)
+            self._filler = _Filler.of(tree)
+            self._template = environment.from_string(tree, globals=dict(context or {}))
         except TemplateError as e:
             raise BatchInputError(f"The {name} template is not valid Jinja: {e}. Nothing was sent.") from e
 
@@ -64,22 +151,30 @@ class RowTemplate:
         if self._filler is not None:
             try:
                 return self._filler.fill_all(rows)
-            except KeyError:
-                pass  # Jinja says which column is missing
+            except (KeyError, NoTextError):
+                pass  # a single row's error says more
         return [self.render(row) for row in rows]
 
     def render(self, row: Mapping[str, Any]) -> str:
         """The text for one row.
 
-        :raises RequestError: when the template asks for what the row has not, or fails
+        :raises RequestError: when the template asks for what the row has not, for a value that has no text, or fails
         """
-        if self._filler is not None:
-            try:
-                return self._filler.fill_all([row])[0]
-            except KeyError:
-                pass  # Jinja says which column is missing
         try:
+            if self._filler is not None:
+                try:
+                    return self._filler.fill_all([row])[0]
+                except KeyError:
+                    pass  # Jinja says which column is missing
             return self._template.render(row=row if type(row) is Row else Row(row))
+        except NoTextError as e:
+            column = next((name for name in row if _holds(row[name], e.value)), None)
+            what = "a value" if column is None else f"the column {column}"
+            raise RequestError(
+                f"the {self._name} template cannot write {what}: {e}. Leave it out of the template, "
+                f"or make it text in the source: for bytes in PostgreSQL, convert_from({column or '…'}, 'UTF8') or "
+                f"encode({column or '…'}, 'hex'). Nothing was sent."
+            ) from e
         except UndefinedError as e:
             columns = ", ".join(map(str, row)) or "none"
             raise RequestError(
@@ -87,6 +182,14 @@ class RowTemplate:
             ) from e
         except Exception as e:
             raise RequestError(f"the {self._name} template failed: {type(e).__name__}: {e}. Nothing was sent.") from e
+
+
+def _holds(value: Any, part: Any) -> bool:
+    """Whether a column's value is, or has somewhere in it, the value that has no text."""
+    if value is part:
+        return True
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return any(_holds(one, part) for one in parts)
 
 
 class _Filler:
@@ -98,10 +201,13 @@ class _Filler:
         self._columns = tuple(columns)
 
     def fill_all(self, rows: Sequence[Mapping[str, Any]]) -> list[str]:
-        """:raises KeyError: for a column that a row has not"""
+        """
+        :raises KeyError: for a column that a row has not
+        :raises NoTextError: for a value that has no text
+        """
         if not self._columns:
             return [self._form % ()] * len(rows)
-        columns = [_without_null(column_of(rows, name)) for name in self._columns]
+        columns = [texts_of(column_of(rows, name)) for name in self._columns]
         return list(map(self._form.__mod__, zip(*columns, strict=True)))
 
     @classmethod
@@ -122,11 +228,6 @@ class _Filler:
                 else:
                     return None
         return cls("".join(form), columns)
-
-
-def _without_null(values: Sequence[Any]) -> Sequence[Any]:
-    """A NULL prints as nothing."""
-    return ["" if value is None else value for value in values] if NoneType in set(map(type, values)) else values
 
 
 def _column(node: nodes.Node) -> str | None:

@@ -89,7 +89,7 @@ class FileRows:
     """The rows of files, in the files' order; can be iterated more than once.
 
     CSV values are strings, an empty field is ``""``. JSONL values are what JSON says, with integers of any size. Parquet values are
-    Python's ``datetime``, ``date``, ``Decimal`` and so on, with times in microseconds.
+    Python's ``datetime``, ``date``, ``Decimal``, ``dict`` and so on, with times in microseconds.
 
     :raises BatchInputError: while iterating, with the file, the line and the value
     """
@@ -265,10 +265,11 @@ def _parquet(stream: BinaryIO, name: str) -> Iterator[tuple[int, dict[str, Any]]
         file = parquet.ParquetFile(stream, coerce_int96_timestamp_unit="us", pre_buffer=False)
         _check_names(file.schema_arrow.names, name)
         schema = _python_times(file.schema_arrow)
+        mapped = {column.name: convert for column in schema if (convert := _with_dicts(column.type)) is not None}
         for batch in file.iter_batches(_PARQUET_ROWS, use_threads=False):
             for row in batch.cast(schema, safe=False).to_pylist():
                 number += 1
-                yield number, row
+                yield number, {**row, **{name: convert(row[name]) for name, convert in mapped.items()}} if mapped else row
     except pa.ArrowException as e:
         raise BatchInputError(f"{name}, after row {number}: not a Parquet file, or a damaged one: {e}. Nothing was sent.") from e
 
@@ -283,6 +284,28 @@ def _python_times(schema: pa.Schema) -> pa.Schema:
         elif pa.types.is_duration(column.type) and column.type.unit == "ns":
             schema = schema.set(index, column.with_type(pa.duration("us")))
     return schema
+
+
+def _with_dicts(type_: pa.DataType) -> Callable[[Any], Any] | None:
+    """What makes dicts of the maps in a value of a type: Arrow gives pairs. None for a type without maps.
+
+    Pairs stay pairs where a key comes twice.
+    """
+    import pyarrow as pa
+
+    if pa.types.is_map(type_):
+        of_item = _with_dicts(type_.item_type) or (lambda item: item)
+
+        def mapping(pairs: Any) -> Any:
+            found = None if pairs is None else {key: of_item(item) for key, item in pairs}
+            return found if found is None or len(found) == len(pairs) else [(key, of_item(item)) for key, item in pairs]
+
+        return mapping
+    if pa.types.is_struct(type_):
+        of_fields = {field.name: convert for field in type_ if (convert := _with_dicts(field.type)) is not None}
+        return (lambda row: row and {**row, **{name: convert(row[name]) for name, convert in of_fields.items()}}) if of_fields else None
+    of_value = _with_dicts(type_.value_type) if hasattr(type_, "value_type") else None
+    return None if of_value is None else lambda values: values and [of_value(value) for value in values]
 
 
 class _Raw(io.RawIOBase):

@@ -251,6 +251,23 @@ def test_the_end_of_time_survives_sparks_old_timestamps() -> None:
     assert read(content, "x.parquet") == [{"until": end}]
 
 
+def test_a_map_of_a_parquet_file_is_a_dict() -> None:
+    """Also inside of a list, a row or another map, and where there are no pairs; a key that comes twice leaves them pairs."""
+    import pyarrow as pa
+
+    one = pa.map_(pa.string(), pa.int64())
+    values: dict[str, Any] = {
+        "plain": ([[("a", 1), ("b", 2)], None, []], one, [{"a": 1, "b": 2}, None, {}]),
+        "twice": ([[("a", 1), ("a", 2)], [("a", 1)], None], one, [[("a", 1), ("a", 2)], {"a": 1}, None]),
+        "listed": ([[[("a", 1)], None], [], None], pa.list_(one), [[{"a": 1}, None], [], None]),
+        "inner": ([{"m": [("a", 1)], "n": 1}, {"m": None, "n": 2}, None], pa.struct([("m", one), ("n", pa.int64())]),
+                  [{"m": {"a": 1}, "n": 1}, {"m": None, "n": 2}, None]),
+        "double": ([[("x", [("a", 1)])], None, []], pa.map_(pa.string(), one), [{"x": {"a": 1}}, None, {}]),
+    }  # fmt: skip
+    found = read(parquet({name: pa.array(given, type_) for name, (given, type_, _) in values.items()}), "x.parquet")
+    assert found == [{name: wanted[at] for name, (_, _, wanted) in values.items()} for at in range(3)]
+
+
 def test_a_parquet_file_of_several_row_groups_is_one_run_of_rows() -> None:
     """Rows are counted through the whole file."""
     rows = rows_of(parquet({"n": list(range(5_000))}, row_group_size=700), "x.parquet")
