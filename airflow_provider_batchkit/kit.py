@@ -18,6 +18,7 @@ from airflow_provider_batchkit.cost.estimate import SAMPLES, Estimate, estimate_
 from airflow_provider_batchkit.cost.prices import PriceBook
 from airflow_provider_batchkit.cost.tally import TallyBuilder
 from airflow_provider_batchkit.exceptions import (
+    BatchInputError,
     BatchUnavailableError,
     BatchWaitTimeout,
     PollError,
@@ -33,10 +34,18 @@ from airflow_provider_batchkit.model import (
     BatchItem,
     BatchSnapshot,
     CostTally,
+    RequestStatus,
 )
-from airflow_provider_batchkit.request.build import RequestBuilder, RequestDefaults, items_of, refuse_repeated_ids
+from airflow_provider_batchkit.request.build import (
+    RequestBuilder,
+    RequestDefaults,
+    items_of,
+    position_of,
+    prompts_of,
+    refuse_repeated_ids,
+)
 from airflow_provider_batchkit.request.scratch import scratch_folder
-from airflow_provider_batchkit.request.shards import Shard, ShardWriter, remove_shard_files
+from airflow_provider_batchkit.request.shards import Shard, ShardWriter, read_index, remove_shard_files
 
 if TYPE_CHECKING:
     import anthropic
@@ -56,8 +65,9 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, slots=True)
 class Retrieval:
-    """Results of one or more batches: ``items`` in the order of the batches, what they cost, and what was wrong with the streams."""
+    """Results of one or more batches, what they cost, and what was wrong with the streams."""
 
+    #: in the order of the requests: always after :meth:`BatchKit.run`, after :meth:`BatchKit.retrieve` as far as the ids tell it
     items: list[BatchItem]
     tally: CostTally
     counts: BatchCounts
@@ -70,8 +80,15 @@ class BatchKit(BatchApi):
     ::
 
         kit = BatchKit(api_key="…")
-        result = kit.run(["Name a river.", "Name a lake."], model="claude-haiku-5-5", max_tokens=50)
-        print(result.items[0].text, result.tally.batch_cost_usd)
+        batch_id = kit.submit(prompts=["Name a river.", "Name a lake."], model="claude-haiku-5-5", max_tokens=50)
+        kit.wait(batch_id)
+        result = kit.retrieve(batch_id)
+        for item in result.items:
+            print(item.custom_id, item.content)
+        print(result.tally.batch_cost_usd)
+
+    :meth:`run` is the three in one. What :meth:`submit` returns is a list, as long lists of requests become several batches; every method
+    that takes batch ids takes it as it is.
     """
 
     def __init__(
@@ -90,8 +107,9 @@ class BatchKit(BatchApi):
 
     def submit(
         self,
-        requests: Iterable[Any],
+        requests: Iterable[Any] | None = None,
         *,
+        prompts: Iterable[str] | None = None,
         model: str | None = None,
         max_tokens: int | None = None,
         system: Any = None,
@@ -99,13 +117,15 @@ class BatchKit(BatchApi):
         max_requests_per_batch: int = MAX_REQUESTS_PER_BATCH,
         max_bytes_per_batch: int = MAX_BYTES_PER_BATCH,
     ) -> list[str]:
-        """Submit any number of requests as one or more batches; returns their ids.
+        """Submit any number of requests as one or more batches; returns the list of their ids. Takes either ``requests`` or ``prompts``.
 
         Everything is checked and written to a temporary folder first, so bad input costs nothing.
 
-        :param requests: native ``{"custom_id", "params"}`` mappings or prompt strings; a string is known as ``item-<position>``
+        :param requests: native ``{"custom_id", "params"}`` mappings or prompt strings; a string's ``custom_id`` is ``item-<position>``
+        :param prompts: strings alone
         :param model: for requests that name none; likewise ``max_tokens``, ``system`` and ``params``
         :param max_bytes_per_batch: bytes of a batch's body
+        :raises BatchInputError: for both or neither of ``requests`` and ``prompts``, and for a bare string; nothing was sent
         :raises RequestError: for input that the API would refuse, naming the item; nothing was sent
         :raises SubmitRefusedError: the API refused; ``submitted`` on the error lists batches that were accepted before
         :raises SubmitUncertainError: the connection broke at a moment when nobody can know whether the batch was accepted
@@ -113,23 +133,27 @@ class BatchKit(BatchApi):
         defaults = RequestDefaults(model, max_tokens, system, dict(params or {}))
         with scratch_folder() as folder:
             writer = ShardWriter(folder, max_requests=max_requests_per_batch, max_bytes=max_bytes_per_batch)
-            shards = _write(writer, requests, defaults)
-            ids: list[str] = []
-            for shard in shards:
-                try:
-                    ids.append(self.send(shard).batch_id)
-                except (SubmitRefusedError, SubmitThrottledError, SubmitUncertainError) as e:
-                    if ids:
-                        e.add_note(f"Submitted before this: {', '.join(ids)}. They run and are billed; wait for them as usual.")
-                    e.submitted = list(ids)
-                    raise
-                remove_shard_files(shard)
-        return ids
+            return [batch_id for batch_id, _ in self._send_all(_write(writer, _asked(requests, prompts), defaults))]
+
+    def _send_all(self, shards: Iterable[Shard]) -> Iterator[tuple[str, Shard]]:
+        """Each shard with the id of its batch, after it was accepted and before its files are removed."""
+        ids: list[str] = []
+        for shard in shards:
+            try:
+                ids.append(self.send(shard).batch_id)
+            except (SubmitRefusedError, SubmitThrottledError, SubmitUncertainError) as e:
+                if ids:
+                    e.add_note(f"Submitted before this: {', '.join(ids)}. They run and are billed; wait for them as usual.")
+                e.submitted = list(ids)
+                raise
+            yield ids[-1], shard
+            remove_shard_files(shard)
 
     def estimate(
         self,
-        requests: Iterable[Any],
+        requests: Iterable[Any] | None = None,
         *,
+        prompts: Iterable[str] | None = None,
         model: str | None = None,
         max_tokens: int | None = None,
         system: Any = None,
@@ -137,12 +161,13 @@ class BatchKit(BatchApi):
     ) -> Estimate:
         """What :meth:`submit` of the same requests would cost, as a batch today: expected, and at most. Sends only token counts, for free.
 
+        :raises BatchInputError: for both or neither of ``requests`` and ``prompts``, and for a bare string
         :raises RequestError: for input that the API would refuse, naming the item
         """
         defaults = RequestDefaults(model, max_tokens, system, dict(params or {}))
         with scratch_folder() as folder:
             writer = ShardWriter(folder)
-            shards = _write(writer, requests, defaults)
+            shards = _write(writer, _asked(requests, prompts), defaults)
             return estimate_shards(shards, writer.samples(SAMPLES), self.price_book, datetime.now(UTC), count_tokens=self.count_tokens)
 
     def wait(
@@ -262,28 +287,34 @@ class BatchKit(BatchApi):
     def retrieve(self, batch_ids: str | Sequence[str]) -> Retrieval:
         """Read the results of one or more ended batches into memory.
 
-        For results larger than memory, iterate :meth:`read_items`.
+        The API answers in any order. Items whose ids are ``item-<position>``, as those of prompts are, come by their positions, over all
+        batches of one submit; others stay where the API put them. For results larger than memory, iterate :meth:`read_items`.
 
         :raises BatchNotEndedError: when one is still running
         """
+        found = [self._retrieve(batch_id, None) for batch_id in _as_ids(batch_ids)]
+        return _together(found, _by_position([result.items for result in found]))
+
+    def _retrieve(self, batch_id: str, asked: Mapping[str, str] | None) -> Retrieval:
+        """The results of one batch, as they come.
+
+        :param asked: every ``custom_id`` of the batch, with its key; None when they are not known
+        """
+        found = self.get(batch_id)
+        builder = TallyBuilder(self.price_book, found.created_at)
+        reconciler = Reconciler(asked)
         items: list[BatchItem] = []
-        tally, counts, faults = CostTally(), BatchCounts(), StreamFaults()
-        for batch_id in _as_ids(batch_ids):
-            found = self.get(batch_id)
-            builder = TallyBuilder(self.price_book, found.created_at)
-            reconciler = Reconciler(None)
-            left = self.read_items(batch_id, reconciler, found.counts.total)
-            while piece := list(itertools.islice(left, _TALLIED_TOGETHER)):
-                builder.add_all(ResultBlock.of(piece))
-                items += piece
-            tally, counts = tally + builder.tally(), counts + found.counts
-            faults = faults + reconciler.faults
-        return Retrieval(items, tally, counts, faults)
+        left = self.read_items(batch_id, reconciler, found.counts.total)
+        while piece := list(itertools.islice(left, _TALLIED_TOGETHER)):
+            builder.add_all(ResultBlock.of(piece))
+            items += piece
+        return Retrieval(items, builder.tally(), found.counts, reconciler.faults)
 
     def run(
         self,
-        requests: Iterable[Any],
+        requests: Iterable[Any] | None = None,
         *,
+        prompts: Iterable[str] | None = None,
         model: str | None = None,
         max_tokens: int | None = None,
         system: Any = None,
@@ -292,16 +323,63 @@ class BatchKit(BatchApi):
         timeout_s: float = DEFAULT_TIMEOUT_S,
         on_progress: Callable[[Mapping[str, BatchSnapshot]], None] | None = None,
     ) -> Retrieval:
-        """Submit, wait and retrieve. Blocks until the last batch has ended; see :meth:`submit` and :meth:`wait`."""
-        ids = self.submit(requests, model=model, max_tokens=max_tokens, system=system, params=params)
-        self.wait(ids, interval_s=interval_s, timeout_s=timeout_s, on_progress=on_progress)
-        return self.retrieve(ids)
+        """Submit, wait and retrieve. Blocks until the last batch has ended; see :meth:`submit` and :meth:`wait`.
+
+        ``items`` has one item for each request, in the order of the requests: it can be zipped with them. A request that the results do not
+        name has the status ``missing``, and no content.
+        """
+        defaults = RequestDefaults(model, max_tokens, system, dict(params or {}))
+        asked: dict[str, dict[str, str]] = {}
+        with scratch_folder() as folder:
+            for batch_id, shard in self._send_all(_write(ShardWriter(folder), _asked(requests, prompts), defaults)):
+                asked[batch_id] = {entry.custom_id: entry.key for entry in read_index(shard)}
+        self.wait(list(asked), interval_s=interval_s, timeout_s=timeout_s, on_progress=on_progress)
+        found = [self._retrieve(batch_id, ids) for batch_id, ids in asked.items()]
+        items = [item for ids, result in zip(asked.values(), found, strict=True) for item in _of_each(ids, result.items)]
+        return _together(found, items)
+
+
+def _asked(requests: Iterable[Any] | None, prompts: Iterable[str] | None) -> Iterable[Any]:
+    """The one of both that is given."""
+    if (requests is None) == (prompts is None):
+        raise BatchInputError(f"Give requests or prompts, not {'neither' if requests is None else 'both'}. Nothing was sent.")
+    return items_of(requests) if prompts is None else prompts_of(prompts)
 
 
 def _write(writer: ShardWriter, requests: Iterable[Any], defaults: RequestDefaults) -> list[Shard]:
-    for piece in refuse_repeated_ids(RequestBuilder(defaults).pieces(items_of(requests))):
+    for piece in refuse_repeated_ids(RequestBuilder(defaults).pieces(requests)):
         writer.add(piece)
     return writer.close()
+
+
+def _of_each(custom_ids: Iterable[str], items: Iterable[BatchItem]) -> Iterator[BatchItem]:
+    """The item of each id, in the order of the ids."""
+    found = {item.custom_id: item for item in items}
+    for custom_id in custom_ids:
+        yield found.get(custom_id) or BatchItem(custom_id, RequestStatus.MISSING)
+
+
+def _by_position(batches: Sequence[Sequence[BatchItem]]) -> list[BatchItem]:
+    """The batches' items, those whose ids tell their position in order; the others stay where they are.
+
+    Batches of several submits have positions that come twice. Then each batch is put in order by itself.
+    """
+    items = list(itertools.chain.from_iterable(batches))
+    places = {place: position for place, item in enumerate(items) if (position := position_of(item.custom_id)) is not None}
+    if len(set(places.values())) < len(places):
+        return [item for batch in batches for item in _by_position([batch])]
+    ordered = items.copy()
+    for place, source in zip(places, sorted(places, key=places.__getitem__), strict=True):
+        ordered[place] = items[source]
+    return ordered
+
+
+def _together(found: Iterable[Retrieval], items: list[BatchItem]) -> Retrieval:
+    """The sum of the results, with these items."""
+    tally, counts, faults = CostTally(), BatchCounts(), StreamFaults()
+    for result in found:
+        tally, counts, faults = tally + result.tally, counts + result.counts, faults + result.faults
+    return Retrieval(items, tally, counts, faults)
 
 
 def _counted(chunks: Iterator[bytes], on_bytes: Callable[[int], None]) -> Iterator[bytes]:

@@ -123,6 +123,11 @@ class BatchItem(msgspec.Struct, frozen=True, gc=False):
     error_message: str | None = None
     message: bytes | None = None
 
+    @property
+    def content(self) -> str | None:
+        """Another name of ``text``: the text of the answer, None for a request that was not answered."""
+        return self.text
+
 
 @dataclass(frozen=True, slots=True)
 class BatchCounts:

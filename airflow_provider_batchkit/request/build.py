@@ -26,6 +26,9 @@ from airflow_provider_batchkit.source.rows import Items, column_of
 log = logging.getLogger(__name__)
 
 _CUSTOM_ID = re.compile(CUSTOM_ID_PATTERN)
+#: the custom_id of a request that has neither one of its own nor a job, and the position that it holds
+_POSITION_ID = "item-{}"
+_POSITION = re.compile(_POSITION_ID.format("(0|[1-9][0-9]{0,17})"))
 _ENCODE = msgspec.json.Encoder(order="deterministic")
 _DIGEST_CHARS = 40
 #: items that are built at a time: at first, and at most where bodies are small
@@ -93,6 +96,12 @@ def check_custom_id(custom_id: Any) -> str:
             f"custom_id {custom_id!r} is not valid: 1 to 64 letters, digits, '_' or '-' ({CUSTOM_ID_PATTERN}). Nothing was sent."
         )
     return custom_id
+
+
+def position_of(custom_id: str) -> int | None:
+    """The position of a request among those that were submitted with it, from 0; None where its ``custom_id`` does not tell it."""
+    found = _POSITION.fullmatch(custom_id)
+    return None if found is None else int(found[1])
 
 
 def encode_params(params: Any) -> bytes:
@@ -349,7 +358,7 @@ class RequestBuilder:
                 digest = params_digest(f"{digest} {key}".encode())
             custom_id = f"{self._job_id}-{digest}"
         else:
-            custom_id = own_id if own_id is not None else f"item-{position}"
+            custom_id = own_id if own_id is not None else _POSITION_ID.format(position)
         return PreparedRequest(custom_id, key, params, form)
 
 
@@ -367,6 +376,29 @@ def refuse_repeated_ids(blocks: Iterable[RequestBlock]) -> Iterator[RequestBlock
                 raise RequestError(f"request {len(seen)}: custom_id {custom_id!r} came before; it must be unique. Nothing was sent.")
             seen.add(custom_id)
         yield block
+
+
+def prompts_of(prompts: Any) -> Iterator[str]:
+    """``prompts`` as given by a user.
+
+    :raises BatchInputError: for a string, bytes, a mapping, or something that is not iterable
+    :raises RequestError: while iterating, at the first prompt that is not a string
+    """
+    if isinstance(prompts, str | bytes | Mapping) or not isinstance(prompts, Iterable):
+        raise BatchInputError(
+            f"prompts must be a list (or another iterable) of strings, not a {type(prompts).__name__}. For one prompt give a list of one. "
+            "Nothing was sent."
+        )
+    return (_prompt(prompt, position) for position, prompt in enumerate(prompts))
+
+
+def _prompt(prompt: Any, position: int) -> str:
+    if isinstance(prompt, str):
+        return prompt
+    raise RequestError(
+        f"prompt {position}: a prompt is a string, not {type(prompt).__name__}; native requests go into requests. Nothing was sent.",
+        position=position,
+    )
 
 
 def items_of(requests: Any) -> Iterable[Any]:

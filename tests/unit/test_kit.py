@@ -10,6 +10,7 @@ import pytest
 
 from airflow_provider_batchkit import BatchKit, RequestStatus
 from airflow_provider_batchkit.exceptions import (
+    BatchInputError,
     BatchNotEndedError,
     BatchUnavailableError,
     BatchWaitTimeout,
@@ -52,6 +53,99 @@ def test_run_gives_every_answer_and_what_it_cost(kit: BatchKit) -> None:
     assert result.tally.batch_cost_usd == expected > 0
     assert result.tally.standard_cost_usd == 2 * expected
     assert result.counts.succeeded == 2
+
+
+def test_the_words_of_the_first_library_run_as_they_are(kit: BatchKit) -> None:
+    """What submit returns goes into wait and retrieve unseen, and items have an id and a content."""
+    batch_id = kit.submit(prompts=["Name a river.", "Name a lake."], **MODEL)
+    kit.wait(batch_id)
+    result = kit.retrieve(batch_id)
+    assert [(item.custom_id, item.content) for item in result.items] == [
+        ("item-0", answer_for("Name a river.")),
+        ("item-1", answer_for("Name a lake.")),
+    ]
+    assert [item.content for item in kit.run(prompts=["Name a river."], **MODEL).items] == [answer_for("Name a river.")]
+    assert kit.estimate(prompts=["Name a river."], **MODEL).requests == 1
+
+
+def test_one_id_serves_as_well_as_the_list(kit: BatchKit) -> None:
+    """Wait and retrieve take the list that submit returns, and one id out of it."""
+    (batch_id,) = ids = kit.submit(prompts=["Name a river."], **MODEL)
+    assert kit.wait(batch_id) == kit.wait(ids)
+    assert kit.retrieve(batch_id) == kit.retrieve(ids)
+
+
+def test_answers_to_prompts_come_in_their_order_over_all_batches(kit: BatchKit) -> None:
+    """The API answers in any order, and as text item-10 comes before item-2."""
+    prompts = [f"Name river {i}." for i in range(25)]
+    ids = kit.submit(prompts=prompts, max_requests_per_batch=12, **MODEL)
+    assert len(ids) == 3
+    asked = [(f"item-{i}", answer_for(prompt)) for i, prompt in enumerate(prompts)]
+    for given in (ids, ids[::-1]):
+        assert [(item.custom_id, item.content) for item in kit.retrieve(given).items] == asked
+
+
+def test_results_of_two_submits_stay_apart(kit: BatchKit) -> None:
+    """Positions that come twice tell the order within each batch alone."""
+    first, second = (kit.submit(prompts=[f"Name {what} {i}." for i in range(12)], **MODEL) for what in ("river", "lake"))
+    items = kit.retrieve(second + first).items
+    assert [item.content for item in items] == [answer_for(f"Name {what} {i}.") for what in ("lake", "river") for i in range(12)]
+
+
+def test_among_native_ids_those_of_prompts_are_in_order(kit: BatchKit) -> None:
+    """An id of the user's own tells no position: not one that looks like it, either."""
+    requests = [native("item-x"), *(f"Name river {i}." for i in range(20)), native("item-007"), native("my-item-3")]
+    ids = [item.custom_id for item in kit.retrieve(kit.submit(requests, **MODEL)).items]
+    assert [custom_id for custom_id in ids if custom_id not in ("item-x", "item-007", "my-item-3")] == [f"item-{i}" for i in range(1, 21)]
+    assert len(ids) == 23
+
+
+def test_run_gives_an_item_for_each_request_in_their_order(kit: BatchKit) -> None:
+    """Also where the ids are the user's own, and where some have failed: the items can be zipped with the requests."""
+    names = ["zebra", "ant", "item-9", "bee", "item-0"]
+    requests = [native(name, "[[sim:errored]]" if name == "bee" else name) for name in names]
+    items = kit.run([*requests, "Name a lake."], **MODEL).items
+    assert [item.custom_id for item in items] == [*names, "item-5"]
+    answers = [None if name == "bee" else answer_for(name) for name in names]
+    assert [item.content for item in items] == [*answers, answer_for("Name a lake.")]
+
+
+def test_a_line_that_run_misses_does_not_shift_the_others(kit: BatchKit, sim: Simulator) -> None:
+    """A request without a line is missing and has no content; a line that nobody asked for is counted, and is no item."""
+    sim.faults.add("missing_line", line=2, times=None)
+    sim.faults.add("foreign_line", line=3, times=None)
+    prompts = [f"Name river {i}." for i in range(6)]
+    result = kit.run(prompts=prompts, **MODEL)
+    missing = [item for item in result.items if item.status is RequestStatus.MISSING]
+    assert [item.custom_id for item in result.items] == [f"item-{i}" for i in range(6)]
+    assert [item.content for item in missing] == [None]
+    assert all(item.content == answer_for(prompt) for prompt, item in zip(prompts, result.items, strict=True) if item not in missing)
+    assert result.faults.foreign == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({}, "Give requests or prompts, not neither"),
+        ({"requests": ["a"], "prompts": ["b"]}, "Give requests or prompts, not both"),
+        ({"requests": [], "prompts": []}, "Give requests or prompts, not both"),
+        ({"prompts": "Name a river."}, "prompts must be a list .* of strings, not a str. For one prompt give a list of one"),
+        ({"prompts": b"Name a river."}, "prompts must be a list .* not a bytes"),
+        ({"prompts": {"a": "Name a river."}}, "prompts must be a list .* not a dict"),
+        ({"prompts": 7}, "prompts must be a list .* not a int"),
+        ({"prompts": ["Name a river.", None]}, "prompt 1: a prompt is a string, not NoneType"),
+        ({"prompts": [native("a")]}, "prompt 0: .* native requests go into requests"),
+        ({"prompts": ["Name a river.", " "]}, "request 1: .*no content"),
+    ],
+)
+@pytest.mark.parametrize("method", ["submit", "run", "estimate"])
+def test_prompts_that_cannot_be_meant_are_refused_in_words(
+    kit: BatchKit, sim: Simulator, method: str, given: dict[str, Any], words: str
+) -> None:
+    """Every way in refuses them alike, and nothing is sent."""
+    with pytest.raises((BatchInputError, RequestError), match=f"{words}.*Nothing was sent"):
+        getattr(kit, method)(**given, **MODEL)
+    assert sim.stats()["posts"] == 0
 
 
 def test_a_long_list_becomes_several_batches(kit: BatchKit, sim: Simulator) -> None:
