@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -13,7 +14,7 @@ import uuid6
 from airflow_provider_batchkit import BatchKit
 from airflow_provider_batchkit.jobs.fetch import fetch_job
 from airflow_provider_batchkit.jobs.settle import DEFAULT_TIMES, SettleTimes
-from airflow_provider_batchkit.jobs.submit import Attempt, SubmitReport, submit_job
+from airflow_provider_batchkit.jobs.submit import Attempt, SubmitOptions, SubmitReport, submit_job
 from airflow_provider_batchkit.landing import LandingReport, WriteDisposition
 from airflow_provider_batchkit.ledger import JobRecord, Ledger, prepare_engine
 from airflow_provider_batchkit.request.build import RequestBuilder, RequestDefaults, items_of
@@ -34,11 +35,6 @@ LANDING_PATHS = {
 def kit_for(base_url: str, *, api_key: str = "test-key", **client: Any) -> BatchKit:
     """A kit on a simulator."""
     return BatchKit(anthropic.Anthropic(api_key=api_key, base_url=base_url, max_retries=0, **client))
-
-
-def new_attempt() -> Attempt:
-    """An attempt that is younger than all before it."""
-    return Attempt(str(uuid6.uuid7()), datetime.now(UTC))
 
 
 def times_of(settle_seconds: float | None, absence_seconds: float = 0.1) -> SettleTimes:
@@ -70,7 +66,8 @@ class Warehouse:
         attempt: Attempt | None = None,
         map_index: int = -1,
         settle_seconds: float | None = None,
-        **limits: Any,
+        only: Iterable[str] | None = None,
+        **options: Any,
     ) -> SubmitReport:
         """Submit rows as the job of ``run_id``, in an attempt of its own unless one is given."""
         job = self.job(run_id, map_index=map_index)
@@ -83,37 +80,29 @@ class Warehouse:
             if types.rows_seen:
                 self.ledger.set_key_columns(job.job_id, types.result(self.ledger.key_columns(job.job_id)))
 
-        return submit_job(
-            self.kit,
-            self.ledger,
-            job,
-            builder.pieces(rows, types.see),
-            attempt=attempt or new_attempt(),
-            times=times_of(settle_seconds),
-            anthropic_conn_id="anthropic_default",
-            before_send=note_key,
-            output_schema=None if schema is None else schema.text,
-            **limits,
-        )
+        text = None if schema is None else schema.text
+        how = SubmitOptions(times=times_of(settle_seconds), output_schema=text, **options)
+        attempt = self.attempt(job) if attempt is None else replace(attempt, job=job)
+        return submit_job(attempt, builder.pieces(rows, types.see), how, only=only, before_send=note_key)
+
+    def attempt(self, job: JobRecord | None = None, **how: Any) -> Attempt:
+        """An attempt that is younger than all before it, of the job of ``run-1`` unless another is given."""
+        return Attempt(self.kit, self.ledger, job or self.job(), str(uuid6.uuid7()), how.pop("since", datetime.now(UTC)), **how)
 
     def job(self, run_id: str = "run-1", *, task_id: str = "submit", map_index: int = -1) -> JobRecord:
         """The job of a run, in a ledger that is there."""
         self.ledger.ensure()
         return self.ledger.identify("dag", run_id, task_id, map_index)
 
-    def submit_requests(self, requests: Any, *, run_id: str = "run-1", **limits: Any) -> SubmitReport:
+    def submit_requests(self, requests: Any, *, run_id: str = "run-1", **options: Any) -> SubmitReport:
         """Submit requests without rows, as the job of ``run_id``."""
         job = self.job(run_id)
         builder = RequestBuilder(RequestDefaults("claude-haiku-5-5", 100), job_id=job.job_id)
         return submit_job(
-            self.kit,
-            self.ledger,
-            job,
+            self.attempt(job),
             builder.pieces(items_of(requests)),
-            attempt=new_attempt(),
-            anthropic_conn_id="anthropic_default",
+            SubmitOptions(**options),
             before_send=lambda: self.ledger.set_key_columns(job.job_id, KeyTypes(()).result()),
-            **limits,
         )
 
     def fetch(

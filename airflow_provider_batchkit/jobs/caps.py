@@ -17,8 +17,6 @@ from airflow_provider_batchkit.cost.estimate import Estimate, bound_of, estimate
 from airflow_provider_batchkit.exceptions import CostLimitError
 from airflow_provider_batchkit.kit import BatchKit
 from airflow_provider_batchkit.ledger import JobRecord, Ledger
-from airflow_provider_batchkit.ledger.budgets import give_up_hold, reserve
-from airflow_provider_batchkit.ledger.history import committed_usd, output_per_request
 from airflow_provider_batchkit.model import Bound, usd_text
 from airflow_provider_batchkit.request.shards import Shard
 
@@ -58,7 +56,7 @@ class Spending:
             self._kit.price_book,
             self._at,
             count_tokens=self._kit.count_tokens,
-            output_per_request=output_per_request(self._ledger.engine, self._job.dag_id, self._job.task_id),
+            output_per_request=self._ledger.output_per_request(self._job.dag_id, self._job.task_id),
         )
 
     @property
@@ -84,17 +82,17 @@ class Spending:
             return
         asked = Bound(found.upper_usd, found.upper_tokens, found.why_unbounded)
         _refuse_unbounded(f"The budget {budget.name!r}", asked)
-        reserve(self._ledger.engine, self._job.job_id, self._lease, budget, asked)
+        self._ledger.reserve(self._job.job_id, self._lease, budget, asked)
         try:
             yield
         finally:
-            give_up_hold(self._ledger.engine, self._job.job_id, self._lease)
+            self._ledger.give_up_hold(self._job.job_id, self._lease)
 
     def _refuse_above(self, limit: Decimal, found: Estimate) -> None:
         """Hold the upper bound, and what the job's batches of earlier attempts cost or may cost, against ``max_cost_usd``."""
         _refuse_unbounded(f"max_cost_usd={usd_text(limit)}", Bound(found.upper_usd, found.upper_tokens, found.why_unbounded))
         assert found.upper_usd is not None
-        committed, unknown = committed_usd(self._ledger.engine, self._job.job_id)
+        committed, unknown = self._ledger.committed_usd(self._job.job_id)
         if unknown:
             raise CostLimitError(
                 f"max_cost_usd={usd_text(limit)} cannot be kept: nobody knows what {', '.join(unknown[:5])} of an earlier attempt may "

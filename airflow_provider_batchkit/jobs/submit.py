@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from itertools import chain
 
@@ -33,14 +33,11 @@ from airflow_provider_batchkit.jobs.prime import Priming
 from airflow_provider_batchkit.jobs.settle import DEFAULT_TIMES, PATIENCE_S, Settler, SettleTimes
 from airflow_provider_batchkit.jobs.waiting import WaitFor
 from airflow_provider_batchkit.kit import BatchKit
-from airflow_provider_batchkit.ledger import BatchRecord, BatchState, JobRecord, Ledger
-from airflow_provider_batchkit.ledger.account import note_rendering
-from airflow_provider_batchkit.ledger.history import answered, output_per_request
-from airflow_provider_batchkit.ledger.outputs import note_output_schema
+from airflow_provider_batchkit.ledger import BatchRecord, BatchState, Intent, JobRecord, Ledger
 from airflow_provider_batchkit.ledger.rounds import failed_keys, note_sent
 from airflow_provider_batchkit.model import MAX_BYTES_PER_BATCH, MAX_REQUESTS_PER_BATCH, BatchSnapshot
 from airflow_provider_batchkit.request.block import RequestBlock
-from airflow_provider_batchkit.request.dedupe import RowCounts, spool
+from airflow_provider_batchkit.request.dedupe import RowCounts, dedupe
 from airflow_provider_batchkit.request.scratch import scratch_folder
 from airflow_provider_batchkit.request.shards import Shard, ShardWriter, remove_shard_files, split_shard
 
@@ -70,184 +67,191 @@ class SubmitReport(RowCounts):
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """One attempt of a task, which may come in several legs: between them it waits."""
+    """One attempt of a job's task. It may come in several legs: between them it waits."""
 
+    kit: BatchKit
+    ledger: Ledger
+    job: JobRecord
     #: the task instance's id, a UUIDv7
     attempt_id: str
     #: when its first leg began; aware
     since: datetime
+    #: the Airflow connection of the API
+    anthropic_conn_id: str = "anthropic_default"
     #: candidates that the leg before waited for
     waited_for: Sequence[str] = ()
     #: whether the task was killed and is to send nothing more
     stopped: Callable[[], bool] = lambda: False
 
+    @property
+    def job_id(self) -> str:
+        return self.job.job_id
+
+    def batch_ids(self) -> list[str]:
+        """Ids of the job's batches, by shard: those that run, have landed, or are gone, so that a fetch does not miss them in silence."""
+        return [b.batch_id for b in self.ledger.batches(self.job_id) if b.batch_id]
+
+
+@dataclass(frozen=True, slots=True)
+class SubmitOptions:
+    """How a job asks."""
+
+    max_requests: int = MAX_REQUESTS_PER_BATCH
+    #: bytes of a batch's body
+    max_bytes: int = MAX_BYTES_PER_BATCH
+    #: leave rows out whose request has succeeded in another run of the task and landed in the same table
+    skip_unchanged: bool = False
+    #: the task's result table, where it knows it
+    table: str | None = None
+    #: how long a shard that an earlier attempt may have sent is looked for before it counts as never accepted
+    times: SettleTimes = DEFAULT_TIMES
+    #: what the job may cost
+    limits: Limits = NO_LIMITS
+    #: send the job's first request alone; the rest is not sent before it has ended
+    priming: Priming | None = None
+    #: from 1; what the rounds before it asked may be asked again in it
+    round_number: int = 1
+    #: the text of the :class:`~airflow_provider_batchkit.schema.OutputSchema` that the requests ask for
+    output_schema: str | None = None
+
 
 def submit_job(
-    kit: BatchKit,
-    ledger: Ledger,
-    job: JobRecord,
-    requests: Iterable[RequestBlock],
-    *,
     attempt: Attempt,
-    anthropic_conn_id: str,
-    max_requests: int = MAX_REQUESTS_PER_BATCH,
-    max_bytes: int = MAX_BYTES_PER_BATCH,
-    skip_unchanged: bool = False,
-    table: str | None = None,
-    times: SettleTimes = DEFAULT_TIMES,
-    before_send: Callable[[], None] = lambda: None,
-    limits: Limits = NO_LIMITS,
-    priming: Priming | None = None,
-    round_number: int = 1,
+    requests: Iterable[RequestBlock],
+    options: SubmitOptions,
+    *,
     only: Iterable[str] | None = None,
-    output_schema: str | None = None,
+    before_send: Callable[[], None] = lambda: None,
 ) -> SubmitReport:
     """Submit whatever of ``requests`` the job has not in flight or landed.
 
     :param requests: built with the job's id; consumed once, to its end, before anything is sent
-    :param skip_unchanged: leave rows out whose request has succeeded in another run of the task and landed in the same table
-    :param table: the task's result table, where it knows it
-    :param round_number: from 1; what the rounds before it asked may be asked again in it, where ``only`` says so
     :param only: keys of the rows to ask; None for all
-    :param times: how long a shard that an earlier attempt may have sent is looked for before it counts as never accepted
     :param before_send: called once the source has been read and found good, before the first POST
-    :param limits: what the job may cost
-    :param priming: send the job's first request alone; the rest is not sent before it has ended
-    :param output_schema: the text of the :class:`~airflow_provider_batchkit.schema.OutputSchema` that ``requests`` ask for
     :raises RequestError: bad input, a key that comes twice; nothing was sent by this attempt
-    :raises CostLimitError: it may cost more than ``limits`` allow; nothing was sent by this attempt
+    :raises CostLimitError: it may cost more than the limits allow; nothing was sent by this attempt
     :raises SubmitRefusedError: the API refused a shard; ``submitted`` lists the job's batches that run
     :raises SubmitUncertainError: it cannot be decided whether a shard was accepted; a retry, or a person, does it
     :raises LeaseLostError: a newer attempt has begun
     """
+    ledger, job = attempt.ledger, attempt.job
     ledger.ensure()
     lease = ledger.open_job(job, attempt.attempt_id)
-    sender = _Sender(kit, ledger, job, lease, attempt, times, anthropic_conn_id, round_number)
-    report = SubmitReport(waits_for=sender.settle())
-    if report.waits_for is not None:
-        report.batch_ids = batch_ids_of(ledger, job.job_id)
-        return report
+    sender = _Sender(attempt, lease, options)
+    wait = sender.settle()
+    if wait is not None:
+        return SubmitReport(waits_for=wait, batch_ids=attempt.batch_ids())
     with scratch_folder() as folder:
-        first_new = ledger.next_shard(job.job_id)
-        first_alone = priming is not None and not batch_ids_of(ledger, job.job_id)
-        writer = ShardWriter(folder, first_number=first_new, max_requests=max_requests, max_bytes=max_bytes, first_alone=first_alone)
         started = time.monotonic()
-        history = answered(ledger.engine, job, table) if skip_unchanged else ()
-        spool(requests, ledger.known(job.job_id, round_number), writer, folder, report, only=only, answered=history)
+        writer, report = _write_new(attempt, requests, options, folder, only)
         shards = writer.close()
         rendering_s = time.monotonic() - started
         before_send()
-        note_output_schema(ledger.engine, job.job_id, lease, output_schema, sends=bool(shards))
-        ledger.note_skipping(job.job_id, skips=skip_unchanged)
-        spending = Spending(kit, ledger, job, lease, limits)
+        ledger.note_output_schema(job.job_id, lease, options.output_schema, sends=bool(shards))
+        ledger.note_skipping(job.job_id, skips=options.skip_unchanged)
         ledger.add_copies(job.job_id, lease, writer.earlier_copies())
         if shards or report.unchanged:
-            note_rendering(ledger.engine, job.job_id, rendering_s, report.unchanged)
+            ledger.note_rendering(job.job_id, rendering_s, report.unchanged)
         if shards:
+            spending = Spending(attempt.kit, ledger, job, lease, options.limits)
             report.estimate = spending.estimate(shards, writer.samples(SAMPLES))
             log.info("Estimate for %s", report.estimate)
             try:
                 with spending.allowed(report.estimate):
-                    for shard in shards:
-                        if priming is not None:
-                            report.waits_for = priming.wait(kit, ledger.batches(job.job_id))
-                        if report.waits_for is None:
-                            report.waits_for = sender.send(shard, spending)
-                        if report.waits_for is not None:
-                            break
-                        report.asked += shard.requests
+                    report.waits_for = sender.send_all(shards, spending, report)
             except CostLimitError as e:
-                e.submitted = batch_ids_of(ledger, job.job_id)
+                e.submitted = attempt.batch_ids()
                 raise
     if report.waits_for is None:
-        note_sent(ledger.engine, job.job_id, lease, round_number)
-    report.batch_ids = batch_ids_of(ledger, job.job_id)
+        note_sent(ledger.engine, job.job_id, lease, options.round_number)
+    report.batch_ids = attempt.batch_ids()
     return report
 
 
 def rehearse_job(
-    kit: BatchKit,
-    ledger: Ledger,
-    job: JobRecord,
-    requests: Iterable[RequestBlock],
-    *,
-    max_requests: int = MAX_REQUESTS_PER_BATCH,
-    max_bytes: int = MAX_BYTES_PER_BATCH,
-    skip_unchanged: bool = False,
-    table: str | None = None,
-    priming: Priming | None = None,
-    only: Iterable[str] | None = None,
+    attempt: Attempt, requests: Iterable[RequestBlock], options: SubmitOptions, *, only: Iterable[str] | None = None
 ) -> SubmitReport:
     """What :func:`submit_job` would send, with its estimate. Sends nothing but the token counts of a sample, and journals nothing.
 
     :raises RequestError: bad input, as a submit raises it
     """
-    report = SubmitReport()
-    exists = ledger.exists()
+    ledger, job = attempt.ledger, attempt.job
     with scratch_folder() as folder:
-        first_new = ledger.next_shard(job.job_id) if exists else 0
-        first_alone = priming is not None and not (exists and batch_ids_of(ledger, job.job_id))
-        writer = ShardWriter(folder, first_number=first_new, max_requests=max_requests, max_bytes=max_bytes, first_alone=first_alone)
-        known = ledger.known(job.job_id) if exists else ()
-        history = answered(ledger.engine, job, table) if exists and skip_unchanged else ()
-        spool(requests, known, writer, folder, report, only=only, answered=history)
+        writer, report = _write_new(attempt, requests, options, folder, only)
         shards = writer.close()
         report.batches = len(shards)
         report.estimate = estimate_shards(
             shards,
             writer.samples(SAMPLES),
-            kit.price_book,
+            attempt.kit.price_book,
             datetime.now(UTC),
-            count_tokens=kit.count_tokens,
-            output_per_request=output_per_request(ledger.engine, job.dag_id, job.task_id) if exists else None,
+            count_tokens=attempt.kit.count_tokens,
+            output_per_request=ledger.output_per_request(job.dag_id, job.task_id) if ledger.exists() else None,
         )
     return report
 
 
-def batch_ids_of(ledger: Ledger, job_id: str) -> list[str]:
-    """Ids of the job's batches, by shard: those that run, have landed, or are gone, so that a fetch does not miss them in silence."""
-    return [b.batch_id for b in ledger.batches(job_id) if b.batch_id]
+def _write_new(
+    attempt: Attempt, requests: Iterable[RequestBlock], options: SubmitOptions, folder: str, only: Iterable[str] | None
+) -> tuple[ShardWriter, SubmitReport]:
+    """Write what the job has not asked yet into shards."""
+    ledger, job = attempt.ledger, attempt.job
+    exists = ledger.exists()
+    writer = ShardWriter(
+        folder,
+        first_number=ledger.next_shard(job.job_id) if exists else 0,
+        max_requests=options.max_requests,
+        max_bytes=options.max_bytes,
+        first_alone=options.priming is not None and not (exists and attempt.batch_ids()),
+    )
+    known = ledger.known(job.job_id, options.round_number) if exists else ()
+    answered = ledger.answered(job, options.table) if exists and options.skip_unchanged else ()
+    counts = dedupe(requests, known, writer, folder, only=only, answered=answered)
+    return writer, SubmitReport(**asdict(counts))
 
 
 class _Sender:
     """Sends the shards of one attempt of a job."""
 
-    def __init__(
-        self,
-        kit: BatchKit,
-        ledger: Ledger,
-        job: JobRecord,
-        lease: int,
-        attempt: Attempt,
-        times: SettleTimes,
-        anthropic_conn_id: str,
-        round_number: int,
-    ) -> None:
-        self._kit = kit
-        self._ledger = ledger
-        self._job_id = job.job_id
-        self._lease = lease
+    def __init__(self, attempt: Attempt, lease: int, options: SubmitOptions) -> None:
         self._attempt = attempt
-        self._times = times
-        self._conn_id = anthropic_conn_id
-        self._round = round_number
-        self.settler = Settler(kit, ledger, times, lease=lease, waited_for=attempt.waited_for)
+        self._kit = attempt.kit
+        self._ledger = attempt.ledger
+        self._job_id = attempt.job_id
+        self._lease = lease
+        self._options = options
+        self._settler = Settler(attempt.kit, attempt.ledger, options.times, lease=lease, waited_for=attempt.waited_for)
 
     def settle(self) -> WaitFor | None:
         """Settle what is in doubt; gives what must be waited for before that is possible.
 
         :raises SubmitUncertainError: also after several POSTs of this attempt that came to nothing
         """
-        wait = self.settler.settle(self._job_id)
+        wait = self._settler.settle(self._job_id)
         void = self._ledger.count_void(self._job_id, self._attempt.since)
         if wait is None and void >= _DOUBTS:
             error = SubmitUncertainError(
                 f"{void} POSTs of this attempt ended without an answer, and none of them was accepted. Nothing is billed for them. The "
                 "network, or a gateway, does not take them: a retry of the task sends the rows again."
             )
-            error.submitted = batch_ids_of(self._ledger, self._job_id)
+            error.submitted = self._attempt.batch_ids()
             raise error
         return wait
+
+    def send_all(self, shards: Iterable[Shard], spending: Spending, report: SubmitReport) -> WaitFor | None:
+        """Send one shard after another, and count in the report what was asked.
+
+        :returns: what must be waited for before the rest of the job can go on
+        """
+        priming, wait = self._options.priming, None
+        for shard in shards:
+            if priming is not None:
+                wait = priming.wait(self._kit, self._ledger.batches(self._job_id))
+            wait = wait or self.send(shard, spending)
+            if wait is not None:
+                return wait
+            report.asked += shard.requests
+        return None
 
     def send(self, shard: Shard, spending: Spending) -> WaitFor | None:
         """Send a shard until the API has it: in two halves after a 413, and again after a POST that proved never to have been accepted.
@@ -260,7 +264,7 @@ class _Sender:
                 raise LeaseLostError("The task was killed and cancel_on_kill is set: nothing more is sent.")
             # shards that failed keep their numbers in the ledger
             piece = replace(waiting.popleft(), number=self._ledger.next_shard(self._job_id))
-            self._ledger.intend(self._job_id, self._lease, piece, self._conn_id, spending.bound(piece), spending.budget, self._round)
+            self._intend(piece, spending)
             log.info("Sending shard %d: %s requests, %s bytes", piece.number, f"{piece.requests:,}", f"{piece.bytes:,}")
             again: list[Shard] = []
             try:
@@ -280,6 +284,10 @@ class _Sender:
             waiting.extendleft(reversed(again))
         return None
 
+    def _intend(self, piece: Shard, spending: Spending) -> None:
+        intent = Intent(self._attempt.anthropic_conn_id, spending.bound(piece), spending.budget, self._options.round_number)
+        self._ledger.intend(self._job_id, self._lease, piece, intent)
+
     def _post(self, piece: Shard) -> BatchSnapshot:
         def fence() -> None:
             self._ledger.check_lease(self._job_id, self._lease)
@@ -287,7 +295,7 @@ class _Sender:
                 raise LeaseLostError("The task was killed and cancel_on_kill is set: the POST under way was broken off.")
 
         try:
-            return self._kit.send(piece, fence=fence, post_s=self._times.post_s, throttle_wait_s=PATIENCE_S)
+            return self._kit.send(piece, fence=fence, post_s=self._options.times.post_s, throttle_wait_s=PATIENCE_S)
         except LeaseLostError as e:
             # its body was not completed, and such a body is never accepted
             with suppress(LedgerError):
@@ -298,7 +306,7 @@ class _Sender:
         """What to send in place of a shard that the API refused."""
         self._ledger.rejected(self._job_id, piece.number, str(error))
         if error.status != 413 or piece.requests == 1:
-            error.submitted = batch_ids_of(self._ledger, self._job_id)
+            error.submitted = self._attempt.batch_ids()
             raise error
         log.warning("%s Cutting it in two.", error)
         return split_shard(piece)
@@ -330,7 +338,7 @@ class _Sender:
         latest = self._attempt.since + _THROTTLED_AT_MOST
         until = now + timedelta(seconds=error.pause_s)
         if not error.pause_s or until > latest:
-            error.submitted = batch_ids_of(self._ledger, self._job_id)
+            error.submitted = self._attempt.batch_ids()
             raise error
         return WaitFor((), until, latest, str(error), about="throttle")
 

@@ -35,7 +35,6 @@ from airflow_provider_batchkit.ledger.account import note_duration
 from airflow_provider_batchkit.ledger.engine import begin_writing, prepare_engine
 from airflow_provider_batchkit.ledger.landings import Landed, generation, landed_in, note_landing, older_batches, younger_is_there
 from airflow_provider_batchkit.ledger.ledger import Ledger
-from airflow_provider_batchkit.ledger.outputs import output_schema_of
 from airflow_provider_batchkit.ledger.records import OUR_CUSTOM_ID, BatchRecord
 from airflow_provider_batchkit.ledger.states import BatchState
 from airflow_provider_batchkit.model import ANSWERED, BatchItem, BatchSnapshot, RequestStatus
@@ -168,7 +167,7 @@ def _common_key(ledger: Ledger, batches: Sequence[Batch]) -> list[tuple[str, str
 
 def _common_schema(ledger: Ledger, batches: Sequence[Batch]) -> OutputSchema | None:
     jobs = {b.record.job_id if b.record is not None else None for b in batches}
-    texts = {None if job_id is None else output_schema_of(ledger.engine, job_id) for job_id in jobs}
+    texts = {None if job_id is None else ledger.output_schema_of(job_id) for job_id in jobs}
     if len(texts) > 1:
         raise BatchInputError(
             f"The batches {_names(batches)} asked with different output schemas, or some with none, and cannot "

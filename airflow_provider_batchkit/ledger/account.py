@@ -16,6 +16,25 @@ from airflow_provider_batchkit.ledger.tables import batch, bill, job
 from airflow_provider_batchkit.model import PICO_PER_USD, CostTally, ModelTally
 
 
+class Account:
+    """The part of the ledger that keeps bills and the times of steps."""
+
+    engine: Engine
+
+    def tally_of(self, batch_id: str) -> tuple[CostTally, datetime] | None:
+        """What a landed batch was billed, and when it was created; None for one that has not landed."""
+        statement = sa.select(batch.c.tally, batch.c.created_at).where(batch.c.batch_id == batch_id, batch.c.tally.is_not(None))
+        with self.engine.connect() as connection:
+            row = connection.execute(statement).first()
+        return None if row is None else (CostTally.from_json(json.loads(row.tally)), row.created_at)
+
+    def note_rendering(self, job_id: str, seconds: float, unchanged: int) -> None:
+        """Add what reading and rendering the source took to the job's time for it, and note how many rows were left out as answered."""
+        total = sa.func.coalesce(job.c.rendering_ms, 0) + round(seconds * 1000)
+        with write_transaction(self.engine) as connection:
+            connection.execute(sa.update(job).where(job.c.job_id == job_id).values(rendering_ms=total, unchanged_rows=unchanged))
+
+
 def pico(usd: Decimal | None) -> int | None:
     """Whole picodollars (1e-12 USD); exact, since no cost is finer. None for an unknown cost."""
     return None if usd is None else int(usd * PICO_PER_USD)
@@ -29,14 +48,6 @@ def bill_columns(tally: CostTally) -> dict[str, Any]:
         "batch_cost_picousd": pico(total.batch_cost_usd),
         "standard_cost_picousd": pico(total.standard_cost_usd),
     }
-
-
-def tally_of(engine: Engine, batch_id: str) -> tuple[CostTally, datetime] | None:
-    """What a landed batch was billed, and when it was created; None for one that has not landed."""
-    statement = sa.select(batch.c.tally, batch.c.created_at).where(batch.c.batch_id == batch_id, batch.c.tally.is_not(None))
-    with engine.connect() as connection:
-        row = connection.execute(statement).first()
-    return None if row is None else (CostTally.from_json(json.loads(row.tally)), row.created_at)
 
 
 def write_bill(connection: Connection, job_id: str, shard: int, tally: CostTally) -> None:
@@ -60,10 +71,3 @@ def note_duration(connection: Connection, job_id: str, shard: int, seconds: floa
     """How long a batch's landing took, inside its transaction."""
     here = (batch.c.job_id == job_id) & (batch.c.shard == shard)
     connection.execute(sa.update(batch).where(here).values(landing_ms=round(seconds * 1000)))
-
-
-def note_rendering(engine: Engine, job_id: str, seconds: float, unchanged: int) -> None:
-    """Add what reading and rendering the source took to the job's time for it, and note how many rows were left out as answered."""
-    total = sa.func.coalesce(job.c.rendering_ms, 0) + round(seconds * 1000)
-    with write_transaction(engine) as connection:
-        connection.execute(sa.update(job).where(job.c.job_id == job_id).values(rendering_ms=total, unchanged_rows=unchanged))

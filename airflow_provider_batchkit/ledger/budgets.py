@@ -38,7 +38,6 @@ log = logging.getLogger(__name__)
 
 #: an attempt that has journaled no shard for so long is taken for dead, in seconds; one that lives after all asks again
 HOLD_S = 6 * 3600
-UNBOUNDED = Bound(None, None)
 _TALLY_TOKENS = ("input_tokens", "output_tokens", "cache_write_5m_tokens", "cache_write_1h_tokens", "cache_read_tokens")
 
 
@@ -51,43 +50,46 @@ class Books(NamedTuple):
     reserved_tokens: int
 
 
-def reserve(engine: Engine, job_id: str, lease: int, budget: Budget, asked: Bound) -> None:
-    """Hold ``asked`` for what an attempt is about to send. Replaces what an earlier attempt of the job held.
+class Budgets:
+    """The part of the ledger that keeps the books of budgets."""
 
-    :param asked: bounded in both USD and tokens
-    :raises BudgetExceededError: it does not fit under the cap; nothing is held
-    :raises LeaseLostError: when another attempt of the job has begun
-    """
-    with write_transaction(engine) as connection:
-        hold_lease(connection, job_id, lease)
-        _take_hold(connection, job_id, lease, budget, asked)
+    engine: Engine
 
+    def reserve(self, job_id: str, lease: int, budget: Budget, asked: Bound) -> None:
+        """Hold ``asked`` for what an attempt is about to send. Replaces what an earlier attempt of the job held.
 
-def give_up_hold(engine: Engine, job_id: str, lease: int) -> None:
-    """An attempt has ended: what it held and did not send is free."""
-    with write_transaction(engine) as connection:
-        connection.execute(sa.delete(hold).where(hold.c.job_id == job_id, hold.c.lease == lease))
+        :param asked: bounded in both USD and tokens
+        :raises BudgetExceededError: it does not fit under the cap; nothing is held
+        :raises LeaseLostError: when another attempt of the job has begun
+        """
+        with write_transaction(self.engine) as connection:
+            hold_lease(connection, job_id, lease)
+            _take_hold(connection, job_id, lease, budget, asked)
 
+    def give_up_hold(self, job_id: str, lease: int) -> None:
+        """An attempt has ended: what it held and did not send is free."""
+        with write_transaction(self.engine) as connection:
+            connection.execute(sa.delete(hold).where(hold.c.job_id == job_id, hold.c.lease == lease))
 
-def budget_status(engine: Engine, name: str, *, at: datetime | None = None) -> BudgetStatus | None:
-    """The books of a budget in the window that holds ``at`` (now), by the cap and window last given; None when no task has named it."""
-    now = at or datetime.now(UTC)
-    with engine.connect() as connection:
-        row = connection.execute(sa.select(budget_table).where(budget_table.c.name == name)).first()
-        if row is None:
-            return None
-        books = _books(connection, name, row.window, now)
-    return BudgetStatus(
-        name,
-        row.window,
-        None if row.cap_picousd is None else _usd(row.cap_picousd),
-        row.cap_tokens,
-        _usd(books.spent_pico),
-        books.spent_tokens,
-        _usd(books.reserved_pico),
-        books.reserved_tokens,
-        window_of(row.window, now)[1],
-    )
+    def budget_status(self, name: str, *, at: datetime | None = None) -> BudgetStatus | None:
+        """The books of a budget in the window that holds ``at`` (now), by the cap and window last given; None when no task has named it."""
+        now = at or datetime.now(UTC)
+        with self.engine.connect() as connection:
+            row = connection.execute(sa.select(budget_table).where(budget_table.c.name == name)).first()
+            if row is None:
+                return None
+            books = _books(connection, name, row.window, now)
+        return BudgetStatus(
+            name,
+            row.window,
+            None if row.cap_picousd is None else _usd(row.cap_picousd),
+            row.cap_tokens,
+            _usd(books.spent_pico),
+            books.spent_tokens,
+            _usd(books.reserved_pico),
+            books.reserved_tokens,
+            window_of(row.window, now)[1],
+        )
 
 
 # --- inside the ledger's transactions ---------------------------------------------------------------------------------------------

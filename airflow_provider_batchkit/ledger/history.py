@@ -24,56 +24,59 @@ log = logging.getLogger(__name__)
 _RECENT = 20
 
 
-def answered(engine: Engine, record: JobRecord, table: str | None) -> Iterator[tuple[str, str]]:
-    """(key, digest) of every request that succeeded in an earlier run of the task and landed in its table, the latest landing first.
+class History:
+    """The part of the ledger that tells what earlier batches did."""
 
-    :param table: the task's result table as it names it. None where the task does not know it: then an earlier run counts when all that
-        it landed is in one table, or else the same mapped instance of it when that landed in one table
-    """
-    with engine.connect() as connection:
-        only = None if table is None else table_identity(connection, table)
-        landed = [row for row in landings_of(connection, record.dag_id, record.task_id) if row.run_id != record.run_id]
-        by_run, by_job = defaultdict[str, set[str]](set), defaultdict[str, set[str]](set)
-        for row in landed:
-            by_run[row.run_id].add(row.table_name)
-            by_job[row.job_id].add(row.table_name)
-        ignored: set[str] = set()
-        for row in landed:
-            own = row.map_index == record.map_index and len(by_job[row.job_id]) == 1
-            if row.table_name == only if only is not None else own or len(by_run[row.run_id]) == 1:
-                for answer in outcomes.succeeded_rows(connection, row.job_id, row.shard):
-                    yield answer.key, answer.digest
-            elif only is None:
-                ignored.add(row.run_id)
-        if ignored:
-            log.warning(
-                "skip_unchanged: the answers of %d earlier runs landed in several tables, and this task does not say which one is its own: "
-                "they do not count. Give it its `table`.",
-                len(ignored),
-            )
+    engine: Engine
 
+    def answered(self, record: JobRecord, table: str | None) -> Iterator[tuple[str, str]]:
+        """(key, digest) of every request that succeeded in an earlier run of the task and landed in its table, the latest landing first.
 
-def output_per_request(engine: Engine, dag_id: str, task_id: str) -> Decimal | None:
-    """Mean output tokens of a billed request over the last 20 landed batches of a task; None before the first."""
-    statement = (
-        sa.select(batch.c.tally)
-        .join(job, job.c.job_id == batch.c.job_id)
-        .where(job.c.dag_id == dag_id, job.c.task_id == task_id, batch.c.state == BatchState.LANDED.value)
-        .order_by(batch.c.landed_at.desc())
-        .limit(_RECENT)
-    )
-    with engine.connect() as connection:
-        tallies = [json.loads(text) for text in connection.execute(statement).scalars() if text]
-    requests = sum(tally["requests"] for tally in tallies)
-    return Decimal(sum(tally["output_tokens"] for tally in tallies)) / requests if requests else None
+        :param table: the task's result table as it names it. None where the task does not know it: then an earlier run counts when all that
+            it landed is in one table, or else the same mapped instance of it when that landed in one table
+        """
+        with self.engine.connect() as connection:
+            only = None if table is None else table_identity(connection, table)
+            landed = [row for row in landings_of(connection, record.dag_id, record.task_id) if row.run_id != record.run_id]
+            by_run, by_job = defaultdict[str, set[str]](set), defaultdict[str, set[str]](set)
+            for row in landed:
+                by_run[row.run_id].add(row.table_name)
+                by_job[row.job_id].add(row.table_name)
+            ignored: set[str] = set()
+            for row in landed:
+                own = row.map_index == record.map_index and len(by_job[row.job_id]) == 1
+                if row.table_name == only if only is not None else own or len(by_run[row.run_id]) == 1:
+                    for answer in outcomes.succeeded_rows(connection, row.job_id, row.shard):
+                        yield answer.key, answer.digest
+                elif only is None:
+                    ignored.add(row.run_id)
+            if ignored:
+                log.warning(
+                    "skip_unchanged: the answers of %d earlier runs landed in several tables, and this task does not say which one is its "
+                    "own: they do not count. Give it its `table`.",
+                    len(ignored),
+                )
 
+    def output_per_request(self, dag_id: str, task_id: str) -> Decimal | None:
+        """Mean output tokens of a billed request over the last 20 landed batches of a task; None before the first."""
+        statement = (
+            sa.select(batch.c.tally)
+            .join(job, job.c.job_id == batch.c.job_id)
+            .where(job.c.dag_id == dag_id, job.c.task_id == task_id, batch.c.state == BatchState.LANDED.value)
+            .order_by(batch.c.landed_at.desc())
+            .limit(_RECENT)
+        )
+        with self.engine.connect() as connection:
+            tallies = [json.loads(text) for text in connection.execute(statement).scalars() if text]
+        requests = sum(tally["requests"] for tally in tallies)
+        return Decimal(sum(tally["output_tokens"] for tally in tallies)) / requests if requests else None
 
-def committed_usd(engine: Engine, job_id: str) -> tuple[Decimal, list[str]]:
-    """What the job's batches have cost or may still cost, and those of them for which nobody knows."""
-    statement = sa.select(batch.c.batch_id, batch.c.shard, sa.func.coalesce(batch.c.batch_cost_picousd, batch.c.bound_picousd)).where(
-        batch.c.job_id == job_id, batch.c.state.in_([state.value for state in HELD])
-    )
-    with engine.connect() as connection:
-        rows = connection.execute(statement).all()
-    unknown = [batch_id or f"shard {shard}" for batch_id, shard, pico in rows if pico is None]
-    return sum(pico or 0 for _, _, pico in rows) * COST_QUANTUM, unknown
+    def committed_usd(self, job_id: str) -> tuple[Decimal, list[str]]:
+        """What the job's batches have cost or may still cost, and those of them for which nobody knows."""
+        statement = sa.select(batch.c.batch_id, batch.c.shard, sa.func.coalesce(batch.c.batch_cost_picousd, batch.c.bound_picousd)).where(
+            batch.c.job_id == job_id, batch.c.state.in_([state.value for state in HELD])
+        )
+        with self.engine.connect() as connection:
+            rows = connection.execute(statement).all()
+        unknown = [batch_id or f"shard {shard}" for batch_id, shard, pico in rows if pico is None]
+        return sum(pico or 0 for _, _, pico in rows) * COST_QUANTUM, unknown

@@ -12,24 +12,25 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
-from airflow_provider_batchkit.cost.budget import Budget
 from airflow_provider_batchkit.exceptions import LandedMeanwhileError, LedgerError
 from airflow_provider_batchkit.ledger import budgets, journal, rounds
-from airflow_provider_batchkit.ledger.account import bill_columns, write_bill
+from airflow_provider_batchkit.ledger.account import Account, bill_columns, write_bill
 from airflow_provider_batchkit.ledger.engine import clock, prepare_engine, write_transaction
+from airflow_provider_batchkit.ledger.history import History
 from airflow_provider_batchkit.ledger.leases import hold_lease, lease_lost, refuse_older
 from airflow_provider_batchkit.ledger.migrate import OLDEST, migrate
 from airflow_provider_batchkit.ledger.moves import BatchMoves
-from airflow_provider_batchkit.ledger.records import BatchRecord, JobRecord, make_job_id, record_of
+from airflow_provider_batchkit.ledger.outputs import Outputs
+from airflow_provider_batchkit.ledger.records import BatchRecord, Intent, JobRecord, make_job_id, record_of
 from airflow_provider_batchkit.ledger.rollup import create_views
 from airflow_provider_batchkit.ledger.states import BatchState
 from airflow_provider_batchkit.ledger.tables import VERSION, batch, former_id, job, landing, metadata, version
-from airflow_provider_batchkit.model import Bound, CostTally
+from airflow_provider_batchkit.model import CostTally
 from airflow_provider_batchkit.request.dedupe import Known
 from airflow_provider_batchkit.request.shards import IndexEntry, Shard, index_parts
 
 
-class Ledger(BatchMoves):
+class Ledger(BatchMoves, Account, budgets.Budgets, History, Outputs):
     """The door to the ``batchkit_*`` tables of one database."""
 
     def __init__(self, engine: Engine) -> None:
@@ -215,20 +216,9 @@ class Ledger(BatchMoves):
             last = connection.execute(sa.select(sa.func.max(batch.c.shard)).where(batch.c.job_id == job_id)).scalar()
         return 0 if last is None else last + 1
 
-    def intend(
-        self,
-        job_id: str,
-        lease: int,
-        shard: Shard,
-        anthropic_conn_id: str,
-        bound: Bound = budgets.UNBOUNDED,
-        budget: Budget | None = None,
-        round_number: int = 1,
-    ) -> None:
+    def intend(self, job_id: str, lease: int, shard: Shard, intent: Intent) -> None:
         """Journal a shard's requests and its batch as ``sending``. Must be committed before the POST.
 
-        :param bound: the most that the shard can cost
-        :param budget: where that counts; the attempt holds at least as much of it
         :raises LeaseLostError: when another attempt of the job has begun
         """
         with write_transaction(self.engine) as connection:
@@ -237,13 +227,13 @@ class Ledger(BatchMoves):
                 sa.insert(batch).values(
                     job_id=job_id,
                     shard=shard.number,
-                    anthropic_conn_id=anthropic_conn_id,
+                    anthropic_conn_id=intent.anthropic_conn_id,
                     state=BatchState.SENDING.value,
-                    round=round_number,
+                    round=intent.round_number,
                     requests=shard.requests,
                     body_bytes=shard.bytes,
                     intended_at=clock(connection),
-                    **budgets.draw(connection, job_id, lease, bound, budget),
+                    **budgets.draw(connection, job_id, lease, intent.bound, intent.budget),
                 )
             )
             journal.write(connection, job_id, shard.number, index_parts(shard))

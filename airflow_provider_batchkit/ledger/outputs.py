@@ -18,32 +18,36 @@ log = logging.getLogger(__name__)
 _ASKED = [state.value for state in HELD]
 
 
-def note_output_schema(engine: Engine, job_id: str, lease: int, schema: str | None, *, sends: bool) -> None:
-    """Note the schema that the job's requests ask for, as JSON; None for plain text. What was asked is read as it was asked.
+class Outputs:
+    """The part of the ledger that knows what answers are to look like."""
 
-    :param sends: whether this attempt has anything to send
-    :raises BatchInputError: when it has, and an earlier attempt has asked with another schema: their answers fit no one table
-    :raises LeaseLostError: when another attempt of the job has begun
-    """
-    with write_transaction(engine) as connection:
-        hold_lease(connection, job_id, lease)
-        noted = connection.execute(sa.select(job.c.output_schema).where(job.c.job_id == job_id)).scalar_one()
-        if noted == schema:
-            return
-        asked = connection.execute(sa.select(sa.func.count()).where(batch.c.job_id == job_id, batch.c.state.in_(_ASKED))).scalar_one()
-        if not asked:
-            connection.execute(sa.update(job).where(job.c.job_id == job_id).values(output_schema=schema))
-            return
-    if sends:
-        raise BatchInputError(
-            f"An earlier attempt of this run has asked {asked} batches with another output_schema, and rows are left to ask. Put that "
-            "schema back to ask them, or start a new DAG run with the new one. Nothing was sent by this attempt."
-        )
-    log.warning("output_schema has changed since this run asked its rows; their answers land by the schema that they were asked with")
+    engine: Engine
 
+    def note_output_schema(self, job_id: str, lease: int, schema: str | None, *, sends: bool) -> None:
+        """Note the schema that the job's requests ask for, as JSON; None for plain text. What was asked is read as it was asked.
 
-def output_schema_of(engine: Engine, job_id: str) -> str | None:
-    """The schema that the job's requests asked for, as JSON."""
-    with engine.connect() as connection:
-        text: str | None = connection.execute(sa.select(job.c.output_schema).where(job.c.job_id == job_id)).scalar_one()
-    return text
+        :param sends: whether this attempt has anything to send
+        :raises BatchInputError: when it has, and an earlier attempt has asked with another schema: their answers fit no one table
+        :raises LeaseLostError: when another attempt of the job has begun
+        """
+        with write_transaction(self.engine) as connection:
+            hold_lease(connection, job_id, lease)
+            noted = connection.execute(sa.select(job.c.output_schema).where(job.c.job_id == job_id)).scalar_one()
+            if noted == schema:
+                return
+            asked = connection.execute(sa.select(sa.func.count()).where(batch.c.job_id == job_id, batch.c.state.in_(_ASKED))).scalar_one()
+            if not asked:
+                connection.execute(sa.update(job).where(job.c.job_id == job_id).values(output_schema=schema))
+                return
+        if sends:
+            raise BatchInputError(
+                f"An earlier attempt of this run has asked {asked} batches with another output_schema, and rows are left to ask. Put that "
+                "schema back to ask them, or start a new DAG run with the new one. Nothing was sent by this attempt."
+            )
+        log.warning("output_schema has changed since this run asked its rows; their answers land by the schema that they were asked with")
+
+    def output_schema_of(self, job_id: str) -> str | None:
+        """The schema that the job's requests asked for, as JSON."""
+        with self.engine.connect() as connection:
+            text: str | None = connection.execute(sa.select(job.c.output_schema).where(job.c.job_id == job_id)).scalar_one()
+        return text

@@ -11,7 +11,9 @@ from typing import Any
 
 from sqlalchemy.engine import Row
 
+from airflow_provider_batchkit.cost.budget import Budget
 from airflow_provider_batchkit.ledger.states import BatchState
+from airflow_provider_batchkit.model import Bound
 
 #: a ``custom_id`` that this package gave: the job's id, a dash and a digest of the request
 OUR_CUSTOM_ID = re.compile(r"(?P<job_id>[0-9a-f]{20})-[0-9a-f]{40}")
@@ -66,6 +68,18 @@ class BatchRecord:
         """What a person types to decide what nothing proves."""
         command = f"python -m airflow_provider_batchkit settle {self.job_id} {self.shard} --sql-conn-id CONN"
         return f"`{command} --void` (its rows are asked again) or `{command} --is BATCH` (CONN is the task's sql_conn_id)"
+
+
+@dataclass(frozen=True, slots=True)
+class Intent:
+    """What is noted of a shard before it is sent."""
+
+    anthropic_conn_id: str
+    #: the most that the shard can cost
+    bound: Bound
+    #: where that counts; the attempt holds at least as much of it
+    budget: Budget | None = None
+    round_number: int = 1
 
 
 def record_of(row: Row[Any]) -> BatchRecord:

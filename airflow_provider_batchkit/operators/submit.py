@@ -312,7 +312,7 @@ class SubmitBatchOperator(BatchLineage, BaseOperator):
     def _submit(self, context: Context, ledger: Ledger, round_number: int) -> SubmitReport:
         from airflow_provider_batchkit.jobs.caps import Limits
         from airflow_provider_batchkit.jobs.prime import Priming
-        from airflow_provider_batchkit.jobs.submit import Attempt, rehearse_job, submit_job
+        from airflow_provider_batchkit.jobs.submit import Attempt, SubmitOptions, rehearse_job, submit_job
         from airflow_provider_batchkit.source.files import FileRows
         from airflow_provider_batchkit.source.sql import KeyTypes
 
@@ -320,36 +320,39 @@ class SubmitBatchOperator(BatchLineage, BaseOperator):
             ledger.ensure()
         job = job_of(context, ledger)
         self._job_id = job.job_id
+        attempt = Attempt(
+            self.hook.kit,
+            ledger,
+            job,
+            attempt_id_of(context["ti"]),
+            self._leg.since,
+            self.anthropic_conn_id,
+            self._leg.waited_for,
+            lambda: self._killed,
+        )
+        priming = None
+        if self.prime_cache and self.cache_system is not None:
+            priming = Priming(CACHE_TTL_S[self.cache_system], self.prime_timeout, over=self._leg.about == "primer")
+        options = SubmitOptions(
+            self.max_requests_per_batch,
+            self.max_bytes_per_batch,
+            self.skip_unchanged,
+            self.table,
+            settle_times(self.settle_seconds),
+            Limits(self.max_cost_usd, self.budget),
+            priming,
+            round_number,
+            None if self.output_schema is None else self.output_schema.text,
+        )
+        only = self._only(context, ledger, job.job_id, round_number)
         key = [self.key] if isinstance(self.key, str) else list(self.key or ())
         types = KeyTypes(key)
         items = self._items()
         requests = self._requests(context, job.job_id, key, types, items)
-        how: dict[str, Any] = {
-            "max_requests": self.max_requests_per_batch,
-            "max_bytes": self.max_bytes_per_batch,
-            "skip_unchanged": self.skip_unchanged,
-            "table": self.table,
-            "only": self._only(context, ledger, job.job_id, round_number),
-        }
-        if self.prime_cache and self.cache_system is not None:
-            how["priming"] = Priming(CACHE_TTL_S[self.cache_system], self.prime_timeout, over=self._leg.about == "primer")
         with items.naming_places() if isinstance(items, FileRows) else nullcontext():
             if self.is_dry_run:
-                return rehearse_job(self.hook.kit, ledger, job, requests, **how)
-            return submit_job(
-                self.hook.kit,
-                ledger,
-                job,
-                requests,
-                attempt=Attempt(attempt_id_of(context["ti"]), self._leg.since, self._leg.waited_for, lambda: self._killed),
-                anthropic_conn_id=self.anthropic_conn_id,
-                **how,
-                times=settle_times(self.settle_seconds),
-                before_send=lambda: self._note_key(ledger, job.job_id, types),
-                limits=Limits(self.max_cost_usd, self.budget),
-                round_number=round_number,
-                output_schema=None if self.output_schema is None else self.output_schema.text,
-            )
+                return rehearse_job(attempt, requests, options, only=only)
+            return submit_job(attempt, requests, options, only=only, before_send=lambda: self._note_key(ledger, job.job_id, types))
 
     def _end_dry_run(self, context: Context, report: SubmitReport) -> None:
         """:raises AirflowSkipException: always; there is no batch to wait for"""

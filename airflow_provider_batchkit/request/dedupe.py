@@ -58,48 +58,29 @@ class Known:
     open: bool
 
 
-def spool(
+def dedupe(
     requests: Iterable[RequestBlock],
     known: Iterable[Known],
     writer: ShardWriter,
     folder: str,
-    counts: RowCounts,
     *,
     only: Iterable[str] | None = None,
     answered: Iterable[tuple[str, str]] = (),
-) -> None:
+) -> RowCounts:
     """Write what is new into shards.
 
     :param known: rows of earlier attempts
     :param folder: for files of this call's own
     :param only: keys of the rows to ask; None for all
     :param answered: (key, digest) of requests that earlier runs have answered, the latest first: the same again is left out
+    :returns: what became of the rows
     :raises RequestError: for a key that comes twice
     """
+    counts, progress = RowCounts(), Progress(log, "rendered")
     with closing(_Seen(folder, known, only, answered)) as seen:
-        _spool(requests, seen, writer, counts)
-
-
-def _spool(requests: Iterable[RequestBlock], seen: _Seen, writer: ShardWriter, counts: RowCounts) -> None:
-    progress = Progress(log, "rendered")
-    for block in requests:
-        keys = _key_marks(block.keys)
-        for row, before in enumerate(seen.new_keys.add_all(keys)):
-            if before is not None:
-                raise RequestError(
-                    f"row {counts.rows + row}: the key {block.keys[row]} came before, in row {before}. Keys must be unique, or one answer "
-                    "would overwrite another. Nothing was sent by this attempt.",
-                    position=counts.rows + row,
-                )
-        counts.rows += len(block)
-        fresh = seen.to_ask(block, keys, counts)
-        asked = seen.questions.add_all(_question_marks(fresh.custom_ids))
-        writer.add(fresh.pick([row for row, question in enumerate(asked) if question is None]))
-        for row, question in enumerate(asked):
-            if question is not None:
-                counts.copies += 1
-                writer.add_copy(fresh[row], seen.shard_of(question, writer))
-        progress.add(len(block))
+        for block in requests:
+            _write_block(block, seen, writer, counts)
+            progress.add(len(block))
     progress.done()
     if counts.changed:
         log.warning(
@@ -107,13 +88,33 @@ def _spool(requests: Iterable[RequestBlock], seen: _Seen, writer: ShardWriter, c
             "within one DAG run a key is asked once.",
             f"{counts.changed:,}",
         )
+    return counts
+
+
+def _write_block(block: RequestBlock, seen: _Seen, writer: ShardWriter, counts: RowCounts) -> None:
+    keys = _key_marks(block.keys)
+    for row, before in enumerate(seen.new_keys.add_all(keys)):
+        if before is not None:
+            raise RequestError(
+                f"row {counts.rows + row}: the key {block.keys[row]} came before, in row {before}. Keys must be unique, or one answer "
+                "would overwrite another. Nothing was sent by this attempt.",
+                position=counts.rows + row,
+            )
+    counts.rows += len(block)
+    fresh = seen.to_ask(block, keys, counts)
+    asked = seen.questions.add_all(_question_marks(fresh.custom_ids))
+    writer.add(fresh.pick([row for row, question in enumerate(asked) if question is None]))
+    for row, question in enumerate(asked):
+        if question is not None:
+            counts.copies += 1
+            writer.add_copy(fresh[row], seen.shard_of(question, writer))
 
 
 class _Seen:
     """Keys and questions of the job so far; memory: 32 bytes a row, 96 for rows of earlier attempts."""
 
     def __init__(self, folder: str, known: Iterable[Known], only: Iterable[str] | None, answered: Iterable[tuple[str, str]]) -> None:
-        """For the parameters see :func:`spool`."""
+        """For the parameters see :func:`dedupe`."""
         self._answered_keys = MarkTable(Path(folder, "answered-keys"))
         #: by number of the answered key, the beginning of its request's digest
         self._answers = array("Q")

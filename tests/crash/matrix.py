@@ -32,7 +32,7 @@ from sqlalchemy.engine import Connection
 from uuid6 import uuid7
 
 from airflow_provider_batchkit.cost import estimate
-from airflow_provider_batchkit.ledger.budgets import budget_status
+from airflow_provider_batchkit.ledger import Ledger
 from airflow_provider_batchkit.simulator import answer_for
 from airflow_provider_batchkit.simulator.process import RemoteControl
 from tests.connections import anthropic_connection
@@ -196,7 +196,7 @@ class Case:
             wrong.append(f"booked {booked[0]} picodollars, billed {billed} requests")
         if set(states) - {"landed", "void", "rejected"} or requests != ["succeeded"] * ROWS:
             wrong.append(f"batches {states}, requests {requests}")
-        books = budget_status(self._engine, self.name)
+        books = Ledger(self._engine).budget_status(self.name)
         if books is None or (books.spent_usd, books.reserved_usd) != (ROWS * Decimal("0.008"), Decimal(0)):
             wrong.append(f"the budget's books: {books}")
         return wrong

@@ -23,11 +23,12 @@ from airflow_provider_batchkit.exceptions import (
     SubmitUncertainError,
 )
 from airflow_provider_batchkit.jobs.caps import Limits
-from airflow_provider_batchkit.ledger.budgets import HOLD_S, budget_status, reserve
+from airflow_provider_batchkit.ledger import Ledger
+from airflow_provider_batchkit.ledger.budgets import HOLD_S
 from airflow_provider_batchkit.model import Bound
 from airflow_provider_batchkit.simulator import Simulator, SimulatorProcess, SimulatorSettings
 from tests.databases import Database
-from tests.warehouse import Warehouse, kit_for, new_attempt
+from tests.warehouse import Warehouse, kit_for
 
 SETTLE = 0.8
 PICO = Decimal("1e-12")
@@ -54,7 +55,7 @@ def within(usd: Any = None, *, name: str = "catalog", **fields: Any) -> Limits:
 
 
 def status(warehouse: Warehouse, name: str = "catalog", at: datetime | None = None) -> BudgetStatus:
-    found = budget_status(warehouse.ledger.engine, name, at=at)
+    found = warehouse.ledger.budget_status(name, at=at)
     assert found is not None
     return found
 
@@ -116,7 +117,7 @@ def test_a_job_that_does_not_fit_sends_nothing_and_is_told_all_figures(warehouse
     for part in ("'catalog'", "cap $", "spent $0.00", "reserved $0.00", "asked at most $", f"ends {month_end:%Y-%m-%d} 00:00 UTC"):
         assert part in message
     assert sim.stats()["posts"] == before
-    assert budget_status(warehouse.engine, "catalog") is None
+    assert warehouse.ledger.budget_status("catalog") is None
     assert warehouse.submit(products(10), max_requests=1, limits=within(bound)).asked == 10
 
 
@@ -223,7 +224,7 @@ def test_names_do_not_share(warehouse: Warehouse) -> None:
     bound = bound_of_ten(warehouse)
     warehouse.submit(products(10), limits=within(bound))
     assert warehouse.submit(products(10), run_id="run-2", limits=within(bound, name="tickets")).asked == 10
-    assert budget_status(warehouse.ledger.engine, "nobody's") is None
+    assert warehouse.ledger.budget_status("nobody's") is None
 
 
 def test_tasks_that_give_one_name_different_caps_are_told(warehouse: Warehouse, caplog: pytest.LogCaptureFixture) -> None:
@@ -258,7 +259,7 @@ def test_a_retry_replaces_what_a_killed_attempt_held(warehouse: Warehouse, sim: 
     with monkeypatch.context() as patch:
         patch.setattr(type(warehouse.kit), "send", killed_at_the_third)
         # a killed process does not give up what it holds
-        patch.setattr("airflow_provider_batchkit.jobs.caps.give_up_hold", lambda *_: None)
+        patch.setattr(Ledger, "give_up_hold", lambda *_: None)
         with pytest.raises(Killed):
             warehouse.submit(products(10), max_requests=2, limits=within(bound))
     assert len(warehouse.rows("SELECT * FROM batchkit_budget_hold")) == 1
@@ -276,13 +277,13 @@ def test_what_a_dead_attempt_holds_ends_by_itself(warehouse: Warehouse) -> None:
     """Nobody runs its job again: after six hours without an intent its hold counts no more."""
     job = warehouse.job("dead")
     budget = Budget("catalog", usd=Decimal(1), window="ever")
-    lease = warehouse.ledger.open_job(job, new_attempt().attempt_id)
-    reserve(warehouse.engine, job.job_id, lease, budget, Bound(Decimal("0.9"), 900))
+    lease = warehouse.ledger.open_job(job, warehouse.attempt().attempt_id)
+    warehouse.ledger.reserve(job.job_id, lease, budget, Bound(Decimal("0.9"), 900))
     assert status(warehouse).reserved_usd == Decimal("0.9")
     age_holds(warehouse, HOLD_S + 1)
     assert status(warehouse).reserved_usd == 0
     with pytest.raises(LeaseLostError):
-        reserve(warehouse.engine, job.job_id, lease - 1, budget, Bound(Decimal("0.9"), 900))
+        warehouse.ledger.reserve(job.job_id, lease - 1, budget, Bound(Decimal("0.9"), 900))
 
 
 def age_holds(warehouse: Warehouse, seconds: float) -> None:
@@ -362,7 +363,7 @@ def test_twenty_processes_never_exceed_one_cap(database: Database, landing: bool
             process.start()
         highest = Decimal(0)
         while any(process.is_alive() for process in processes):
-            found = budget_status(warehouse.ledger.engine, "catalog")
+            found = warehouse.ledger.budget_status("catalog")
             highest = max(highest, found.spent_usd + found.reserved_usd) if found else highest
             time.sleep(0.1)
         ended = [results.get(timeout=10) for _ in range(20 * rounds)]

@@ -22,7 +22,6 @@ from airflow_provider_batchkit.exceptions import (
 from airflow_provider_batchkit.jobs.caps import Limits
 from airflow_provider_batchkit.jobs.submit import failed_keys_of
 from airflow_provider_batchkit.ledger import BatchState
-from airflow_provider_batchkit.ledger.budgets import budget_status
 from airflow_provider_batchkit.simulator import Simulator, SimulatorSettings, answer_for
 from tests.databases import Database
 from tests.warehouse import Warehouse, kit_for
@@ -370,7 +369,7 @@ def test_a_deleted_batch_becomes_gone_and_keeps_its_money(warehouse: Warehouse, 
     gone = warehouse.ledger.find(ids[0])
     assert gone is not None
     assert gone.state is BatchState.GONE
-    status = budget_status(warehouse.engine, "catalog")
+    status = warehouse.ledger.budget_status("catalog")
     assert status is not None
     assert status.reserved_usd > 0
     # a cleared submit asks nothing again

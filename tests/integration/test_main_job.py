@@ -20,7 +20,6 @@ from airflow_provider_batchkit.cost.prices import PriceBook
 from airflow_provider_batchkit.cost.tally import reprice
 from airflow_provider_batchkit.exceptions import BatchInputError, RequestError, ResultStreamError, TableError
 from airflow_provider_batchkit.landing.stage import AskedKeys
-from airflow_provider_batchkit.ledger.account import tally_of
 from airflow_provider_batchkit.simulator import Simulator, SimulatorSettings, answer_for
 from tests.databases import Database
 from tests.warehouse import LANDING_PATHS, Warehouse, kit_for
@@ -89,9 +88,9 @@ def test_a_landed_batch_can_be_priced_again(database: Database) -> None:
     with Simulator(SimulatorSettings(input_tokens=2700, output_tokens=100)) as sim:
         warehouse = Warehouse(database.engine(), kit_for(sim.base_url))
         (batch_id,) = warehouse.submit(products(25), model="claude-opus-4-8").batch_ids
-        assert tally_of(warehouse.engine, batch_id) is None
+        assert warehouse.ledger.tally_of(batch_id) is None
         warehouse.fetch([batch_id])
-    found = tally_of(warehouse.engine, batch_id)
+    found = warehouse.ledger.tally_of(batch_id)
     assert found is not None
     tally, created_at = found
     half = PriceBook({"claude-opus-4-8": {"input_usd_per_mtok": "2.5", "output_usd_per_mtok": "12.5"}})

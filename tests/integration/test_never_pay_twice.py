@@ -15,7 +15,7 @@ from airflow_provider_batchkit.jobs.settle import DEFAULT_TIMES, Settler
 from airflow_provider_batchkit.ledger import BatchState
 from airflow_provider_batchkit.simulator import Simulator, SimulatorProcess, SimulatorSettings, answer_for
 from tests.databases import Database
-from tests.warehouse import Warehouse, kit_for, new_attempt
+from tests.warehouse import Warehouse, kit_for
 
 SETTLE = 0.8
 
@@ -228,7 +228,7 @@ def test_a_lease_lost_during_the_upload_aborts_it(warehouse: Warehouse, sim: Sim
     check = warehouse.ledger.check_lease
 
     def lose_then_check(job_id: str, lease: int) -> None:
-        warehouse.ledger.open_job(warehouse.job(), new_attempt().attempt_id)
+        warehouse.ledger.open_job(warehouse.job(), warehouse.attempt().attempt_id)
         check(job_id, lease)
 
     warehouse.ledger.check_lease = lose_then_check  # type: ignore[method-assign]  # the retry begins during the upload

@@ -18,7 +18,7 @@ from airflow_provider_batchkit.cost.tally import format_tally
 from airflow_provider_batchkit.exceptions import SubmitRefusedError
 from airflow_provider_batchkit.jobs.caps import Limits
 from airflow_provider_batchkit.jobs.prime import Priming
-from airflow_provider_batchkit.jobs.submit import SubmitReport, rehearse_job, submit_job
+from airflow_provider_batchkit.jobs.submit import SubmitOptions, SubmitReport, rehearse_job, submit_job
 from airflow_provider_batchkit.ledger import JobRecord
 from airflow_provider_batchkit.request.build import RequestBuilder, RequestDefaults
 from airflow_provider_batchkit.request.template import RowTemplate
@@ -27,7 +27,7 @@ from airflow_provider_batchkit.source.sql import KeyTypes
 from tests.connections import anthropic_connection
 from tests.databases import Database
 from tests.integration.airflow_runs import run_dag
-from tests.warehouse import Warehouse, kit_for, new_attempt, times_of
+from tests.warehouse import Warehouse, kit_for, times_of
 
 #: 5,000 tokens of the simulator
 RULES = "Answer in the house style, in one sentence. " * 455
@@ -70,16 +70,10 @@ def submit(
     types = KeyTypes(("id",))
     types.see(rows)
     return submit_job(
-        warehouse.kit,
-        warehouse.ledger,
-        JOB,
+        warehouse.attempt(JOB),
         [builder(cache_system).build_all(rows, 0)],
-        anthropic_conn_id="anthropic_default",
+        SubmitOptions(priming=priming, times=times_of(0.4), **options),
         before_send=lambda: warehouse.ledger.set_key_columns(JOB.job_id, types.result(warehouse.ledger.key_columns(JOB.job_id))),
-        priming=priming,
-        attempt=new_attempt(),
-        times=times_of(0.4),
-        **options,
     )
 
 
@@ -201,14 +195,14 @@ def test_a_row_that_asks_what_the_primer_asks_lands_with_it(warehouse: Warehouse
 
 def test_a_rehearsal_counts_the_primer(warehouse: Warehouse) -> None:
     """A dry run says how many batches there would be."""
-    report = rehearse_job(warehouse.kit, warehouse.ledger, JOB, [builder().build_all(products(5), 0)], priming=PRIMING)
+    report = rehearse_job(warehouse.attempt(JOB), [builder().build_all(products(5), 0)], SubmitOptions(priming=PRIMING))
     assert report.batches == 2
 
 
 def test_caps_hold_over_both_legs(warehouse: Warehouse, sim: Simulator) -> None:
     """A job that fits into its cap fits with its primer too; the budget counts both legs."""
     sim.set(clock="manual")
-    upper = rehearse_job(warehouse.kit, warehouse.ledger, JOB, [builder().build_all(products(5), 0)]).estimate
+    upper = rehearse_job(warehouse.attempt(JOB), [builder().build_all(products(5), 0)], SubmitOptions()).estimate
     assert upper is not None
     limits = Limits(upper.upper_usd, Budget("cache", usd=upper.upper_usd))
     first = submit(warehouse, products(5), PRIMING, limits=limits)

@@ -18,7 +18,6 @@ from airflow_provider_batchkit.api.blocks import ResultBlock
 from airflow_provider_batchkit.api.results import Reconciler, parse_blocks
 from airflow_provider_batchkit.cost.prices import PriceBook
 from airflow_provider_batchkit.landing import Batch, land_batches
-from airflow_provider_batchkit.ledger.account import note_rendering
 from airflow_provider_batchkit.ledger.tables import batch
 from airflow_provider_batchkit.simulator import Simulator, SimulatorSettings
 from tests.databases import Database
@@ -195,7 +194,7 @@ def test_a_summary_tells_each_steps_seconds(warehouse: Warehouse) -> None:
             values: dict[str, Any] = {name: start + timedelta(seconds=s) for name, s in at.items()}
             connection.execute(sa.update(batch).where(batch.c.shard == shard).values(landing_ms=1500, **values))
         connection.exec_driver_sql("UPDATE batchkit_job SET rendering_ms = 250")
-    note_rendering(warehouse.engine, warehouse.rows("SELECT job_id FROM batchkit_job")[0]["job_id"], 1.0, 0)
+    warehouse.ledger.note_rendering(warehouse.rows("SELECT job_id FROM batchkit_job")[0]["job_id"], 1.0, 0)
     (summary,) = warehouse.rows("SELECT * FROM batchkit_summary")
     steps = [summary[f"{step}_s"] for step in ("rendering", "submitting", "waiting", "landing")]
     assert steps == pytest.approx([1.25, 5, 370, 3], abs=0.002)

@@ -17,12 +17,11 @@ from airflow_provider_batchkit import BatchSnapshot
 from airflow_provider_batchkit.exceptions import LeaseLostError, LedgerError, SubmitThrottledError, SubmitUncertainError
 from airflow_provider_batchkit.jobs import settle
 from airflow_provider_batchkit.jobs.settle import Settler, SettleTimes
-from airflow_provider_batchkit.jobs.submit import Attempt
 from airflow_provider_batchkit.ledger import BatchState
 from airflow_provider_batchkit.ledger.tables import batch
 from airflow_provider_batchkit.simulator import Simulator, SimulatorSettings, answer_for
 from tests.databases import Database
-from tests.warehouse import Warehouse, kit_for, new_attempt
+from tests.warehouse import Warehouse, kit_for
 
 SETTLE = 0.8
 
@@ -307,7 +306,7 @@ def test_a_batch_that_is_missing_from_the_list_for_a_moment_is_not_bought_again(
 
     batch_id = die_after_the_post(warehouse, sim)
     warehouse.kit.recent = flickering  # type: ignore[method-assign]  # a list that misses a batch once
-    attempt = new_attempt()
+    attempt = warehouse.attempt()
     times = SettleTimes(0.0, 0.5)
     lease = warehouse.ledger.open_job(warehouse.job(), attempt.attempt_id)
     settler = Settler(warehouse.kit, warehouse.ledger, times, lease=lease)
@@ -429,7 +428,7 @@ def test_a_shard_that_comes_to_nothing_in_every_leg_ends_the_attempt(
     """Each doubt is settled in a later leg of the same attempt: after five of them it fails, and does not go on for ever."""
     sim.faults.add("cut_before_accept", times=None)
     monkeypatch.setattr(settle, "PATIENCE_S", 0.0)
-    attempt = new_attempt()
+    attempt = warehouse.attempt()
 
     def legs() -> None:
         for _ in range(400):
@@ -484,7 +483,7 @@ def test_a_deleted_witness_is_none_and_the_next_one_counts(warehouse: Warehouse,
 
 def test_an_older_attempt_that_thaws_late_is_refused_and_the_newer_one_goes_on(warehouse: Warehouse, sim: Simulator) -> None:
     """Attempt 1 is stopped before it opens the job, attempt 2 sends, attempt 1 thaws: it changes nothing."""
-    older, newer = new_attempt(), new_attempt()
+    older, newer = warehouse.attempt(), warehouse.attempt()
     report = warehouse.submit(products(3), attempt=newer)
     with pytest.raises(LeaseLostError, match="older than") as caught:
         warehouse.submit(products(3), attempt=older)
@@ -498,7 +497,7 @@ def test_an_older_attempt_that_thaws_inside_the_newer_one_is_refused_and_disturb
     warehouse: Warehouse, sim: Simulator, moment: str
 ) -> None:
     """It neither takes the lease nor settles what the living attempt is sending."""
-    older, newer = new_attempt(), new_attempt()
+    older, newer = warehouse.attempt(), warehouse.attempt()
     refused = []
     method = "next_shard" if moment == "between its shards" else "submitted"
     real, calls = getattr(warehouse.ledger, method), 0
@@ -520,7 +519,7 @@ def test_an_older_attempt_that_thaws_inside_the_newer_one_is_refused_and_disturb
 
 def test_an_older_attempt_that_thaws_while_the_newer_one_settles_takes_nothing(warehouse: Warehouse, sim: Simulator) -> None:
     """The zombie's answer arrives after the newer attempt has begun: its id is noted, whoever holds the lease, and nobody fails."""
-    older, newer = new_attempt(), new_attempt()
+    older, newer = warehouse.attempt(), warehouse.attempt()
     real = warehouse.ledger.submitted
     reports = []
 
@@ -562,8 +561,8 @@ def test_a_batch_belongs_to_one_row(warehouse: Warehouse, sim: Simulator) -> Non
 
 def test_a_run_that_is_deleted_and_made_anew_begins_with_the_youngest_attempt(warehouse: Warehouse) -> None:
     """Its try numbers begin again; ids of attempts do not."""
-    first = warehouse.submit(products(3), attempt=new_attempt())
-    again = warehouse.submit(products(3), attempt=new_attempt())
+    first = warehouse.submit(products(3), attempt=warehouse.attempt())
+    again = warehouse.submit(products(3), attempt=warehouse.attempt())
     assert (again.batch_ids, again.asked) == (first.batch_ids, 0)
 
 
@@ -590,7 +589,7 @@ def test_a_killed_submit_sends_nothing_more(warehouse: Warehouse, sim: Simulator
         looks += 1
         return looks > (2 if moment == "between two shards" else 1)
 
-    killed = Attempt(str(uuid6.uuid7()), datetime.now(UTC), stopped=stopped)
+    killed = warehouse.attempt(stopped=stopped)
     with pytest.raises(LeaseLostError, match="was killed"):
         warehouse.submit(products(6), max_requests=2, attempt=killed)
     assert states(warehouse) == (["submitted"] if moment == "between two shards" else ["rejected"])
@@ -660,7 +659,7 @@ def test_a_long_wait_of_a_throttled_post_is_not_slept(warehouse: Warehouse, sim:
 def test_an_api_that_says_not_now_for_a_day_fails_the_attempt(warehouse: Warehouse, sim: Simulator) -> None:
     """A retry may overcome it; nothing was accepted."""
     sim.faults.add("status", status=429, retry_after=600)
-    yesterday = Attempt(str(uuid6.uuid7()), datetime.now(UTC) - timedelta(hours=24))
+    yesterday = warehouse.attempt(since=datetime.now(UTC) - timedelta(hours=24))
     with pytest.raises(SubmitThrottledError, match="Nothing of this shard was accepted") as caught:
         warehouse.submit(products(3), attempt=yesterday)
     assert caught.value.retryable

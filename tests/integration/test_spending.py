@@ -13,7 +13,6 @@ import pytest
 from airflow_provider_batchkit.exceptions import CostLimitError
 from airflow_provider_batchkit.jobs.caps import Limits
 from airflow_provider_batchkit.ledger import Ledger
-from airflow_provider_batchkit.ledger.budgets import budget_status
 from airflow_provider_batchkit.simulator import Simulator, SimulatorProcess, SimulatorSettings
 from tests.databases import Database
 from tests.integration.airflow_runs import run_dag
@@ -100,7 +99,7 @@ def test_a_task_over_its_budget_fails_or_is_skipped_and_the_next_one_fits(
     assert run_dag(home, landing).state == "success"
     fits = run_dag(home, SUBMIT.format(more='budget={"name": "team", "usd": "0.03"}'))
     assert fits.state == "success"
-    books = budget_status(Ledger(database.engine()).engine, "team")
+    books = Ledger(database.engine()).budget_status("team")
     assert books is not None
     assert (books.reserved_usd, books.spent_usd) == (Decimal(0), 2 * Decimal(fits.xcom("fetch")["cost_tally"]["batch_cost_usd"]))
 
