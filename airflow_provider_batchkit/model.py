@@ -103,6 +103,8 @@ class BatchSnapshot:
     ended_at: datetime | None = None
     #: set once the results are gone, 29 days after creation
     archived_at: datetime | None = None
+    #: whether the API gave every one of the counts; one that it left out is 0
+    counted: bool = True
 
 
 class BatchItem(msgspec.Struct, frozen=True, gc=False):

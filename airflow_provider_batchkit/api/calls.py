@@ -10,12 +10,28 @@ import logging
 import random
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from datetime import UTC, datetime
+from contextlib import closing, contextmanager, suppress
+from datetime import datetime
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from airflow_provider_batchkit.api.polling import ENDED
+from airflow_provider_batchkit.api.wire import (
+    BATCHES,
+    COUNT_TOKENS,
+    Page,
+    batch_of,
+    batch_path,
+    deleted_of,
+    no_answer,
+    own_address,
+    page_of,
+    redirect_of,
+    refuse_page,
+    token_count_of,
+    utc,
+)
 from airflow_provider_batchkit.exceptions import (
     BatchNotEndedError,
     BatchNotVisibleError,
@@ -26,13 +42,12 @@ from airflow_provider_batchkit.exceptions import (
     SubmitThrottledError,
     SubmitUncertainError,
 )
-from airflow_provider_batchkit.model import BatchCounts, BatchSnapshot
+from airflow_provider_batchkit.model import BatchSnapshot
 from airflow_provider_batchkit.request.shards import Shard
 
 if TYPE_CHECKING:
     import anthropic
-    from anthropic._types import RequestOptions
-    from anthropic.types.messages import MessageBatch
+    import httpx2
 
 log = logging.getLogger(__name__)
 
@@ -44,12 +59,17 @@ _LAST_BYTES = 2
 _THROTTLED = frozenset({429, 529})
 #: a 4xx that does not prove a refusal: the request may have been taken
 _AMBIGUOUS_4XX = frozenset({408, 409})
-
+#: Redirects that say that the call was not carried out: it is to be made again, elsewhere (RFC 9110). 302 and 303 may follow a success.
+_MOVED = frozenset({301, 307, 308})
 
 #: A pause is made longer by chance, by this share of it at most: workers that were refused together do not come back together.
 _JITTER = 0.25
 #: Shares of a POST's total time: for handing the body over, for its last bytes, and for the answer.
 _BODY_SHARE, _LAST_SHARE, _ANSWER_SHARE = 0.5, 0.1, 0.4
+#: seconds before a call is made again whose answer was none; doubled each time
+_AGAIN_S = 0.5
+
+_T = TypeVar("_T")
 
 
 class BatchApi:
@@ -105,22 +125,20 @@ class BatchApi:
     def _post(self, shard: Shard, fence: Callable[[], None], post_s: float) -> BatchSnapshot:
         import anthropic
         import httpx2
-        from anthropic.types.messages import MessageBatch
 
-        options: RequestOptions = {
-            "max_retries": 0,
-            "headers": {"Content-Type": "application/json", "Content-Length": str(shard.bytes)},
-            "timeout": _bounded(self.client.timeout, write_s=_LAST_SHARE * post_s, read_s=_ANSWER_SHARE * post_s),
-        }
+        options = own_address(
+            max_retries=0,
+            headers={"Content-Type": "application/json", "Content-Length": str(shard.bytes)},
+            timeout=_bounded(self.client.timeout, write_s=_LAST_SHARE * post_s, read_s=_ANSWER_SHARE * post_s),
+        )
+        body = _fenced_body(shard, fence, _BODY_SHARE * post_s)
         try:
-            batch = self.client.post(
-                "/v1/messages/batches", content=_fenced_body(shard, fence, _BODY_SHARE * post_s), cast_to=MessageBatch, options=options
-            )
+            return batch_of(self.client.post(BATCHES, content=body, cast_to=httpx2.Response, options=options))
         except anthropic.APIStatusError as e:
             status = e.status_code
             if status in _THROTTLED:
                 raise _NotTaken(f"the API answered {status} {e.type or ''}".strip(), _retry_after(e)) from e
-            if 400 <= status < 500 and status not in _AMBIGUOUS_4XX:
+            if status in _MOVED or (400 <= status < 500 and status not in _AMBIGUOUS_4XX):
                 raise SubmitRefusedError(
                     f"The API refused shard {shard.number} ({shard.requests:,} requests, {shard.bytes:,} bytes) with {status} "
                     f"{e.type or 'error'}: {api_message(e)}. Nothing was accepted or billed. "
@@ -136,8 +154,7 @@ class BatchApi:
                 raise _NotTaken(f"no connection ({e.__cause__})", None) from e
             raise self._uncertain(shard, f"the connection broke: {e.__cause__ or e}") from e
         except anthropic.APIResponseValidationError as e:
-            raise self._uncertain(shard, f"the answer was unreadable: {e}") from e
-        return snapshot(batch)
+            raise self._uncertain(shard, e.message) from e
 
     @staticmethod
     def _uncertain(shard: Shard, what: str) -> SubmitUncertainError:
@@ -148,10 +165,7 @@ class BatchApi:
 
     def count_tokens(self, params: Mapping[str, Any]) -> int:
         """Prompt tokens of a message with these params, counted by the API. Free; at most two tries of 30 seconds."""
-        from anthropic.types import MessageTokensCount
-
-        options: RequestOptions = {"max_retries": 1, "timeout": 30.0}
-        return self.client.post("/v1/messages/count_tokens", body=params, cast_to=MessageTokensCount, options=options).input_tokens
+        return self._ask(partial(self.client.post, body=params), COUNT_TOKENS, token_count_of, max_retries=1, timeout=30.0)
 
     def get(self, batch_id: str) -> BatchSnapshot:
         """One batch as the API shows it now.
@@ -159,34 +173,80 @@ class BatchApi:
         :raises BatchUnavailableError: when this connection cannot see it
         """
         with seeing(f"Batch {batch_id}"):
-            return snapshot(self.client.messages.batches.retrieve(batch_id))
+            return self._ask(self.client.get, batch_path(batch_id), lambda response: batch_of(response, batch_id))
 
     def recent(self, since: datetime) -> Iterator[BatchSnapshot]:
-        """Batches of the workspace created at or after ``since`` (aware), newest first; as many pages as that takes."""
-        with seeing("The list of batches"):
-            for batch in self.client.messages.batches.list(limit=_PAGE):
-                if batch.created_at < since:
+        """Batches of the workspace created at or after ``since`` (aware), newest first; as many pages as that takes.
+
+        :raises anthropic.APIResponseValidationError: when a page, or a member of one, cannot be read: any batch may be missing
+        """
+
+        def read(response: httpx2.Response) -> Page:
+            page = page_of(response)
+            if page.odd is not None or (page.batches and page.batches[-1].id == query.get("after_id")):
+                raise no_answer(response, page.odd or "it is the page before it")
+            return page
+
+        query: dict[str, Any] = {"limit": _PAGE}
+        while True:
+            with seeing("The list of batches"):
+                page = self._ask(self.client.get, BATCHES, read, params=query)
+            for batch in page.batches:
+                if utc(batch.created_at) < since:
                     return
-                yield snapshot(batch)
+                yield batch.snapshot()
+            if not page.more or not page.batches:
+                return
+            query["after_id"] = page.batches[-1].id
 
     def cancel(self, batch_id: str) -> BatchSnapshot:
         """Ask the API to cancel a batch. Requests already answered stay answered and billed."""
-        return snapshot(self.client.messages.batches.cancel(batch_id))
+        return self._ask(self.client.post, batch_path(batch_id, "cancel"), lambda response: batch_of(response, batch_id))
 
     def delete(self, batch_id: str) -> None:
         """Delete an ended batch with its results; one that is gone already is fine."""
         import anthropic
 
         with suppress(anthropic.NotFoundError):
-            self.client.messages.batches.delete(batch_id)
+            self._ask(self.client.delete, batch_path(batch_id), deleted_of)
+
+    def _ask(self, call: Callable[..., httpx2.Response], path: str, read: Callable[[httpx2.Response], _T], **options: Any) -> _T:
+        """The answer to a call that may be repeated. One that is none is asked for again, as often as the client retries what fails.
+
+        :param call: of the client, for ``path``
+        :param options: of the call
+        :raises anthropic.APIResponseValidationError: when no answer of the API came
+        """
+        import anthropic
+        import httpx2
+
+        pause = _AGAIN_S
+        for left in reversed(range(self.client.max_retries + 1)):
+            try:
+                return read(call(path, cast_to=httpx2.Response, options=own_address(**options)))
+            except anthropic.APIStatusError as e:
+                if redirect_of(e.response) is None:
+                    raise
+                raise no_answer(e.response, "it is a redirect") from e
+            except anthropic.APIResponseValidationError as e:
+                if not left:
+                    raise
+                log.warning("%s. Asking again in %.1f s.", e.message, pause)
+            time.sleep(pause)
+            pause *= 2
+        raise AssertionError("the last try returns or raises")
 
     def stream_results(self, batch_id: str, *, chunk_bytes: int | None = None) -> Generator[bytes, None, None]:
         """Raw chunks of an ended batch's JSONL results, once; closing the generator ends the download.
 
+        They are read from the connection's own address, by the batch's path; the ``results_url`` that the API gives always names its own
+        host, also where the connection reaches it through another.
+
         :param chunk_bytes: of each chunk; as they arrive by default
         :raises BatchNotEndedError: while the batch runs
+        :raises BatchNotVisibleError: a 404, for the batch or for its results
         :raises BatchUnavailableError: deleted, archived, or not of this workspace
-        :raises ResultStreamError: when the stream is cut
+        :raises ResultStreamError: when the stream is cut, or holds something else
         """
         import anthropic
         import httpx2
@@ -201,14 +261,41 @@ class BatchApi:
                 f"Batch {batch_id} was archived at {found.archived_at:%Y-%m-%d %H:%M} UTC: results can be read for 29 days after creation. "
                 "Its answers can no longer be had; what landed before is in your table and the ledger."
             )
+        options = own_address(headers={"Accept": "application/binary"})
         try:
-            with (
-                seeing(f"Batch {batch_id}"),
-                self.client.messages.batches.with_streaming_response.results(batch_id) as response,
-            ):
-                yield from response.iter_bytes(chunk_bytes)
-        except (anthropic.APIConnectionError, httpx2.TransportError, httpx2.StreamError) as e:
+            with seeing(f"The results of batch {batch_id}"):
+                path = batch_path(batch_id, "results")
+                response = cast("httpx2.Response", self.client.get(path, cast_to=httpx2.Response, options=options, stream=True))
+            with closing(response):
+                yield from _lines_of(response, chunk_bytes, expected=found.counts.total)
+        except anthropic.APIStatusError as e:
+            if (why := redirect_of(e.response)) is None:
+                raise
+            raise _not_read(batch_id, why) from e
+        except anthropic.APIResponseValidationError as e:
+            raise _not_read(batch_id, e.message) from e
+        except (anthropic.APIConnectionError, httpx2.RequestError, httpx2.StreamError) as e:
             raise ResultStreamError(f"The results of batch {batch_id} were cut off: {e!r}. Nothing is lost: they can be read again.") from e
+
+
+def _lines_of(response: httpx2.Response, chunk_bytes: int | None, *, expected: int) -> Iterator[bytes]:
+    """The chunks of a result stream.
+
+    :param expected: result lines that the API counts
+    :raises anthropic.APIResponseValidationError: for a page in their place, and for nothing at all where lines are expected
+    """
+    begun = False
+    for chunk in response.iter_bytes(chunk_bytes):
+        if not begun:
+            refuse_page(response, chunk)
+            begun = bool(chunk.strip())
+        yield chunk
+    if expected and not begun:
+        raise no_answer(response, f"the API counts {expected:,} results", b"")
+
+
+def _not_read(batch_id: str, why: str) -> ResultStreamError:
+    return ResultStreamError(f"The results of batch {batch_id} could not be read: {why}. Nothing is lost: they can be read again.")
 
 
 class _NotTaken(Exception):
@@ -280,6 +367,9 @@ def api_message(error: anthropic.APIStatusError) -> str:
 
     The SDK's own ``api_message`` came in the course of its 2.x releases, so they are read from the body.
     """
+    redirect = redirect_of(error.response)
+    if redirect is not None:
+        return redirect
     match error.body:
         case {"error": {"message": str(words)}} if words:
             return words
@@ -294,6 +384,8 @@ def poll_failure(error: anthropic.APIError) -> dict[str, Any]:
         status = error.status_code
         fatal = 400 <= status < 500 and status not in _THROTTLED | _AMBIGUOUS_4XX
         return {"error": f"{status} {api_message(error)}", "fatal": fatal, "retry_after": _retry_after(error)}
+    if isinstance(error, anthropic.APIResponseValidationError):
+        return {"error": error.message}
     return {"error": f"{type(error).__name__}: {error.__cause__ or error}"}
 
 
@@ -321,21 +413,3 @@ def unavailable(what: str, error: anthropic.APIStatusError) -> BatchUnavailableE
         "permission. Batches go on without it, and their results stay for 29 days: give the connection another key of the same workspace "
         "and run the task again."
     )
-
-
-def snapshot(batch: MessageBatch) -> BatchSnapshot:
-    """The SDK's batch object as plain values."""
-    c = batch.request_counts
-    return BatchSnapshot(
-        batch.id,
-        batch.processing_status,
-        BatchCounts(c.processing, c.succeeded, c.errored, c.canceled, c.expired),
-        _utc(batch.created_at),
-        _utc(batch.expires_at),
-        _utc(batch.ended_at) if batch.ended_at else None,
-        _utc(batch.archived_at) if batch.archived_at else None,
-    )
-
-
-def _utc(value: datetime) -> datetime:
-    return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)

@@ -15,14 +15,14 @@ from collections.abc import Generator, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from airflow_provider_batchkit.api.calls import poll_failure
 from airflow_provider_batchkit.api.polling import CANCELING, ENDED
+from airflow_provider_batchkit.api.wire import batch_of, batch_path, own_address
 
 if TYPE_CHECKING:
     import anthropic
-    from anthropic.resources.messages import AsyncBatches, Batches
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +68,13 @@ class _Call:
     cancel: bool
     pause_s: float = 0.0
 
+    def over(self, client: Any, batch_id: str) -> Any:
+        """The call's response, or something to await for it."""
+        import httpx2
+
+        method, path = (client.post, batch_path(batch_id, "cancel")) if self.cancel else (client.get, batch_path(batch_id))
+        return method(path, cast_to=httpx2.Response, options=own_address())
+
 
 #: A course yields calls, receives for each the batch's ``processing_status`` or the error, and returns what became of the batch.
 _Course = Generator[_Call, str | Exception, Cancellation]
@@ -102,6 +109,8 @@ def _pause_before_retry(answer: str | Exception) -> float | None:
     """Seconds until the call may be made once more; None where that cannot help."""
     import anthropic
 
+    if isinstance(answer, anthropic.APIResponseValidationError):
+        return _SHORTEST_PAUSE_S
     if not isinstance(answer, anthropic.APIStatusError) or not (answer.status_code >= 500 or answer.status_code in _PASSING_4XX):
         return None
     retry_after: float = poll_failure(answer)["retry_after"] or 0.0
@@ -130,7 +139,7 @@ def cancel_batches(client: anthropic.Anthropic, batch_ids: Iterable[str]) -> lis
     report = _Report(batch_ids)
     if not report.batch_ids:
         return []
-    batches = client.with_options(max_retries=0, timeout=CALL_S).messages.batches
+    client = client.with_options(max_retries=0, timeout=CALL_S)
     deadline = time.monotonic() + TOTAL_S
     # SimpleQueue, since the caller may be a signal handler
     left: queue.SimpleQueue[str] = queue.SimpleQueue()
@@ -141,7 +150,7 @@ def cancel_batches(client: anthropic.Anthropic, batch_ids: Iterable[str]) -> lis
     def work() -> None:
         with suppress(queue.Empty):
             while time.monotonic() < deadline:
-                done.put(_follow(batches, left.get_nowait(), deadline))
+                done.put(_follow(client, left.get_nowait(), deadline))
 
     # daemons: a call that hangs keeps neither the handler nor the end of the process waiting
     for number in range(min(_PARALLEL, len(report.batch_ids))):
@@ -152,7 +161,7 @@ def cancel_batches(client: anthropic.Anthropic, batch_ids: Iterable[str]) -> lis
     return report.close()
 
 
-def _follow(batches: Batches, batch_id: str, deadline: float) -> Cancellation:
+def _follow(client: anthropic.Anthropic, batch_id: str, deadline: float) -> Cancellation:
     """Make the calls of one batch's course. None begins after ``deadline``, when the report is closed."""
     course = _course(batch_id)
     try:
@@ -163,7 +172,7 @@ def _follow(batches: Batches, batch_id: str, deadline: float) -> Cancellation:
                 return Cancellation(batch_id, Fate.FAILED, _late())
             answer: str | Exception
             try:
-                answer = (batches.cancel(batch_id) if call.cancel else batches.retrieve(batch_id)).processing_status
+                answer = batch_of(call.over(client, batch_id), batch_id).processing_status
             except Exception as e:  # noqa: BLE001 - whatever it is, it is this batch's matter, and the course decides what it means
                 answer = e
             call = course.send(answer)
@@ -177,12 +186,12 @@ async def cancel_batches_async(client: anthropic.AsyncAnthropic, batch_ids: Iter
     report = _Report(batch_ids)
     if not report.batch_ids:
         return []
-    batches = client.with_options(max_retries=0, timeout=CALL_S).messages.batches
+    client = client.with_options(max_retries=0, timeout=CALL_S)
     left = iter(report.batch_ids)
 
     async def work() -> None:
         for batch_id in left:
-            report.note(await _follow_async(batches, batch_id))
+            report.note(await _follow_async(client, batch_id))
 
     workers = [asyncio.create_task(work()) for _ in range(min(_PARALLEL, len(report.batch_ids)))]
     try:
@@ -194,7 +203,7 @@ async def cancel_batches_async(client: anthropic.AsyncAnthropic, batch_ids: Iter
     return report.close()
 
 
-async def _follow_async(batches: AsyncBatches, batch_id: str) -> Cancellation:
+async def _follow_async(client: anthropic.AsyncAnthropic, batch_id: str) -> Cancellation:
     """As :func:`_follow`; the tasks that run it are canceled at the deadline."""
     course = _course(batch_id)
     try:
@@ -203,7 +212,7 @@ async def _follow_async(batches: AsyncBatches, batch_id: str) -> Cancellation:
             await asyncio.sleep(call.pause_s)
             answer: str | Exception
             try:
-                answer = (await (batches.cancel(batch_id) if call.cancel else batches.retrieve(batch_id))).processing_status
+                answer = batch_of(await call.over(client, batch_id), batch_id).processing_status
             except Exception as e:  # noqa: BLE001 - as in the synchronous form
                 answer = e
             call = course.send(answer)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from datetime import UTC, datetime
+from datetime import datetime
 
 import anthropic
-import msgspec
-from anthropic.resources.messages import AsyncBatches  # the SDK loads it at the first call otherwise, which blocks the event loop for 0.1 s
+import httpx2
 
-from airflow_provider_batchkit.api.calls import poll_failure, snapshot, unavailable
-from airflow_provider_batchkit.model import BatchCounts, BatchSnapshot
+from airflow_provider_batchkit.api.calls import poll_failure, unavailable
+from airflow_provider_batchkit.api.wire import BATCHES, Page, batch_of, batch_path, own_address, page_of, utc
 from airflow_provider_batchkit.triggers.watches import Failure, Look, Search, Watches
 
 log = logging.getLogger(__name__)
@@ -24,49 +23,6 @@ _PARALLEL = 8
 _ANSWER_S = 30.0
 
 
-class _Counts(msgspec.Struct, gc=False):
-    processing: int = 0
-    succeeded: int = 0
-    errored: int = 0
-    canceled: int = 0
-    expired: int = 0
-
-
-class _Listed(msgspec.Struct, gc=False):
-    """What is read of a batch in the list. The SDK's models take 137 ms for a page of 1000, this takes 1 ms.
-
-    ``gc=False``: a thousand objects a page would set off the garbage collector again and again, and none of them can be in a cycle.
-    """
-
-    id: str
-    processing_status: str
-    created_at: datetime
-    request_counts: _Counts
-    expires_at: datetime | None = None
-    ended_at: datetime | None = None
-    archived_at: datetime | None = None
-
-    def snapshot(self) -> BatchSnapshot:
-        c = self.request_counts
-        return BatchSnapshot(
-            self.id,
-            self.processing_status,
-            BatchCounts(c.processing, c.succeeded, c.errored, c.canceled, c.expired),
-            _utc(self.created_at),
-            _utc(self.expires_at) if self.expires_at else None,
-            _utc(self.ended_at) if self.ended_at else None,
-            _utc(self.archived_at) if self.archived_at else None,
-        )
-
-
-class _Page(msgspec.Struct):
-    data: list[_Listed]
-    has_more: bool = False
-
-
-_decode_page = msgspec.json.Decoder(_Page).decode
-
-
 class Looker:
     """Looks at batches over an async first-party client; it closes nothing.
 
@@ -75,7 +31,7 @@ class Looker:
 
     def __init__(self, client: anthropic.AsyncAnthropic, conn_id: str) -> None:
         # the poller has a pause of its own for what fails, in which nobody else of the connection asks either
-        self._batches: AsyncBatches = client.with_options(max_retries=0, timeout=_ANSWER_S).messages.batches
+        self._client = client.with_options(max_retries=0, timeout=_ANSWER_S)
         self._conn_id = conn_id
 
     async def look(self, look: Look, wanted: dict[str, datetime | None], watches: Watches) -> None:
@@ -85,11 +41,10 @@ class Looker:
         await self._retrieve(look, [batch_id for batch_id in wanted if not look.has(batch_id)])
 
     async def _read_list(self, look: Look, search: Search, watches: Watches) -> None:
-        after: str | anthropic.Omit = anthropic.omit
+        query: dict[str, object] = {"limit": _PAGE}
         while True:
             try:
-                response = await self._batches.with_raw_response.list(limit=_PAGE, after_id=after)
-                page = _decode_page(await response.read())
+                page = await self._page(query)
             except (anthropic.AuthenticationError, anthropic.PermissionDeniedError) as e:
                 look.failure = Failure(str(unavailable(f"The list of batches of connection {self._conn_id!r}", e)), fatal=True)
                 return
@@ -101,18 +56,22 @@ class Looker:
                 # a gateway that serves no list, or a cursor that was deleted between two pages
                 log.warning("The list of batches of connection %r is refused (%s): retrieving instead.", self._conn_id, failure.error)
                 return
-            except (msgspec.DecodeError, UnicodeDecodeError) as e:
-                look.failure = Failure(f"the list of batches is unreadable: {e}")
-                return
             shown = []
-            for listed in page.data:
+            for listed in page.batches:
                 if watches.watched(listed.id):
                     shown.append(listed.id)
                     look.shown[listed.id] = watches.unchanged(listed.id, listed.processing_status) or listed.snapshot()
-            oldest = _utc(page.data[-1].created_at) if page.data else None
-            if not search.read(shown, oldest, more=page.has_more):
+            oldest = utc(page.batches[-1].created_at) if page.batches else None
+            if not search.read(shown, oldest, more=page.more):
                 return
-            after = page.data[-1].id
+            query["after_id"] = page.batches[-1].id
+
+    async def _page(self, query: dict[str, object]) -> Page:
+        page = page_of(await self._client.get(BATCHES, cast_to=httpx2.Response, options=own_address(params=query)))
+        if page.odd is not None:
+            # what is left out is retrieved
+            log.warning("The list of batches of connection %r: %s", self._conn_id, page.odd)
+        return page
 
     async def _retrieve(self, look: Look, batch_ids: list[str]) -> None:
         """Retrieve each, several at a time; none more once the connection has failed."""
@@ -130,10 +89,11 @@ class Looker:
 
     async def _retrieve_one(self, look: Look, batch_id: str) -> None:
         try:
-            look.shown[batch_id] = snapshot(await self._batches.retrieve(batch_id))
+            response = await self._client.get(batch_path(batch_id), cast_to=httpx2.Response, options=own_address())
+            look.shown[batch_id] = batch_of(response, batch_id)
         except (anthropic.NotFoundError, anthropic.AuthenticationError, anthropic.PermissionDeniedError) as e:
             look.failed[batch_id] = Failure(str(unavailable(f"Batch {batch_id}", e)), fatal=True)
-        except anthropic.APIStatusError as e:
+        except (anthropic.APIStatusError, anthropic.APIResponseValidationError) as e:
             failure = Failure(**poll_failure(e))
             if e.status_code in (429, 529):
                 look.failure = failure
@@ -143,7 +103,3 @@ class Looker:
             look.failure = Failure(**poll_failure(e))
         except Exception as e:  # noqa: BLE001 - an id or an answer that nobody can read is this batch's matter, not the connection's
             look.failed[batch_id] = Failure(f"Batch {batch_id!r} cannot be looked at: {e!r}", fatal=True)
-
-
-def _utc(value: datetime) -> datetime:
-    return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)

@@ -1,0 +1,242 @@
+"""The Message Batches API on the wire: where its calls go, and what counts as an answer to one.
+
+Every call goes to the connection's own address, by the batch's path. A redirect is not followed, and an address that an answer names is
+not used: the client would send the key along.
+
+A proxy may answer 200 with a page of its own. What is not the answer that the API documents is an
+``anthropic.APIResponseValidationError``, a passing fault, with the first bytes in its message.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import quote
+
+import msgspec
+
+from airflow_provider_batchkit.exceptions import BatchInputError
+from airflow_provider_batchkit.model import BatchCounts, BatchSnapshot
+
+if TYPE_CHECKING:
+    import anthropic
+    import httpx2
+    from anthropic._types import RequestOptions
+
+BATCHES = "/v1/messages/batches"
+COUNT_TOKENS = "/v1/messages/count_tokens"
+
+#: characters of an answer that a message quotes
+_SAMPLE_CHARS = 100
+_REDIRECTS = range(300, 400)
+
+_T = TypeVar("_T")
+
+
+def own_address(**options: Any) -> RequestOptions:
+    """Options of a call to the connection's own address and no other.
+
+    A client that follows a redirect to another host drops the ``Authorization`` header alone: ``x-api-key`` and a gateway's own headers
+    go along.
+    """
+    found: RequestOptions = {"follow_redirects": False, **options}  # type: ignore[typeddict-item] # the names are the callers'
+    return found
+
+
+def batch_path(batch_id: str, *more: str) -> str:
+    """The path of a batch, or of something of it.
+
+    :raises BatchInputError: for an id that would make it another path
+    """
+    if not batch_id.strip("."):
+        raise BatchInputError(f"{batch_id!r} is no batch id.")
+    return "/".join([BATCHES, quote(batch_id, safe=""), *more])
+
+
+class _Counts(msgspec.Struct, gc=False):
+    processing: int | None = None
+    succeeded: int | None = None
+    errored: int | None = None
+    canceled: int | None = None
+    expired: int | None = None
+
+
+class WireBatch(msgspec.Struct, gc=False):
+    """What is read of a batch in the list. The SDK's models take 137 ms for a page of 1000, this takes 1 ms.
+
+    ``gc=False``: a thousand objects a page would set off the garbage collector again and again, and none of them can be in a cycle.
+    """
+
+    id: str
+    processing_status: str
+    created_at: datetime
+    request_counts: _Counts | None = None
+    expires_at: datetime | None = None
+    ended_at: datetime | None = None
+    archived_at: datetime | None = None
+
+    def snapshot(self) -> BatchSnapshot:
+        c = self.request_counts or _Counts()
+        numbers = (c.processing, c.succeeded, c.errored, c.canceled, c.expired)
+        return BatchSnapshot(
+            self.id,
+            self.processing_status,
+            BatchCounts(*(number or 0 for number in numbers)),
+            utc(self.created_at),
+            utc(self.expires_at) if self.expires_at else None,
+            utc(self.ended_at) if self.ended_at else None,
+            utc(self.archived_at) if self.archived_at else None,
+            counted=None not in numbers,
+        )
+
+
+class _Page(msgspec.Struct):
+    data: list[WireBatch]
+    has_more: bool = False
+
+
+class _RawPage(msgspec.Struct):
+    data: list[msgspec.Raw]
+    has_more: bool = False
+
+
+class _Deleted(msgspec.Struct):
+    id: str
+
+
+class _TokenCount(msgspec.Struct):
+    input_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """A page of the list, newest batch first."""
+
+    batches: Sequence[WireBatch]
+    #: whether older ones follow
+    more: bool
+    #: why some of the page's members are left out; None when all could be read
+    odd: str | None = None
+
+
+_batch = msgspec.json.Decoder(WireBatch)
+_page = msgspec.json.Decoder(_Page)
+_raw_page = msgspec.json.Decoder(_RawPage)
+_deleted = msgspec.json.Decoder(_Deleted)
+_token_count = msgspec.json.Decoder(_TokenCount)
+
+
+def batch_of(response: httpx2.Response, batch_id: str | None = None) -> BatchSnapshot:
+    """The batch that an answer is about.
+
+    :param batch_id: the batch that was asked for; None for a new one
+    :raises anthropic.APIResponseValidationError: for an answer that shows none, or another
+    """
+    found = _decoded(response, _batch)
+    if not found.id or batch_id not in (None, found.id):
+        raise no_answer(response, f"it shows the batch {found.id!r}")
+    return found.snapshot()
+
+
+def page_of(response: httpx2.Response) -> Page:
+    """The page of the list that an answer holds. A member that is no batch is left out; ``odd`` says so.
+
+    :raises anthropic.APIResponseValidationError: for an answer that is no page
+    """
+    try:
+        page = _page.decode(response.content)
+    except msgspec.ValidationError:
+        return _odd_page(response)
+    except (msgspec.DecodeError, UnicodeDecodeError) as e:
+        raise no_answer(response, str(e)) from e
+    return Page(page.data, page.has_more)
+
+
+def _odd_page(response: httpx2.Response) -> Page:
+    page, batches, odd = _decoded(response, _raw_page), list[WireBatch](), list[str]()
+    for raw in page.data:
+        try:
+            batches.append(_batch.decode(raw))
+        except (msgspec.DecodeError, UnicodeDecodeError) as e:
+            odd.append(f"{e}: {_sample(bytes(raw))!r}")
+    if not batches and odd:
+        raise no_answer(response, odd[0])
+    return Page(batches, page.has_more, f"{len(odd)} of its members are no batches ({odd[0]})" if odd else None)
+
+
+def deleted_of(response: httpx2.Response) -> None:
+    """Check the answer to a delete.
+
+    :raises anthropic.APIResponseValidationError: for an answer that names no batch
+    """
+    _decoded(response, _deleted)
+
+
+def token_count_of(response: httpx2.Response) -> int:
+    """Tokens that the API counted.
+
+    :raises anthropic.APIResponseValidationError: for an answer without a number
+    """
+    return _decoded(response, _token_count).input_tokens
+
+
+def _decoded(response: httpx2.Response, decoder: msgspec.json.Decoder[_T]) -> _T:
+    try:
+        return decoder.decode(response.content)
+    except (msgspec.DecodeError, UnicodeDecodeError) as e:
+        raise no_answer(response, str(e)) from e
+
+
+def refuse_page(response: httpx2.Response, start: bytes) -> None:
+    """Check the first bytes of a result stream: JSON lines begin with an object.
+
+    :raises anthropic.APIResponseValidationError: for anything else, and for an error in place of the lines
+    """
+    begin = start.lstrip()
+    if begin and (not begin.startswith(b"{") or _ERROR.match(begin)):
+        raise no_answer(response, "it holds no result lines", begin)
+
+
+_ERROR = re.compile(rb'\{\s*"type"\s*:\s*"error"')
+
+
+def redirect_of(response: httpx2.Response) -> str | None:
+    """What a redirect says, for messages; None for any other answer."""
+    if response.status_code not in _REDIRECTS:
+        return None
+    target = _sample(response.headers.get("location", "").encode()) or "nowhere"
+    return (
+        f"{response.request.url.host} answered {response.status_code}, a redirect to {target}. It is not followed, since the key is for "
+        "the connection's own address alone. If the API is to be called there, make it the connection's host"
+    )
+
+
+def no_answer(response: httpx2.Response, why: str, start: bytes | None = None) -> anthropic.APIResponseValidationError:
+    """The error for an answer with a good status that is not what the API sends.
+
+    :param start: its first bytes, where it is not read
+    """
+    import anthropic
+
+    kind = response.headers.get("content-type", "no content type").partition(";")[0]
+    sample = _sample(response.content if start is None else start)
+    shown = f"which begins with {sample!r}" if sample else "which is empty"
+    message = redirect_of(response) or (
+        f"{response.request.url.host} answered {response.status_code} with {_sample(kind.encode())}, {shown}, and that is no answer of the "
+        f"API ({why}). Something between this connection and the API may have answered in its place"
+    )
+    return anthropic.APIResponseValidationError(response, None, message=message)
+
+
+def _sample(body: bytes) -> str:
+    """The beginning of a text in one line, without control characters."""
+    text = body[: 4 * _SAMPLE_CHARS].decode("utf-8", "replace")
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())[:_SAMPLE_CHARS]
+
+
+def utc(value: datetime) -> datetime:
+    """A time with its zone; the API's times are UTC."""
+    return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
