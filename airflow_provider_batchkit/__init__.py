@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from airflow_provider_batchkit.cost.budget import Budget
     from airflow_provider_batchkit.cost.prices import PriceBook
+    from airflow_provider_batchkit.jobs.rounds import Round
     from airflow_provider_batchkit.kit import BatchKit, Retrieval
     from airflow_provider_batchkit.model import BatchItem, BatchSnapshot, CostTally, RequestStatus, Usage
 
 __version__ = "0.1.0"
 
-__all__ = ["BatchItem", "BatchKit", "BatchSnapshot", "Budget", "CostTally", "PriceBook", "RequestStatus", "Retrieval", "Usage"]
+__all__ = ["BatchItem", "BatchKit", "BatchSnapshot", "Budget", "CostTally", "PriceBook", "RequestStatus", "Retrieval", "Round", "Usage"]
 
-_HOMES = {"BatchKit": "kit", "Budget": "cost.budget", "Retrieval": "kit", "PriceBook": "cost.prices"}
+_HOMES = {"BatchKit": "kit", "Budget": "cost.budget", "Retrieval": "kit", "PriceBook": "cost.prices", "Round": "jobs.rounds"}
 
 
 def __getattr__(name: str) -> object:

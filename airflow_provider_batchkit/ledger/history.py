@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from decimal import Decimal
 
 import sqlalchemy as sa
-from sqlalchemy.engine import Engine
+from sqlalchemy.engine import Connection, Engine
 
-from airflow_provider_batchkit.ledger import outcomes
+from airflow_provider_batchkit.ledger import journal, outcomes
 from airflow_provider_batchkit.ledger.landings import landings_of
 from airflow_provider_batchkit.ledger.names import table_identity
 from airflow_provider_batchkit.ledger.records import JobRecord
@@ -46,8 +46,7 @@ class History:
             for row in landed:
                 own = row.map_index == record.map_index and len(by_job[row.job_id]) == 1
                 if row.table_name == only if only is not None else own or len(by_run[row.run_id]) == 1:
-                    for answer in outcomes.succeeded_rows(connection, row.job_id, row.shard):
-                        yield answer.key, answer.digest
+                    yield from _answered(connection, row.job_id, row.shard, row.round)
                 elif only is None:
                     ignored.add(row.run_id)
             if ignored:
@@ -80,3 +79,19 @@ class History:
             rows = connection.execute(statement).all()
         unknown = [batch_id or f"shard {shard}" for batch_id, shard, pico in rows if pico is None]
         return sum(pico or 0 for _, _, pico in rows) * COST_QUANTUM, unknown
+
+
+def _answered(connection: Connection, job_id: str, shard: int, round_number: int) -> Iterator[tuple[str, str]]:
+    """(key, digest) of the rows that a landed batch has answered. A later round may have asked otherwise, with another model or more room:
+    what counts is what the row was asked first, or it would be bought again in every run.
+    """
+    rows = ((row.key, row.digest) for row in outcomes.succeeded_rows(connection, job_id, shard))
+    if round_number == 1:
+        yield from rows
+        return
+    keys = {key for key, _ in rows}
+    first = sa.select(batch.c.shard).where(batch.c.job_id == job_id, batch.c.round == 1, batch.c.state.in_([s.value for s in HELD]))
+    for number in connection.execute(first.order_by(batch.c.shard)).scalars().all():
+        for entry in journal.entries(connection, job_id, number):
+            if entry.key in keys:
+                yield entry.key, outcomes.digests_of([entry.custom_id])[0]

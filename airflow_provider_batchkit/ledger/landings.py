@@ -63,15 +63,17 @@ def note_landing(connection: Connection, batch_id: str, table: str, number: int,
 
 
 def landings_of(connection: Connection, dag_id: str, task_id: str) -> Sequence[Any]:
-    """The latest landing of each batch of a task in each table, the latest of all first: job_id, shard, run_id, map_index, table_name."""
+    """The latest landing of each batch of a task in each table, the latest of all first: job_id, shard, round, run_id,
+    map_index, table_name.
+    """
     latest = sa.func.max(landing.c.landed_at).label("landed_at")
     where = (job.c.run_id, job.c.map_index, landing.c.table_name)
     statement = (
-        sa.select(batch.c.job_id, batch.c.shard, *where, latest)
+        sa.select(batch.c.job_id, batch.c.shard, batch.c.round, *where, latest)
         .join(job, job.c.job_id == batch.c.job_id)
         .join(landing, landing.c.batch_id == batch.c.batch_id)
         .where(job.c.dag_id == dag_id, job.c.task_id == task_id)
-        .group_by(batch.c.job_id, batch.c.shard, *where)
+        .group_by(batch.c.job_id, batch.c.shard, batch.c.round, *where)
         .order_by(latest.desc(), batch.c.job_id, batch.c.shard.desc())
     )
     return connection.execute(statement).all()

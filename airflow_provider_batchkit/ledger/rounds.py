@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
@@ -102,6 +102,24 @@ def failed_keys(engine: Engine, job_id: str, shard: int | None = None, *, invali
     with engine.connect() as connection:
         connection = connection.execution_options(yield_per=_KEYS_AT_A_TIME)
         yield from connection.execute(sa.select(failed.c.key).where(*here, _worth_asking(invalid_output=invalid_output))).scalars()
+
+
+def count_with(engine: Engine, job_id: str, ask: Collection[str]) -> int:
+    """How many rows of a job have one of these outcomes: error types, or statuses."""
+    statement = sa.select(sa.func.count()).select_from(failed).where(failed.c.job_id == job_id, _has_outcome(ask))
+    with engine.connect() as connection:
+        return int(connection.execute(statement).scalar_one())
+
+
+def keys_with(engine: Engine, job_id: str, ask: Collection[str]) -> Iterator[str]:
+    """Keys of the rows that :func:`count_with` counts."""
+    with engine.connect() as connection:
+        connection = connection.execution_options(yield_per=_KEYS_AT_A_TIME)
+        yield from connection.execute(sa.select(failed.c.key).where(failed.c.job_id == job_id, _has_outcome(ask))).scalars()
+
+
+def _has_outcome(ask: Collection[str]) -> sa.ColumnElement[bool]:
+    return sa.or_(failed.c.error_type.in_(list(ask)), failed.c.status.in_(list(ask)))
 
 
 # --- the end ----------------------------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from airflow_provider_batchkit.exceptions import (
     ReplaceRefusedError,
 )
 from airflow_provider_batchkit.hooks.batchkit import sql_engine
+from airflow_provider_batchkit.jobs.rounds import Round, parse_rounds
 from airflow_provider_batchkit.links import push_console_link
 from airflow_provider_batchkit.model import ANSWERED
 from airflow_provider_batchkit.operators.fetch import LandingOperator, refuse_replace
@@ -58,6 +59,9 @@ class RunBatchOperator(SubmitBatchOperator, LandingOperator):
     asked. The batch ids are pushed under ``batch_ids``, too, and the first under ``batch_id``.
 
     :param max_rounds: how often a row may be asked, from 1
+    :param rounds: in place of ``max_rounds``, a list of :class:`~airflow_provider_batchkit.Round`. The first asks every row; each later one
+        says which outcomes it asks again and what it changes: ``[Round(), Round(ask=["truncated"], max_tokens=800)]``. A row keeps its
+        best outcome: finished, truncated, invalid_output, paused, refused, errored, canceled, expired, missing; of equals the latest
     :param retry_invalid_output: also ask again for answers that do not fit the schema; each of them is billed
     :param poke_interval: seconds between looks at running batches
     :param timeout: seconds that a round's batches are waited for; then the task fails, the batches go on, and a retry waits again
@@ -65,14 +69,24 @@ class RunBatchOperator(SubmitBatchOperator, LandingOperator):
         as killing it on Airflow 3.3, and paid work must survive that
     """
 
-    def __init__(self, *, table: str, max_rounds: int = 1, poke_interval: float = 60.0, timeout: float = _WEEK_S, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *,
+        table: str,
+        max_rounds: int = 1,
+        rounds: Sequence[Round] | None = None,
+        poke_interval: float = 60.0,
+        timeout: float = _WEEK_S,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(table=table, **kwargs)
-        self.max_rounds = max_rounds
+        try:
+            self.rounds = parse_rounds(rounds, max_rounds, retry_invalid_output=self.retry_invalid_output)
+        except BatchInputError as e:
+            raise BatchInputError(f"Task {self.task_id}: {e}") from None
         self.poke_interval = poke_interval
         self.timeout = timeout
         self._stopped: str | None = None
-        if max_rounds < 1:
-            raise BatchInputError(f"Task {self.task_id}: max_rounds must be a whole number from 1, not {max_rounds!r}.")
         if poke_interval <= 0 or timeout <= 0:
             raise BatchInputError(f"Task {self.task_id}: poke_interval and timeout are seconds above 0.")
         if self.skip_unchanged:
@@ -155,10 +169,23 @@ class RunBatchOperator(SubmitBatchOperator, LandingOperator):
         sent = rounds.sent(job.ledger.engine, job.job_id)
         if begun == 0 or begun > sent or any(b.state is BatchState.SENDING for b in batches):
             return max(begun, 1)
-        if begun >= self.max_rounds or any(b.state is BatchState.SUBMITTED for b in batches):
+        if any(b.state is BatchState.SUBMITTED for b in batches):
             return None
-        failed = rounds.count_failed(job.ledger.engine, job.job_id, invalid_output=self.retry_invalid_output)
-        return begun + 1 if failed or (self.retry_gone and job.gone()) else None
+        left = range(begun + 1, len(self.rounds) + 1)
+        if left and self.retry_gone and job.gone():
+            return begun + 1
+        return next((number for number in left if self._count(job, self.rounds[number - 1])), None)
+
+    def _count(self, job: _Job, asking: Round) -> int:
+        """How many rows a later round would ask again."""
+        from airflow_provider_batchkit.ledger import rounds
+
+        if asking.ask is not None:
+            return rounds.count_with(job.ledger.engine, job.job_id, asking.ask)
+        return rounds.count_failed(job.ledger.engine, job.job_id, invalid_output=self.retry_invalid_output)
+
+    def _asking(self, round_number: int) -> Round:
+        return self.rounds[min(round_number, len(self.rounds)) - 1]
 
     def _ask_round(self, context: Context, round_number: int) -> None:
         """A later round that the caps have no room for ends the asking, not the task: what landed is paid for."""
@@ -180,11 +207,15 @@ class RunBatchOperator(SubmitBatchOperator, LandingOperator):
             self.log.warning("Nothing was asked in round %d: %s", round_number, self._stopped)
 
     def _only(self, context: Context, ledger: Ledger, job_id: str, round_number: int) -> Iterable[str] | None:
-        from airflow_provider_batchkit.ledger.rounds import failed_keys
+        from airflow_provider_batchkit.ledger.rounds import failed_keys, keys_with
 
         if round_number == 1:
             return super()._only(context, ledger, job_id, round_number)
-        failed = failed_keys(ledger.engine, job_id, invalid_output=self.retry_invalid_output)
+        ask = self._asking(round_number).ask
+        if ask is None:
+            failed = failed_keys(ledger.engine, job_id, invalid_output=self.retry_invalid_output)
+        else:
+            failed = keys_with(ledger.engine, job_id, ask)
         gone = _Job(ledger, job_id).gone() if self.retry_gone else []
         return chain(failed, *(ledger.unasked(b) for b in gone))
 

@@ -13,9 +13,11 @@ from airflow.providers.common.compat.sdk import AirflowSkipException, BaseOperat
 from airflow_provider_batchkit.cost.budget import Budget
 from airflow_provider_batchkit.exceptions import BatchInputError, BatchKitError, BudgetExceededError
 from airflow_provider_batchkit.hooks.batchkit import BatchKitHook, settle_times, sql_engine
+from airflow_provider_batchkit.jobs.rounds import Round
 from airflow_provider_batchkit.lineage import BatchLineage
 from airflow_provider_batchkit.links import ConsoleLink, push_console_link
 from airflow_provider_batchkit.model import MAX_BYTES_PER_BATCH, MAX_REQUESTS_PER_BATCH, parse_usd
+from airflow_provider_batchkit.operators.items import items_of
 from airflow_provider_batchkit.operators.metrics import count_submitted
 from airflow_provider_batchkit.operators.tasks import (
     Leg,
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
     from airflow_provider_batchkit.jobs.submit import SubmitReport
     from airflow_provider_batchkit.ledger import Ledger
     from airflow_provider_batchkit.request.block import RequestBlock
-    from airflow_provider_batchkit.source.rows import Items, Rows
+    from airflow_provider_batchkit.source.rows import Items
     from airflow_provider_batchkit.source.sql import KeyTypes
 
 
@@ -347,8 +349,8 @@ class SubmitBatchOperator(BatchLineage, BaseOperator):
         only = self._only(context, ledger, job.job_id, round_number)
         key = [self.key] if isinstance(self.key, str) else list(self.key or ())
         types = KeyTypes(key)
-        items = self._items()
-        requests = self._requests(context, job.job_id, key, types, items)
+        items = items_of(self)
+        requests = self._requests(context, job.job_id, key, types, items, self._asking(round_number))
         with items.naming_places() if isinstance(items, FileRows) else nullcontext():
             if self.is_dry_run:
                 return rehearse_job(attempt, requests, options, only=only)
@@ -379,8 +381,12 @@ class SubmitBatchOperator(BatchLineage, BaseOperator):
                 table.check(ledger.engine)
             ledger.set_key_columns(job_id, columns)
 
+    def _asking(self, round_number: int) -> Round:
+        """How a round asks."""
+        return Round()
+
     def _requests(
-        self, context: Context, job_id: str, key: list[str], types: KeyTypes, items: Iterable[Any] | Items
+        self, context: Context, job_id: str, key: list[str], types: KeyTypes, items: Iterable[Any] | Items, asking: Round
     ) -> Iterator[RequestBlock]:
         from airflow_provider_batchkit.request.build import RequestBuilder, RequestDefaults
         from airflow_provider_batchkit.request.template import RowTemplate
@@ -388,10 +394,10 @@ class SubmitBatchOperator(BatchLineage, BaseOperator):
         per_run = dict(context)
         builder = RequestBuilder(
             RequestDefaults(
-                self.model or self.hook.default_model,
-                self.max_tokens,
+                asking.model or self.model or self.hook.default_model,
+                asking.max_tokens or self.max_tokens,
                 None,
-                self.request_params,
+                {**self.request_params, **asking.params},
                 self.cache_system,
                 None if self.output_schema is None else self.output_schema.format,
             ),
@@ -400,29 +406,9 @@ class SubmitBatchOperator(BatchLineage, BaseOperator):
             prompt=None if self.prompt is None else RowTemplate(self.prompt, name="prompt", context=per_run),
             system=None if self.system is None else RowTemplate(self.system, name="system", context=per_run),
             dedupe=self.dedupe,
+            overrides=asking.overrides,
         )
         return builder.pieces(items, types.see)
-
-    def _items(self) -> Iterable[Any] | Items:
-        if self.input_path is not None:
-            from airflow_provider_batchkit.hooks.storage import input_files
-            from airflow_provider_batchkit.source.files import FileRows, InputOptions
-
-            return FileRows(input_files(self.input_path, self.input_conn_id), InputOptions.parse(self.input_options))
-        if self.sql is None:
-            from airflow_provider_batchkit.request.build import items_of
-
-            # resolved by now: rendering replaces the literal wrapper and a task's output by their values
-            return items_of(self.requests)
-        from airflow_provider_batchkit.source.rows import RowItems
-
-        return RowItems(self._sql_rows(self.sql))
-
-    def _sql_rows(self, sql: str) -> Iterator[Rows]:
-        from airflow_provider_batchkit.source.sql import read_sql
-
-        with sql_engine(self.source_conn_id or self.sql_conn_id) as engine:
-            yield from read_sql(engine, sql, self.parameters)
 
     def on_kill(self) -> None:
         if self.cancel_on_kill and self._job_id is not None:

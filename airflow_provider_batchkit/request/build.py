@@ -237,6 +237,7 @@ class RequestBuilder:
         prompt: Template | None = None,
         system: Template | None = None,
         dedupe: bool = True,
+        overrides: Mapping[str, Any] | None = None,
     ) -> None:
         """
         :param job_id: the journaled job; without one a request is sent under its own ``custom_id`` or position
@@ -244,6 +245,7 @@ class RequestBuilder:
         :param prompt: template of the user message of row mappings
         :param system: template of the system prompt of row mappings
         :param dedupe: rows that ask the same share one ``custom_id``; otherwise the key is part of it
+        :param overrides: parameters that a native request is sent with whatever it has itself
         """
         self._defaults = defaults
         self._job_id = job_id
@@ -251,6 +253,7 @@ class RequestBuilder:
         self._prompt = prompt
         self._system = system
         self._dedupe = dedupe
+        self._overrides = dict(overrides or {})
 
     @cached_property
     def _text_frame(self) -> _Frame:
@@ -331,7 +334,7 @@ class RequestBuilder:
             check_custom_id(custom_id)
         params = item["params"]
         if isinstance(params, Mapping):
-            params = self._defaults.merged(params)
+            params = {**self._defaults.merged(params), **self._overrides}
         check_params(params)
         return self._finish(encode_key([str(position) if custom_id is None else custom_id]), custom_id, encode_params(params), position)
 

@@ -1,0 +1,38 @@
+"""Where the rows of a submit come from: a query, files, or a list."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from airflow_provider_batchkit.hooks.batchkit import sql_engine
+
+if TYPE_CHECKING:
+    from airflow_provider_batchkit.source.rows import Items, Rows
+
+
+def items_of(task: Any) -> Iterable[Any] | Items:
+    """The items of a task's source. Nothing is read before the first is taken.
+
+    :param task: a :class:`SubmitBatchOperator`
+    """
+    if task.input_path is not None:
+        from airflow_provider_batchkit.hooks.storage import input_files
+        from airflow_provider_batchkit.source.files import FileRows, InputOptions
+
+        return FileRows(input_files(task.input_path, task.input_conn_id), InputOptions.parse(task.input_options))
+    if task.sql is None:
+        from airflow_provider_batchkit.request.build import items_of as given
+
+        # resolved by now: rendering replaces the literal wrapper and a task's output by their values
+        return given(task.requests)
+    from airflow_provider_batchkit.source.rows import RowItems
+
+    return RowItems(_sql_rows(task, task.sql))
+
+
+def _sql_rows(task: Any, sql: str) -> Iterator[Rows]:
+    from airflow_provider_batchkit.source.sql import read_sql
+
+    with sql_engine(task.source_conn_id or task.sql_conn_id) as engine:
+        yield from read_sql(engine, sql, task.parameters)
