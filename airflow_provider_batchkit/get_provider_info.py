@@ -28,7 +28,7 @@ def get_provider_info() -> dict[str, Any]:
         "extra-links": [f"{package}.links.ConsoleLink"],
         "config": {
             "batchkit": {
-                "description": "Message batches: prices, how long a batch is looked for, and the Console's address.",
+                "description": "Message batches: prices, checks, failures that pass, times to look for batches, the Console's address.",
                 "options": _OPTIONS,
             }
         },
@@ -55,6 +55,22 @@ _OPTIONS: dict[str, Any] = {
         "version_added": "0.1.0",
         "type": "string",
         "example": None,
+        "default": None,
+    },
+    "allow_unknown_params": {
+        "description": "Names of Messages API parameters that are newer than the installed SDK, with commas between; a nested one with its "
+        "path. Others that the SDK does not know are refused as misspelt before anything is sent. True lets every name through.",
+        "version_added": "0.1.0",
+        "type": "string",
+        "example": "verbosity, output_config.verbosity",
+        "default": "False",
+    },
+    "passing_errors": {
+        "description": "Failures of single requests that another round of asking may answer, beside those that BatchKit knows: regular "
+        "expressions, one in each line or as a JSON list, that are searched in '<type>: <message>' of an error, whatever its case.",
+        "version_added": "0.1.0",
+        "type": "string",
+        "example": "invalid_request_error: .*try again later",
         "default": None,
     },
     "absence_seconds": {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -14,7 +14,8 @@ from airflow_provider_batchkit.api.blocks import ResultBlock
 from airflow_provider_batchkit.api.calls import BatchApi, poll_failure
 from airflow_provider_batchkit.api.polling import Ended, GaveUp, PollState, TimedOut, Wait
 from airflow_provider_batchkit.api.results import Reconciler, StreamFaults, parse_blocks, parse_stream
-from airflow_provider_batchkit.cost.estimate import SAMPLES, Estimate, estimate_shards
+from airflow_provider_batchkit.cost.checks import check_shards
+from airflow_provider_batchkit.cost.estimate import Estimate, estimate_shards
 from airflow_provider_batchkit.cost.prices import PriceBook
 from airflow_provider_batchkit.cost.tally import TallyBuilder
 from airflow_provider_batchkit.exceptions import (
@@ -44,6 +45,7 @@ from airflow_provider_batchkit.request.build import (
     prompts_of,
     refuse_repeated_ids,
 )
+from airflow_provider_batchkit.request.params import ParamNames
 from airflow_provider_batchkit.request.scratch import scratch_folder
 from airflow_provider_batchkit.request.shards import Shard, ShardWriter, read_index, remove_shard_files
 
@@ -92,11 +94,18 @@ class BatchKit(BatchApi):
     """
 
     def __init__(
-        self, client: anthropic.Anthropic | None = None, *, api_key: str | None = None, price_book: PriceBook | None = None
+        self,
+        client: anthropic.Anthropic | None = None,
+        *,
+        api_key: str | None = None,
+        price_book: PriceBook | None = None,
+        allow_unknown_params: bool | Collection[str] = False,
     ) -> None:
         """
         :param client: any first-party client; without one, one is made from ``api_key`` or the environment
         :param price_book: where prices come from; the bundled ones by default
+        :param allow_unknown_params: names of parameters that are newer than the installed SDK, which otherwise are refused as misspelt; a
+            nested one with its path (``output_config.verbosity``). True lets every name through, and models of any name
         """
         if client is None:
             import anthropic
@@ -104,6 +113,8 @@ class BatchKit(BatchApi):
             client = anthropic.Anthropic(api_key=api_key)
         super().__init__(client)
         self.price_book = price_book or PriceBook()
+        #: which names the params of requests may have
+        self.param_names = ParamNames(allow_unknown_params, beta=self.sends_betas)
 
     def submit(
         self,
@@ -119,7 +130,8 @@ class BatchKit(BatchApi):
     ) -> list[str]:
         """Submit any number of requests as one or more batches; returns the list of their ids. Takes either ``requests`` or ``prompts``.
 
-        Everything is checked and written to a temporary folder first, so bad input costs nothing.
+        Everything is checked and written to a temporary folder first, and the API is asked for its limits and to count the tokens of a
+        sample, so bad input costs nothing.
 
         :param requests: native ``{"custom_id", "params"}`` mappings or prompt strings; a string's ``custom_id`` is ``item-<position>``
         :param prompts: strings alone
@@ -130,13 +142,14 @@ class BatchKit(BatchApi):
         :raises SubmitRefusedError: the API refused; ``submitted`` on the error lists batches that were accepted before
         :raises SubmitUncertainError: the connection broke at a moment when nobody can know whether the batch was accepted
         """
-        defaults = RequestDefaults(model, max_tokens, system, dict(params or {}))
+        defaults = RequestDefaults(model, max_tokens, system, dict(params or {}), names=self.param_names)
         with scratch_folder() as folder:
             writer = ShardWriter(folder, max_requests=max_requests_per_batch, max_bytes=max_bytes_per_batch)
-            return [batch_id for batch_id, _ in self._send_all(_write(writer, _asked(requests, prompts), defaults))]
+            return [batch_id for batch_id, _ in self._send_all(writer, _write(writer, _asked(requests, prompts), defaults))]
 
-    def _send_all(self, shards: Iterable[Shard]) -> Iterator[tuple[str, Shard]]:
+    def _send_all(self, writer: ShardWriter, shards: Sequence[Shard]) -> Iterator[tuple[str, Shard]]:
         """Each shard with the id of its batch, after it was accepted and before its files are removed."""
+        check_shards(self, shards, writer.samples)
         ids: list[str] = []
         for shard in shards:
             try:
@@ -164,11 +177,11 @@ class BatchKit(BatchApi):
         :raises BatchInputError: for both or neither of ``requests`` and ``prompts``, and for a bare string
         :raises RequestError: for input that the API would refuse, naming the item
         """
-        defaults = RequestDefaults(model, max_tokens, system, dict(params or {}))
+        defaults = RequestDefaults(model, max_tokens, system, dict(params or {}), names=self.param_names)
         with scratch_folder() as folder:
             writer = ShardWriter(folder)
             shards = _write(writer, _asked(requests, prompts), defaults)
-            return estimate_shards(shards, writer.samples(SAMPLES), self.price_book, datetime.now(UTC), count_tokens=self.count_tokens)
+            return estimate_shards(shards, check_shards(self, shards, writer.samples), self.price_book, datetime.now(UTC))
 
     def wait(
         self,
@@ -328,10 +341,11 @@ class BatchKit(BatchApi):
         ``items`` has one item for each request, in the order of the requests: it can be zipped with them. A request that the results do not
         name has the status ``missing``, and no content.
         """
-        defaults = RequestDefaults(model, max_tokens, system, dict(params or {}))
+        defaults = RequestDefaults(model, max_tokens, system, dict(params or {}), names=self.param_names)
         asked: dict[str, dict[str, str]] = {}
         with scratch_folder() as folder:
-            for batch_id, shard in self._send_all(_write(ShardWriter(folder), _asked(requests, prompts), defaults)):
+            writer = ShardWriter(folder)
+            for batch_id, shard in self._send_all(writer, _write(writer, _asked(requests, prompts), defaults)):
                 asked[batch_id] = {entry.custom_id: entry.key for entry in read_index(shard)}
         self.wait(list(asked), interval_s=interval_s, timeout_s=timeout_s, on_progress=on_progress)
         found = [self._retrieve(batch_id, ids) for batch_id, ids in asked.items()]

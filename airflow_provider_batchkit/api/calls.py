@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from airflow_provider_batchkit.api.polling import ENDED
+from airflow_provider_batchkit.api.refusals import advice, api_message, refuses_the_message
 from airflow_provider_batchkit.api.wire import (
     BATCHES,
     COUNT_TOKENS,
@@ -24,6 +25,8 @@ from airflow_provider_batchkit.api.wire import (
     batch_of,
     batch_path,
     deleted_of,
+    model_of,
+    model_path,
     no_answer,
     own_address,
     page_of,
@@ -37,6 +40,7 @@ from airflow_provider_batchkit.exceptions import (
     BatchNotVisibleError,
     BatchUnavailableError,
     LeaseLostError,
+    RequestError,
     ResultStreamError,
     SubmitRefusedError,
     SubmitThrottledError,
@@ -82,6 +86,7 @@ class BatchApi:
 
     def __init__(self, client: anthropic.Anthropic) -> None:
         self.client = client
+        self._models: dict[str, Mapping[str, Any]] = {}
 
     def send(
         self,
@@ -142,7 +147,7 @@ class BatchApi:
                 raise SubmitRefusedError(
                     f"The API refused shard {shard.number} ({shard.requests:,} requests, {shard.bytes:,} bytes) with {status} "
                     f"{e.type or 'error'}: {api_message(e)}. Nothing was accepted or billed. "
-                    f"{_ADVICE.get(status, '')}".rstrip(),
+                    f"{advice(e)}".rstrip(),
                     status=status,
                     error_type=e.type,
                 ) from e
@@ -163,9 +168,32 @@ class BatchApi:
             "it runs and is billed once. It is not sent again before its batch has been looked for."
         )
 
+    @property
+    def sends_betas(self) -> bool:
+        """Whether every call of the client carries an ``anthropic-beta`` header: then the API takes more than it does without."""
+        return any(name.lower() == "anthropic-beta" for name in self.client.default_headers)
+
     def count_tokens(self, params: Mapping[str, Any]) -> int:
-        """Prompt tokens of a message with these params, counted by the API. Free; at most two tries of 30 seconds."""
-        return self._ask(partial(self.client.post, body=params), COUNT_TOKENS, token_count_of, max_retries=1, timeout=30.0)
+        """Prompt tokens of a message with these params, counted by the API. Free; at most two tries of 30 seconds.
+
+        :raises RequestError: with the API's words, when it would refuse the message itself, now and later
+        """
+        import anthropic
+
+        try:
+            return self._ask(partial(self.client.post, body=params), COUNT_TOKENS, token_count_of, max_retries=1, timeout=30.0)
+        except (anthropic.BadRequestError, anthropic.NotFoundError) as e:
+            if refuses_the_message(e):
+                raise RequestError(f"the API refuses it: {api_message(e)}") from e
+            raise
+
+    def model_info(self, model: str) -> Mapping[str, Any]:
+        """What the API tells of a model, as it was sent: ``max_tokens``, ``capabilities``, ``lifecycle`` … Free; at most two tries of 30
+        seconds, and once for each model. Older versions of the SDK do not know all of it.
+        """
+        if model not in self._models:
+            self._models[model] = self._ask(self.client.get, model_path(model), model_of, max_retries=1, timeout=30.0)
+        return self._models[model]
 
     def get(self, batch_id: str) -> BatchSnapshot:
         """One batch as the API shows it now.
@@ -306,15 +334,6 @@ class _NotTaken(Exception):
         self.retry_after = retry_after
 
 
-_ADVICE = {
-    400: "Change the request that the message names.",
-    401: "Check the API key of the connection.",
-    403: "The key may not use this model or workspace; check its permissions.",
-    404: "Check the model's name and the connection's base URL.",
-    413: "Lower max_bytes_per_batch.",
-}
-
-
 def _bounded(timeout: Any, *, write_s: float, read_s: float) -> Any:
     """The client's own timeout, with the time of a write and that of a read bounded."""
     import httpx2
@@ -360,20 +379,6 @@ def _retry_after(error: anthropic.APIStatusError) -> float | None:
         return max(float(error.response.headers.get("retry-after", "")), 0.0)
     except ValueError:
         return None
-
-
-def api_message(error: anthropic.APIStatusError) -> str:
-    """The API's own words for an error, or the SDK's where it gave none.
-
-    The SDK's own ``api_message`` came in the course of its 2.x releases, so they are read from the body.
-    """
-    redirect = redirect_of(error.response)
-    if redirect is not None:
-        return redirect
-    match error.body:
-        case {"error": {"message": str(words)}} if words:
-            return words
-    return error.message
 
 
 def poll_failure(error: anthropic.APIError) -> dict[str, Any]:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 BATCHES = "/v1/messages/batches"
 COUNT_TOKENS = "/v1/messages/count_tokens"
+_MODELS = "/v1/models"
 
 #: characters of an answer that a message quotes
 _SAMPLE_CHARS = 100
@@ -54,6 +55,16 @@ def batch_path(batch_id: str, *more: str) -> str:
     if not batch_id.strip("."):
         raise BatchInputError(f"{batch_id!r} is no batch id.")
     return "/".join([BATCHES, quote(batch_id, safe=""), *more])
+
+
+def model_path(model: str) -> str:
+    """The path of what the API tells of a model.
+
+    :raises BatchInputError: for a name that would make it another path
+    """
+    if not model.strip("."):
+        raise BatchInputError(f"{model!r} is no model.")
+    return f"{_MODELS}/{quote(model, safe='')}"
 
 
 class _Counts(msgspec.Struct, gc=False):
@@ -126,6 +137,7 @@ _batch = msgspec.json.Decoder(WireBatch)
 _page = msgspec.json.Decoder(_Page)
 _raw_page = msgspec.json.Decoder(_RawPage)
 _deleted = msgspec.json.Decoder(_Deleted)
+_object = msgspec.json.Decoder(dict[str, Any])
 _token_count = msgspec.json.Decoder(_TokenCount)
 
 
@@ -181,6 +193,14 @@ def token_count_of(response: httpx2.Response) -> int:
     :raises anthropic.APIResponseValidationError: for an answer without a number
     """
     return _decoded(response, _token_count).input_tokens
+
+
+def model_of(response: httpx2.Response) -> dict[str, Any]:
+    """What the API tells of a model.
+
+    :raises anthropic.APIResponseValidationError: for an answer that is no object
+    """
+    return _decoded(response, _object)
 
 
 def _decoded(response: httpx2.Response, decoder: msgspec.json.Decoder[_T]) -> _T:

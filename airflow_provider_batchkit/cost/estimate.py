@@ -7,29 +7,20 @@ bounded at that price.
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from decimal import ROUND_HALF_EVEN, Context, Decimal, localcontext
 from typing import Any
 
+from airflow_provider_batchkit.cost.checks import Counted, exposure_of
 from airflow_provider_batchkit.cost.prices import ModelRates, PriceBook, PriceTier
 from airflow_provider_batchkit.model import COST_QUANTUM, PICO_PER_USD, Bound, format_usd_exact, usd_text
-from airflow_provider_batchkit.request.exposure import Exposure, params_of
+from airflow_provider_batchkit.request.exposure import Exposure
 from airflow_provider_batchkit.request.shards import Shard
 
-log = logging.getLogger(__name__)
-
-#: requests of a job whose tokens the API counts
-SAMPLES = 10
-#: prompt tokens of a text when nobody counted: one for this many bytes
-BYTES_PER_TOKEN = 4
-
 _EXACT = Context(prec=60)
-#: what the token count takes of a request's params
-_COUNTED = ("model", "messages", "system", "tools", "tool_choice", "thinking", "output_config", "cache_control")
 
 
 def bound_of(exposure: Exposure, book: PriceBook, at: datetime) -> Bound:
@@ -99,47 +90,24 @@ class Estimate:
         }
 
 
-#: counts the prompt tokens of a message's params, as the API does
-CountTokens = Callable[[Mapping[str, Any]], int]
-
-
 def estimate_shards(
-    shards: Sequence[Shard],
-    samples: Iterable[bytes],
-    book: PriceBook,
-    at: datetime,
-    *,
-    count_tokens: CountTokens,
-    output_per_request: Decimal | None = None,
+    shards: Sequence[Shard], counted: Counted, book: PriceBook, at: datetime, *, output_per_request: Decimal | None = None
 ) -> Estimate:
     """The estimate of shards, all together. See :func:`estimate`."""
-    total = Exposure()
-    for shard in shards:
-        total.include(shard.exposure)
-    return estimate(total, samples, book, at, count_tokens=count_tokens, output_per_request=output_per_request)
+    return estimate(exposure_of(shards), counted, book, at, output_per_request=output_per_request)
 
 
-def estimate(
-    exposure: Exposure,
-    samples: Iterable[bytes],
-    book: PriceBook,
-    at: datetime,
-    *,
-    count_tokens: CountTokens,
-    output_per_request: Decimal | None = None,
-) -> Estimate:
+def estimate(exposure: Exposure, counted: Counted, book: PriceBook, at: datetime, *, output_per_request: Decimal | None = None) -> Estimate:
     """Price an exposure at the prices of ``at``.
 
-    :param samples: some of the requests, as they are uploaded, for counting
-    :param count_tokens: counts the prompt tokens of a request's params, as the API does; when it fails, a quarter of the bytes is taken
+    :param counted: the prompt tokens of a sample
     :param output_per_request: what earlier requests of this kind answered, in tokens; else ``max_tokens`` is expected
     """
-    counts, input_source = _count(samples, count_tokens)
     inputs = outputs = 0
     usd: Decimal | None = Decimal(0)
     with localcontext(_EXACT):
         for (model, geo, _, _), group in exposure.groups.items():
-            tokens, size = counts.get(model) or counts[""]
+            tokens, size = counted.rate(model)
             prompt = min(-(-group.bytes * tokens // size), group.prompt_bound)
             answer = group.max_tokens
             if output_per_request is not None:
@@ -156,7 +124,7 @@ def estimate(
         None if usd is None else usd.quantize(COST_QUANTUM, context=_EXACT),
         most.usd,
         most.tokens,
-        input_source,
+        counted.source,
         "max_tokens of every request"
         if output_per_request is None
         else f"{output_per_request:,.0f} a request as in this task's earlier runs",
@@ -168,23 +136,3 @@ def _expected_usd(rates: ModelRates, prompt: int, answer: int, requests: int, ge
     tier = [tier for tier in rates.tiers if tier.min_prompt_tokens * requests <= prompt][-1]
     usd = prompt * tier.batch.input + answer * tier.batch.output
     return usd * rates.us_multiplier if geo == "us" else usd
-
-
-def _count(samples: Iterable[bytes], count_tokens: CountTokens) -> tuple[dict[str, tuple[int, int]], str]:
-    """Per model, and under ``""`` for all: tokens of how many bytes; and what to say of it."""
-    counts: dict[str, tuple[int, int]] = {}
-    counted = 0
-    try:
-        for body in samples:
-            params = params_of(body)
-            tokens = count_tokens({name: params[name] for name in _COUNTED if name in params})
-            for name in (params["model"], ""):
-                known_tokens, known_size = counts.get(name, (0, 0))
-                counts[name] = (known_tokens + tokens, known_size + len(body))
-            counted += 1
-    except Exception as e:  # noqa: BLE001 - an estimate is worth a warning, never a failed task
-        log.warning(
-            "The tokens of a sample could not be counted (%s: %s); taking a token for %d bytes.", type(e).__name__, e, BYTES_PER_TOKEN
-        )
-        return {"": (1, BYTES_PER_TOKEN)}, f"a token for {BYTES_PER_TOKEN} bytes"
-    return counts or {"": (1, BYTES_PER_TOKEN)}, f"counted on {counted} of them"

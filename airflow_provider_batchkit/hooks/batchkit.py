@@ -55,9 +55,14 @@ class BatchKitHook(AnthropicHook):
         :raises AnthropicError: on a platform that does not serve the Message Batches API (Bedrock, Vertex, Foundry)
         """
         from airflow_provider_batchkit.kit import BatchKit
+        from airflow_provider_batchkit.request.params import parse_allowed
 
         self._require_first_party("The Message Batches API")
-        return BatchKit(self._first_party_conn, price_book=configured_prices())
+        return BatchKit(
+            self._first_party_conn,
+            price_book=configured_prices(),
+            allow_unknown_params=parse_allowed(conf.get("batchkit", "allow_unknown_params", fallback=None)),
+        )
 
     async def get_async_conn(self) -> AsyncAnthropicClient:
         """The async client, with the connection and its extra read without blocking the event loop.

@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
 
 from airflow_provider_batchkit.cost.budget import Budget
+from airflow_provider_batchkit.cost.checks import Counted
 from airflow_provider_batchkit.cost.estimate import Estimate, bound_of, estimate_shards
 from airflow_provider_batchkit.exceptions import CostLimitError
 from airflow_provider_batchkit.kit import BatchKit
@@ -48,14 +49,13 @@ class Spending:
         #: prices are those of one moment, also when an attempt goes over midnight
         self._at = datetime.now(UTC)
 
-    def estimate(self, shards: Sequence[Shard], samples: Iterable[bytes]) -> Estimate:
-        """What they will cost; the API counts the tokens of ``samples``."""
+    def estimate(self, shards: Sequence[Shard], counted: Counted) -> Estimate:
+        """What they will cost; ``counted`` are the tokens of a sample."""
         return estimate_shards(
             shards,
-            samples,
+            counted,
             self._kit.price_book,
             self._at,
-            count_tokens=self._kit.count_tokens,
             output_per_request=self._ledger.output_per_request(self._job.dag_id, self._job.task_id),
         )
 

@@ -18,12 +18,14 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from itertools import chain
 
-from airflow_provider_batchkit.cost.estimate import SAMPLES, Estimate, estimate_shards
+from airflow_provider_batchkit.cost.checks import check_shards
+from airflow_provider_batchkit.cost.estimate import Estimate, estimate_shards
 from airflow_provider_batchkit.exceptions import (
     BatchInputError,
     CostLimitError,
     LeaseLostError,
     LedgerError,
+    RequestError,
     SubmitRefusedError,
     SubmitThrottledError,
     SubmitUncertainError,
@@ -128,7 +130,7 @@ def submit_job(
     :param requests: built with the job's id; consumed once, to its end, before anything is sent
     :param only: keys of the rows to ask; None for all
     :param before_send: called once the source has been read and found good, before the first POST
-    :raises RequestError: bad input, a key that comes twice; nothing was sent by this attempt
+    :raises RequestError: bad input, a key that comes twice, what the API would refuse; nothing was sent by this attempt
     :raises CostLimitError: it may cost more than the limits allow; nothing was sent by this attempt
     :raises SubmitRefusedError: the API refused a shard; ``submitted`` lists the job's batches that run
     :raises SubmitUncertainError: it cannot be decided whether a shard was accepted; a retry, or a person, does it
@@ -154,12 +156,12 @@ def submit_job(
             ledger.note_rendering(job.job_id, rendering_s, report.unchanged)
         if shards:
             spending = Spending(attempt.kit, ledger, job, lease, options.limits)
-            report.estimate = spending.estimate(shards, writer.samples(SAMPLES))
-            log.info("Estimate for %s", report.estimate)
             try:
+                report.estimate = spending.estimate(shards, check_shards(attempt.kit, shards, writer.samples))
+                log.info("Estimate for %s", report.estimate)
                 with spending.allowed(report.estimate):
                     report.waits_for = sender.send_all(shards, spending, report)
-            except CostLimitError as e:
+            except (CostLimitError, RequestError) as e:
                 e.submitted = attempt.batch_ids()
                 raise
     if report.waits_for is None:
@@ -182,10 +184,9 @@ def rehearse_job(
         report.batches = len(shards)
         report.estimate = estimate_shards(
             shards,
-            writer.samples(SAMPLES),
+            check_shards(attempt.kit, shards, writer.samples),
             attempt.kit.price_book,
             datetime.now(UTC),
-            count_tokens=attempt.kit.count_tokens,
             output_per_request=ledger.output_per_request(job.dag_id, job.task_id) if ledger.exists() else None,
         )
     return report

@@ -400,6 +400,7 @@ class SubmitBatchOperator(BatchLineage, BaseOperator):
                 {**self.request_params, **asking.params},
                 self.cache_system,
                 None if self.output_schema is None else self.output_schema.format,
+                self.hook.kit.param_names,
             ),
             job_id=job_id,
             key=key,

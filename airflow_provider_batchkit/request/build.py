@@ -20,6 +20,7 @@ import msgspec
 from airflow_provider_batchkit.exceptions import BatchInputError, RequestError
 from airflow_provider_batchkit.model import CUSTOM_ID_PATTERN
 from airflow_provider_batchkit.request.block import PreparedRequest, RequestBlock, RequestForm
+from airflow_provider_batchkit.request.params import SDK_NAMES, ParamNames, check_params
 from airflow_provider_batchkit.source.keys import encode_key, encode_keys
 from airflow_provider_batchkit.source.rows import Items, column_of
 
@@ -49,44 +50,6 @@ class Template(Protocol):
 
     def render_all(self, rows: Sequence[Mapping[str, Any]]) -> list[str]:
         """:meth:`render` for each row."""
-
-
-def check_params(params: Any) -> None:
-    """Raise :class:`RequestError` for params that the API would refuse."""
-    problem = _problem(params)
-    if problem:
-        raise RequestError(f"{problem}. Nothing was sent.")
-
-
-def _problem(params: Any) -> str | None:
-    if not isinstance(params, Mapping):
-        return f"params must be a mapping, not {type(params).__name__}"
-    problem = _problem_of_messages(params.get("messages"))
-    if problem:
-        return problem
-    max_tokens = params.get("max_tokens")
-    if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1:
-        return f"max_tokens must be a whole number of at least 1, not {max_tokens!r}"
-    model = params.get("model")
-    if not isinstance(model, str) or not model.strip():
-        return "no model"
-    if params.get("stream"):
-        return "'stream' is not possible in a batch"
-    if params.get("speed") == "fast":
-        return "speed 'fast' is not possible in a batch"
-    return None
-
-
-def _problem_of_messages(messages: Any) -> str | None:
-    if not isinstance(messages, Sequence) or isinstance(messages, str | bytes) or not messages:
-        return "no messages: params['messages'] must be a non-empty list"
-    for position, message in enumerate(messages):
-        if not isinstance(message, Mapping) or message.get("role") not in ("user", "assistant"):
-            return f"messages[{position}] needs a role, 'user' or 'assistant'"
-        content = message.get("content")
-        if not content or (isinstance(content, str) and content.isspace()):
-            return f"messages[{position}] has no content"
-    return None
 
 
 def check_custom_id(custom_id: Any) -> str:
@@ -130,6 +93,8 @@ class RequestDefaults(msgspec.Struct, frozen=True):
     cache_system: str | None = None
     #: ``output_config.format`` of a schema that all answers are to fit; then no params may name another
     output_format: dict[str, Any] | None = None
+    #: which names the params may have
+    names: ParamNames = SDK_NAMES
 
     def merged(self, own: Mapping[str, Any]) -> dict[str, Any]:
         """Params of a request: the defaults, overlaid by its own."""
@@ -182,7 +147,7 @@ class _Frame:
         if system:
             own["system"] = defaults.system_param(system_mark)
         params = defaults.merged(own)
-        check_params(params)
+        check_params(params, defaults.names)
         encoded = encode_params(params)
         self._head, rest = encoded.split(f'"{content_mark}"'.encode())
         # keys are sorted: the messages come before the system prompt
@@ -335,7 +300,7 @@ class RequestBuilder:
         params = item["params"]
         if isinstance(params, Mapping):
             params = {**self._defaults.merged(params), **self._overrides}
-        check_params(params)
+        check_params(params, self._defaults.names)
         return self._finish(encode_key([str(position) if custom_id is None else custom_id]), custom_id, encode_params(params), position)
 
     def _row(self, row: Any, position: int) -> PreparedRequest:

@@ -20,6 +20,7 @@ from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
+from operator import itemgetter
 from typing import Any, TypeVar
 
 import msgspec
@@ -31,6 +32,7 @@ PROMPT_ALLOWANCE = 1_000
 IMAGE_TOKENS = 5_000
 
 _T = TypeVar("_T")
+_NO_OUTPUT = (0, "")
 _EMPTY = msgspec.Raw(b"null")
 
 
@@ -128,6 +130,8 @@ class Exposure:
     #: why no bound exists, of the first request that has none, and how many have none
     unbounded: str = ""
     unbounded_requests: int = 0
+    #: per model, the largest ``max_tokens`` of a request and the key of one that has it
+    most_output: dict[str, tuple[int, str]] = field(default_factory=dict)
     #: of the last requests that had one
     _form: tuple[RequestForm, _Facts] | None = None
 
@@ -157,6 +161,8 @@ class Exposure:
             if not self.unbounded_requests:
                 self.unbounded = f"{block.custom_ids[0]} {facts.unbounded}"
             self.unbounded_requests += len(block)
+        if facts.max_tokens > self.most_output.get(facts.model, _NO_OUTPUT)[0]:
+            self.most_output[facts.model] = facts.max_tokens, block.keys[0]
         sizes = sorted(block.sizes)
         start = 0
         while start < len(sizes):
@@ -183,6 +189,8 @@ class Exposure:
             mine.max_tokens += group.max_tokens
             mine.prompt_bound += group.prompt_bound
             mine.largest = max(mine.largest, group.largest)
+        for model, most in other.most_output.items():
+            self.most_output[model] = max(self.most_output.get(model, _NO_OUTPUT), most, key=itemgetter(0))
         self.unbounded = self.unbounded or other.unbounded
         self.unbounded_requests += other.unbounded_requests
 

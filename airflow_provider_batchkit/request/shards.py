@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 import msgspec
 
@@ -44,6 +44,13 @@ class Shard:
     index_path: str
     #: what its requests may cost
     exposure: Exposure
+
+
+class Sample(NamedTuple):
+    """One of a job's requests, as it is uploaded."""
+
+    key: str
+    body: bytes
 
 
 class IndexEntry(msgspec.Struct, array_like=True, frozen=True, gc=False):
@@ -143,7 +150,7 @@ class ShardWriter:
         if self._requests:
             self._body.write(b",")
             self._bytes += 1
-        self._spread.see(self._body.name, self._bytes - len(_TAIL), block.sizes)
+        self._spread.see(self._body.name, self._bytes - len(_TAIL), block)
         self._body.write(block.join_bodies())
         self._bytes += sum(block.sizes) + len(block) - 1
         self._requests += len(block)
@@ -181,15 +188,15 @@ class ShardWriter:
         self._write_copies()
         return self._shards
 
-    def samples(self, count: int) -> Iterator[bytes]:
+    def samples(self, count: int) -> Iterator[Sample]:
         """After :meth:`close`, while the bodies are there: that many requests, spread evenly; all where there are no more."""
         places = self._spread.places
         count = min(count, len(places))
         for i in range(count):
-            path, start, size = places[(2 * i + 1) * len(places) // (2 * count)]
+            path, start, size, key = places[(2 * i + 1) * len(places) // (2 * count)]
             with Path(path).open("rb") as body:
                 body.seek(start)
-                yield body.read(size)
+                yield Sample(key, body.read(size))
 
     def earlier_copies(self) -> Iterator[tuple[int, bytes]]:
         """After :meth:`close`: the index lines of copies of shards before ``first_number``, each piece with its shard's number."""
@@ -237,19 +244,20 @@ class _Spread:
     """Places of requests that are evenly spread over any number of them."""
 
     def __init__(self) -> None:
-        #: path of the body, offset and size in it
-        self.places: list[tuple[str, int, int]] = []
+        #: path of the body, offset and size in it, and the request's key
+        self.places: list[tuple[str, int, int, str]] = []
         self._every = 1
         self._seen = 0
 
-    def see(self, path: str, start: int, sizes: Sequence[int]) -> None:
-        """Requests of these sizes follow each other from ``start`` on, with a comma between."""
+    def see(self, path: str, start: int, block: RequestBlock) -> None:
+        """These requests follow each other from ``start`` on, with a comma between."""
+        sizes = block.sizes
         first = -self._seen % self._every
         self._seen += len(sizes)
         if first >= len(sizes):
             return
         starts = list(accumulate(sizes, lambda total, size: total + size + 1, initial=start))
-        self.places.extend((path, starts[i], sizes[i]) for i in range(first, len(sizes), self._every))
+        self.places.extend((path, starts[i], sizes[i], block.keys[i]) for i in range(first, len(sizes), self._every))
         while len(self.places) > _PLACES:
             self.places = self.places[::2]
             self._every *= 2

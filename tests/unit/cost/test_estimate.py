@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
@@ -14,6 +14,7 @@ import msgspec
 import pytest
 
 from airflow_provider_batchkit import BatchKit
+from airflow_provider_batchkit.cost.checks import check
 from airflow_provider_batchkit.cost.estimate import Estimate, bound_of, estimate
 from airflow_provider_batchkit.cost.prices import PriceBook
 from airflow_provider_batchkit.exceptions import BatchInputError
@@ -21,6 +22,8 @@ from airflow_provider_batchkit.model import COST_QUANTUM, Bound, parse_usd
 from airflow_provider_batchkit.request.block import PreparedRequest, split_body
 from airflow_provider_batchkit.request.build import RequestBuilder, RequestDefaults
 from airflow_provider_batchkit.request.exposure import Exposure
+from airflow_provider_batchkit.request.params import ParamNames
+from airflow_provider_batchkit.request.shards import Sample
 from airflow_provider_batchkit.request.template import RowTemplate
 from airflow_provider_batchkit.simulator import Simulator, SimulatorSettings
 from tests.warehouse import kit_for
@@ -39,7 +42,7 @@ def body(**params: Any) -> bytes:
         "messages": [{"role": "user", "content": "x"}],
         **params,
     }
-    return RequestBuilder(RequestDefaults()).build({"custom_id": "a", "params": given}, 0).body
+    return RequestBuilder(RequestDefaults(names=ParamNames(beta=True))).build({"custom_id": "a", "params": given}, 0).body
 
 
 def user(content: Any) -> list[dict[str, Any]]:
@@ -56,8 +59,21 @@ def most(*bodies: bytes) -> Bound:
     return bound_of(exposed(bodies), BOOK, NOW)
 
 
+class Counter:
+    """The free calls, with a count of one's own and no models."""
+
+    sends_betas = False
+
+    def __init__(self, count: Callable[[Mapping[str, Any]], int]) -> None:
+        self.count_tokens = count
+
+    def model_info(self, model: str) -> Mapping[str, Any]:
+        return {}
+
+
 def expect(*bodies: bytes, count: Any = lambda _: 10, **options: Any) -> Estimate:
-    return estimate(exposed(bodies), bodies[:10], BOOK, NOW, count_tokens=count, **options)
+    counted = check(Counter(count), exposed(bodies), lambda most: [Sample("[]", one) for one in bodies[:most]])
+    return estimate(exposed(bodies), counted, BOOK, NOW, **options)
 
 
 # --- the bound, worked out by hand: opus-4-8 in a batch is $2.50 in, $12.50 out, $3.125 / $5 cache writes per MTok -----------------
@@ -160,7 +176,7 @@ def test_a_model_without_a_price_has_no_bound_in_usd() -> None:
         RequestDefaults("claude-opus-4-8", 100, cache_system="1h"),
         RequestDefaults("claude-opus-4-8", 100, output_format={"type": "json_schema", "schema": {"type": "object"}}),
         RequestDefaults("claude-opus-4-8", 100, params={"tools": [{"type": "web_search_20250305", "name": "web_search"}]}),
-        RequestDefaults("claude-opus-4-8", 100, params={"mcp_servers": []}),
+        RequestDefaults("claude-opus-4-8", 100, params={"mcp_servers": []}, names=ParamNames(beta=True)),
     ],
 )
 def test_a_request_counts_the_same_among_others_and_alone(defaults: RequestDefaults) -> None:

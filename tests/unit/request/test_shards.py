@@ -113,8 +113,8 @@ def test_samples_are_whole_requests_spread_evenly(tmp_path: Path, count: int) ->
     for start in range(0, count, 64):
         writer.add(requests[start : start + 64])
     writer.close()
-    bodies = {r.body: i for i, r in enumerate(requests)}
-    found = [bodies[sample] for sample in writer.samples(10)]
+    places = {(r.key, r.body): i for i, r in enumerate(requests)}
+    found = [places[sample] for sample in writer.samples(10)]
     assert found == list(range(count)) if count <= 10 else [position * 10 // count for position in found] == list(range(10))
 
 

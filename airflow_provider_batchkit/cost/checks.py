@@ -1,0 +1,130 @@
+"""What the API tells for free before anything is sent: the tokens of a sample, and what each model takes.
+
+A batch accepts params that it then refuses request by request, up to a day later. Here a definite refusal stops a job before its first
+POST. A check that fails for any other reason (429, 5xx, no network, a key or a gateway without that call) changes nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from airflow_provider_batchkit.exceptions import RequestError
+from airflow_provider_batchkit.request.exposure import Exposure, params_of
+from airflow_provider_batchkit.request.shards import Sample, Shard
+
+log = logging.getLogger(__name__)
+
+#: requests of a job whose tokens the API counts, and models that are looked up, at most; and calls for both
+_SAMPLES, _MODELS, _CALLS = 10, 6, 12
+#: prompt tokens of a text when nobody counted: one for this many bytes
+_BYTES_PER_TOKEN = 4
+#: what the token count takes of a request's params
+_COUNTED = ("model", "messages", "system", "tools", "tool_choice", "thinking", "output_config", "cache_control")
+
+
+class FreeCalls(Protocol):
+    """The calls that cost nothing; see :class:`~airflow_provider_batchkit.api.BatchApi`."""
+
+    @property
+    def sends_betas(self) -> bool:
+        """Whether the API may take more than it tells."""
+
+    def count_tokens(self, params: Mapping[str, Any]) -> int:
+        """:raises RequestError: when the API refuses the message for good"""
+
+    def model_info(self, model: str) -> Mapping[str, Any]:
+        """What the API tells of a model."""
+
+
+@dataclass(frozen=True, slots=True)
+class Counted:
+    """Prompt tokens of a sample of requests."""
+
+    #: per model: tokens of how many bytes
+    per_model: Mapping[str, tuple[int, int]]
+    #: where the figures come from
+    source: str
+
+    def rate(self, model: str) -> tuple[int, int]:
+        """Tokens of how many bytes of a request to a model."""
+        known = self.per_model.get(model)
+        if known is not None:
+            return known
+        if not self.per_model:
+            return 1, _BYTES_PER_TOKEN
+        return sum(tokens for tokens, _ in self.per_model.values()), sum(size for _, size in self.per_model.values())
+
+
+NOT_COUNTED = Counted({}, f"a token for {_BYTES_PER_TOKEN} bytes")
+
+
+def exposure_of(shards: Sequence[Shard]) -> Exposure:
+    """What shards may cost, all together."""
+    total = Exposure()
+    for shard in shards:
+        total.include(shard.exposure)
+    return total
+
+
+def check_shards(api: FreeCalls, shards: Sequence[Shard], samples: Callable[[int], Iterable[Sample]]) -> Counted:
+    """Have the API look at a sample of the requests and at their models, in 12 calls at most, and count the sample's tokens.
+
+    :param samples: gives so many of the shards' requests
+    :raises RequestError: for a request or a model that the API would refuse, with its words and the key of a row; nothing was sent
+    """
+    return check(api, exposure_of(shards), samples)
+
+
+def check(api: FreeCalls, exposure: Exposure, samples: Callable[[int], Iterable[Sample]]) -> Counted:
+    """:func:`check_shards` for requests of this exposure."""
+    models = sorted(exposure.most_output)[:_MODELS]
+    for model in models:
+        max_tokens, key = exposure.most_output[model]
+        try:
+            info = api.model_info(model)
+        except Exception as e:  # noqa: BLE001 - a check that cannot be made is a line in the log, never a failed task
+            log.info("The limits of %s could not be looked up (%s: %s); they are not checked.", model, type(e).__name__, e)
+            break
+        _check_model(model, info, max_tokens, key, betas=api.sends_betas)
+    return _count(api, samples(min(_SAMPLES, _CALLS - len(models))))
+
+
+def _check_model(model: str, info: Mapping[str, Any], max_tokens: int, key: str, *, betas: bool) -> None:
+    """Hold the requests to a model against what the API tells of it. What it leaves out, or says in another form, is not checked."""
+    if info.get("lifecycle") == "retired":
+        raise RequestError(f"key {key}: the model {model} is retired and answers no more. Give another one. Nothing was sent.")
+    if info.get("lifecycle") == "deprecated":
+        retires_at = info.get("retires_at")
+        log.warning("The model %s is deprecated and will be retired%s.", model, f" on {str(retires_at)[:10]}" if retires_at else "")
+    match info.get("capabilities"):
+        case {"batch": {"supported": False}}:
+            raise RequestError(f"key {key}: the model {model} does not take message batches. Give another one. Nothing was sent.")
+    limit = info.get("max_tokens")
+    if isinstance(limit, int) and 0 < limit < max_tokens:
+        problem = f"key {key}: max_tokens is {max_tokens:,}, and {model} writes {limit:,} at most"
+        if not betas:
+            raise RequestError(f"{problem}. Nothing was sent.")
+        log.warning("%s, unless the anthropic-beta header of the connection allows more.", problem)
+
+
+def _count(api: FreeCalls, samples: Iterable[Sample]) -> Counted:
+    counts: dict[str, tuple[int, int]] = {}
+    counted = 0
+    for key, body in samples:
+        params = params_of(body)
+        try:
+            tokens = api.count_tokens({name: params[name] for name in _COUNTED if name in params})
+        except RequestError as e:
+            raise RequestError(f"key {key}: {str(e).rstrip('.')}. Nothing was sent.") from e
+        except Exception as e:  # noqa: BLE001 - an estimate is worth a warning, never a failed task
+            log.warning(
+                "The tokens of a sample could not be counted (%s: %s); taking a token for %d bytes.", type(e).__name__, e, _BYTES_PER_TOKEN
+            )
+            return NOT_COUNTED
+        known_tokens, known_size = counts.get(params["model"], (0, 0))
+        counts[params["model"]] = known_tokens + tokens, known_size + len(body)
+        counted += 1
+    return Counted(counts, f"counted on {counted} of them") if counted else NOT_COUNTED
