@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime
 from decimal import ROUND_CEILING, Context, Decimal, InvalidOperation
@@ -399,3 +399,24 @@ def usd_text(value: Decimal | None) -> str:
     if value >= 1:
         return f"${value.quantize(Decimal('0.01'), ROUND_CEILING):,}"
     return f"${format_usd_exact(Context(prec=4, rounding=ROUND_CEILING).plus(value))}"
+
+
+#: The types that a source tells of its columns, and the type of Python's values that each is a narrower form of. In the ledger a key
+#: column's type is a text: ``integer``, ``char(10)``, ``numeric(38,0)``, ``enum(public.mood)``.
+_NARROWER_KEYS = {"smallint": "integer", "int": "integer", "real": "float", "char": "text", "varchar": "text", "enum": "text"}
+
+
+def key_kind(type_name: str) -> str:
+    """The type of the values of a key column: ``text`` for ``char(10)``."""
+    base = type_name.partition("(")[0]
+    return _NARROWER_KEYS.get(base, base)
+
+
+def common_key_type(type_names: Collection[str]) -> str:
+    """The narrowest type of a key column that holds the keys of several, which may be text."""
+    kinds = set(map(key_kind, type_names))
+    if len(set(type_names)) == 1:
+        return next(iter(type_names))
+    if len(kinds) == 1:
+        return kinds.pop()
+    return "numeric" if kinds == {"integer", "numeric"} else "text"

@@ -49,12 +49,15 @@ def sqlite_database(path: Path) -> Database:
 
 
 @contextlib.contextmanager
-def postgres_database(server_url: str) -> Iterator[Database]:
-    """A new database on the server at ``server_url``, dropped at the end together with whoever is still connected to it."""
+def postgres_database(server_url: str, options: str = "") -> Iterator[Database]:
+    """A new database on the server at ``server_url``, dropped at the end together with whoever is still connected to it.
+
+    :param options: of CREATE DATABASE, such as an encoding
+    """
     admin = sa.create_engine(server_url, isolation_level="AUTOCOMMIT", poolclass=sa.pool.NullPool)
     name = f"test_{secrets.token_hex(6)}"
     with admin.connect() as connection:
-        connection.execute(sa.text(f"CREATE DATABASE {name} TEMPLATE template0 STRATEGY file_copy"))
+        connection.execute(sa.text(f"CREATE DATABASE {name} TEMPLATE template0 STRATEGY file_copy {options}"))
     url = sa.make_url(server_url).set(database=name)
     try:
         yield Database(

@@ -20,7 +20,7 @@ from airflow_provider_batchkit.ledger import JobRecord, Ledger, prepare_engine
 from airflow_provider_batchkit.request.build import RequestBuilder, RequestDefaults, items_of
 from airflow_provider_batchkit.request.template import RowTemplate
 from airflow_provider_batchkit.schema import OutputSchema
-from airflow_provider_batchkit.source.sql import KeyTypes
+from airflow_provider_batchkit.source.types import KeyTypes
 
 #: every way into a table, as database, driver, and whether it is the one that works anywhere
 LANDING_PATHS = {
@@ -78,7 +78,7 @@ class Warehouse:
 
         def note_key() -> None:
             if types.rows_seen:
-                self.ledger.set_key_columns(job.job_id, types.result(self.ledger.key_columns(job.job_id)))
+                self.ledger.set_key_columns(job.job_id, types.result(self.ledger.key_columns(job.job_id)), types.characters)
 
         text = None if schema is None else schema.text
         how = SubmitOptions(times=times_of(settle_seconds), output_schema=text, **options)

@@ -9,7 +9,9 @@ from sqlalchemy.dialects.postgresql import DOMAIN, JSONB
 from sqlalchemy.engine import Dialect
 from sqlalchemy.types import NullType
 
+from airflow_provider_batchkit.landing.key_types import is_enum
 from airflow_provider_batchkit.ledger.tables import UtcDateTime
+from airflow_provider_batchkit.model import key_kind
 
 #: by a column's kind; JSON comes as text and is cast when it moves from the stage into the table
 ANSWER_TYPES: dict[str, Any] = {
@@ -106,24 +108,25 @@ def key_fits(type_name: str, found: Any, dialect: Dialect) -> bool:
 
     It may be narrower than ours: see :func:`changes`.
     """
+    kind = key_kind(type_name)
     if dialect.name == "sqlite":
         # a column without a type, or BLOB, keeps what it gets
-        return _is(found, (*_KEYS_SQLITE[type_name], NullType, sa.LargeBinary)) and not isinstance(found, sa.Enum)
+        return _is(found, (*_KEYS_SQLITE[kind], NullType, sa.LargeBinary)) and not isinstance(found, sa.Enum)
     if dialect.name != "postgresql":
-        return _is(found, (*_KEYS[type_name], *_KEYS_ELSEWHERE.get(type_name, ()), NullType)) and not isinstance(found, sa.Enum)
+        return _is(found, (*_KEYS[kind], *_KEYS_ELSEWHERE.get(kind, ()), NullType)) and not isinstance(found, sa.Enum)
     base = _base(found)
-    if not _is(base, _KEYS[type_name]) or isinstance(base, sa.Enum):
-        return False
-    if type_name == "text":
+    if not _is(base, _KEYS[kind]) or isinstance(base, sa.Enum):
+        return is_enum(type_name, found)
+    if kind == "text":
         # the types name and "char" are reflected as a bare String, and cut what is too long; a domain does not tell how long its CHAR is
         return type(base) is not sa.String and not (isinstance(base, sa.CHAR) and base is not found)
-    if type_name == "float":
-        return not isinstance(base, sa.REAL)
-    if type_name == "integer":
+    if kind == "float":
+        return type_name == "real" or not isinstance(base, sa.REAL)
+    if kind == "integer":
         return (getattr(base, "scale", None) or 0) >= 0
     if isinstance(base, sa.DateTime):
         # between the two the session's time zone decides
-        return bool(base.timezone) is (type_name == "timestamptz")
+        return bool(base.timezone) is (kind == "timestamptz")
     return True
 
 
@@ -147,27 +150,28 @@ def changes(type_name: str, found: Any, column: sa.ColumnElement[Any], dialect: 
     :param column: the keys
     :return: a condition, true for these keys; None where there can be none. A key that is too large fails the condition's statement
     """
+    kind = key_kind(type_name)
     if dialect.name == "sqlite":
-        if type_name == "numeric" and _is(found, (sa.Numeric,)):
+        if kind == "numeric" and _is(found, (sa.Numeric,)):
             # a number keeps 15 digits, and no zeros at the end; a staged decimal has at least two behind the point
             text = sa.type_coerce(column, sa.Text())
             shortest = sa.func.rtrim(sa.func.rtrim(text, "0"), ".")
             return shortest != sa.cast(sa.cast(text, sa.Numeric()), sa.Text())
-        if type_name == "text" and _is(found, (sa.Date, sa.DateTime, sa.Time)):
+        if kind == "text" and _is(found, (sa.Date, sa.DateTime, sa.Time)):
             # the comparison converts the text as storing does
             return column == sa.cast(column, sa.Numeric())
         return None
-    if dialect.name != "postgresql":
+    if dialect.name != "postgresql" or is_enum(type_name, found):
         return None
-    if isinstance(found, sa.CHAR):
+    if isinstance(found, sa.CHAR) and not type_name.startswith("char("):
         # shorter ones are filled up with spaces, and spaces at the end do not count in a comparison
         return sa.or_(sa.func.char_length(column) != (found.length or 1), column != sa.func.rtrim(column))
     narrow = (
         isinstance(found, DOMAIN)
-        or (type_name == "integer" and not isinstance(found, sa.BigInteger))
-        or (type_name == "numeric" and found.scale is not None)
-        or (type_name == "text" and found.length is not None)
-        or (type_name in ("timestamp", "timestamptz") and getattr(found, "precision", None) is not None)
+        or (kind == "integer" and not isinstance(found, sa.BigInteger))
+        or (kind == "numeric" and found.scale is not None)
+        or (kind == "text" and found.length is not None)
+        or (kind in ("timestamp", "timestamptz") and getattr(found, "precision", None) is not None)
     )
     return column != sa.cast(column, found) if narrow else None
 

@@ -37,7 +37,7 @@ from airflow_provider_batchkit.ledger.landings import Landed, generation, landed
 from airflow_provider_batchkit.ledger.ledger import Ledger
 from airflow_provider_batchkit.ledger.records import OUR_CUSTOM_ID, BatchRecord
 from airflow_provider_batchkit.ledger.states import BatchState
-from airflow_provider_batchkit.model import ANSWERED, BatchItem, BatchSnapshot, RequestStatus
+from airflow_provider_batchkit.model import ANSWERED, BatchItem, BatchSnapshot, RequestStatus, common_key_type, key_kind
 from airflow_provider_batchkit.progress import Progress
 from airflow_provider_batchkit.schema import OutputSchema
 
@@ -156,13 +156,14 @@ def _number(connection: Connection, table: ResultTable) -> int:
 
 def _common_key(ledger: Ledger, batches: Sequence[Batch]) -> list[tuple[str, str]]:
     keys = {tuple(ledger.key_columns(b.record.job_id)) if b.record is not None else () for b in batches}
-    if len(keys) > 1:
+    # a source may tell its types to one job and not to another, which an earlier release submitted
+    if len({tuple((column, key_kind(type_name)) for column, type_name in key) for key in keys}) > 1:
         raise BatchInputError(
             f"The batches {_names(batches)} have different keys "
-            f"({'; '.join(sorted(', '.join(c for c, _ in k) or 'custom_id' for k in keys))}) and cannot land in one table. "
+            f"({'; '.join(sorted(', '.join(f'{c} {t}' for c, t in k) or 'custom_id' for k in keys))}) and cannot land in one table. "
             "Nothing was written."
         )
-    return list(keys.pop())
+    return [(alike[0][0], common_key_type({type_name for _, type_name in alike})) for alike in zip(*keys, strict=True)]
 
 
 def _common_schema(ledger: Ledger, batches: Sequence[Batch]) -> OutputSchema | None:

@@ -140,7 +140,7 @@ class Stage:
         self._result_table = table
         self._keys = keys
         self._superseded = superseded
-        key_columns = [(c.name, c.type) for c in table.table.columns][: len(table.key_columns)]
+        key_columns = table.staged_keys(connection.dialect)
         answer_columns = [(name, sa.Text() if name in table.json_names else type_) for name, type_ in table.answer_columns]
         self._no_values: Values = (None,) * len(answer_columns)
         rows = _temporary("rows", *key_columns, *answer_columns, *_COLUMNS)

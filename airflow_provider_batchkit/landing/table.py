@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import datetime as dt
-import uuid
+import logging
 from collections.abc import Sequence
-from decimal import Decimal
 from enum import Enum
 from typing import Any
 
@@ -13,17 +11,18 @@ import msgspec
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Dialect, Engine
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError
-from sqlalchemy.types import TypeDecorator
 
 from airflow_provider_batchkit.exceptions import BatchInputError, TableError
 from airflow_provider_batchkit.landing.columns import ANSWER_TYPES, changes, sql_type
 from airflow_provider_batchkit.landing.existing import ExistingTable, WantedColumns
+from airflow_provider_batchkit.landing.key_types import ExactDecimal, key_decoder, key_type, lands_as_told, staged_type
 from airflow_provider_batchkit.landing.names import name_problems
 from airflow_provider_batchkit.ledger.engine import write_transaction
 from airflow_provider_batchkit.ledger.names import table_identity
 from airflow_provider_batchkit.ledger.tables import UtcDateTime
-from airflow_provider_batchkit.model import format_usd_exact
 from airflow_provider_batchkit.schema import OutputSchema
+
+log = logging.getLogger(__name__)
 
 
 class WriteDisposition(str, Enum):
@@ -44,52 +43,6 @@ class WriteDisposition(str, Enum):
         except ValueError:
             raise BatchInputError(f"write_disposition must be one of {', '.join(d.value for d in cls)}, not {value!r}.") from None
 
-
-class ExactDecimal(TypeDecorator[Decimal]):
-    """A decimal without a detour through binary floats: NUMERIC, and TEXT on SQLite, which has no decimal type."""
-
-    impl = sa.Numeric
-    cache_ok = True
-
-    def __init__(self, scale: int | None) -> None:
-        """:param scale: digits after the point; None for as many as there are, where the database can"""
-        super().__init__()
-        self.scale = scale
-
-    def load_dialect_impl(self, dialect: Any) -> Any:
-        if dialect.name == "sqlite":
-            return dialect.type_descriptor(sa.Text())
-        if self.scale is None and dialect.name == "postgresql":
-            return dialect.type_descriptor(sa.Numeric())
-        return dialect.type_descriptor(sa.Numeric(38, self.scale or 12))
-
-    def process_bind_param(self, value: Decimal | None, dialect: Any) -> Any:
-        return format_usd_exact(value) if dialect.name == "sqlite" else value
-
-    def process_result_value(self, value: Any, dialect: Any) -> Decimal | None:
-        return None if value is None else Decimal(value)
-
-
-_KEY_TYPES: dict[str, Any] = {
-    "boolean": sa.Boolean(),
-    "integer": sa.BigInteger(),
-    "numeric": ExactDecimal(None),
-    "float": sa.Float(53),
-    "text": sa.Text().with_variant(sa.String(255), "mysql", "mariadb"),
-    "timestamp": sa.DateTime(),
-    "timestamptz": UtcDateTime(),
-    "date": sa.Date(),
-    "uuid": sa.Uuid(),
-}
-_DECODE: dict[str, Any] = {
-    "numeric": lambda v: Decimal(str(v)),
-    "float": float,
-    "timestamp": dt.datetime.fromisoformat,
-    "timestamptz": dt.datetime.fromisoformat,
-    "date": dt.date.fromisoformat,
-    "uuid": uuid.UUID,
-    "text": lambda v: v if isinstance(v, str) else str(v),
-}
 
 _KEYS = msgspec.json.Decoder(list[list[Any]])
 _VALUES = msgspec.json.Decoder(list[Any])
@@ -165,8 +118,8 @@ class ResultTable:
         self.key_names = tuple(column for column, _ in key_columns) or ("custom_id",)
         #: types of the key columns of the table that :meth:`check` found
         self._found_keys: dict[str, Any] = {}
-        self._decoders = [_DECODE.get(type_name) for _, type_name in key_columns]
-        keys = [sa.Column(column, _KEY_TYPES[type_name], nullable=False, autoincrement=False) for column, type_name in key_columns]
+        self._decoders = [key_decoder(type_name) for _, type_name in key_columns]
+        keys = [sa.Column(column, key_type(type_name), nullable=False, autoincrement=False) for column, type_name in key_columns]
         results = [sa.Column(column, type_, nullable=column != "custom_id") for column, type_ in RESULT_COLUMNS]
         self.table = sa.Table(
             table_name,
@@ -237,7 +190,19 @@ class ResultTable:
                 "Nothing was written; results of batches that were sent before stay with the API for 29 days."
             )
         self._found_keys = {name: found.type_of(name) for name, _ in self.key_columns} if found.exists else {}
+        for name, type_name in self.key_columns if found.exists else ():
+            if not lands_as_told(type_name, self._found_keys[name], engine.dialect):
+                told, has = (sql_type(type_, engine.dialect) for type_ in (key_type(type_name), self._found_keys[name]))
+                log.warning(
+                    "The key column %s is %s in the source and %s in the table %s. It keeps the source's values, and a JOIN with the "
+                    "source may not find them. ALTER TABLE %s ALTER COLUMN %s TYPE %s mends that.",
+                    *(name, told, has, self.name, self.name, name, told),
+                )
         return found.exists
+
+    def staged_keys(self, dialect: Dialect) -> list[tuple[str, Any]]:
+        """(name, type) of the key columns of a stage, which the table that :meth:`check` found compares with its own and keeps."""
+        return [(name, staged_type(type_name, self._found_keys.get(name), dialect)) for name, type_name in self.key_columns]
 
     def check_keys(self, connection: Connection, rows: sa.Table, batch_id: str) -> None:
         """Check that the table's key columns, as :meth:`check` found them, keep the keys of staged rows as they are.

@@ -6,16 +6,21 @@ executemany on the driver; and SQLAlchemy Core anywhere.
 
 from __future__ import annotations
 
+import codecs
 import io
+import logging
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from functools import lru_cache
 from itertools import chain, compress, count, groupby
+from operator import ne
 from types import TracebackType
 from typing import Any, Self
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
+
+log = logging.getLogger(__name__)
 
 #: the values of each of the table's columns, in the order of the rows, of which there are some
 BulkColumns = Sequence[Sequence[Any]]
@@ -34,20 +39,43 @@ class BulkLoader:
     def __init__(self, connection: Connection, table: sa.Table) -> None:
         self._connection = connection
         self._table = table
+        #: Python's codec for the texts that the database can store; None where that is any text
+        self._codec = storage_codec(connection)
+        #: characters that the database lacks
+        self._replaced = 0
 
     def write(self, columns: BulkColumns) -> None:
         """Add rows."""
         names = [column.name for column in self._table.columns]
         rows = zip(*columns, strict=True)
         if self._connection.dialect.name == "postgresql":
-            rows = zip(*(map(_without_nul, column) for column in columns), strict=True)
+            rows = zip(*(map(self._stored, column) for column in columns), strict=True)
         self._connection.execute(sa.insert(self._table), [dict(zip(names, row, strict=True)) for row in rows])
+
+    def _stored(self, value: Any) -> Any:
+        """A value as the database can store it."""
+        return self._storable(_without_nul(value)) if isinstance(value, str) else value
+
+    def _storable(self, text: str) -> str:
+        """A text with ``?`` in place of each character that the database's encoding lacks: the rest of the answer must not be lost."""
+        if self._codec is None:
+            return text
+        stored = text.encode(self._codec, "replace").decode(self._codec)
+        self._replaced += sum(map(ne, text, stored)) if stored != text else 0
+        return stored
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None) -> None:
         """Rows that were not written are given up on an error."""
+        if error is None and self._replaced:
+            log.warning(
+                "%s characters that the database's encoding (%s) lacks were written as '?'. A database in UTF8 keeps every character; "
+                "until then the results can be read from the API for 29 days.",
+                f"{self._replaced:,}",
+                self._codec,
+            )
 
 
 def bulk_loader(connection: Connection, table: sa.Table, *, portable: bool = False) -> BulkLoader:
@@ -148,7 +176,7 @@ def _copy_column(values: Sequence[Any]) -> Sequence[str]:
     return list(map(_copy_value, values))
 
 
-def _copy_data(columns: BulkColumns) -> bytes:
+def _copy_data(columns: BulkColumns) -> str:
     """The rows in COPY's text format. What neighbouring columns have in common in all rows is put together once."""
     rows = len(columns[0])
     parts: list[Sequence[str]] = []
@@ -157,13 +185,33 @@ def _copy_data(columns: BulkColumns) -> bytes:
             parts.append(["\t".join([_copy_value(column[0]) for column in several])] * rows)
         else:
             parts += map(_copy_column, several)
-    return ("\n".join(map("\t".join, zip(*parts, strict=True))) + "\n").encode()
+    return "\n".join(map("\t".join, zip(*parts, strict=True))) + "\n"
 
 
 def _copy_statement(connection: Connection, table: sa.Table) -> str:
     name, names = _quoted(connection, table)
-    # no parameters, so a percent sign in a name is not doubled
-    return f"COPY {name} ({names}) FROM STDIN".replace("%%", "%")
+    # the data is UTF-8, whatever the connection speaks; no parameters, so a percent sign in a name is not doubled
+    return f"COPY {name} ({names}) FROM STDIN (ENCODING 'UTF8')".replace("%%", "%")
+
+
+def storage_codec(connection: Connection) -> str | None:
+    """Python's codec for the encoding of a PostgreSQL database; None where any text can be stored, or the encoding is not known."""
+    if connection.dialect.name != "postgresql":
+        return None
+    name = str(connection.exec_driver_sql("SHOW server_encoding").scalar_one())
+    if name == "UTF8":
+        return None
+    # PostgreSQL documentation, "Character Set Support": WIN1252, KOI8R and EUC_JP are cp1252, koi8_r and euc_jp
+    name = f"cp{name[3:]}" if name.startswith("WIN") else f"koi8_{name[4:]}" if name.startswith("KOI8") else name
+    try:
+        return codecs.lookup(name).name
+    except LookupError:
+        return None  # such as SQL_ASCII, which takes any bytes
+
+
+def can_store(text: str, codec: str) -> bool:
+    """Whether a text can be written in an encoding."""
+    return text.encode(codec, "ignore").decode(codec) == text
 
 
 class _CopyLoader(BulkLoader):
@@ -172,7 +220,7 @@ class _CopyLoader(BulkLoader):
     def write(self, columns: BulkColumns) -> None:
         cursor: Any = self._connection.connection.cursor()
         try:
-            cursor.copy_expert(_copy_statement(self._connection, self._table), io.BytesIO(_copy_data(columns)))
+            cursor.copy_expert(_copy_statement(self._connection, self._table), io.BytesIO(self._storable(_copy_data(columns)).encode()))
         finally:
             cursor.close()
 
@@ -197,7 +245,7 @@ class _OpenCopyLoader(BulkLoader):
         return self
 
     def write(self, columns: BulkColumns) -> None:
-        data = _copy_data(columns)
+        data = self._storable(_copy_data(columns)).encode()
         if self._copy is None:
             cursor: Any = self._open.enter_context(closing(self._connection.connection.cursor()))
             self._copy = self._open.enter_context(cursor.copy(_copy_statement(self._connection, self._table)))
@@ -214,5 +262,6 @@ class _OpenCopyLoader(BulkLoader):
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None) -> None:
         self._copy = None
         self._open.__exit__(kind, error, where)
+        super().__exit__(kind, error, where)
         if error is None:
             self._connection.exec_driver_sql(f"SET LOCAL statement_timeout = '{self._timeout}'")

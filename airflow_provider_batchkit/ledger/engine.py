@@ -34,12 +34,18 @@ _CLOCKS_APART = timedelta(minutes=15)
 
 
 def prepare_engine(engine: Engine) -> Engine:
-    """Make a SQLite engine's transactions real, including DDL, and let it wait for locks; others are returned as they are.
+    """Make a SQLite engine's transactions real, including DDL, and let it wait for locks; have PostgreSQL speak UTF-8.
 
     Python's sqlite3 begins a transaction only before some statements and never around DDL, so ``BEGIN`` is ours here
     (SQLAlchemy documentation, "Serializable isolation / Savepoints / Transactional DDL" of the pysqlite dialect).
     """
-    if engine.dialect.name != "sqlite" or getattr(engine, _PREPARED, False):
+    if getattr(engine, _PREPARED, False):
+        return engine
+    setattr(engine, _PREPARED, True)
+    if engine.dialect.name == "postgresql":
+        event.listen(engine, "connect", _speak_utf8)
+        engine.dispose()
+    if engine.dialect.name != "sqlite":
         return engine
 
     def on_connect(dbapi_connection: Any, _record: Any) -> None:
@@ -55,8 +61,20 @@ def prepare_engine(engine: Engine) -> Engine:
     event.listen(engine, "connect", on_connect)
     event.listen(engine, "begin", on_begin)
     engine.dispose()
-    setattr(engine, _PREPARED, True)
     return engine
+
+
+def _speak_utf8(dbapi_connection: Any, _record: Any) -> None:
+    """Drivers encode and decode texts by the connection's encoding, which may lack characters that the database has.
+
+    The server converts between it and its own. A database without an encoding (SQL_ASCII) is left as it is: nothing is converted there.
+    """
+    if hasattr(dbapi_connection, "set_client_encoding"):  # psycopg2
+        if dbapi_connection.encoding not in ("UTF8", "SQL_ASCII", "SQLASCII"):
+            dbapi_connection.set_client_encoding("UTF8")
+    elif hasattr(dbapi_connection, "info") and dbapi_connection.info.encoding not in ("utf-8", "ascii"):  # psycopg 3
+        dbapi_connection.execute("SET client_encoding TO 'UTF8'")
+        dbapi_connection.commit()
 
 
 @contextmanager

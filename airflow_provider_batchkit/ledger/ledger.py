@@ -12,9 +12,10 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
-from airflow_provider_batchkit.exceptions import LandedMeanwhileError, LedgerError
+from airflow_provider_batchkit.exceptions import BatchInputError, LandedMeanwhileError, LedgerError
 from airflow_provider_batchkit.ledger import budgets, journal, rounds
 from airflow_provider_batchkit.ledger.account import Account, bill_columns, write_bill
+from airflow_provider_batchkit.ledger.bulk import can_store, storage_codec
 from airflow_provider_batchkit.ledger.engine import clock, prepare_engine, write_transaction
 from airflow_provider_batchkit.ledger.history import History
 from airflow_provider_batchkit.ledger.leases import hold_lease, lease_lost, refuse_older
@@ -129,9 +130,20 @@ class Ledger(BatchMoves, Account, budgets.Budgets, History, Outputs):
             self._doubt(connection, batch.c.job_id == record.job_id)
             return int(found.lease)
 
-    def set_key_columns(self, job_id: str, columns: Sequence[tuple[str, str]]) -> None:
-        """Note (column, type) of the source's key, which fetch needs for the result table."""
+    def set_key_columns(self, job_id: str, columns: Sequence[tuple[str, str]], characters: Mapping[str, str] | None = None) -> None:
+        """Note (column, type) of the source's key, which fetch needs for the result table.
+
+        :param characters: characters that the keys have → a key that has it
+        :raises BatchInputError: for a character that the database cannot store: the key would land as another one
+        """
         with write_transaction(self.engine) as connection:
+            codec = storage_codec(connection)
+            lacking = next((key for character, key in (characters or {}).items() if codec and not can_store(character, codec)), None)
+            if lacking is not None:
+                raise BatchInputError(
+                    f"The key {lacking!r} has a character that the database of the results cannot store: its encoding is {codec}. "
+                    "Use a database in UTF8, or another key. Nothing was sent."
+                )
             connection.execute(sa.update(job).where(job.c.job_id == job_id).values(key_columns=json.dumps(columns)))
 
     def key_columns(self, job_id: str) -> list[tuple[str, str]]:

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from airflow_provider_batchkit.ledger import Ledger
     from airflow_provider_batchkit.request.block import RequestBlock
     from airflow_provider_batchkit.source.rows import Items
-    from airflow_provider_batchkit.source.sql import KeyTypes
+    from airflow_provider_batchkit.source.types import KeyTypes
 
 
 class SubmitBatchOperator(BatchLineage, BaseOperator):
@@ -316,7 +316,7 @@ class SubmitBatchOperator(BatchLineage, BaseOperator):
         from airflow_provider_batchkit.jobs.prime import Priming
         from airflow_provider_batchkit.jobs.submit import Attempt, SubmitOptions, rehearse_job, submit_job
         from airflow_provider_batchkit.source.files import FileRows
-        from airflow_provider_batchkit.source.sql import KeyTypes
+        from airflow_provider_batchkit.source.types import KeyTypes
 
         if not self.is_dry_run or ledger.exists():
             ledger.ensure()
@@ -379,7 +379,7 @@ class SubmitBatchOperator(BatchLineage, BaseOperator):
                 table.check_names(ledger.engine.dialect)
             else:
                 table.check(ledger.engine)
-            ledger.set_key_columns(job_id, columns)
+            ledger.set_key_columns(job_id, columns, types.characters)
 
     def _asking(self, round_number: int) -> Round:
         """How a round asks."""

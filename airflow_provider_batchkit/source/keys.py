@@ -20,13 +20,13 @@ _INT64 = 2**63
 
 
 def encode_key(values: Sequence[Any]) -> str:
-    """Key column values as a JSON array, the same for equal values: times in UTC, decimals without trailing zeros.
+    """Key column values as a JSON array, the same for equal values: times in UTC, decimals without trailing zeros, no negative zero.
 
     :raises RequestError: for NULL, and for values that cannot be told apart or found again as a key
     """
     try:
-        key = _ENCODE_KEY.encode([value if type(value) is str else _key_value(value) for value in values])
-    except (TypeError, ValueError, msgspec.MsgspecError) as e:
+        key = _ENCODE_KEY.encode([_key_value(value) for value in values])
+    except (TypeError, ValueError, OverflowError, msgspec.MsgspecError) as e:
         raise RequestError(f"a key column cannot be a key: {e}. Nothing was sent.") from e
     if len(key) > _MAX_KEY_BYTES:
         raise RequestError(f"the key is {len(key):,} bytes long, over the limit of {_MAX_KEY_BYTES:,}. Nothing was sent.")
@@ -38,9 +38,11 @@ def encode_keys(columns: Sequence[Sequence[Any]]) -> list[str]:
     rows = list(zip(*columns, strict=True))
     if not all(_plain(column) for column in columns):
         return [encode_key(row) for row in rows]
-    keys = _ENCODE_KEY.encode_lines(rows).decode().split("\n")[:-1]
+    lines = _ENCODE_KEY.encode_lines(rows).decode()
+    keys = lines.split("\n")[:-1]
     # a character is four bytes at most
-    return keys if 4 * max(map(len, keys)) <= _MAX_KEY_BYTES else [encode_key(row) for row in rows]
+    plain = 4 * max(map(len, keys)) <= _MAX_KEY_BYTES and "\\u0000" not in lines
+    return keys if plain else [encode_key(row) for row in rows]
 
 
 def _plain(column: Sequence[Any]) -> bool:
@@ -50,23 +52,31 @@ def _plain(column: Sequence[Any]) -> bool:
 
 
 def _key_value(value: Any) -> Any:
-    if value is None:
-        raise ValueError("it is NULL, so its answer could not be told apart")
-    if isinstance(value, int):
-        if not -_INT64 <= value < _INT64:
+    if isinstance(value, Decimal | float):
+        return _key_number(value)
+    match value:
+        case str() if "\0" in value:
+            raise ValueError(f"{value!r} has a NUL character, which many databases lack")
+        case None:
+            raise ValueError("it is NULL, so its answer could not be told apart")
+        case int() if not -_INT64 <= value < _INT64:
             raise ValueError(f"{value} does not fit into 64 bits")
-        return value
-    if isinstance(value, dt.datetime) and value.tzinfo is not None:
-        return value.astimezone(dt.UTC)
-    if isinstance(value, Decimal):
-        if not value.is_finite():
-            raise ValueError(f"{value} is not a number")
-        return Decimal(f"{value.normalize():f}")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{value} is not a number")
-    if isinstance(value, bytes | bytearray | memoryview | list | tuple | dict | dt.time | dt.timedelta):
-        raise TypeError(f"a {type(value).__name__} is not supported; cast it to text in the sql")
+        case dt.datetime() if value.tzinfo is not None:
+            return value.astimezone(dt.UTC)
+        case bytes() | bytearray() | memoryview() | list() | tuple() | dict() | dt.time() | dt.timedelta():
+            raise TypeError(f"a {type(value).__name__} is not supported; cast it to text in the sql")
     return value
+
+
+def _key_number(value: Decimal | float) -> str | float:
+    if not (value.is_finite() if isinstance(value, Decimal) else math.isfinite(value)):
+        raise ValueError(f"{value} is not a number")
+    if isinstance(value, float):
+        # the two zeros are one key for a database
+        return value or 0.0
+    # not by normalize(), which rounds to 28 digits
+    text = f"{value:f}" if value else "0"
+    return text.rstrip("0").rstrip(".") if "." in text else text
 
 
 def key_values(key: str) -> list[Any]:

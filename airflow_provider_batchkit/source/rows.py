@@ -11,11 +11,13 @@ from typing import Any, overload
 class Rows(Sequence[Mapping[str, Any]]):
     """Rows of the same columns: a sequence of mappings that are made when they are asked for."""
 
-    def __init__(self, names: Sequence[str], values: Sequence[Sequence[Any]]) -> None:
+    def __init__(self, names: Sequence[str], values: Sequence[Sequence[Any]], types: Mapping[str, str] | None = None) -> None:
         """
         :param names: of the columns
         :param values: of each row, in the columns' order
+        :param types: column → the name of its type, where the source tells more of it than the values do
         """
+        self.types = types or {}
         self._names = names
         self._values = values
 
@@ -35,7 +37,7 @@ class Rows(Sequence[Mapping[str, Any]]):
 
     def __getitem__(self, at: int | slice) -> dict[str, Any] | Rows:
         if isinstance(at, slice):
-            return Rows(self._names, self._values[at])
+            return Rows(self._names, self._values[at], self.types)
         return dict(zip(self._names, self._values[at], strict=True))
 
     def __iter__(self) -> Iterator[dict[str, Any]]:

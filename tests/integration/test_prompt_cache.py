@@ -23,7 +23,7 @@ from airflow_provider_batchkit.ledger import JobRecord
 from airflow_provider_batchkit.request.build import RequestBuilder, RequestDefaults
 from airflow_provider_batchkit.request.template import RowTemplate
 from airflow_provider_batchkit.simulator import Simulator, SimulatorProcess, SimulatorSettings, answer_for
-from airflow_provider_batchkit.source.sql import KeyTypes
+from airflow_provider_batchkit.source.types import KeyTypes
 from tests.connections import anthropic_connection
 from tests.databases import Database
 from tests.integration.airflow_runs import run_dag

@@ -173,6 +173,16 @@ def test_keys_of_every_usual_type_survive() -> None:
     assert key_values(encode_key(values)) == [1, "é\u2028", "1.1", "2026-01-02", "2026-01-02T03:00:00Z", True]
 
 
+def test_equal_numbers_are_one_key_with_all_its_digits() -> None:
+    """Python's decimal context would round to 28 digits, and the two zeros of a float are equal in SQL."""
+    nines = "9" * 38
+    numbers = [nines, f"{nines}.{nines}0", "-0.00", "1E+2", "100.0", f"-1E-{38}"]
+    assert [key_values(encode_key([decimal.Decimal(n)])) for n in numbers] == [
+        [nines], [f"{nines}.{nines}"], ["0"], ["100"], ["100"], ["-0." + "0" * 37 + "1"],
+    ]  # fmt: skip
+    assert encode_keys([[0.0, -0.0]]) == ["[0.0]", "[0.0]"]
+
+
 @pytest.mark.parametrize(
     ("value", "message"),
     [
@@ -181,6 +191,9 @@ def test_keys_of_every_usual_type_survive() -> None:
         (float("nan"), "not a number"),
         (2**70, "64 bits"),
         (b"x", "cast it to text"),
+        ("a\0b", "a NUL character"),
+        (decimal.Decimal("Infinity"), "not a number"),
+        (dt.datetime(9999, 12, 31, 23, tzinfo=dt.timezone(dt.timedelta(hours=-5))), "cannot be a key"),
         ("x" * 3000, "over the limit of 2,000"),
     ],
 )
@@ -259,6 +272,7 @@ def test_rows_of_a_query_are_the_same_requests_as_mappings(text: str, system: st
         [True, 1, "1", decimal.Decimal("1.50")],
         [dt.datetime(2026, 11, 23, 12, tzinfo=dt.timezone(dt.timedelta(hours=2))), dt.date(2026, 11, 23)],
         ["x" * 600, "x" * 1900],
+        ["\\u0000", "a"],
     ],
 )
 def test_keys_of_many_rows_are_the_keys_of_each(column: list[Any]) -> None:
@@ -268,7 +282,7 @@ def test_keys_of_many_rows_are_the_keys_of_each(column: list[Any]) -> None:
     assert encode_keys([column, numbers]) == [encode_key(row) for row in zip(column, numbers, strict=True)]
 
 
-@pytest.mark.parametrize("bad", [2**63, -(2**63) - 1, None, "x" * 2000, "é" * 999, 1e400])
+@pytest.mark.parametrize("bad", [2**63, -(2**63) - 1, None, "x" * 2000, "é" * 999, 1e400, "a\0b"])
 def test_one_bad_key_among_many_is_refused(bad: Any) -> None:
     """As it is alone."""
     with pytest.raises(RequestError):

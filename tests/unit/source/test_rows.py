@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from airflow_provider_batchkit.source.rows import Items, RowItems, Rows, column_of
-from airflow_provider_batchkit.source.sql import KeyTypes
+from airflow_provider_batchkit.source.types import KeyTypes
 
 ROWS: Sequence[Mapping[str, Any]] = Rows(["id", "name"], [(1, "tea"), (2, None), (3, "cup")])
 MAPPINGS: Sequence[Mapping[str, Any]] = [{"id": 1, "name": "tea"}, {"id": 2, "name": None}, {"id": 3, "name": "cup"}]

@@ -1,0 +1,145 @@
+"""Types of a source's columns: what the database tells of them, else what the values are."""
+
+from __future__ import annotations
+
+import datetime as dt
+import decimal
+import logging
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from airflow_provider_batchkit.model import common_key_type, key_kind
+from airflow_provider_batchkit.source.rows import Rows
+
+if TYPE_CHECKING:
+    from sqlalchemy.engine import Connection
+
+log = logging.getLogger(__name__)
+
+#: SQL-neutral names of key column types, from the narrowest Python type
+_TYPE_NAMES: dict[type, str] = {
+    bool: "boolean",
+    int: "integer",
+    decimal.Decimal: "numeric",
+    float: "float",
+    str: "text",
+    dt.datetime: "timestamp",
+    dt.date: "date",
+    uuid.UUID: "uuid",
+}
+#: by the OID of PostgreSQL's own types, which never change; of others the values tell
+_POSTGRES_TYPES = {21: "smallint", 23: "int", 20: "integer", 700: "real", 701: "float"}
+_BPCHAR, _VARCHAR, _NUMERIC = 1042, 1043, 1700
+#: OIDs of what a database defines itself begin here
+_FIRST_OWN_OID = 16_384
+#: PostgreSQL's types of dates and times, and of what psycopg2 makes of one that Python lacks: an infinite one becomes a finite one
+_POSTGRES_TIMES = {1082: "PYDATE", 1114: "PYDATETIME", 1184: "PYDATETIMETZ"}
+
+
+def postgres_types(description: Sequence[Any], connection: Connection) -> dict[str, str]:
+    """Column → type name, for the columns of a query whose types say more than their values do.
+
+    :param description: of the driver's cursor, with names, OIDs, sizes, precisions and scales
+    """
+    found = {column[0]: name for column in description if (name := _postgres_type(*column[:6])) is not None}
+    own = {column[1]: column[0] for column in description if column[1] >= _FIRST_OWN_OID}
+    if own:
+        enums = connection.exec_driver_sql(
+            "SELECT oid, typnamespace::regnamespace || '.' || quote_ident(typname) FROM pg_type "
+            f"WHERE typtype = 'e' AND oid IN ({', '.join(map(str, own))})"
+        )
+        names = {oid: f"enum({name})" for oid, name in enums}
+        found |= {column[0]: names[column[1]] for column in description if column[1] in names}
+    return found
+
+
+def _postgres_type(_name: str, oid: int, shown: int | None, size: int | None, precision: int | None, scale: int | None) -> str | None:
+    """The type as the two drivers tell it: psycopg says how many characters are shown, psycopg2 says it as the size, and -1 for any."""
+    length = shown or size
+    if oid in (_BPCHAR, _VARCHAR) and length is not None and length > 0:
+        return f"{'char' if oid == _BPCHAR else 'varchar'}({length})"
+    if oid == _NUMERIC and precision is not None and precision <= 1000:
+        return f"numeric({precision},{scale or 0})"
+    return _POSTGRES_TYPES.get(oid)
+
+
+def refuse_infinite_times(connection: Connection) -> None:
+    """Have psycopg2 refuse infinite dates and times, as psycopg 3 does: it makes the last or the first of Python's of them."""
+    driver: Any = connection.dialect.dbapi
+    extensions = driver.extensions
+    for oid, name in _POSTGRES_TIMES.items():
+        cast = getattr(extensions, name)
+
+        def finite(value: str | None, cursor: Any, cast: Any = cast) -> Any:
+            if value is not None and "infinity" in value:
+                raise ValueError(f"Python has no date or time {value!r}")
+            return cast(value, cursor)
+
+        extensions.register_type(extensions.new_type((oid,), f"FINITE_{name}", finite), connection.connection.dbapi_connection)
+
+
+class KeyTypes:
+    """The SQL type of each key column: what the source tells of it, else what the values are that pass; mixed values are text."""
+
+    def __init__(self, columns: Sequence[str]) -> None:
+        #: Python types, and for an aware time the name of its SQL type
+        self._seen: list[tuple[str, set[type | str]]] = [(column, set()) for column in columns]
+        #: each character beyond ASCII of the keys → a key that has it: some databases cannot store every character
+        self.characters: dict[str, str] = {}
+
+    def see(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Note the key columns of some rows."""
+        for column, seen in self._seen:
+            # a native request's own id is its key, whatever the key column is called
+            values = rows.columns.get(column, ("",)) if isinstance(rows, Rows) else [row.get(column, "") for row in rows]
+            types = set(map(type, values))
+            if str in types:
+                self._note_characters([value for value in values if isinstance(value, str)])
+            if isinstance(rows, Rows) and column in rows.types:
+                seen.add(rows.types[column])
+                continue
+            if any(issubclass(type_, dt.datetime) for type_ in types):
+                seen.update(_seen_type(value) for value in values)
+            else:
+                seen.update(types)
+
+    def _note_characters(self, keys: Sequence[str]) -> None:
+        if "".join(keys).isascii():
+            return
+        for key in keys:
+            if not key.isascii():
+                self.characters |= {character: key for character in set(key) - self.characters.keys() if not character.isascii()}
+
+    def result(self, before: Sequence[tuple[str, str]] = ()) -> list[tuple[str, str]]:
+        """(column, type name) of every key column, in order; ``before`` is what earlier attempts saw.
+
+        Without a key the rows are known by their ``request_id``: a native request's own id, or the position.
+        """
+        if not self._seen:
+            return [("request_id", "text")]
+        known = dict(before)
+        found = []
+        for column, seen in self._seen:
+            names = {_type_name(type_) for type_ in seen} | ({known[column]} if column in known else set())
+            found.append((column, common_key_type(names)))
+            if found[-1][1] == "text" and len(set(map(key_kind, names))) > 1:
+                log.warning(
+                    "The key column %s has values of different types (%s) and lands as text. A JOIN with the source may not find them all; "
+                    "cast it to one type in the source.",
+                    *(column, ", ".join(sorted(names))),
+                )
+        return found
+
+    @property
+    def rows_seen(self) -> bool:
+        """Whether any row has passed."""
+        return not self._seen or any(seen for _, seen in self._seen)
+
+
+def _seen_type(value: Any) -> type | str:
+    return "timestamptz" if isinstance(value, dt.datetime) and value.tzinfo is not None else type(value)
+
+
+def _type_name(seen: type | str) -> str:
+    return seen if isinstance(seen, str) else _TYPE_NAMES.get(seen, "text")
