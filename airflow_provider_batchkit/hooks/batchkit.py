@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from airflow_provider_batchkit.cost.prices import PriceBook
     from airflow_provider_batchkit.jobs.settle import SettleTimes
     from airflow_provider_batchkit.kit import BatchKit
+    from airflow_provider_batchkit.request.failures import Failures
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,16 @@ def configured_prices() -> PriceBook:
         live=conf.getboolean("batchkit", "live_prices", fallback=False),
         live_url=conf.get("batchkit", "live_prices_url", fallback=None) or None,
     )
+
+
+def configured_failures() -> Failures:
+    """What says which failures pass, with the patterns of Airflow's configuration.
+
+    :raises BatchInputError: for a pattern that is not valid
+    """
+    from airflow_provider_batchkit.request.failures import Failures
+
+    return Failures.parse(conf.get("batchkit", "passing_errors", fallback=None))
 
 
 def settle_times(settle_seconds: float | None = None) -> SettleTimes:

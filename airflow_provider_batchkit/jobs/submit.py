@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime, timedelta
@@ -40,6 +40,7 @@ from airflow_provider_batchkit.ledger.rounds import failed_keys, note_sent
 from airflow_provider_batchkit.model import MAX_BYTES_PER_BATCH, MAX_REQUESTS_PER_BATCH, BatchSnapshot
 from airflow_provider_batchkit.request.block import RequestBlock
 from airflow_provider_batchkit.request.dedupe import RowCounts, dedupe
+from airflow_provider_batchkit.request.failures import KNOWN_FAILURES, WORTH_ASKING, Failures, Reason
 from airflow_provider_batchkit.request.scratch import scratch_folder
 from airflow_provider_batchkit.request.shards import Shard, ShardWriter, remove_shard_files, split_shard
 
@@ -345,19 +346,29 @@ class _Sender:
 
 
 def failed_keys_of(
-    ledger: Ledger, batch_ids: Iterable[str], *, dag_id: str, run_id: str, invalid_output: bool = False, gone: bool = False
+    ledger: Ledger,
+    batch_ids: Iterable[str],
+    *,
+    dag_id: str,
+    run_id: str,
+    reasons: Collection[Reason] = WORTH_ASKING,
+    failures: Failures = KNOWN_FAILURES,
+    gone: bool = False,
 ) -> Iterator[str]:
     """Keys of the rows that failed in these batches in a way that is worth asking again.
 
     :param dag_id: of the asking task, with ``run_id``: an older version of the ledger may know a batch by another id there
-    :param invalid_output: count answers that do not fit the schema among them
+    :param reasons: which ways are
+    :param failures: says which way a row failed
     :param gone: count all rows of batches among them that were deleted or archived before they landed
     :raises BatchInputError: for a batch that has not landed, or that the ledger does not have
     """
     ledger.ensure()
     records = [_asked_record(ledger, batch_id, dag_id, run_id, gone=gone) for batch_id in batch_ids]
     return chain.from_iterable(
-        ledger.keys_of(r) if r.state is BatchState.GONE else failed_keys(ledger.engine, r.job_id, r.shard, invalid_output=invalid_output)
+        ledger.keys_of(r)
+        if r.state is BatchState.GONE
+        else failed_keys(ledger.engine, r.job_id, r.shard, reasons=reasons, failures=failures)
         for r in records
     )
 

@@ -4,7 +4,8 @@ A round asks again what failed in the rounds before it, under the same ids in ba
 round before it has landed, so a key is in flight in one batch at most. ``batchkit_succeeded`` and ``batchkit_failed`` hold a
 key's outcome in the last round that asked it; ``batchkit_batch`` holds each round's batches with their own bills.
 
-Asked again is only what the API failed on its own side, which it does not bill. A row that is ``missing`` is not: its answer may be there
+Asked again is what failed for a reason that passes (:mod:`~airflow_provider_batchkit.request.failures` says which), which is not billed.
+A row that is ``missing`` is not: its answer may be there
 and billed, on a line that could not be read, so its results are to be fetched again, which costs nothing.
 """
 
@@ -15,6 +16,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
+from itertools import islice
 from typing import Any
 
 import sqlalchemy as sa
@@ -26,29 +28,11 @@ from airflow_provider_batchkit.ledger.leases import hold_lease
 from airflow_provider_batchkit.ledger.states import HELD, BatchState
 from airflow_provider_batchkit.ledger.tables import batch, failed, job, landing
 from airflow_provider_batchkit.model import CostTally, RequestStatus
+from airflow_provider_batchkit.request.failures import ADVICE, KNOWN_FAILURES, WORTH_ASKING, Failure, Failures, Reason
 
-#: error types of the Messages API that say nothing about the request (API documentation, "Errors"): 429, 500, 504, 529
-SERVER_ERRORS = frozenset({"rate_limit_error", "api_error", "timeout_error", "overloaded_error"})
 _HELD = [state.value for state in HELD]
 _KEYS_AT_A_TIME = 5_000
 _NAMED = 5
-
-
-def is_worth_asking(status: str, error_type: str | None, *, invalid_output: bool) -> bool:
-    """Whether a row with this outcome may be answered when it is asked again."""
-    if status == RequestStatus.ERRORED.value:
-        return error_type in SERVER_ERRORS
-    again = {RequestStatus.EXPIRED.value, RequestStatus.CANCELED.value}
-    return status in again or (invalid_output and status == RequestStatus.INVALID_OUTPUT.value)
-
-
-def _worth_asking(*, invalid_output: bool) -> sa.ColumnElement[bool]:
-    """:func:`is_worth_asking` in SQL."""
-    again = [RequestStatus.EXPIRED.value, RequestStatus.CANCELED.value]
-    if invalid_output:
-        again.append(RequestStatus.INVALID_OUTPUT.value)
-    errored = sa.and_(failed.c.status == RequestStatus.ERRORED.value, failed.c.error_type.in_(sorted(SERVER_ERRORS)))
-    return sa.or_(failed.c.status.in_(again), errored)
 
 
 # --- the job's place in its rounds ------------------------------------------------------------------------------------------------
@@ -88,20 +72,58 @@ def shards(connection: Connection, job_id: str, round_number: int) -> list[tuple
 # --- rows to ask again ------------------------------------------------------------------------------------------------------------
 
 
-def count_failed(engine: Engine, job_id: str, *, invalid_output: bool = False) -> int:
-    """How many rows of a job are worth asking again."""
-    statement = sa.select(sa.func.count()).select_from(failed)
-    worth = _worth_asking(invalid_output=invalid_output)
+def count_failed(engine: Engine, job_id: str, *, reasons: Collection[Reason] = WORTH_ASKING, failures: Failures = KNOWN_FAILURES) -> int:
+    """How many rows of a job have failed for one of these reasons, by their last outcome."""
     with engine.connect() as connection:
-        return int(connection.execute(statement.where(failed.c.job_id == job_id, worth)).scalar_one())
+        return sum(rows for failure, rows in _kinds(connection, failed.c.job_id == job_id) if failures.reason(failure) in reasons)
 
 
-def failed_keys(engine: Engine, job_id: str, shard: int | None = None, *, invalid_output: bool = False) -> Iterator[str]:
-    """Keys of a job's rows that are worth asking again, by their last outcome; with ``shard`` only where that is one of this shard."""
+def failed_keys(
+    engine: Engine,
+    job_id: str,
+    shard: int | None = None,
+    *,
+    reasons: Collection[Reason] = WORTH_ASKING,
+    failures: Failures = KNOWN_FAILURES,
+) -> Iterator[str]:
+    """Keys of the rows that :func:`count_failed` counts; with ``shard`` only where their last outcome is one of this shard."""
     here = [failed.c.job_id == job_id] if shard is None else [failed.c.job_id == job_id, failed.c.shard == shard]
     with engine.connect() as connection:
-        connection = connection.execution_options(yield_per=_KEYS_AT_A_TIME)
-        yield from connection.execute(sa.select(failed.c.key).where(*here, _worth_asking(invalid_output=invalid_output))).scalars()
+        for key, *failure in _rows(connection, *here):
+            if failures.reason(Failure(*failure)) in reasons:
+                yield key
+
+
+def stopped_by_account(engine: Engine, job_id: str, shards: Collection[int], failures: Failures = KNOWN_FAILURES) -> str | None:
+    """How many rows of these shards failed for the account's sake, and with which words; None for no row."""
+    with engine.connect() as connection:
+        kinds = list(_kinds(connection, failed.c.job_id == job_id, failed.c.shard.in_(shards)))
+    account = [(failure, rows) for failure, rows in kinds if failures.reason(failure) is Reason.ACCOUNT]
+    if not account:
+        return None
+    failure = max(account, key=lambda kind: kind[1])[0]
+    return f"{sum(rows for _, rows in account):,} rows failed with {failure.error_type}: {failure.error_message}"
+
+
+#: the text of an error, where it tells the reason: what does not fit a schema says it in other words for each row
+_WORDS = sa.case((failed.c.status == RequestStatus.ERRORED.value, failed.c.error_message), else_=sa.null()).label("words")
+
+
+def _kinds(connection: Connection, *here: sa.ColumnElement[bool]) -> Iterator[tuple[Failure, int]]:
+    """Failures that differ, with their rows."""
+    found = sa.select(failed.c.status, failed.c.error_type, _WORDS).where(*here).subquery()
+    kind = (found.c.status, found.c.error_type, found.c.words)
+    statement = sa.select(*kind, sa.func.count()).group_by(*kind).order_by(*kind)
+    for *failure, rows in connection.execution_options(yield_per=_KEYS_AT_A_TIME).execute(statement):
+        yield Failure(*failure), rows
+
+
+def _rows(connection: Connection, *here: sa.ColumnElement[bool], limit: int | None = None, ordered: bool = False) -> sa.CursorResult[Any]:
+    """Keys of failed rows, each with what :class:`Failure` says of it."""
+    statement = sa.select(failed.c.key, failed.c.status, failed.c.error_type, _WORDS).where(*here).limit(limit)
+    if ordered:
+        statement = statement.order_by(failed.c.key)
+    return connection.execution_options(yield_per=_KEYS_AT_A_TIME).execute(statement)
 
 
 def count_with(engine: Engine, job_id: str, ask: Collection[str]) -> int:
@@ -131,6 +153,10 @@ class FailedRows:
 
     status: str
     error_type: str | None
+    #: a :class:`Reason`
+    reason: str
+    #: the words of one of them
+    message: str | None
     rows: int
     #: the first keys, as JSON arrays
     keys: list[str]
@@ -139,8 +165,37 @@ class FailedRows:
 
     def __str__(self) -> str:
         kind = f"{self.status} ({self.error_type})" if self.error_type else self.status
-        verdict = "worth asking again" if self.worth_asking else "asking again would not help"
-        return f"{self.rows:,} rows {kind}, {verdict}; first keys: {', '.join(self.keys)}"
+        words = f": {self.message.rstrip('.')}" if self.message else ""
+        return f"{self.rows:,} rows {kind}{words}; {ADVICE[Reason(self.reason)]}; first keys: {', '.join(self.keys)}"
+
+
+def failed_rows(
+    connection: Connection,
+    job_id: str,
+    shard: int | None = None,
+    *,
+    reasons: Collection[Reason] = WORTH_ASKING,
+    failures: Failures = KNOWN_FAILURES,
+) -> list[FailedRows]:
+    """The rows of a job that failed, by status, type and reason; with ``shard`` those whose last outcome is one of this shard.
+
+    :param reasons: for which a further round would ask
+    """
+    here = [failed.c.job_id == job_id] if shard is None else [failed.c.job_id == job_id, failed.c.shard == shard]
+    groups: dict[tuple[str, str | None, Reason], tuple[str | None, int]] = {}
+    for failure, rows in _kinds(connection, *here):
+        group = (failure.status, failure.error_type, failures.reason(failure))
+        words, before = groups.get(group, (failure.error_message, 0))
+        groups[group] = words, before + rows
+    found = []
+    for (status, error_type, reason), (words, rows) in groups.items():
+        alike = [failed.c.status == status, failed.c.error_type.is_not_distinct_from(error_type)]
+        alone = sum(group[:2] == (status, error_type) for group in groups) == 1
+        candidates = _rows(connection, *here, *alike, ordered=True, limit=_NAMED if alone else None)
+        keys = (key for key, *failure in candidates if failures.reason(Failure(*failure)) is reason)
+        found.append(FailedRows(status, error_type, reason.value, words, rows, list(islice(keys, _NAMED)), reason in reasons))
+        candidates.close()
+    return found
 
 
 @dataclass(slots=True)
@@ -165,8 +220,11 @@ class Outcome:
         return None if self.created_at is None or self.ended_at is None else (self.ended_at - self.created_at).total_seconds()
 
 
-def outcome(engine: Engine, job_id: str, *, invalid_output: bool = False) -> Outcome:
-    """What has landed of a job."""
+def outcome(engine: Engine, job_id: str, *, reasons: Collection[Reason] = WORTH_ASKING, failures: Failures = KNOWN_FAILURES) -> Outcome:
+    """What has landed of a job.
+
+    :param reasons: for which a further round would ask
+    """
     found = Outcome()
     landed = sa.select(batch).where(batch.c.job_id == job_id, batch.c.state == BatchState.LANDED.value).order_by(batch.c.shard)
     with engine.connect() as connection:
@@ -174,18 +232,12 @@ def outcome(engine: Engine, job_id: str, *, invalid_output: bool = False) -> Out
             _include(found, row)
         whole = sa.select(landing.c.batch_id).where(landing.c.batch_id.in_(found.batch_ids), landing.c.complete)
         found.complete_ids = list(connection.execute(whole.distinct()).scalars())
-        kinds = (failed.c.status, failed.c.error_type)
-        grouped = sa.select(*kinds, sa.func.count().label("rows")).where(failed.c.job_id == job_id).group_by(*kinds).order_by(*kinds)
         answered = outcomes.count_succeeded(connection, job_id)
         if answered:
             found.counts[RequestStatus.SUCCEEDED.value] = answered
-        for status, error_type, rows in connection.execute(grouped).all():
-            found.counts[status] += rows
-            same = (failed.c.status == status) & failed.c.error_type.is_not_distinct_from(error_type)
-            first = sa.select(failed.c.key).where(failed.c.job_id == job_id, same).order_by(failed.c.key).limit(_NAMED)
-            keys = list(connection.execute(first).scalars())
-            again = is_worth_asking(status, error_type, invalid_output=invalid_output)
-            found.failed.append(FailedRows(status, error_type, rows, keys, again))
+        found.failed = failed_rows(connection, job_id, reasons=reasons, failures=failures)
+        for kind in found.failed:
+            found.counts[kind.status] += kind.rows
     return found
 
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +28,8 @@ from airflow_provider_batchkit.operators.fetch import LandingOperator, refuse_re
 from airflow_provider_batchkit.operators.metrics import count_landed
 from airflow_provider_batchkit.operators.publish import publish_summary
 from airflow_provider_batchkit.operators.submit import SubmitBatchOperator
-from airflow_provider_batchkit.operators.tasks import Leg, batchkit_errors, job_of, wait_for, waited
+from airflow_provider_batchkit.operators.tasks import Leg, attempt_began, batchkit_errors, job_of, wait_for, waited
+from airflow_provider_batchkit.request.failures import ADVICE, Reason
 
 if TYPE_CHECKING:
     from airflow.providers.common.compat.sdk import Context
@@ -47,9 +48,12 @@ class RunBatchOperator(SubmitBatchOperator, LandingOperator):
     One task in place of submit, wait and fetch. It takes the parameters of :class:`SubmitBatchOperator` and those of
     :class:`FetchBatchOperator` but ``batch_id``, and waits in the triggerer, without a worker slot.
 
-    A round's answers land as soon as its batches have ended. The next round asks again only rows that the API failed on its own side:
-    expired, canceled, overloaded, rate limited, timed out, API errors; never what it refused, nor a row whose result line is missing
-    (its answer may be billed: clear the task to read the results again). Rows that the source has gained meanwhile wait for the next DAG
+    A round's answers land as soon as its batches have ended. The next round asks again only rows that failed for a passing reason:
+    expired, canceled, overloaded, rate limited, timed out, API errors, a download that failed; never what the API refused, nor a row whose
+    result line is missing (its answer may be billed: clear the task to read the results again). Where the account is the reason (credit, a
+    usage limit, a disabled organization) the task stops asking and says so: clear it when that is mended.
+
+    Rows that the source has gained meanwhile wait for the next DAG
     run. Rows of a batch that was deleted or archived before it landed are asked again with ``retry_gone``. Where the task stands is in the
     ledger: a retry or a cleared task goes on from there, and pays for nothing twice. When ``max_cost_usd`` or the ``budget`` has no room
     for another round, the task ends with the answers it has.
@@ -87,6 +91,8 @@ class RunBatchOperator(SubmitBatchOperator, LandingOperator):
         self.poke_interval = poke_interval
         self.timeout = timeout
         self._stopped: str | None = None
+        #: what had landed before this leg
+        self._landed_before: set[int] = set()
         if poke_interval <= 0 or timeout <= 0:
             raise BatchInputError(f"Task {self.task_id}: poke_interval and timeout are seconds above 0.")
         if self.skip_unchanged:
@@ -138,14 +144,16 @@ class RunBatchOperator(SubmitBatchOperator, LandingOperator):
             ledger = Ledger(engine)
             ledger.ensure()
             self._job_id = job_of(context, ledger).job_id
-            yield _Job(ledger, self._job_id)
+            job = _Job(ledger, self._job_id)
+            self._landed_before = job.landed()
+            yield job
 
     def _advance(self, context: Context, job: _Job) -> Any:
         """Go on from where the ledger says that the job is, until it waits or is done."""
         from airflow_provider_batchkit.ledger import BatchState
 
         while True:
-            round_number = self._round_to_ask(job)
+            round_number = self._round_to_ask(job, attempt_began(context["ti"]))
             if round_number is not None:
                 self._ask_round(context, round_number)
             waited(context, self._leg)
@@ -158,7 +166,7 @@ class RunBatchOperator(SubmitBatchOperator, LandingOperator):
 
     # --- asking -------------------------------------------------------------------------------------------------------------------
 
-    def _round_to_ask(self, job: _Job) -> int | None:
+    def _round_to_ask(self, job: _Job, began: datetime) -> int | None:
         """The round that is to be begun now, or that an earlier attempt has not sent whole; None when there is none."""
         from airflow_provider_batchkit.ledger import BatchState, rounds
 
@@ -171,10 +179,21 @@ class RunBatchOperator(SubmitBatchOperator, LandingOperator):
             return max(begun, 1)
         if any(b.state is BatchState.SUBMITTED for b in batches):
             return None
+        # a failure that was there when the attempt began is what somebody has mended since
+        fresh = [b.shard for b in batches if b.shard not in self._landed_before or (b.ended_at is not None and b.ended_at >= began)]
+        words = rounds.stopped_by_account(job.ledger.engine, job.job_id, fresh, self._failures)
+        if words is not None:
+            self._stopped = f"{words} Nothing more is asked by this attempt, since {ADVICE[Reason.ACCOUNT]}: it asks these rows again."
+            self.log.warning("%s", self._stopped)
+            return None
         left = range(begun + 1, len(self.rounds) + 1)
         if left and self.retry_gone and job.gone():
             return begun + 1
-        return next((number for number in left if self._count(job, self.rounds[number - 1])), None)
+        number = next((number for number in left if self._count(job, self.rounds[number - 1])), None)
+        if number is None and rounds.count_failed(job.ledger.engine, job.job_id, reasons={Reason.ACCOUNT}, failures=self._failures):
+            # a round that the account has stopped does not count
+            return begun + 1
+        return number
 
     def _count(self, job: _Job, asking: Round) -> int:
         """How many rows a later round would ask again."""
@@ -182,10 +201,11 @@ class RunBatchOperator(SubmitBatchOperator, LandingOperator):
 
         if asking.ask is not None:
             return rounds.count_with(job.ledger.engine, job.job_id, asking.ask)
-        return rounds.count_failed(job.ledger.engine, job.job_id, invalid_output=self.retry_invalid_output)
+        return rounds.count_failed(job.ledger.engine, job.job_id, reasons=self._worth_asking, failures=self._failures)
 
     def _asking(self, round_number: int) -> Round:
-        return self.rounds[min(round_number, len(self.rounds)) - 1]
+        # beyond the last round it is the first that is made up for
+        return self.rounds[round_number - 1] if round_number <= len(self.rounds) else self.rounds[0]
 
     def _ask_round(self, context: Context, round_number: int) -> None:
         """A later round that the caps have no room for ends the asking, not the task: what landed is paid for."""
@@ -213,7 +233,8 @@ class RunBatchOperator(SubmitBatchOperator, LandingOperator):
             return super()._only(context, ledger, job_id, round_number)
         ask = self._asking(round_number).ask
         if ask is None:
-            failed = failed_keys(ledger.engine, job_id, invalid_output=self.retry_invalid_output)
+            reasons = self._worth_asking if round_number <= len(self.rounds) else {Reason.ACCOUNT}
+            failed = failed_keys(ledger.engine, job_id, reasons=reasons, failures=self._failures)
         else:
             failed = keys_with(ledger.engine, job_id, ask)
         gone = _Job(ledger, job_id).gone() if self.retry_gone else []
@@ -281,7 +302,7 @@ class RunBatchOperator(SubmitBatchOperator, LandingOperator):
         from airflow_provider_batchkit.cost.tally import format_tally
         from airflow_provider_batchkit.ledger import rounds
 
-        found = rounds.outcome(job.ledger.engine, job.job_id, invalid_output=self.retry_invalid_output)
+        found = rounds.outcome(job.ledger.engine, job.job_id, reasons=self._worth_asking, failures=self._failures)
         self._tell(context, found.batch_ids)
         for round_ in found.rounds:
             self.log.info("Round %(round)d: %(rows)d rows in %(requests)d requests; outcomes: %(counts)s", round_)
@@ -337,6 +358,12 @@ class _Job:
 
     def batches(self) -> list[BatchRecord]:
         return self.ledger.batches(self.job_id)
+
+    def landed(self) -> set[int]:
+        """Shards of the batches that have landed."""
+        from airflow_provider_batchkit.ledger import BatchState
+
+        return {b.shard for b in self.batches() if b.state is BatchState.LANDED}
 
     def gone(self) -> list[BatchRecord]:
         """The batches that are gone and whose rows no later round has asked, or not all of them."""

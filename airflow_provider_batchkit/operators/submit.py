@@ -12,7 +12,7 @@ from airflow.providers.common.compat.sdk import AirflowSkipException, BaseOperat
 
 from airflow_provider_batchkit.cost.budget import Budget
 from airflow_provider_batchkit.exceptions import BatchInputError, BatchKitError, BudgetExceededError
-from airflow_provider_batchkit.hooks.batchkit import BatchKitHook, settle_times, sql_engine
+from airflow_provider_batchkit.hooks.batchkit import BatchKitHook, configured_failures, settle_times, sql_engine
 from airflow_provider_batchkit.jobs.rounds import Round
 from airflow_provider_batchkit.lineage import BatchLineage
 from airflow_provider_batchkit.links import ConsoleLink, push_console_link
@@ -30,6 +30,7 @@ from airflow_provider_batchkit.operators.tasks import (
     waited,
 )
 from airflow_provider_batchkit.request.build import CACHE_TTL_S, cache_system_problem
+from airflow_provider_batchkit.request.failures import WORTH_ASKING, Failures, Reason
 from airflow_provider_batchkit.schema import OutputSchema
 
 if TYPE_CHECKING:
@@ -308,8 +309,23 @@ class SubmitBatchOperator(BatchLineage, BaseOperator):
             return None
         ti, batch_ids = context["ti"], as_batch_ids(self.only_failed_of)
         return failed_keys_of(
-            ledger, batch_ids, dag_id=ti.dag_id, run_id=ti.run_id, invalid_output=self.retry_invalid_output, gone=self.retry_gone
+            ledger,
+            batch_ids,
+            dag_id=ti.dag_id,
+            run_id=ti.run_id,
+            reasons=self._worth_asking,
+            failures=self._failures,
+            gone=self.retry_gone,
         )
+
+    @cached_property
+    def _failures(self) -> Failures:
+        return configured_failures()
+
+    @property
+    def _worth_asking(self) -> frozenset[Reason]:
+        """Reasons for which a row is asked again."""
+        return WORTH_ASKING | {Reason.UNFIT} if self.retry_invalid_output else WORTH_ASKING
 
     def _submit(self, context: Context, ledger: Ledger, round_number: int) -> SubmitReport:
         from airflow_provider_batchkit.jobs.caps import Limits

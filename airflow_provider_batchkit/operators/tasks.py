@@ -49,6 +49,14 @@ def attempt_id_of(ti: Any) -> str:
     return f"{milliseconds[:8]}-{milliseconds[8:]}-7{uuid.uuid4().hex[:3]}-{str(uuid.uuid4())[19:]}"
 
 
+def attempt_began(ti: Any) -> datetime:
+    """When the attempt of a task instance was made; now, for one that has no id."""
+    found = getattr(ti, "id", None)
+    if found is None:
+        return datetime.now(UTC)
+    return datetime.fromtimestamp(uuid.UUID(str(found)).int / (1 << 80) / 1000, UTC)
+
+
 def job_of(context: Context, ledger: Ledger) -> JobRecord:
     """The job of a task instance in a ledger: the same on every attempt."""
     ti = context["ti"]

@@ -31,6 +31,10 @@ class Reason(str, Enum):
     PERMANENT = "permanent"
 
 
+#: reasons for which a further round asks a row again, on its own
+WORTH_ASKING = frozenset({Reason.PASSING, Reason.ACCOUNT})
+
+
 class Failure(NamedTuple):
     """What is known of a failed request."""
 
