@@ -1,8 +1,23 @@
 """An exact table of what a job has seen, small enough for any number of rows.
 
-Telling whether one of a million rows came before takes more than a set: a Python set of digests needs 100 bytes a row. Here the digests
-lie in a file, and memory holds an open-addressing index over it: 8 to 16 bytes a row, half as much again while it grows. A look-up reads
-the file only where the index says that the row may have come before.
+The marks lie in a file, and memory holds an open-addressing index over it: 8 to 16 bytes a row, half as much again while it grows. A
+look-up reads the file only where the index says that the row may have come before.
+
+Simpler ways were measured (``python -m tests.bench.seen``: two tables, blocks of 512 rows, CPU seconds and peak MB on one busy machine):
+
+================  ==============  ================  ==================
+way               100,000 rows    1,000,000 rows    5,000,000 rows
+================  ==============  ================  ==================
+this table        0.12 s, 4 MB    1.7 s, 41 MB      11.5 s, 328 MB
+SQLite table      0.64 s, 2 MB    9.6 s, 58 MB      81.4 s, 70 MB
+dict of 128 bits  0.11 s, 28 MB   1.5 s, 269 MB     8.5 s, 1,269 MB
+dict of 64 bits   0.10 s, 26 MB   1.5 s, 236 MB     8.7 s, 1,102 MB
+set of 64 bits    0.04 s, 17 MB   0.6 s, 157 MB     3.1 s, 723 MB
+================  ==============  ================  ==================
+
+A submit of a million rows is to stay within 80 MB, which Python's own containers do not. A SQLite table adds 0.5 s to the 1.2 s of a submit
+of 100,000 rows. Marks of 64 bits are not exact, either: among 5 million rows, two different ones have the same mark with a probability of
+7e-7, and the second would get the answer of the first. With 128 bits it is 4e-26.
 """
 
 from __future__ import annotations
