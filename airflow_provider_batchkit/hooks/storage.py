@@ -29,10 +29,8 @@ def input_files(input_path: Any, conn_id: str | None = None) -> list[InputFile]:
 
 
 def _matches(given: Any, conn_id: str | None) -> list[ObjectStoragePath]:
-    from airflow.sdk import ObjectStoragePath
-
     try:
-        path = ObjectStoragePath(given, conn_id=conn_id)
+        path = _path(given, conn_id)
         storage = path.fs
     except (ValueError, ImportError) as e:
         raise BatchInputError(
@@ -55,4 +53,13 @@ def _matches(given: Any, conn_id: str | None) -> list[ObjectStoragePath]:
     if not names:
         raise BatchInputError(f"{path}: there is no such file. Nothing was sent.")
     scheme = f"{path.protocol}://" if path.protocol else ""
-    return [ObjectStoragePath(f"{scheme}{name}", conn_id=path.conn_id) for name in names]
+    # Airflow 3.1 keeps the connection among the options of the storage
+    own = path.conn_id if hasattr(path, "conn_id") else path.storage_options.get("conn_id")
+    return [_path(f"{scheme}{name}", own) for name in names]
+
+
+def _path(given: Any, conn_id: str | None) -> ObjectStoragePath:
+    """A path with a connection, or with the one in its URL: Airflow 3.1 overlooks that where it is given ``conn_id=None``."""
+    from airflow.sdk import ObjectStoragePath
+
+    return ObjectStoragePath(given) if conn_id is None else ObjectStoragePath(given, conn_id=conn_id)
