@@ -16,15 +16,10 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # without bytecode, each of Airflow's processes compiles its modules anew: 10 seconds instead of 4 before the first line of a task
 unexport PYTHONDONTWRITEBYTECODE
 
-# $(call install,EXTRA): this project with an extra, in the versions of constraints.txt. uv does it in seconds. It does not read pip's
-# settings, so where pip has an index of its own (a company's mirror), or where uv cannot do it, pip does it in about a minute.
+# $(call install,EXTRA): this project with an extra, in the versions of constraints.txt
 define install
 	echo "Installing the $(1) environment into $(VENV) ..."; \
-	if ! $(BIN)/python -m pip config list | grep -qE "(^|[.])index-url=" \
-	    && $(BIN)/python -m pip install -qq --constraint constraints.txt uv \
-	    && $(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable ".[$(1)]"; \
-	then :; \
-	else $(BIN)/python -m pip install -qq --no-compile --constraint constraints.txt --editable ".[$(1)]"; fi
+	.ci/install $(BIN)/python constraints.txt --editable ".[$(1)]"
 endef
 
 .PHONY: help
@@ -49,9 +44,8 @@ test: $(VENV)/.dev ## the whole test suite, with a real PostgreSQL and a real Ai
 SETS ?= 3.1.0 3.1.8 3.2.2 3.3.2 newest
 PYTHONS ?= 3.11 3.12 3.13
 .PHONY: test-matrix
-test-matrix: $(VENV)/.dev ## the suite on released Airflows and every Python: SETS='3.1.0 newest' PYTHONS='3.11' ARGS='tests/unit'
-	@test -x $(BIN)/uv || $(BIN)/python -m pip install -qq --constraint constraints.txt uv
-	@UV="$(abspath $(BIN)/uv)" .ci/matrix "$(SETS)" "$(PYTHONS)" $(ARGS)
+test-matrix: ## the suite on released Airflows and every Python: SETS='3.1.0 newest' PYTHONS='3.11' ARGS='tests/unit'
+	@$(if $(wildcard $(BIN)/uv),UV="$(abspath $(BIN)/uv)") .ci/matrix "$(SETS)" "$(PYTHONS)" $(ARGS)
 
 .PHONY: check
 check: $(VENV)/.dev ## lint, format, types, and what may import what
