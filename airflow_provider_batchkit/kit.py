@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from airflow_provider_batchkit.api.blocks import ResultBlock
 from airflow_provider_batchkit.api.calls import BatchApi, poll_failure
 from airflow_provider_batchkit.api.polling import Ended, GaveUp, PollState, TimedOut, Wait
-from airflow_provider_batchkit.api.results import Reconciler, StreamFaults, parse_blocks, parse_stream
+from airflow_provider_batchkit.api.results import Reconciler, StreamFaults, parse_blocks
 from airflow_provider_batchkit.cost.checks import check_shards
 from airflow_provider_batchkit.cost.estimate import Estimate, estimate_shards
 from airflow_provider_batchkit.cost.prices import PriceBook
@@ -59,8 +59,6 @@ log = logging.getLogger(__name__)
 #: the API processes a batch within 24 hours or expires the rest (its documentation); an hour more for clocks and queues
 DEFAULT_TIMEOUT_S = 25 * 3600.0
 _STREAM_ATTEMPTS = 5
-#: results that :meth:`BatchKit.retrieve` prices at a time: enough that a step for all of them costs each next to nothing
-_TALLIED_TOGETHER = 500
 
 _T = TypeVar("_T")
 
@@ -243,11 +241,18 @@ class BatchKit(BatchApi):
 
         :raises ResultStreamError: when the stream was cut five times in a row without progress
         """
+        for block in self._read_whole(batch_id, reconciler, expected, sleep):
+            yield from block.items()
 
-        def items(chunks: Iterator[bytes]) -> Iterator[BatchItem]:
-            return (item for item in parse_stream(chunks) if reconciler.accept(item))  # type: ignore[misc] # no broken line is accepted
+    def _read_whole(
+        self, batch_id: str, reconciler: Reconciler, expected: int, sleep: Callable[[float], None] = time.sleep
+    ) -> Iterator[ResultBlock]:
+        """:meth:`read_blocks` with messages."""
 
-        return self._read(batch_id, reconciler, expected, items, sleep)
+        def blocks(chunks: Iterator[bytes]) -> Iterator[ResultBlock]:
+            return itertools.starmap(reconciler.accept_block, parse_blocks(chunks, block_bytes=1, keep_messages=True))
+
+        return self._read(batch_id, reconciler, expected, blocks, sleep)
 
     def read_blocks(
         self,
@@ -317,10 +322,11 @@ class BatchKit(BatchApi):
         builder = TallyBuilder(self.price_book, found.created_at)
         reconciler = Reconciler(asked)
         items: list[BatchItem] = []
-        left = self.read_items(batch_id, reconciler, found.counts.total)
-        while piece := list(itertools.islice(left, _TALLIED_TOGETHER)):
-            builder.add_all(ResultBlock.of(piece))
-            items += piece
+        for block in self._read_whole(batch_id, reconciler, found.counts.total):
+            builder.add_all(block)
+            items += block.items()
+        for odd in reconciler.faults.odd_members():
+            log.warning("Batch %s: %s", batch_id, odd)
         return Retrieval(items, builder.tally(), found.counts, reconciler.faults)
 
     def run(

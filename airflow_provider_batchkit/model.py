@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime
 from decimal import ROUND_CEILING, Context, Decimal, InvalidOperation
 from enum import Enum
-from functools import lru_cache
 from typing import Any
 
 import msgspec
@@ -39,6 +38,35 @@ class RequestStatus(str, Enum):
 
 #: outcomes of requests that were answered, and are billed: their rows are always written, a failed request's only when that is asked for
 ANSWERED = (RequestStatus.SUCCEEDED, RequestStatus.INVALID_OUTPUT)
+
+#: ``error_type`` of an answer that is unfinished
+TRUNCATED, PAUSED, REFUSED = "truncated", "paused", "refused"
+#: a message's ``stop_reason`` → the ``error_type`` of its row; none for an answer that is whole
+UNFINISHED = {
+    "max_tokens": TRUNCATED,
+    "model_context_window_exceeded": TRUNCATED,
+    "pause_turn": PAUSED,
+    "compaction": PAUSED,
+    "refusal": REFUSED,
+}
+
+#: what a row may come to, the best first; see :func:`outcome_rank`
+_BEST_FIRST = ("finished", TRUNCATED, "invalid_output", PAUSED, REFUSED, "errored", "canceled", "expired", "missing")
+
+
+def outcome_rank(status: str, error_type: str | None) -> int:
+    """The place of an outcome among all: of a row that several rounds have asked, the one of the lowest rank counts, of equals the latest.
+
+    :param error_type: tells unfinished answers apart, whatever their status
+    """
+    if status == RequestStatus.SUCCEEDED.value and error_type is None:
+        return 0
+    answered = status in (RequestStatus.SUCCEEDED.value, RequestStatus.INVALID_OUTPUT.value)
+    return _BEST_FIRST.index(error_type if answered and error_type in UNFINISHED.values() else status)
+
+
+#: stands behind a model's name in a bill for requests whose usage the API did not tell: what they cost is not known
+USAGE_UNKNOWN = " (usage unknown)"
 
 
 class Usage(msgspec.Struct, frozen=True, gc=False):
@@ -110,9 +138,11 @@ class BatchSnapshot:
 class BatchItem(msgspec.Struct, frozen=True, gc=False):
     """One line of a batch's results.
 
-    ``status`` is what the API says of the request; for a failed one ``error_type`` and ``error_message`` are the API's.
-    ``text`` joins the text blocks of the answer. ``stop_reason`` may be ``max_tokens`` or ``refusal``: a "succeeded"
-    answer can be cut or refused. ``message`` is the whole message as the API sent it, JSON bytes, for tools and citations.
+    ``status`` is what the API says of the request, but for an answer that is unfinished or of no use; for a failed one ``error_type`` and
+    ``error_message`` are the API's. ``text`` joins the text blocks of the answer; the input of the only tool call of an answer without
+    text is its text, as JSON. An unfinished answer has the ``error_type`` ``truncated``, ``paused`` or ``refused`` (see ``UNFINISHED``);
+    it is ``invalid_output``, but for a truncated one that has text. ``usage`` is what the API counted, over all iterations; None where it
+    counts nothing or does not say. ``message`` is the whole message as the API sent it, JSON bytes.
     """
 
     custom_id: str
@@ -124,6 +154,11 @@ class BatchItem(msgspec.Struct, frozen=True, gc=False):
     error_type: str | None = None
     error_message: str | None = None
     message: bytes | None = None
+    message_id: str | None = None
+    #: the API's id of a request that failed
+    request_id: str | None = None
+    #: JSON
+    stop_details: str | None = None
 
     @property
     def content(self) -> str | None:
@@ -381,15 +416,6 @@ def format_usd_exact(value: Decimal | None) -> str | None:
     whole, _, fraction = text.partition(".")
     fraction = fraction.rstrip("0")
     return f"{whole}.{fraction.ljust(2, '0')}"
-
-
-@lru_cache(maxsize=10_000)
-def format_pico_exact(pico: int | None) -> str | None:
-    """:func:`format_usd_exact` of whole picodollars, not negative. Many requests cost the same."""
-    if pico is None:
-        return None
-    whole, fraction = divmod(pico, PICO_PER_USD)
-    return f"{whole}.{f'{fraction:012d}'.rstrip('0').ljust(2, '0')}"
 
 
 def usd_text(value: Decimal | None) -> str:

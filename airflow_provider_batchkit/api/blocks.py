@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from operator import itemgetter
 from typing import Any, Self
 
-from airflow_provider_batchkit.model import BatchItem, Usage
+import msgspec
+
+from airflow_provider_batchkit.model import BatchItem, RequestStatus, Usage
 
 _NOTHING = Usage()
+
+
+class BilledPart(msgspec.Struct, frozen=True, gc=False):
+    """Usage of a request that is billed by itself, at its own model."""
+
+    model: str | None
+    usage: Usage
+    #: the category of a refusal before any output, ``""`` for none; None for everything else. It decides whether the part is billed
+    refusal: str | None = None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -35,6 +46,17 @@ class ResultBlock:
     web_searches: Sequence[int]
     inference_geos: Sequence[str | None]
     speeds: Sequence[str | None]
+    #: the API's ids of the messages, and of requests that failed
+    message_ids: Sequence[str | None]
+    request_ids: Sequence[str | None]
+    #: of an answer that is more than one block of plain text: its blocks as JSON; None where no result has one, like the next three
+    contents: Sequence[str | None] | None = None
+    #: as JSON
+    stop_details: Sequence[str | None] | None = None
+    #: what is billed, where that is not simply the counts above at the model above
+    bills: Sequence[tuple[BilledPart, ...] | None] | None = None
+    #: whole messages as JSON, where they are kept
+    messages: Sequence[bytes | None] | None = None
     #: of the rows that pay for the results, where that is known
     keys: Sequence[str] | None = None
 
@@ -91,7 +113,54 @@ class ResultBlock:
             web_searches=[usage.web_searches for usage in usages],
             inference_geos=[usage.inference_geo for usage in usages],
             speeds=[usage.speed for usage in usages],
+            message_ids=[item.message_id for item in items],
+            request_ids=[item.request_id for item in items],
         )
+
+    @classmethod
+    def billing(cls, parts: Sequence[BilledPart]) -> Self:
+        """A block whose results are billed as these parts."""
+        return cls.of([BatchItem("", RequestStatus.SUCCEEDED, model=part.model, usage=part.usage) for part in parts])
+
+    def items(self) -> Iterator[BatchItem]:
+        """The results one by one."""
+        nothing: list[Any] = [None] * len(self)
+        usages = zip(*self.counts, self.inference_geos, self.speeds, strict=True)
+        for (
+            custom_id,
+            status,
+            text,
+            reason,
+            model,
+            billed,
+            usage,
+            error_type,
+            error_message,
+            message,
+            message_id,
+            request_id,
+            details,
+        ) in zip(
+            self.custom_ids,
+            self.statuses,
+            self.texts,
+            self.stop_reasons,
+            self.models,
+            self.billed,
+            usages,
+            self.error_types,
+            self.error_messages,
+            self.messages or nothing,
+            self.message_ids,
+            self.request_ids,
+            self.stop_details or nothing,
+            strict=True,
+        ):
+            counted = Usage(*usage) if billed else None
+            outcome = RequestStatus(status)
+            yield BatchItem(
+                custom_id, outcome, text, reason, model, counted, error_type, error_message, message, message_id, request_id, details
+            )
 
 
 def _at(places: Sequence[int], column: Sequence[Any] | None) -> Any:

@@ -1,4 +1,4 @@
-"""JSONL bytes → typed results, reconciled against what was asked.
+"""A stream of results → blocks of them, reconciled against what was asked.
 
 Lines are split on the byte ``\\n`` only: U+2028 and U+0085 are legal inside a JSON string, and splitting text on them breaks lines.
 A line that cannot be read is kept as :class:`BrokenLine`, never dropped.
@@ -6,201 +6,31 @@ A line that cannot be read is kept as :class:`BrokenLine`, never dropped.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from io import BytesIO
-from operator import itemgetter
 from typing import Any
 
-import msgspec
-
 from airflow_provider_batchkit.api.blocks import ResultBlock
-from airflow_provider_batchkit.model import BatchItem, RequestStatus, Usage
+from airflow_provider_batchkit.api.lines import BrokenLine, LineFault, read_lines
 
-_SAMPLE_CHARS = 200
 #: of results that are read together: a step for all of them then costs each next to nothing, and memory holds them a few times over
 _BLOCK_BYTES = 1 << 19
 
 
-class _CacheCreation(msgspec.Struct, gc=False):
-    ephemeral_5m_input_tokens: int = 0
-    ephemeral_1h_input_tokens: int = 0
-
-
-class _ServerToolUse(msgspec.Struct, gc=False):
-    web_search_requests: int = 0
-
-
-class _WireUsage(msgspec.Struct, gc=False):
-    input_tokens: int
-    output_tokens: int
-    cache_creation_input_tokens: int | None = None
-    cache_read_input_tokens: int | None = None
-    cache_creation: _CacheCreation | None = None
-    server_tool_use: _ServerToolUse | None = None
-    inference_geo: str | None = None
-    speed: str | None = None
-
-
-class _Block(msgspec.Struct, gc=False):
-    type: str
-    text: str | None = None
-
-
-class _Message(msgspec.Struct, gc=False):
-    model: str
-    content: list[_Block]
-    usage: _WireUsage
-    stop_reason: str | None = None
-
-
-class _ErrorObject(msgspec.Struct, gc=False):
-    type: str
-    message: str = ""
-
-
-class _ErrorResponse(msgspec.Struct, gc=False):
-    error: _ErrorObject
-
-
-class _Result(msgspec.Struct, gc=False):
-    type: str
-    message: _Message | None = None
-    error: _ErrorResponse | None = None
-
-
-class _Line(msgspec.Struct, gc=False):
-    custom_id: str
-    result: _Result
-
-
-class _RawResult(msgspec.Struct, gc=False):
-    message: msgspec.Raw = msgspec.Raw()
-
-
-class _RawLine(msgspec.Struct, gc=False):
-    result: _RawResult
-
-
-_decode_line = msgspec.json.Decoder(_Line).decode
-_decode_lines = msgspec.json.Decoder(_Line).decode_lines
-_decode_raw_line = msgspec.json.Decoder(_RawLine).decode
-_NOT_CACHED = _CacheCreation()
-_FIRST, _LAST_BUT_ONE = itemgetter(0), itemgetter(-2)
-#: of a result that is not billed
-_NO_MESSAGE = _Message("", [], _WireUsage(0, 0))
-_STATUSES = {status.value: status for status in (RequestStatus.ERRORED, RequestStatus.EXPIRED, RequestStatus.CANCELED)}
-
-
-@dataclass(frozen=True, slots=True)
-class BrokenLine:
-    """A line of the results that is not what the API documents."""
-
-    #: from 1
-    number: int
-    reason: str
-    #: the beginning of the line
-    sample: str
-
-
-class _Undocumented(Exception):
-    """A line that is JSON and is not what the API documents."""
-
-
-def _item(line: _Line, message_json: bytes | None = None) -> BatchItem:
-    """:raises _Undocumented: for what the API does not send"""
-    result = line.result
-    if result.type != "succeeded":
-        error = _error(result)
-        kind, why = (None, None) if error is None else (error.type, error.message)
-        return BatchItem(line.custom_id, _failure(result), error_type=kind, error_message=why)
-    message = _message(result)
-    usage = message.usage
-    written = _written(usage)
-    counted = Usage(
-        usage.input_tokens,
-        usage.output_tokens,
-        written.ephemeral_5m_input_tokens,
-        written.ephemeral_1h_input_tokens,
-        usage.cache_read_input_tokens or 0,
-        _searches(usage),
-        usage.inference_geo,
-        usage.speed,
-    )
-    text, reason = _text(message.content), message.stop_reason
-    return BatchItem(line.custom_id, RequestStatus.SUCCEEDED, text, reason, message.model, counted, None, None, message_json)
-
-
-def _failure(result: _Result) -> RequestStatus:
-    status = _STATUSES.get(result.type)
-    if status is None:
-        raise _Undocumented(f"unknown result type {result.type!r}")
-    return status
-
-
-def _error(result: _Result) -> _ErrorObject | None:
-    return None if result.error is None else result.error.error
-
-
-def _message(result: _Result) -> _Message:
-    if result.message is None:
-        raise _Undocumented("a succeeded result without a message")
-    return result.message
-
-
-def _text(content: Sequence[_Block]) -> str | None:
-    if len(content) == 1 and content[0].type == "text":
-        return content[0].text
-    return "".join([block.text or "" for block in content if block.type == "text"])
-
-
-def _written(usage: _WireUsage) -> _CacheCreation:
-    # without the split, all cache writes are of the default five minutes (API documentation, "Prompt caching")
-    if usage.cache_creation is not None:
-        return usage.cache_creation
-    return _CacheCreation(usage.cache_creation_input_tokens) if usage.cache_creation_input_tokens else _NOT_CACHED
-
-
-def _searches(usage: _WireUsage) -> int:
-    return 0 if usage.server_tool_use is None else usage.server_tool_use.web_search_requests
-
-
-def parse_line(line: bytes, number: int, *, keep_message: bool = True) -> BatchItem | BrokenLine:
-    """One result line. Never raises: what cannot be read comes back as :class:`BrokenLine`.
-
-    :param keep_message: keep the whole message as bytes on the item; what only needs text and usage is read in half the time without
-    """
-    try:
-        decoded = _decode_line(line)
-        keeps = keep_message and decoded.result.message is not None
-        return _item(decoded, bytes(_decode_raw_line(line).result.message) if keeps else None)
-    except (msgspec.MsgspecError, UnicodeDecodeError, _Undocumented) as e:
-        return BrokenLine(number, str(e), line[:_SAMPLE_CHARS].decode("utf-8", "replace"))
-
-
-def parse_stream(chunks: Iterable[bytes], *, keep_message: bool = True) -> Iterator[BatchItem | BrokenLine]:
-    """Raw chunks of a results stream → items. Blank lines are skipped."""
-    before = 0
-    for whole in _whole_lines(chunks):
-        lines = _lines(whole)
-        yield from _parse_each(lines, before, keep_message=keep_message)
-        before += len(lines)
-
-
-def parse_blocks(chunks: Iterable[bytes], *, block_bytes: int = _BLOCK_BYTES) -> Iterator[tuple[ResultBlock, list[BrokenLine]]]:
-    """:func:`parse_stream` without messages, some hundred lines together; and what could not be read of them.
+def parse_blocks(
+    chunks: Iterable[bytes], *, block_bytes: int = _BLOCK_BYTES, keep_messages: bool = False
+) -> Iterator[tuple[ResultBlock, list[LineFault]]]:
+    """Raw chunks of a results stream → some hundred results together, and what is wrong with their lines. Blank lines are passed over.
 
     :param block_bytes: a block holds the lines that are whole when so many bytes have come since the last one
+    :param keep_messages: keep each whole message as bytes
     """
     before = 0
     for whole in _whole_lines(chunks, block_bytes):
         lines = _lines(whole)
-        block, broken = _block(whole, lines), []
-        if block is None:
-            items = list(_parse_each(lines, before, keep_message=False))
-            block = ResultBlock.of([item for item in items if isinstance(item, BatchItem)])
-            broken = [item for item in items if isinstance(item, BrokenLine)]
-        yield block, broken
+        yield read_lines(whole, lines, before, keep_messages=keep_messages)
         before += len(lines)
 
 
@@ -225,62 +55,6 @@ def _lines(whole: bytes) -> list[bytes]:
     return BytesIO(whole).readlines()
 
 
-def _parse_each(lines: Iterable[bytes], before: int, *, keep_message: bool) -> Iterator[BatchItem | BrokenLine]:
-    """:param before: the number of the line before these"""
-    for number, line in enumerate(lines, start=before + 1):
-        if not line.isspace():
-            yield parse_line(line.rstrip(b"\n"), number, keep_message=keep_message)
-
-
-def _block(whole: bytes, lines: Sequence[bytes]) -> ResultBlock | None:
-    """The results of ``lines``, which are ``whole``; None when one of them is not what the API documents, or is blank."""
-    try:
-        # JSON may have newlines between its tokens and values without one between: here each stands between two objects, which no value
-        # holds; a line too short for that is an IndexError
-        if set(map(_FIRST, lines)) != {ord("{")} or set(map(_LAST_BUT_ONE, lines)) != {ord("}")}:
-            return None
-        decoded = _decode_lines(whole)
-        return _columns([line.custom_id for line in decoded], [line.result for line in decoded]) if len(decoded) == len(lines) else None
-    except (IndexError, msgspec.MsgspecError, UnicodeDecodeError, _Undocumented):
-        return None
-
-
-def _columns(custom_ids: list[str], results: list[_Result]) -> ResultBlock:
-    """:raises _Undocumented: for what the API does not send"""
-    billed = [result.type == "succeeded" for result in results]
-    messages = [_message(result) if counts else _NO_MESSAGE for result, counts in zip(results, billed, strict=True)]
-    texts = [_text(message.content) for message in messages]
-    models: list[str | None] = [message.model for message in messages]
-    usages = [message.usage for message in messages]
-    written = [_written(usage) for usage in usages]
-    statuses = ["succeeded"] * len(results)
-    error_types: list[str | None] = [None] * len(results)
-    error_messages: list[str | None] = [None] * len(results)
-    for place in [place for place, counts in enumerate(billed) if not counts]:
-        statuses[place], texts[place], models[place] = _failure(results[place]).value, None, None
-        error = _error(results[place])
-        if error is not None:
-            error_types[place], error_messages[place] = error.type, error.message
-    return ResultBlock(
-        custom_ids=custom_ids,
-        statuses=statuses,
-        texts=texts,
-        stop_reasons=[message.stop_reason for message in messages],
-        error_types=error_types,
-        error_messages=error_messages,
-        models=models,
-        billed=billed,
-        input_tokens=[usage.input_tokens for usage in usages],
-        output_tokens=[usage.output_tokens for usage in usages],
-        cache_write_5m_tokens=[one.ephemeral_5m_input_tokens for one in written],
-        cache_write_1h_tokens=[one.ephemeral_1h_input_tokens for one in written],
-        cache_read_tokens=[usage.cache_read_input_tokens or 0 for usage in usages],
-        web_searches=[_searches(usage) for usage in usages],
-        inference_geos=[usage.inference_geo for usage in usages],
-        speeds=[usage.speed for usage in usages],
-    )
-
-
 @dataclass(slots=True)
 class StreamFaults:
     """What was wrong with a result stream: counts, and a first sample of each kind for the log."""
@@ -293,6 +67,18 @@ class StreamFaults:
     broken_sample: str | None = None
     duplicate_sample: str | None = None
     foreign_sample: str | None = None
+    #: by member and problem of an :class:`OddMember`: how many results have it, and the ``custom_id`` of the first. Their answers count
+    odd: Counter[tuple[str, str]] = field(default_factory=Counter)
+    odd_samples: dict[tuple[str, str], str] = field(default_factory=dict)
+
+    def add(self, fault: LineFault) -> None:
+        """Count what is wrong with a line."""
+        if isinstance(fault, BrokenLine):
+            self.add_broken(fault)
+            return
+        kind = fault.member, fault.problem
+        self.odd[kind] += 1
+        self.odd_samples.setdefault(kind, fault.custom_id)
 
     def add_broken(self, line: BrokenLine) -> None:
         self.broken += 1
@@ -318,7 +104,17 @@ class StreamFaults:
             self.broken_sample or other.broken_sample,
             self.duplicate_sample or other.duplicate_sample,
             self.foreign_sample or other.foreign_sample,
+            self.odd + other.odd,
+            other.odd_samples | self.odd_samples,
         )
+
+    def odd_members(self) -> list[str]:
+        """A sentence for each member that was not as documented."""
+        return [
+            f"in {count:,} results {member} {problem}; their answers count, and this was passed over; first: {self.odd_samples[kind]}"
+            for kind in self.odd
+            for (member, problem), count in [(kind, self.odd[kind])]
+        ]
 
     def to_json(self) -> dict[str, Any]:
         return {"broken_lines": self.broken, "duplicate_lines": self.duplicate, "foreign_lines": self.foreign, "short_by": self.short}
@@ -327,8 +123,8 @@ class StreamFaults:
 class Reconciler:
     """Gives every asked request exactly one outcome.
 
-    :meth:`accept` says whether an item is the first answer to something that was asked; duplicates, foreign ids and broken lines are
-    counted in ``faults``. Resident: the ids asked and the ids answered.
+    :meth:`accept_block` gives the first answers to what was asked; duplicates, foreign ids and what is wrong with lines are counted in
+    ``faults``. Resident: the ids asked and the ids answered.
     """
 
     def __init__(self, asked: Mapping[str, str] | None) -> None:
@@ -349,10 +145,10 @@ class Reconciler:
         """How many lines fewer than ``expected`` the stream has held so far."""
         return max(expected - len(self.answered) - self.faults.broken - self.faults.foreign, 0)
 
-    def accept_block(self, block: ResultBlock, broken: Iterable[BrokenLine]) -> ResultBlock:
+    def accept_block(self, block: ResultBlock, faults: Iterable[LineFault]) -> ResultBlock:
         """Those of a block's results that are first answers, with their keys."""
-        for line in broken:
-            self.faults.add_broken(line)
+        for fault in faults:
+            self.faults.add(fault)
         keys = None if self._asked is None else list(map(self._asked.get, block.custom_ids))
         ids = set(block.custom_ids)
         if (
@@ -367,13 +163,6 @@ class Reconciler:
             block, keys = block.rows(places), keys and [keys[place] for place in places]
         block.keys = keys  # type: ignore[assignment] # what was accepted was asked
         return block
-
-    def accept(self, item: BatchItem | BrokenLine) -> bool:
-        """Whether the item is a first answer."""
-        if isinstance(item, BrokenLine):
-            self.faults.add_broken(item)
-            return False
-        return self._accept(item.custom_id)
 
     def _accept(self, custom_id: str) -> bool:
         if custom_id in self._this_read:

@@ -13,6 +13,8 @@ Rules that the price data does not hold, with their source, checked 2026-11-23 (
   prices; not of web searches (DOCS/about-claude/pricing, "Data residency pricing").
 * There is no fast mode in batches (same page), so the batch price never depends on ``speed``; the standard price does.
 * A web search costs $10 per 1,000 on every model (same page): used where the data has no price for it.
+* A refusal before any output is not billed, although its usage shows tokens; since 2026-09-24 it is billed for the categories of
+  ``BILLED_REFUSALS`` (DOCS/test-and-evaluate/strengthen-guardrails/handle-streaming-refusals).
 """
 
 from __future__ import annotations
@@ -26,12 +28,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, field
 from datetime import UTC, date, datetime
 from decimal import Context, Decimal, InvalidOperation, localcontext
+from functools import lru_cache
 from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from airflow_provider_batchkit.exceptions import BatchInputError
-from airflow_provider_batchkit.model import COST_QUANTUM, Cost, Usage, format_usd_exact
+from airflow_provider_batchkit.model import COST_QUANTUM, PICO_PER_USD, USAGE_UNKNOWN, Cost, Usage, format_usd_exact
 
 if TYPE_CHECKING:
     from genai_prices.data_snapshot import DataSnapshot
@@ -48,6 +51,10 @@ MODELS_BEFORE_US_ONLY = {
 }
 WEB_SEARCH_USD = Decimal("0.01")
 BATCH_FACTOR = Decimal("0.5")
+
+#: Categories of refusals before any output that are billed, and from when on.
+BILLED_REFUSALS = frozenset({"bio", "frontier_llm", "reasoning_extraction"})
+REFUSALS_BILLED_FROM = datetime(2026, 9, 24, tzinfo=UTC)
 
 #: The fields of an override: USD per million tokens, named after the fields of ``TokenRates``; USD per 1,000; a share of the price.
 OVERRIDE_TOKEN_FIELDS = {f"{name}_usd_per_mtok": name for name in ("input", "output", "cache_write_5m", "cache_write_1h", "cache_read")}
@@ -184,6 +191,8 @@ class PriceBook:
 
     def rates(self, model: str, at: datetime) -> ModelRates | None:
         """The rates of ``model`` (the name that the API reported) on the UTC date of ``at``; ``None``, with one warning, if unknown."""
+        if model.endswith(USAGE_UNKNOWN):
+            return None
         if at.tzinfo is None:
             raise BatchInputError(f"prices depend on the UTC date, but {at.isoformat()} has no time zone; pass an aware time")
         key = (model, at.astimezone(UTC).date())
@@ -358,9 +367,23 @@ def _bad_override(problem: str) -> BatchInputError:
     return BatchInputError(f"price override {problem} (no request was sent)")
 
 
+def is_refusal_billed(category: str, at: datetime) -> bool:
+    """Whether a refusal before any output, of a batch that was created at ``at``, is billed."""
+    return category in BILLED_REFUSALS and at >= REFUSALS_BILLED_FROM
+
+
 def cost_of_pico(batch: int, standard: int) -> Cost:
     """Whole picodollars as a cost."""
     return Cost(usd_of_pico(batch), usd_of_pico(standard))
+
+
+@lru_cache(maxsize=10_000)
+def format_pico_exact(pico: int | None) -> str | None:
+    """:func:`format_usd_exact` of whole picodollars, not negative. Many requests cost the same."""
+    if pico is None:
+        return None
+    whole, fraction = divmod(pico, PICO_PER_USD)
+    return f"{whole}.{f'{fraction:012d}'.rstrip('0').ljust(2, '0')}"
 
 
 def usd_of_pico(pico: int) -> Decimal:

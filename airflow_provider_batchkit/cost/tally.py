@@ -8,10 +8,10 @@ from datetime import datetime
 from decimal import Context, Decimal
 from typing import TypeVar
 
-from airflow_provider_batchkit.api.blocks import ResultBlock
-from airflow_provider_batchkit.cost.prices import ModelRates, PriceBook, usd_of_pico
+from airflow_provider_batchkit.api.blocks import BilledPart, ResultBlock
+from airflow_provider_batchkit.cost.prices import ModelRates, PriceBook, is_refusal_billed, usd_of_pico
 from airflow_provider_batchkit.exceptions import BatchInputError
-from airflow_provider_batchkit.model import CostTally, ModelTally, UsageLine, format_usd_exact
+from airflow_provider_batchkit.model import CostTally, ModelTally, Usage, UsageLine, format_usd_exact
 
 #: in a list of sums: the counts of ``ModelTally`` and ``UsageLine``, then money in pico-dollars, then the prompts' sizes
 _COUNTS = 7
@@ -36,38 +36,68 @@ class TallyBuilder:
     def add_all(self, results: ResultBlock) -> Costs:
         """Count the results of many requests; what each costs, in whole pico-dollars.
 
-        A result that the API counts nothing for costs nothing; ``None`` for an unknown model, whose tokens are counted all the same.
+        A result that the API counts nothing for costs nothing; ``None`` for an unknown model, whose tokens are counted all the same, and
+        for a usage that is not known.
+        """
+        if results.bills is not None:
+            return self._add_parts(results, results.bills)
+        return self._add_simple(results)
+
+    def _add_parts(self, results: ResultBlock, bills: Sequence[tuple[BilledPart, ...] | None]) -> Costs:
+        """Count results of which some are billed in parts: each part is priced by itself, and only the first counts as a request."""
+        simple = [place for place, parts in enumerate(bills) if parts is None]
+        priced = [(simple, self._add_simple(results.rows(simple)))] if simple else []
+        for first in (True, False):
+            parts = [
+                (place, part if self._is_billed(part) else BilledPart(part.model, Usage()))
+                for place, all_parts in enumerate(bills)
+                for part in (all_parts or ())[slice(1) if first else slice(1, None)]
+            ]
+            if parts:
+                costs = self._add_simple(ResultBlock.billing([part for _, part in parts]), requests=int(first))
+                priced.append(([place for place, _ in parts], costs))
+        return _spread(len(results), priced)
+
+    def _is_billed(self, part: BilledPart) -> bool:
+        return part.refusal is None or is_refusal_billed(part.refusal, self._at)
+
+    def _add_simple(self, results: ResultBlock, requests: int = 1) -> Costs:
+        """Count results whose own usage is billed at their own model.
+
+        :param requests: what each counts as
         """
         kinds = results.models, results.inference_geos, results.speeds
         if len(results) and all(results.billed) and all(map(_of_one_value, kinds)):
-            return self._add_kind((results.models[0], results.inference_geos[0], results.speeds[0]), results)
+            return self._add_kind((results.models[0], results.inference_geos[0], results.speeds[0]), results, requests)
         each = _places(zip(*kinds, strict=True), results.billed)
-        return _spread(len(results), ((places, self._add_kind(kind, results.rows(places))) for kind, places in each))
+        return _spread(len(results), ((places, self._add_kind(kind, results.rows(places), requests)) for kind, places in each))
 
-    def _add_kind(self, kind: _Kind, results: ResultBlock) -> Costs:
+    def _add_kind(self, kind: _Kind, results: ResultBlock, requests: int) -> Costs:
         """Count results of one kind."""
         model = kind[0] or ""
         if model not in self._rates:
             self._rates[model] = self._book.rates(model, self._at)
         rates, prompts = self._rates[model], results.prompt_tokens
         if rates is None or len(rates.tiers) == 1:
-            return self._add_alike(kind, 0, results)
+            return self._add_alike(kind, 0, results, requests)
         lowest = rates.tier_start(min(prompts))
         if lowest == rates.tier_start(max(prompts)):
-            return self._add_alike(kind, lowest, results)
+            return self._add_alike(kind, lowest, results, requests)
         each = _places(map(rates.tier_start, prompts), results.billed)
-        return _spread(len(results), ((places, self._add_alike(kind, tier, results.rows(places))) for tier, places in each))
+        return _spread(len(results), ((places, self._add_alike(kind, tier, results.rows(places), requests)) for tier, places in each))
 
-    def _add_alike(self, kind: _Kind, tier: int, results: ResultBlock) -> Costs:
+    def _add_alike(self, kind: _Kind, tier: int, results: ResultBlock, requests: int) -> Costs:
         """Count requests that are priced alike, together."""
         model, geo, speed = kind
         rates = self._rates[model or ""]
         counts, prompts = results.counts, results.prompt_tokens
         sums = self._lines.setdefault((model or "", geo, speed, tier), [0] * _SMALLEST + [prompts[0], prompts[0]])
-        sums[0] += len(results)
+        sums[0] += len(results) * requests
         for place, column in enumerate(counts, start=1):
             sums[place] += sum(column)
-        sums[_SMALLEST] = min(sums[_SMALLEST], *prompts)
+        # what is not billed has no prompt
+        smallest = min(prompts) or min(filter(None, prompts), default=0)
+        sums[_SMALLEST] = min(filter(None, (sums[_SMALLEST], smallest)), default=0)
         sums[_LARGEST] = max(sums[_LARGEST], *prompts)
         if rates is None:
             return [None] * len(results), [None] * len(results)
@@ -102,12 +132,14 @@ def _places(values: Iterable[_T], billed: Iterable[bool]) -> Iterable[tuple[_T, 
 
 
 def _spread(number: int, parts: Iterable[tuple[Sequence[int], Costs]]) -> Costs:
-    """The costs of ``number`` results, of which each part says them for some places; the others cost nothing."""
+    """The costs of ``number`` results, of which each part says them for some places, where they add up; the others cost nothing."""
     batch: list[int | None] = [0] * number
     standard: list[int | None] = [0] * number
     for places, costs in parts:
-        for place, one, other in zip(places, *costs, strict=True):
-            batch[place], standard[place] = one, other
+        for sums, added in zip((batch, standard), costs, strict=True):
+            for place, cost in zip(places, added, strict=True):
+                before = sums[place]
+                sums[place] = None if before is None or cost is None else before + cost
     return batch, standard
 
 

@@ -20,12 +20,12 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from airflow_provider_batchkit.api.polling import ENDED
-from airflow_provider_batchkit.api.results import parse_stream
+from airflow_provider_batchkit.api.results import parse_blocks
 from airflow_provider_batchkit.exceptions import BatchNotEndedError, BatchUnavailableError, ResultStreamError, SubmitUncertainError
 from airflow_provider_batchkit.jobs.waiting import WaitFor, together
 from airflow_provider_batchkit.kit import BatchKit
 from airflow_provider_batchkit.ledger import BatchRecord, BatchState, Ledger
-from airflow_provider_batchkit.model import BatchItem, BatchSnapshot
+from airflow_provider_batchkit.model import BatchSnapshot
 
 log = logging.getLogger(__name__)
 
@@ -277,8 +277,8 @@ class Settler:
         """The ``custom_id`` of the first readable result lines. Reads little more than these."""
         chunks = self._kit.stream_results(batch_id, chunk_bytes=_PROOF_BYTES)
         try:
-            items = (item.custom_id for item in parse_stream(chunks, keep_message=False) if isinstance(item, BatchItem))
-            return list(itertools.islice(items, _PROOF_LINES))
+            blocks = (block.custom_ids for block, _ in parse_blocks(chunks, block_bytes=1))
+            return list(itertools.islice(itertools.chain.from_iterable(blocks), _PROOF_LINES))
         finally:
             chunks.close()
 

@@ -1,4 +1,4 @@
-"""Answers → values of columns. What does not fit is told apart: cut, refused, or not what the schema asks for."""
+"""Answers → values of columns. What is unfinished, or is not what the schema asks for, is an ``invalid_output``."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from typing import Any
 import msgspec
 
 from airflow_provider_batchkit.api.blocks import ResultBlock
+from airflow_provider_batchkit.api.decode import mended
 from airflow_provider_batchkit.model import RequestStatus
 from airflow_provider_batchkit.schema.output import OutputSchema
 
 #: values in the order of the schema's columns
 Values = tuple[Any, ...]
 
-#: ``error_type`` of an ``invalid_output``
-INVALID, TRUNCATED, REFUSED = "invalid_output", "truncated", "refused"
+#: ``error_type`` of a finished answer that does not fit
+INVALID = "invalid_output"
 
-_CUT = ("max_tokens", "model_context_window_exceeded")
 #: an escaped NUL, behind an even number of backslashes: no text of PostgreSQL holds one
 _NUL = re.compile(r"(?<!\\)((?:\\\\)*)\\u0000")
 _encode = msgspec.json.Encoder(order="deterministic").encode
@@ -30,7 +30,6 @@ _encode = msgspec.json.Encoder(order="deterministic").encode
 class _Unfit:
     """Why an answer does not fit."""
 
-    error_type: str
     message: str
 
 
@@ -45,32 +44,32 @@ class AnswerReader:
 
     def read_all(self, results: ResultBlock) -> tuple[ResultBlock, list[Values]]:
         """The values of answers; those that do not fit come back as ``invalid_output``, with their texts and why."""
-        values, failures = [], {}
-        for place, (status, text, reason) in enumerate(zip(results.statuses, results.texts, results.stop_reasons, strict=True)):
-            answer = self.nothing if status != RequestStatus.SUCCEEDED.value else self._read(text or "", reason)
+        values: list[Values] = []
+        statuses, types, messages = list(results.statuses), list(results.error_types), list(results.error_messages)
+        for place, (status, text, unfinished) in enumerate(zip(results.statuses, results.texts, results.error_types, strict=True)):
+            answer = self.nothing if status != RequestStatus.SUCCEEDED.value else self._read(text or "")
             if isinstance(answer, _Unfit):
-                failures[place], answer = answer, self.nothing
+                statuses[place] = RequestStatus.INVALID_OUTPUT.value
+                if unfinished is None:
+                    types[place], messages[place] = INVALID, answer.message
+                answer = self.nothing
+            elif status == RequestStatus.SUCCEEDED.value:
+                # JSON that is cut is no JSON: an answer that reads well was whole at its last token
+                types[place] = messages[place] = None
             values.append(answer)
-        if failures:
-            statuses, types, messages = list(results.statuses), list(results.error_types), list(results.error_messages)
-            for place, unfit in failures.items():
-                statuses[place], types[place], messages[place] = RequestStatus.INVALID_OUTPUT.value, unfit.error_type, unfit.message
-            results = replace(results, statuses=statuses, error_types=types, error_messages=messages)
-        return results, values
+        return replace(results, statuses=statuses, error_types=types, error_messages=messages), values
 
-    def _read(self, text: str, stop_reason: str | None) -> Values | _Unfit:
-        if stop_reason == "refusal":
-            return _Unfit(REFUSED, "The model refused to answer; stop_reason is refusal.")
+    def _read(self, text: str) -> Values | _Unfit:
         try:
             return self._values(text)
         except (msgspec.MsgspecError, UnicodeError, OverflowError, RecursionError) as e:
-            if stop_reason in _CUT:
-                return _Unfit(TRUNCATED, f"The answer was cut before its end; stop_reason is {stop_reason}.")
-            return _Unfit(INVALID, f"The answer does not fit output_schema: {e}")
+            return _Unfit(f"The answer does not fit output_schema: {e}")
 
     def _values(self, text: str) -> Values:
         if "\\u0000" in text:
             text = _NUL.sub(r"\1\\ufffd", text)
+        if "\\ud" in text or "\\uD" in text:
+            text = mended(text.encode()).decode()
         values: Values = msgspec.structs.astuple(self._decode(text))
         if not self._converters:
             return values

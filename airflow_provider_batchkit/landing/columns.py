@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.dialects.postgresql import DOMAIN, JSONB
+from sqlalchemy.dialects.postgresql import DOMAIN, JSON, JSONB
 from sqlalchemy.engine import Dialect
 from sqlalchemy.types import NullType
 
@@ -23,6 +23,9 @@ ANSWER_TYPES: dict[str, Any] = {
     "date-time": UtcDateTime(),
     "json": sa.Text().with_variant(JSONB(), "postgresql"),
 }
+
+#: JSON as the API sent it. PostgreSQL's JSON keeps the text as it is, where JSONB refuses some numbers and an escaped NUL
+KEPT_JSON: Any = sa.Text().with_variant(JSON(), "postgresql").with_variant(sa.Text(1 << 24), "mysql", "mariadb")
 
 _Classes = tuple[type[Any], ...]
 
@@ -85,6 +88,8 @@ _RESULTS: dict[str, _Classes] = {
     "output_tokens": _NUMBERS,
     "cost_usd": (sa.Numeric, sa.Float, sa.String),
     "landed_at": _TIMES,
+    "content": (sa.JSON, sa.Text),
+    "stop_details": (sa.JSON, sa.Text),
 }
 
 

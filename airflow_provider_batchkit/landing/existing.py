@@ -23,8 +23,8 @@ from airflow_provider_batchkit.model import RequestStatus
 
 #: the shortest text columns that hold every value, where the values are known
 _LEAST_CHARACTERS = {"status": max(len(status.value) for status in RequestStatus)}
-#: null for every row that was answered
-_ALWAYS_NULL = ("error_type", "error_message")
+#: null for every row that has a plain answer
+_ALWAYS_NULL = ("error_type", "error_message", "content", "stop_details", "request_id")
 
 #: bits of pg_relation_is_updatable for UPDATE, INSERT and DELETE
 _WRITABLE = 28
@@ -78,6 +78,31 @@ class ExistingTable:
         """Whether there is such a table."""
         return self._columns is not None
 
+    @property
+    def dialect(self) -> Dialect:
+        """The database's dialect."""
+        return self._dialect
+
+    @property
+    def columns(self) -> list[str]:
+        """The names of its columns, in their order."""
+        return [column["name"] for column in (self._columns or {}).values()]
+
+    @property
+    def is_table(self) -> bool:
+        """Whether it is a table and no view."""
+        return column_name(self._name, self._dialect) in {
+            column_name(name, self._dialect) for name in self._inspector.get_table_names(schema=self._schema)
+        }
+
+    def has(self, name: str) -> bool:
+        """Whether it has a column of this name, as the database compares names."""
+        return self._columns is not None and column_name(name, self._dialect) in self._columns
+
+    def compared(self, name: str) -> str:
+        """A column's name as the database compares it."""
+        return column_name(name, self._dialect)
+
     def type_of(self, column: str) -> Any:
         """The type of a column that the table has."""
         return self._column(column)["type"]
@@ -87,7 +112,7 @@ class ExistingTable:
         if self._place is not None or not self.exists:
             return [self._place] if self._place is not None else []
         lacking = [
-            f"{name} {self._sql(wanted.types[name])}" if name in wanted.answers else name for name in wanted.types if not self._has(name)
+            f"{name} {self._sql(wanted.types[name])}" if name in wanted.answers else name for name in wanted.types if not self.has(name)
         ]
         return [
             *_sentence("lacks the columns ", lacking),
@@ -103,13 +128,13 @@ class ExistingTable:
         return [
             self._is_and_must_be(name, wanted)
             for name, kind in kinds.items()
-            if self._has(name) and not test(kind, self.type_of(name), self._dialect)
+            if self.has(name) and not test(kind, self.type_of(name), self._dialect)
         ]
 
     def _unfit_results(self, wanted: WantedColumns) -> list[str]:
         unfit = []
         for name in wanted.types:
-            if name in wanted.keys or name in wanted.answers or not self._has(name):
+            if name in wanted.keys or name in wanted.answers or not self.has(name):
                 continue
             found = self.type_of(name)
             length = None if self._dialect.name == "sqlite" else getattr(found, "length", None)
@@ -129,8 +154,9 @@ class ExistingTable:
             return ["cannot be written: it is a view, or a table of another kind that takes no INSERT, UPDATE and DELETE"]
         if self._dialect.name == "sqlite" and self._is_sqlite_view():
             return ["cannot be written: it is a view"]
-        made = [name for name in wanted.types if self._has(name) and _is_generated(self._column(name))]
-        null = [name for name in _ALWAYS_NULL if self._has(name) and not self._column(name)["nullable"]]
+        made = [name for name in wanted.types if self.has(name) and _is_generated(self._column(name))]
+        own = {name for name in wanted.types if name not in wanted.keys and name not in wanted.answers}
+        null = [name for name in _ALWAYS_NULL if name in own and self.has(name) and not self._column(name)["nullable"]]
         shut = [] if rights is None else [name for name in wanted.types if name in rights.closed and name not in made]
         names = {column_name(name, self._dialect) for name in wanted.types}
         assert self._columns is not None
@@ -201,9 +227,6 @@ class ExistingTable:
         return self._connection.execute(_PLACE, {"schema": self._schema}).first()
 
     # --- inside -------------------------------------------------------------------------------------------------------------------
-
-    def _has(self, name: str) -> bool:
-        return self._columns is not None and column_name(name, self._dialect) in self._columns
 
     def _column(self, name: str) -> ReflectedColumn:
         assert self._columns is not None

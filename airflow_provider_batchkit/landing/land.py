@@ -25,7 +25,7 @@ from airflow_provider_batchkit.cost.prices import PriceBook
 from airflow_provider_batchkit.cost.tally import TallyBuilder
 from airflow_provider_batchkit.exceptions import BatchInputError, BatchKitError, ReplaceRefusedError, WrongBatchError
 from airflow_provider_batchkit.landing.answers import AnswerReader
-from airflow_provider_batchkit.landing.report import NAMED, LandedBatch, LandingReport, log_faults
+from airflow_provider_batchkit.landing.report import NAMED, LandedBatch, LandingReport, log_faults, log_unfinished
 from airflow_provider_batchkit.landing.rounds import NO_LATER, Later, Overtaken, lock_jobs
 from airflow_provider_batchkit.landing.stage import AskedKeys, Stage, StageTables
 from airflow_provider_batchkit.landing.table import ResultTable, WriteDisposition
@@ -97,6 +97,8 @@ def land_batches(
     exists = table.check(ledger.engine)
     if not exists:
         table.create(ledger.engine, unique_key=disposition is not WriteDisposition.APPEND)
+    else:
+        table.extend(ledger.engine)
     landing = _Landing(ledger, table, look, read_blocks, price_book, disposition, include_failed, portable)
     plan = _Plan.make(landing, batches, rewrite=rewrite)
     together = [batches] if disposition is WriteDisposition.REPLACE else [[batch] for batch in batches]
@@ -213,7 +215,7 @@ class _Landing:
                 if late is None:
                     for batch in batches:
                         log.info("%s has landed in %s before; nothing is written for it again", batch.batch_id, self.table.name)
-                        report.recall(plan.landed[batch.batch_id])
+                        report.recall(plan.landed[batch.batch_id], self.ledger.unfinished(batch.record))
                     return plan
                 seen = late
             else:
@@ -351,11 +353,12 @@ class _Landing:
                 stage.put(absent, tally.add_all(absent))
         progress.done()
         names = [] if keys is None else [key for custom_id, billed in missing[:NAMED] for key in (billed, *keys.copies(custom_id))]
+        log_unfinished(snapshot.batch_id, stage.unfinished)
         log_faults(snapshot, reconciler.faults, len(missing), names)
         rows = stage.counts.total() if self.include_failed else sum(stage.counts[status.value] for status in ANSWERED)
         first = record is None or record.state is not BatchState.LANDED
         read_s = time.monotonic() - started
-        landed = LandedBatch(snapshot, stage.counts, tally.tally(), reconciler.faults, names, rows, first, read_s)
+        landed = LandedBatch(snapshot, stage.counts, stage.unfinished, tally.tally(), reconciler.faults, names, rows, first, read_s)
         return _Filled(landed, stage.tables, record, later, last_part)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
@@ -25,6 +25,8 @@ class LandedBatch:
     snapshot: BatchSnapshot
     #: source rows per outcome
     counts: Counter[str]
+    #: of these, answers that are unfinished, per ``error_type``
+    unfinished: Counter[str]
     tally: CostTally
     faults: StreamFaults
     #: the first keys without a result line
@@ -66,6 +68,8 @@ class LandingReport:
     #: rows written to the table
     rows: int = 0
     counts: Counter[str] = field(default_factory=Counter)
+    #: source rows whose answer is unfinished, per ``error_type``; they are among the counts, too
+    unfinished: Counter[str] = field(default_factory=Counter)
     tally: CostTally = field(default_factory=CostTally)
     faults: StreamFaults = field(default_factory=StreamFaults)
     #: the first keys without a result line
@@ -94,14 +98,16 @@ class LandingReport:
             "table": self.table,
             "rows": self.rows,
             "counts": dict(sorted(self.counts.items())),
+            "unfinished": dict(sorted(self.unfinished.items())),
             "cost_tally": self.tally.to_json(),
             "latency_s": self.latency_s,
             "stream": self.faults.to_json(),
             "missing": self.missing,
         }
 
-    def recall(self, landed: Landed) -> None:
+    def recall(self, landed: Landed, unfinished: Mapping[str, int]) -> None:
         """Add a batch that has landed in the table before: nothing is written, its counts and its bill are in the ledger."""
+        self.unfinished.update(unfinished)
         self.batch_ids.append(landed.batch_id)
         self.rows += landed.rows
         self.counts.update(landed.counts)
@@ -117,6 +123,7 @@ class LandingReport:
         self.batch_ids.append(snapshot.batch_id)
         self.rows += batch.rows
         self.counts.update(batch.counts)
+        self.unfinished.update(batch.unfinished)
         self.tally = self.tally + batch.tally
         self.faults = self.faults + batch.faults
         self.missing.extend(batch.missing[: NAMED - len(self.missing)])
@@ -132,8 +139,16 @@ def _seconds(start: datetime | None, end: datetime | None) -> float | None:
     return None if start is None or end is None else (end - start).total_seconds()
 
 
+def log_unfinished(batch_id: str, unfinished: Mapping[str, int]) -> None:
+    """A warning for answers that are not whole."""
+    for kind, rows in sorted(unfinished.items()):
+        log.warning("Batch %s: %s rows have an answer that is %s (error_type)", batch_id, f"{rows:,}", kind)
+
+
 def log_faults(snapshot: BatchSnapshot, faults: StreamFaults, missing: int, names: Sequence[str]) -> None:
     """A warning for each kind of fault."""
+    for odd in faults.odd_members():
+        log.warning("Batch %s: %s", snapshot.batch_id, odd)
     if faults.broken:
         log.warning("Batch %s: %d unreadable result lines; first: %s", snapshot.batch_id, faults.broken, faults.broken_sample)
     if faults.duplicate:

@@ -7,31 +7,34 @@ from __future__ import annotations
 
 import secrets
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, compress
-from typing import Any
+from typing import Any, ClassVar
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from airflow_provider_batchkit.api.blocks import ResultBlock
+from airflow_provider_batchkit.cost.prices import format_pico_exact
 from airflow_provider_batchkit.cost.tally import Costs
 from airflow_provider_batchkit.landing.answers import Values
 from airflow_provider_batchkit.landing.table import STAGE_COLUMNS, ResultTable
 from airflow_provider_batchkit.ledger.bulk import bulk_loader
 from airflow_provider_batchkit.ledger.outcomes import digests_of, encode_succeeded
 from airflow_provider_batchkit.ledger.tables import keep_entries_plain, succeeded
-from airflow_provider_batchkit.model import RequestStatus, format_pico_exact
+from airflow_provider_batchkit.model import UNFINISHED, RequestStatus
 from airflow_provider_batchkit.request.shards import IndexEntry
 
 #: of rows that share requests so many are written together, or fewer where answers are long
 _COPIES_TOGETHER = 1_000
 _COPIED_CHARACTERS = 4_000_000
 
-_STOP_REASON_CHARS, _ERROR_TYPE_CHARS, _MODEL_CHARS = 64, 100, 100
+_STOP_REASON_CHARS, _ERROR_TYPE_CHARS, _MODEL_CHARS, _ID_CHARS = 64, 100, 100, 100
+
+_LONG_TEXT = sa.Text().with_variant(sa.Text(1 << 24), "mysql", "mariadb")
 
 #: what differs from row to row, behind the table's key and answer columns
 _COLUMNS: tuple[tuple[str, Any], ...] = (
@@ -46,6 +49,13 @@ _COLUMNS: tuple[tuple[str, Any], ...] = (
     ("custom_id", sa.String(64)),
     ("cost_usd", sa.Text()),
     *STAGE_COLUMNS,
+)
+#: columns that not every result table has
+_LATER_COLUMNS: tuple[tuple[str, Any], ...] = (
+    ("content", _LONG_TEXT),
+    ("stop_details", _LONG_TEXT),
+    ("message_id", sa.String(_ID_CHARS)),
+    ("request_id", sa.String(_ID_CHARS)),
 )
 
 
@@ -98,6 +108,7 @@ class AskedKeys:
 
 _NONE: list[str] = []
 _SUCCEEDED = RequestStatus.SUCCEEDED.value
+_UNFINISHED = frozenset(UNFINISHED.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +147,8 @@ class Stage:
         """
         #: rows per outcome, those that are left out included
         self.counts: Counter[str] = Counter()
+        #: of these, answers that are unfinished, per ``error_type``
+        self.unfinished: Counter[str] = Counter()
         self._connection = connection
         self._result_table = table
         self._keys = keys
@@ -143,7 +156,8 @@ class Stage:
         key_columns = table.staged_keys(connection.dialect)
         answer_columns = [(name, sa.Text() if name in table.json_names else type_) for name, type_ in table.answer_columns]
         self._no_values: Values = (None,) * len(answer_columns)
-        rows = _temporary("rows", *key_columns, *answer_columns, *_COLUMNS)
+        self._later = [(name, type_) for name, type_ in _LATER_COLUMNS if name in table.written_results]
+        rows = _temporary("rows", *key_columns, *answer_columns, *_COLUMNS, *self._later)
         packed = _temporary("succeeded", *((c.name, c.type) for c in succeeded.columns if c.name not in ("job_id", "shard")))
         keep_entries_plain(packed)
         self.tables = StageTables(rows, packed)
@@ -191,6 +205,10 @@ class Stage:
         """:param keys: None for a batch that no ledger knows"""
         answered = results.statuses.count(_SUCCEEDED) == len(results)
         self.counts.update({_SUCCEEDED: len(results)} if answered else results.statuses)
+        # rows that a further round may ask again are told apart in the ledger, a truncated answer that succeeded among them
+        final = answered and results.error_types.count(None) == len(results)
+        if not final:
+            self.unfinished.update([kind for kind in results.error_types if kind in _UNFINISHED])
         if keys is not None and self._superseded and not self._superseded.isdisjoint(keys):
             places = [place for place, key in enumerate(keys) if key not in self._superseded]
             results, keys, values = results.rows(places), [keys[place] for place in places], [values[place] for place in places]
@@ -198,7 +216,10 @@ class Stage:
             if not places:
                 return
         batch_costs, standard_costs = costs
-        failed = [False] * len(results) if answered else [status != _SUCCEEDED for status in results.statuses]
+        if final:
+            failed = [False] * len(results)
+        else:
+            failed = [s != _SUCCEEDED or kind is not None for s, kind in zip(results.statuses, results.error_types, strict=True)]
         if keys is not None:
             self._pack(failed, keys, digests_of(results.custom_ids), batch_costs, standard_costs, asked=asked)
         self._loader.write(
@@ -219,8 +240,16 @@ class Stage:
                 _where(failed, standard_costs),
                 _where(failed, keys or [None] * len(results)),
                 _where(failed, [asked] * len(results)),
+                *(self._value_of[name](results) for name, _ in self._later),
             ]
         )
+
+    _value_of: ClassVar[dict[str, Callable[[ResultBlock], Sequence[Any]]]] = {
+        "content": lambda results: results.contents or [None] * len(results),
+        "stop_details": lambda results: results.stop_details or [None] * len(results),
+        "message_id": lambda results: _cut(results.message_ids, _ID_CHARS),
+        "request_id": lambda results: _cut(results.request_ids, _ID_CHARS),
+    }
 
     def _pack(self, failed: Sequence[bool], *columns: Sequence[Any], asked: bool) -> None:
         """Keep the rows that succeeded for the ledger."""

@@ -13,7 +13,8 @@ from sqlalchemy.engine import Connection, Dialect, Engine
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError
 
 from airflow_provider_batchkit.exceptions import BatchInputError, TableError
-from airflow_provider_batchkit.landing.columns import ANSWER_TYPES, changes, sql_type
+from airflow_provider_batchkit.landing.columns import ANSWER_TYPES, KEPT_JSON, changes, sql_type
+from airflow_provider_batchkit.landing.evolve import FIRST_RELEASE, Layout, add_columns
 from airflow_provider_batchkit.landing.existing import ExistingTable, WantedColumns
 from airflow_provider_batchkit.landing.key_types import ExactDecimal, key_decoder, key_type, lands_as_told, staged_type
 from airflow_provider_batchkit.landing.names import name_problems
@@ -47,7 +48,7 @@ class WriteDisposition(str, Enum):
 _KEYS = msgspec.json.Decoder(list[list[Any]])
 _VALUES = msgspec.json.Decoder(list[Any])
 
-#: name, type; every result table has these beside the source's key
+#: name, type; a new result table has these beside the source's key. What a later release has added comes last
 RESULT_COLUMNS: tuple[tuple[str, Any], ...] = (
     ("response", sa.Text()),
     ("status", sa.String(16)),
@@ -61,7 +62,14 @@ RESULT_COLUMNS: tuple[tuple[str, Any], ...] = (
     ("custom_id", sa.String(64)),
     ("batch_id", sa.String(100)),
     ("landed_at", UtcDateTime()),
+    # the whole content of an answer that is not plain text
+    ("content", KEPT_JSON),
+    ("stop_details", KEPT_JSON),
+    ("message_id", sa.String(100)),
+    ("request_id", sa.String(100)),
 )
+#: columns whose values are staged as text
+_STAGED_AS_TEXT = ("cost_usd", "content", "stop_details")
 RESULT_NAMES = tuple(name for name, _ in RESULT_COLUMNS)
 #: columns that a stage has beside those of the table
 STAGE_COLUMNS: tuple[tuple[str, Any], ...] = (
@@ -90,11 +98,12 @@ class ResultTable:
         names = [column.lower() for column, _ in key_columns]
         if len(set(names)) < len(names):
             raise TableError(f"The key has a column twice: {', '.join(column for column, _ in key_columns)}.")
-        clash = [column for column, _ in key_columns if column.lower() in RESULT_NAMES]
+        # a name that a later release has added may be a key's or a property's: then it is theirs
+        clash = [column for column, _ in key_columns if column.lower() in FIRST_RELEASE]
         if clash:
             raise TableError(
                 f"The key column {', '.join(clash)} has the name of a result column of {name}. Give it an alias in the source's sql "
-                f"(result columns: {', '.join(RESULT_NAMES)})."
+                f"(result columns: {', '.join(FIRST_RELEASE)})."
             )
         clash = [column for column, _ in key_columns if column.lower() in _STAGE_NAMES]
         if clash:
@@ -103,11 +112,11 @@ class ResultTable:
                 "source's sql. Nothing was sent or written."
             )
         answers = () if schema is None else schema.columns
-        clash = [column.name for column in answers if column.name.lower() in (*names, *RESULT_NAMES)]
+        clash = [column.name for column in answers if column.name.lower() in (*names, *FIRST_RELEASE)]
         if clash:
             raise TableError(
                 f"The property {', '.join(clash)} of output_schema has the name of another column of the result table. Rename it; "
-                f"taken are {', '.join(column for column, _ in key_columns)}, {', '.join(RESULT_NAMES)}. Nothing was sent or written."
+                f"taken are {', '.join(column for column, _ in key_columns)}, {', '.join(FIRST_RELEASE)}. Nothing was sent or written."
             )
         self.schema = schema
         #: (name, type) of the answers' properties
@@ -116,11 +125,18 @@ class ResultTable:
         self.name = name
         self.key_columns = tuple(key_columns)
         self.key_names = tuple(column for column, _ in key_columns) or ("custom_id",)
+        taken = {*names, *(column.name.lower() for column in answers)}
+        #: the result columns of a new table
+        self.result_names = tuple(name for name in RESULT_NAMES if name not in taken)
+        #: what is written of them to the table that :meth:`check` found
+        self._layout = Layout()
         #: types of the key columns of the table that :meth:`check` found
         self._found_keys: dict[str, Any] = {}
         self._decoders = [key_decoder(type_name) for _, type_name in key_columns]
         keys = [sa.Column(column, key_type(type_name), nullable=False, autoincrement=False) for column, type_name in key_columns]
-        results = [sa.Column(column, type_, nullable=column != "custom_id") for column, type_ in RESULT_COLUMNS]
+        results = [
+            sa.Column(column, type_, nullable=column != "custom_id") for column, type_ in RESULT_COLUMNS if column in self.result_names
+        ]
         self.table = sa.Table(
             table_name,
             sa.MetaData(),
@@ -132,8 +148,18 @@ class ResultTable:
 
     @property
     def column_names(self) -> tuple[str, ...]:
-        """Key columns, the answers' properties, then result columns."""
-        return tuple(column.name for column in self.table.columns)
+        """The columns that a landing writes: key columns, the answers' properties, then result columns."""
+        return tuple(column.name for column in self.table.columns if column.name not in self._layout.left_out)
+
+    @property
+    def written_results(self) -> frozenset[str]:
+        """The result columns that a landing writes."""
+        return frozenset(self.result_names) - self._layout.left_out
+
+    @property
+    def cast_names(self) -> list[str]:
+        """The columns that a landing writes and stages as text."""
+        return [*(name for name in _STAGED_AS_TEXT if name in self.written_results), *self.json_names]
 
     def key_values(self, journaled: Sequence[str]) -> Sequence[Sequence[Any]]:
         """Journaled keys, each a JSON array, as the values of each key column, of its type."""
@@ -176,13 +202,15 @@ class ResultTable:
         """
         self.check_names(engine.dialect)
         answers = () if self.schema is None else self.schema.columns
-        wanted = WantedColumns(
-            dict(self.key_columns),
-            {column.name: column.kind for column in answers},
-            {column.name: column.type for column in self.table.columns},
-        )
         with engine.connect() as connection:
             found = ExistingTable(connection, self.table)
+            names = [column for column, _ in self.key_columns]
+            self._layout = Layout.of(found, names, self.result_names) if found.exists else Layout()
+            wanted = WantedColumns(
+                dict(self.key_columns),
+                {column.name: column.kind for column in answers},
+                {name: self.table.c[name].type for name in self.column_names},
+            )
             problems = found.problems(wanted)
         if problems:
             raise TableError(
@@ -233,6 +261,20 @@ class ResultTable:
     def identity(self, connection: Connection) -> str:
         """The one name of the table in its database, equal for every way to spell it: ``schema.table``, and on SQLite ``table``."""
         return table_identity(connection, self.name)
+
+    def extend(self, engine: Engine) -> None:
+        """Give a table that :meth:`check` has found, and that this package made, the columns that came with later releases."""
+        if self._layout.not_ours:
+            log.warning(
+                "%s has columns of its own named %s, as result columns are: they are left alone, and what belongs into %s is not kept.",
+                self.name,
+                ", ".join(self._layout.not_ours),
+                ", ".join(name for name in self.result_names if name in self._layout.left_out),
+            )
+        if self._layout.addable:
+            add_columns(engine, self.table, self._layout.addable)
+            # also when another landing has just added them
+            self.check(engine)
 
     def create(self, engine: Engine, *, unique_key: bool) -> None:
         """Create the table unless somebody just did; ``unique_key`` makes the key its primary key."""

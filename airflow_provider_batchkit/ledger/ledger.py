@@ -13,7 +13,7 @@ from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
 from airflow_provider_batchkit.exceptions import BatchInputError, LandedMeanwhileError, LedgerError
-from airflow_provider_batchkit.ledger import budgets, journal, rounds
+from airflow_provider_batchkit.ledger import budgets, journal, outcomes, rounds
 from airflow_provider_batchkit.ledger.account import Account, bill_columns, write_bill
 from airflow_provider_batchkit.ledger.bulk import can_store, storage_codec
 from airflow_provider_batchkit.ledger.engine import clock, prepare_engine, write_transaction
@@ -275,6 +275,13 @@ class Ledger(BatchMoves, Account, budgets.Budgets, History, Outputs):
         with self.engine.connect() as connection:
             row = connection.execute(former).first()
         return self.find(batch_id) if row is None else record_of(row)
+
+    def unfinished(self, record: BatchRecord | None) -> dict[str, int]:
+        """The rows of a landed batch whose last answer is unfinished, per ``error_type``; none for a batch of somebody else."""
+        if record is None:
+            return {}
+        with self.engine.connect() as connection:
+            return outcomes.count_unfinished(connection, record.job_id, record.shard)
 
     def answered_batches(self, job_id: str) -> list[BatchRecord]:
         """The job's batches that have landed with an answer."""

@@ -1,8 +1,9 @@
 """What became of each source row, once its batch has landed.
 
-A row that succeeded is final: nobody asks for it again, and nobody changes its outcome. Such rows lie together, some hundred in a row
-of ``batchkit_succeeded``: a million of them cost a landing a thousand inserts and no index. The others are what somebody looks for and
-what another round of asking changes: each has a row of ``batchkit_failed``. The view ``batchkit_request`` shows all of them alike.
+A row that succeeded with a whole answer is final: nobody asks for it again, and nobody changes its outcome. Such rows lie together, some
+hundred in a row of ``batchkit_succeeded``: a million of them cost a landing a thousand inserts and no index. The others are what somebody
+looks for and what another round of asking changes: each has a row of ``batchkit_failed``, also one whose answer was truncated and has
+``succeeded`` all the same. The view ``batchkit_request`` shows all of them alike.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from airflow_provider_batchkit.ledger.tables import failed, succeeded
+from airflow_provider_batchkit.model import ANSWERED, UNFINISHED, RequestStatus
 
 
 class Succeeded(NamedTuple):
@@ -49,7 +51,11 @@ def forget(connection: Connection, job_id: str, shard: int) -> None:
 
 
 def succeeded_rows(connection: Connection, job_id: str, shard: int) -> Iterator[Succeeded]:
-    """The rows of a landed batch that succeeded."""
+    """The rows of a landed batch that succeeded, those with a truncated answer among them."""
+    columns = (failed.c.key, failed.c.custom_id, failed.c.batch_cost_picousd, failed.c.standard_cost_picousd)
+    cut = sa.select(*columns).where(failed.c.job_id == job_id, failed.c.shard == shard, failed.c.status == RequestStatus.SUCCEEDED.value)
+    for key, custom_id, batch_cost, standard_cost in connection.execute(cut).all():
+        yield Succeeded(key, custom_id.rpartition("-")[2], batch_cost, standard_cost)
     here = (succeeded.c.job_id == job_id) & (succeeded.c.shard == shard)
     # one piece at a time, on every driver
     for part in connection.execute(sa.select(succeeded.c.part).where(here).order_by(succeeded.c.part)).scalars().all():
@@ -57,6 +63,14 @@ def succeeded_rows(connection: Connection, job_id: str, shard: int) -> Iterator[
 
 
 def count_succeeded(connection: Connection, job_id: str) -> int:
-    """How many rows of a job succeeded."""
+    """How many rows of a job succeeded with a whole answer."""
     rows = sa.func.coalesce(sa.func.sum(succeeded.c.source_rows), 0)
     return int(connection.execute(sa.select(rows).where(succeeded.c.job_id == job_id)).scalar_one())
+
+
+def count_unfinished(connection: Connection, job_id: str, shard: int | None = None) -> dict[str, int]:
+    """How many rows of a job, or of one of its batches, have an answer that is unfinished, per ``error_type``."""
+    here = [failed.c.job_id == job_id] if shard is None else [failed.c.job_id == job_id, failed.c.shard == shard]
+    answered = failed.c.status.in_([status.value for status in ANSWERED])
+    kinds = sa.select(failed.c.error_type, sa.func.count()).where(*here, answered, failed.c.error_type.in_(sorted({*UNFINISHED.values()})))
+    return {kind: int(rows) for kind, rows in connection.execute(kinds.group_by(failed.c.error_type))}

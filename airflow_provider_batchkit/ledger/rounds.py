@@ -204,6 +204,8 @@ class Outcome:
 
     batch_ids: list[str] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
+    #: rows whose answer is unfinished, per ``error_type``; they are among the counts, too
+    unfinished: dict[str, int] = field(default_factory=dict)
     tally: CostTally = field(default_factory=CostTally)
     #: per round: its batches, rows and requests asked, rows per outcome
     rounds: list[dict[str, Any]] = field(default_factory=list)
@@ -233,11 +235,14 @@ def outcome(engine: Engine, job_id: str, *, reasons: Collection[Reason] = WORTH_
         whole = sa.select(landing.c.batch_id).where(landing.c.batch_id.in_(found.batch_ids), landing.c.complete)
         found.complete_ids = list(connection.execute(whole.distinct()).scalars())
         answered = outcomes.count_succeeded(connection, job_id)
+        found.unfinished = outcomes.count_unfinished(connection, job_id)
         if answered:
             found.counts[RequestStatus.SUCCEEDED.value] = answered
-        found.failed = failed_rows(connection, job_id, reasons=reasons, failures=failures)
-        for kind in found.failed:
+        kinds = failed_rows(connection, job_id, reasons=reasons, failures=failures)
+        for kind in kinds:
             found.counts[kind.status] += kind.rows
+        # a truncated answer that succeeded is one of them, too
+        found.failed = [kind for kind in kinds if kind.status != RequestStatus.SUCCEEDED.value]
     return found
 
 

@@ -3,8 +3,8 @@
 ``batchkit_job``       one row per task instance of a DAG run
 ``batchkit_batch``     one row per attempt to create a batch, with its state and, once landed, its bill
 ``batchkit_journal``   what each batch asks, written before it is sent: some thousand source rows in a row
-``batchkit_succeeded`` the source rows that have been answered, some hundred of them in a row
-``batchkit_failed``    one row per source row that has landed without an answer that can be used, by the last batch that asked for it
+``batchkit_succeeded`` the source rows that have been answered, and wholly, some hundred of them in a row
+``batchkit_failed``    one row per source row that has landed without a whole answer that can be used, by the last batch that asked for it
 ``batchkit_bill``      one row per landed batch and model: its tokens and what they cost
 ``batchkit_budget``    one row per budget, with the cap that was last given for it; its books are the rows of ``batchkit_batch``
 ``batchkit_budget_hold``  one row per attempt that is about to send: what it holds of a budget and has not journaled yet

@@ -308,6 +308,8 @@ class RunBatchOperator(SubmitBatchOperator, LandingOperator):
             self.log.info("Round %(round)d: %(rows)d rows in %(requests)d requests; outcomes: %(counts)s", round_)
         for failed in found.failed:
             self.log.warning("No answer: %s", failed)
+        for kind, rows in sorted(found.unfinished.items()):
+            self.log.warning("%s rows have an answer that is %s (error_type)", f"{rows:,}", kind)
         self.log.info("Cost of %s:\n%s", ", ".join(found.batch_ids) or "no batches", format_tally(found.tally))
         summary = self._summary(found)
         publish_summary(self, context, summary, ())
@@ -333,6 +335,7 @@ class RunBatchOperator(SubmitBatchOperator, LandingOperator):
             "table": self.table,
             "rows": found.counts.total() if self.include_failed else answered,
             "counts": dict(sorted(found.counts.items())),
+            "unfinished": dict(sorted(found.unfinished.items())),
             "cost_tally": found.tally.to_json(),
             "latency_s": found.latency_s,
             "rounds": found.rounds,

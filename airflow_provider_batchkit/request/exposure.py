@@ -12,12 +12,14 @@ The tokens of a prompt are bounded by what was sent. The source for each part, D
 * A prompt with cache markers may be written to the cache, whole.
 * PDFs, files, server tools (web search and the like), MCP servers and parameters that are not known here have no bound: the API
   decides how much they read.
+* Compaction, the advisor tool and a fallback model have none either: each is an inference that is billed beside the answer
+  (``usage.iterations``), at its own model and with its own ``max_tokens``.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from operator import itemgetter
@@ -30,6 +32,9 @@ from airflow_provider_batchkit.request.block import PreparedRequest, RequestBloc
 #: tokens of the prompt that the API adds for tools, for an answer's schema, or for citations
 PROMPT_ALLOWANCE = 1_000
 IMAGE_TOKENS = 5_000
+
+#: parameters that make the API run more inferences than the one that answers
+_FURTHER_INFERENCES = frozenset({"context_management", "compaction", "fallbacks"})
 
 _T = TypeVar("_T")
 _NO_OUTPUT = (0, "")
@@ -113,7 +118,7 @@ class _Facts(msgspec.Struct, frozen=True, gc=False):
             extra = _beyond_text(params) if _MARKED in body else 0
         except (_Unbounded, msgspec.ValidationError, AttributeError, KeyError, TypeError) as e:
             given = params_of(body)
-            return cls(given["model"], None, given["max_tokens"], unbounded=_why_unbounded(e))
+            return cls(given["model"], None, given["max_tokens"], unbounded=_why_unbounded(e, given))
         cached = ("1h" if b'"ttl":"1h"' in body else "5m") if b'"cache_control":' in body else ""
         return cls(params.model, params.inference_geo, params.max_tokens, cached, extra)
 
@@ -250,9 +255,14 @@ def _of_blocks(content: Any) -> int:
     return extra
 
 
-def _why_unbounded(error: Exception) -> str:
+def _why_unbounded(error: Exception, params: Mapping[str, Any]) -> str:
     if isinstance(error, _Unbounded):
         return f"has {error}"
+    unknown = next((name for name in params if name not in _Params.__struct_fields__), None)
+    if unknown in _FURTHER_INFERENCES:
+        return f"has {unknown}, which may add inferences that are billed beside the answer"
+    if unknown is not None:
+        return f"has the parameter {unknown}, whose cost is not known here"
     if isinstance(error, msgspec.ValidationError):
         return f"is not understood: {error}"
     return "has blocks or tools of an unknown form"  # whether they are good is for the API to say

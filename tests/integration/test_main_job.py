@@ -237,7 +237,7 @@ def test_a_table_without_the_columns_is_refused_with_the_difference(warehouse: W
     """The message lists what is missing; the batch stays as it was."""
     warehouse.execute("CREATE TABLE answers (id BIGINT, response TEXT)")
     ids = warehouse.submit(products(1)).batch_ids
-    with pytest.raises(TableError, match="lacks the columns status, stop_reason"):
+    with pytest.raises(TableError, match="lacks the columns status, custom_id, batch_id"):
         warehouse.fetch(ids)
     assert warehouse.rows("SELECT state FROM batchkit_batch") == [{"state": "submitted"}]
 

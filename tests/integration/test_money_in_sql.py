@@ -8,8 +8,9 @@ import sqlalchemy as sa
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from airflow_provider_batchkit.cost.prices import format_pico_exact
 from airflow_provider_batchkit.landing.key_types import ExactDecimal
-from airflow_provider_batchkit.model import format_pico_exact, format_usd_exact
+from airflow_provider_batchkit.model import format_usd_exact
 from tests.databases import Database
 
 

@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from airflow_provider_batchkit.api.blocks import ResultBlock
-from airflow_provider_batchkit.api.results import BrokenLine, Reconciler, parse_blocks, parse_line, parse_stream
+from airflow_provider_batchkit.api.lines import BrokenLine, LineFault, read_lines
+from airflow_provider_batchkit.api.results import Reconciler, parse_blocks
 from airflow_provider_batchkit.model import BatchItem, RequestStatus, Usage
 
 
@@ -35,16 +36,23 @@ def line(value: Any) -> bytes:
     return json.dumps(value, ensure_ascii=False).encode() + b"\n"
 
 
+def read(data: bytes, *, keep_messages: bool = True) -> tuple[list[BatchItem], list[LineFault]]:
+    """The items of some bytes, and what is wrong with their lines."""
+    ((block, faults),) = parse_blocks([data], keep_messages=keep_messages)
+    return list(block.items()), faults
+
+
 def item(value: Any) -> BatchItem:
-    parsed = parse_line(line(value), 1)
-    assert isinstance(parsed, BatchItem), parsed
+    (parsed,), faults = read(line(value))
+    assert faults == []
     return parsed
 
 
 def test_a_succeeded_line_gives_text_usage_and_stop_reason() -> None:
     """What a pipeline needs of an answer is there."""
-    got = item(succeeded("a", stop_reason="max_tokens"))
-    assert (got.custom_id, got.status, got.text, got.stop_reason) == ("a", RequestStatus.SUCCEEDED, "hi", "max_tokens")
+    got = item(succeeded("a", stop_reason="stop_sequence"))
+    assert (got.custom_id, got.status, got.text, got.stop_reason) == ("a", RequestStatus.SUCCEEDED, "hi", "stop_sequence")
+    assert (got.error_type, got.message_id) == (None, "msg_1")
     assert got.usage == Usage(10, 3)
     assert got.model == "claude-haiku-5-5"
     assert json.loads(got.message or b"")["id"] == "msg_1"
@@ -107,16 +115,20 @@ def test_expired_and_canceled_lines_have_a_status_only(kind: str) -> None:
         b"{",
         b"[]",
         b'{"custom_id": "a"}',
-        b'{"custom_id":"a","result":{"type":"new"}}',
+        b'{"custom_id":["a"],"result":{"type":"canceled"}}',
+        b'{"custom_id":"a","result":{"type":null}}',
+        b'{"custom_id":"a","result":{"type":"canceled","score":NaN}}',
+        b'{"custom_id":"a","result":{"type":"canceled","deep":' + b"[" * 100_000 + b"]" * 100_000 + b"}}",
         b"\xff\xfe",
         b'{"custom_id":"a","result":{"type":"succeeded"}}',
     ],
 )
 def test_an_unreadable_line_is_kept_with_its_number_and_a_sample(bad: bytes) -> None:
     """Nothing is dropped without a word."""
-    got = parse_line(bad, 12)
+    items, (got,) = read(line(succeeded("good")) + b"\n" + bad + b"\n")
+    assert [item.custom_id for item in items] == ["good"]
     assert isinstance(got, BrokenLine)
-    assert got.number == 12 and got.reason
+    assert got.number == 3 and got.reason and got.sample
 
 
 STREAM = (
@@ -124,28 +136,36 @@ STREAM = (
 )
 
 
-def whole(chunks: Iterable[bytes]) -> tuple[ResultBlock, list[BrokenLine]]:
-    """A stream read line by line."""
-    read = list(parse_stream(chunks, keep_message=False))
-    return ResultBlock.of([i for i in read if isinstance(i, BatchItem)]), [i for i in read if isinstance(i, BrokenLine)]
-
-
-def in_blocks(chunks: Iterable[bytes]) -> tuple[ResultBlock, list[BrokenLine]]:
-    """A stream read block by block, put together."""
-    found, broken = ResultBlock.of([]), []
-    for block, lines in parse_blocks(chunks, block_bytes=100):
+def joined(parts: Iterable[tuple[ResultBlock, list[LineFault]]]) -> tuple[ResultBlock, list[LineFault]]:
+    """Blocks as one, and what is wrong with their lines in any order."""
+    found, faults = ResultBlock.of([]), list[LineFault]()
+    contents: list[Any] = []
+    for block, wrong in parts:
+        contents += zip(*(column or [None] * len(block) for column in (block.contents, block.stop_details, block.bills)), strict=True)
         for field in dataclasses.fields(found):
-            if field.name != "keys":  # which a stream does not hold
+            if field.default is dataclasses.MISSING:
                 getattr(found, field.name).extend(getattr(block, field.name))
-        broken += lines
-    return found, broken
+        faults += wrong
+    found.contents = contents
+    return found, sorted(faults, key=repr)
+
+
+def whole(chunks: Iterable[bytes]) -> tuple[ResultBlock, list[LineFault]]:
+    """A stream whose lines are read one by one: a blank line keeps each from being decoded with others."""
+    lines = b"".join(chunks).splitlines(keepends=True) if chunks else []
+    return joined(read_lines(one + b"\n \n", [one, b" \n"], number, keep_messages=False) for number, one in enumerate(lines))
+
+
+def in_blocks(chunks: Iterable[bytes]) -> tuple[ResultBlock, list[LineFault]]:
+    """A stream read block by block, put together."""
+    return joined(parse_blocks(chunks, block_bytes=100))
 
 
 def cut(stream: bytes, size: int) -> list[bytes]:
     return [stream[i : i + size] for i in range(0, len(stream), size)]
 
 
-Read = Callable[[Iterable[bytes]], tuple[ResultBlock, list[BrokenLine]]]
+Read = Callable[[Iterable[bytes]], tuple[ResultBlock, list[LineFault]]]
 both_ways = pytest.mark.parametrize("read", [whole, in_blocks])
 
 
@@ -169,8 +189,8 @@ def test_a_stream_reads_the_same_however_it_is_cut(size: int, read: Read) -> Non
 )
 def test_without_the_message_an_item_is_the_same_but_for_it(value: Any) -> None:
     """A landing reads lines without keeping their messages: nothing else differs."""
-    lean = parse_line(line(value), 1, keep_message=False)
-    assert isinstance(lean, BatchItem) and lean.message is None
+    (lean,), _ = read(line(value), keep_messages=False)
+    assert lean.message is None
     assert lean == msgspec.structs.replace(item(value), message=None)
 
 
@@ -180,7 +200,7 @@ def test_a_broken_line_among_good_ones_is_named_by_its_number(size: int, read: R
     """Lines are read many at a time; the others are none the worse for it. Blank lines count."""
     stream = line(succeeded("a")) + b"\n" + b"  \n" + b'{"custom_id": "b"}\n' + line(succeeded("c")) + line(succeeded("d"))
     found, (broken,) = read(cut(stream, size))
-    assert broken.number == 4
+    assert isinstance(broken, BrokenLine) and broken.number == 4
     assert found.custom_ids == ["a", "c", "d"]
 
 
@@ -207,7 +227,7 @@ def test_a_result_that_is_broken_into_two_lines_is_two_broken_lines(read: Read) 
     middle = result.index(b":") + 1
     good, broken = read([line(succeeded("b")) + result[:middle] + b"\n" + result[middle:]])
     assert good.custom_ids == ["b"]
-    assert [b.number for b in broken] == [2, 3]
+    assert [b.number for b in broken if isinstance(b, BrokenLine)] == [2, 3]
 
 
 LINES = [
@@ -224,6 +244,12 @@ LINES = [
         for value in (
             succeeded("e", "x\u2028y"),
             succeeded("f", content=[], model=""),
+            succeeded("r", content=[], stop_reason="refusal", stop_details={"type": "refusal", "category": "cyber", "explanation": "no"}),
+            succeeded("s", content=[{"type": "tool_use", "id": "t", "name": "n", "input": {"a": 1}}], stop_reason="tool_use"),
+            succeeded("t", stop_reason="max_tokens"),
+            succeeded("u", novelty=1, usage={"input_tokens": None, "output_tokens": 2, "novel_tokens": 7}),
+            succeeded("v", usage=None),
+            succeeded("w", content=[{"type": "sketch", "text": {"strokes": []}}, {"type": "text", "text": "x"}]),
             succeeded("g", content=[{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "t"}, {"type": "text", "text": "u"}]),
             succeeded("h", usage={"input_tokens": 1, "output_tokens": 2, "cache_creation_input_tokens": 7}),
             succeeded(
@@ -253,27 +279,32 @@ def test_lines_read_together_are_read_as_alone(parts: list[bytes], ends: list[by
     assert in_blocks(cut(stream, size)) == whole([stream])
 
 
-def answers(*ids: str) -> list[BatchItem]:
-    return [BatchItem(i, RequestStatus.SUCCEEDED) for i in ids]
+def answers(*ids: str) -> ResultBlock:
+    return ResultBlock.of([BatchItem(i, RequestStatus.SUCCEEDED) for i in ids])
+
+
+def accepted(reconciler: Reconciler, *ids: str) -> list[bool]:
+    """Whether each answer, coming alone, is a first one."""
+    return [len(reconciler.accept_block(answers(i), [])) == 1 for i in ids]
 
 
 def test_every_request_is_answered_once() -> None:
     """The first answer counts; duplicates and foreign ids are counted with a sample."""
     reconciler = Reconciler({"a": "[1]", "b": "[2]"})
-    assert [reconciler.accept(i) for i in answers("a", "a", "x", "b")] == [True, False, False, True]
+    assert accepted(reconciler, "a", "a", "x", "b") == [True, False, False, True]
     assert reconciler.answered == {"a", "b"}
     assert (reconciler.faults.duplicate, reconciler.faults.duplicate_sample) == (1, "a")
     assert (reconciler.faults.foreign, reconciler.faults.foreign_sample) == (1, "x")
-    assert reconciler.accept(BrokenLine(3, "bad", "{")) is False
+    assert len(reconciler.accept_block(answers(), [BrokenLine(3, "bad", "{")])) == 0
     assert reconciler.faults.to_json() == {"broken_lines": 1, "duplicate_lines": 1, "foreign_lines": 1, "short_by": 0}
 
 
 def test_a_stream_that_is_read_again_gives_only_what_is_new_and_counts_faults_once() -> None:
     """After a cut the same lines come again; they are neither answers nor duplicates."""
     reconciler = Reconciler(dict.fromkeys("abc", "[1]"))
-    first = [reconciler.accept(i) for i in answers("a", "a", "b")]
+    first = accepted(reconciler, "a", "a", "b")
     reconciler.read_again()
-    second = [reconciler.accept(i) for i in answers("a", "a", "b", "c")]
+    second = accepted(reconciler, "a", "a", "b", "c")
     assert (first, second) == ([True, False, True], [False, False, False, True])
     assert reconciler.faults.duplicate == 1
     assert reconciler.answered == {"a", "b", "c"}
@@ -291,13 +322,12 @@ def test_answers_that_come_together_are_taken_as_one_by_one(pieces: list[list[st
         if number == cut:
             together.read_again()
             one_by_one.read_again()
-        items = answers(*[i for i in piece if i is not None])
+        ids = [i for i in piece if i is not None]
         broken = [BrokenLine(1, "bad", "{") for i in piece if i is None]
-        assert [one_by_one.accept(b) for b in broken] == [False] * len(broken)
-        accepted = [i for i in items if one_by_one.accept(i)]
-        expected = ResultBlock.of(accepted)
-        expected.keys = None if asked is None else [asked[i.custom_id] for i in accepted]
-        assert together.accept_block(ResultBlock.of(items), broken) == expected
+        one_by_one.accept_block(answers(), broken)
+        expected = answers(*[i for i in ids if accepted(one_by_one, i) == [True]])
+        expected.keys = None if asked is None else [asked[i] for i in expected.custom_ids]
+        assert together.accept_block(answers(*ids), broken) == expected
     assert together.answered == one_by_one.answered
     assert together.faults == one_by_one.faults
     assert together.short_of(9) == one_by_one.short_of(9)
@@ -306,4 +336,4 @@ def test_answers_that_come_together_are_taken_as_one_by_one(pieces: list[list[st
 def test_of_an_unknown_batch_every_first_answer_is_taken() -> None:
     """A batch submitted elsewhere has no list of what was asked."""
     reconciler = Reconciler(None)
-    assert [reconciler.accept(i) for i in answers("a", "b", "a")] == [True, True, False]
+    assert accepted(reconciler, "a", "b", "a") == [True, True, False]

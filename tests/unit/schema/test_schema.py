@@ -16,7 +16,7 @@ from pydantic import BaseModel, Field
 from airflow_provider_batchkit.api.blocks import ResultBlock
 from airflow_provider_batchkit.exceptions import BatchInputError, RequestError
 from airflow_provider_batchkit.landing.answers import AnswerReader
-from airflow_provider_batchkit.model import BatchItem, RequestStatus
+from airflow_provider_batchkit.model import TRUNCATED, UNFINISHED, BatchItem, RequestStatus
 from airflow_provider_batchkit.request.build import RequestDefaults, encode_params
 from airflow_provider_batchkit.schema import Column, OutputSchema
 
@@ -59,7 +59,10 @@ def kinds(given: Any) -> dict[str, str]:
 
 
 def read(given: Any, text: str, stop_reason: str = "end_turn") -> tuple[BatchItem, tuple[Any, ...]]:
-    return read_item(OutputSchema.parse(given), BatchItem("c", RequestStatus.SUCCEEDED, text, stop_reason))
+    unfinished = UNFINISHED.get(stop_reason)
+    status = RequestStatus.SUCCEEDED if unfinished in (None, TRUNCATED) else RequestStatus.INVALID_OUTPUT
+    item = BatchItem("c", status, text, stop_reason, error_type=unfinished)
+    return read_item(OutputSchema.parse(given), item)
 
 
 def read_item(schema: OutputSchema, item: BatchItem) -> tuple[BatchItem, tuple[Any, ...]]:
