@@ -17,7 +17,8 @@
     ├── LedgerError                terminal   the ledger does not allow this move, or is of another version
     ├── BatchUnavailableError      terminal   the batch is archived or invisible to this key; says what can be recovered
     │   ├── BatchNotVisibleError   retry      the API answers 404 for it: deleted, of another workspace, or hidden for a moment
-    │   └── BatchGoneError         terminal   a submitted batch was deleted or archived before it landed; it may have been billed
+    │   └── BatchGoneError         terminal   a submitted batch was archived before it landed; it may have been billed
+    │       └── BatchVanishedError retry      it answers 404 for longer than [batchkit] absence_seconds; it may be back
     ├── WrongBatchError            terminal   a batch has results that its row did not ask; nothing was written
     ├── ReplaceRefusedError        retry      a "replace" would have deleted rows without an answer to put in their place
     ├── BatchNotEndedError         retry      results were asked of a batch that is still running
@@ -144,6 +145,12 @@ class BatchNotVisibleError(BatchUnavailableError):
 
 class BatchGoneError(BatchUnavailableError):
     """A batch that was accepted has been deleted or archived before it landed. Its rows have no answer, and it may have been billed."""
+
+
+class BatchVanishedError(BatchGoneError):
+    """A batch that was accepted has answered 404 to every look for long enough to call it gone. A retry looks again: it may be back."""
+
+    retryable = True
 
 
 class WrongBatchError(BatchKitError):

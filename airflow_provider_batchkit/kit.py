@@ -11,8 +11,9 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from airflow_provider_batchkit.api.blocks import ResultBlock
-from airflow_provider_batchkit.api.calls import BatchApi, poll_failure
-from airflow_provider_batchkit.api.polling import Ended, GaveUp, PollState, TimedOut, Wait
+from airflow_provider_batchkit.api.calls import BatchApi
+from airflow_provider_batchkit.api.looking import look, pause_after
+from airflow_provider_batchkit.api.polling import Ended, GaveUp, PollState, TimedOut, Unseen, Wait
 from airflow_provider_batchkit.api.results import Reconciler, StreamFaults, parse_blocks
 from airflow_provider_batchkit.cost.checks import check_shards
 from airflow_provider_batchkit.cost.estimate import Estimate, estimate_shards
@@ -20,7 +21,7 @@ from airflow_provider_batchkit.cost.prices import PriceBook
 from airflow_provider_batchkit.cost.tally import TallyBuilder
 from airflow_provider_batchkit.exceptions import (
     BatchInputError,
-    BatchUnavailableError,
+    BatchNotVisibleError,
     BatchWaitTimeout,
     PollError,
     ResultStreamError,
@@ -194,10 +195,10 @@ class BatchKit(BatchApi):
 
         :param on_progress: called after each look with what is known of every batch
         :raises BatchWaitTimeout: after ``timeout_s`` seconds; the batches keep running
-        :raises PollError: when looking keeps failing
+        :raises PollError: when looking keeps failing, or a batch has answered 404 for ``absence_s`` seconds
         """
-        ids = _as_ids(batch_ids)
-        state = PollState(ids, interval=interval_s, max_interval=max_interval_s, deadline=time.monotonic() + timeout_s)
+        ids, deadline = _as_ids(batch_ids), time.monotonic() + timeout_s
+        state = PollState(ids, interval=interval_s, max_interval=max_interval_s, deadline=deadline, absence=self.absence_s)
         while True:
             self.look(state)
             if on_progress is not None:
@@ -210,15 +211,8 @@ class BatchKit(BatchApi):
             time.sleep(decision.seconds)
 
     def look(self, state: PollState) -> None:
-        """One look at every open batch of ``state``, which is told what was seen or why looking failed."""
-        import anthropic
-
-        try:
-            state.saw([self.get(batch_id) for batch_id in state.open_ids()])
-        except BatchUnavailableError as e:
-            state.failed(str(e), fatal=True)
-        except anthropic.APIError as e:
-            state.failed(**poll_failure(e))
+        """One look at every open batch of ``state``, which is told what was seen or why looking failed. Its news goes to the log."""
+        look(self.get, state)
 
     def cancel_all(self, batch_ids: str | Iterable[str]) -> list[Cancellation]:
         """Cancel batches, several at a time, and say what became of each, in the order given. Takes 25 seconds at most.
@@ -239,7 +233,10 @@ class BatchKit(BatchApi):
         ``reconciler`` counts what does not belong, and what is missing of the ``expected`` results that the API counts: a stream that ends
         too early without an error is read once more. The broken end of a cut stream is not counted.
 
+        Results that answer 404 are looked for again, for ``absence_s`` seconds at least.
+
         :raises ResultStreamError: when the stream was cut five times in a row without progress
+        :raises BatchNotVisibleError: when the results are not visible for so long
         """
         for block in self._read_whole(batch_id, reconciler, expected, sleep):
             yield from block.items()
@@ -252,7 +249,7 @@ class BatchKit(BatchApi):
         def blocks(chunks: Iterator[bytes]) -> Iterator[ResultBlock]:
             return itertools.starmap(reconciler.accept_block, parse_blocks(chunks, block_bytes=1, keep_messages=True))
 
-        return self._read(batch_id, reconciler, expected, blocks, sleep)
+        return self._read(batch_id, reconciler, expected, blocks, sleep, patient=True)
 
     def read_blocks(
         self,
@@ -263,7 +260,7 @@ class BatchKit(BatchApi):
         *,
         sleep: Callable[[float], None] = time.sleep,
     ) -> Iterator[ResultBlock]:
-        """:meth:`read_items` in blocks, without messages: a multiple faster.
+        """:meth:`read_items` in blocks, without messages: a multiple faster. A 404 is raised at once: its caller waits better.
 
         :param on_bytes: told the size of each chunk that has been downloaded
         """
@@ -273,6 +270,14 @@ class BatchKit(BatchApi):
 
         return self._read(batch_id, reconciler, expected, blocks, sleep)
 
+    def _get_patiently(self, batch_id: str) -> BatchSnapshot:
+        unseen = Unseen(self.absence_s)
+        while True:
+            try:
+                return self.get(batch_id)
+            except BatchNotVisibleError as e:
+                time.sleep(pause_after(e, unseen))
+
     def _read(
         self,
         batch_id: str,
@@ -280,9 +285,14 @@ class BatchKit(BatchApi):
         expected: int,
         accepted: Callable[[Iterator[bytes]], Iterator[_T]],
         sleep: Callable[[float], None],
+        *,
+        patient: bool = False,
     ) -> Iterator[_T]:
-        """What ``accepted`` makes of the results; see :meth:`read_items`."""
-        failures, read_whole = 0, False
+        """What ``accepted`` makes of the results; see :meth:`read_items`.
+
+        :param patient: look for results that answer 404 here; otherwise the caller does
+        """
+        failures, read_whole, unseen = 0, False, Unseen(self.absence_s)
         while True:
             done = len(reconciler.answered)
             try:
@@ -293,6 +303,10 @@ class BatchKit(BatchApi):
                     raise
                 log.warning("%s Reading again (%d of %d).", e, failures, _STREAM_ATTEMPTS)
                 sleep(min(2.0**failures, 30.0))
+            except BatchNotVisibleError as e:
+                if not patient:
+                    raise
+                sleep(pause_after(e, unseen))
             else:
                 short = reconciler.short_of(expected)
                 if not short or read_whole:
@@ -308,7 +322,11 @@ class BatchKit(BatchApi):
         The API answers in any order. Items whose ids are ``item-<position>``, as those of prompts are, come by their positions, over all
         batches of one submit; others stay where the API put them. For results larger than memory, iterate :meth:`read_items`.
 
+        A batch, or its results, that answers 404 is looked for again, for ``absence_s`` seconds at least: live batches answer so now and
+        then.
+
         :raises BatchNotEndedError: when one is still running
+        :raises BatchNotVisibleError: when one is not visible for so long
         """
         found = [self._retrieve(batch_id, None) for batch_id in _as_ids(batch_ids)]
         return _together(found, _by_position([result.items for result in found]))
@@ -318,7 +336,7 @@ class BatchKit(BatchApi):
 
         :param asked: every ``custom_id`` of the batch, with its key; None when they are not known
         """
-        found = self.get(batch_id)
+        found = self._get_patiently(batch_id)
         builder = TallyBuilder(self.price_book, found.created_at)
         reconciler = Reconciler(asked)
         items: list[BatchItem] = []

@@ -19,7 +19,8 @@ class Gateway:
     ``calls`` are method and path of what came, ``headers`` their headers with lower-case names.
     """
 
-    def __init__(self, target: str | None = None, *, prefix: str = "", change: Change | None = None) -> None:
+    def __init__(self, target: str | None = None, *, prefix: str = "", change: Change | None = None, repeat_posts: int = 1) -> None:
+        """:param repeat_posts: how often it sends each POST on"""
         self.calls: list[tuple[str, str]] = []
         self.headers: list[dict[str, str]] = []
         self.change = change
@@ -38,12 +39,13 @@ class Gateway:
                 if target is None or not self.path.startswith(prefix):
                     self._answer(404, b"nothing here", "text/plain")
                     return
-                upstream = http.client.HTTPConnection(urlsplit(target).netloc)
                 kept = {name: value for name, value in self.headers.items() if name.lower() not in ("host", "transfer-encoding")}
-                upstream.request(self.command, path, body, kept)
-                answer = upstream.getresponse()
-                content = answer.read()
-                upstream.close()
+                for _ in range(repeat_posts if self.command == "POST" else 1):
+                    upstream = http.client.HTTPConnection(urlsplit(target).netloc)
+                    upstream.request(self.command, path, body, kept)
+                    answer = upstream.getresponse()
+                    content = answer.read()
+                    upstream.close()
                 if gateway.change is not None:
                     content = gateway.change(self.command, path, answer.status, content)
                 self._answer(answer.status, content, answer.headers.get("content-type", ""))

@@ -14,9 +14,9 @@ from contextlib import closing, contextmanager, suppress
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from airflow_provider_batchkit.api.polling import ENDED
+from airflow_provider_batchkit.api.polling import ABSENCE_S, ENDED
 from airflow_provider_batchkit.api.refusals import advice, api_message, refuses_the_message
 from airflow_provider_batchkit.api.wire import (
     BATCHES,
@@ -83,6 +83,8 @@ class BatchApi:
     throttle_wait_s = 900.0
     #: seconds that a POST takes at most, from its beginning until its sender gives it up
     post_s = 1200.0
+    #: seconds that a batch which answers 404 is looked at again before it is called gone
+    absence_s = ABSENCE_S
 
     def __init__(self, client: anthropic.Anthropic) -> None:
         self.client = client
@@ -291,11 +293,17 @@ class BatchApi:
             )
         options = own_address(headers={"Accept": "application/binary"})
         try:
-            with seeing(f"The results of batch {batch_id}"):
-                path = batch_path(batch_id, "results")
-                response = cast("httpx2.Response", self.client.get(path, cast_to=httpx2.Response, options=options, stream=True))
+            path = batch_path(batch_id, "results")
+            response = self.client.get(path, cast_to=httpx2.Response, options=options, stream=True)
             with closing(response):
                 yield from _lines_of(response, chunk_bytes, expected=found.counts.total)
+        except anthropic.NotFoundError as e:
+            raise BatchNotVisibleError(
+                f"Batch {batch_id} has ended, and the API does not show its results ({api_message(e)}). Live batches answer so now and "
+                "then. What landed before is in your table and the ledger."
+            ) from e
+        except (anthropic.AuthenticationError, anthropic.PermissionDeniedError) as e:
+            raise unavailable(f"Batch {batch_id}", e) from e
         except anthropic.APIStatusError as e:
             if (why := redirect_of(e.response)) is None:
                 raise

@@ -16,6 +16,13 @@ _KNOWN = frozenset({IN_PROGRESS, CANCELING, ENDED})
 #: failed looks in a row before polling gives up; a look that succeeds starts the count anew
 MAX_FAILURES = 20
 _MAX_BACKOFF_S = 300.0
+#: Seconds that a batch which answers 404 is looked at again before it is called gone. Live batches answer 404 now and then: seconds after
+#: their creation, and once more in the middle (anthropic-sdk-python issue 1432)
+ABSENCE_S = 900.0
+#: the first look after a 404; the distances double
+_FIRST_PAUSE_S = 2.0
+#: a batch is called gone after at least so many looks, however far apart they are
+_LOOKS_AT_LEAST = 3
 #: a batch is looked at every twentieth of its age, in whole intervals, so that all that share an interval stay on one beat
 _AGE_SHARE = 0.05
 #: and at least every so many intervals
@@ -51,6 +58,36 @@ class GaveUp:
 Decision = Wait | Ended | TimedOut | GaveUp
 
 
+@dataclass(slots=True)
+class Unseen:
+    """An unbroken series of looks that were answered with a 404. Times are seconds on the caller's clock."""
+
+    #: seconds that the series lasts before it means that what was looked for is gone
+    absence: float
+    #: the first look and the latest
+    since: float = 0.0
+    last: float = 0.0
+    looks: int = 0
+
+    def again(self, now: float) -> None:
+        """A look has found nothing, the first or another."""
+        self.since, self.last = self.since if self.looks else now, now
+        self.looks += 1
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether it was looked for long enough, and often enough."""
+        return self.last - self.since > self.absence and self.looks >= _LOOKS_AT_LEAST
+
+    @property
+    def pause(self) -> float:
+        """Seconds from the latest look to the next. They double; the last look comes as soon as it may be the last."""
+        elapsed = self.last - self.since
+        pause = min(max(elapsed, _FIRST_PAUSE_S), max(self.absence / _LOOKS_AT_LEAST, 0.01))
+        left = self.absence - elapsed
+        return min(pause, left + 0.01) if left > 0 else pause
+
+
 def interval_at_age(interval: float, age: float) -> float:
     """Seconds until the next look at a batch that is ``age`` seconds old: 1 to 4 whole intervals, as many as fit a twentieth of its age.
 
@@ -70,8 +107,9 @@ def backoff(interval: float, failures: int, retry_after: float = 0.0) -> float:
 class PollState:
     """Watches batches until the last has ended, or the first.
 
-    Tell it what was seen (:meth:`saw`) or that looking failed (:meth:`failed`), then ask :meth:`decide` what to do. Times are seconds on
-    any clock that the caller uses throughout; ``deadline`` is on the same clock.
+    Tell it what was seen (:meth:`saw`), which batches answered 404 (:meth:`hid`), or that looking failed (:meth:`failed`), then ask
+    :meth:`decide` what to do, and :meth:`news` what the log should say. Times are seconds on any clock that the caller uses throughout;
+    ``deadline`` is on the same clock.
     """
 
     batch_ids: Sequence[str]
@@ -84,7 +122,12 @@ class PollState:
     deadline: float | None = None
     #: the wait is over as soon as one of the batches has ended; set when the state is made, and never changed
     first: bool = False
+    #: seconds that a batch may answer 404 before it is called gone
+    absence: float = ABSENCE_S
     seen: dict[str, BatchSnapshot] = field(default_factory=dict)
+    _hidden: dict[str, Unseen] = field(default_factory=dict)
+    _hidden_why: dict[str, str] = field(default_factory=dict)
+    _news: list[str] = field(default_factory=list)
     _failures: int = 0
     _last_error: str = ""
     _retry_after: float = 0.0
@@ -118,6 +161,40 @@ class PollState:
                     f"{', '.join(sorted(_KNOWN))}). The batch is untouched; a newer version of the provider may know it."
                 )
             self.seen[snapshot.batch_id] = snapshot
+            series = self._hidden.pop(snapshot.batch_id, None)
+            if series is not None:
+                self._news.append(f"Batch {snapshot.batch_id} is visible again, after {series.looks} looks that found nothing.")
+
+    def hid(self, errors: Mapping[str, str], now: float) -> None:
+        """Note open batches that answered 404 to a look at the time ``now``, with what the API said. The connection works.
+
+        A batch is gone when every look at it over ``absence`` seconds has answered so. Looks that failed in another way say nothing.
+        """
+        self._failures = 0
+        self._retry_after = 0.0
+        self._hidden_why |= errors
+        for batch_id in errors:
+            series = self._hidden.setdefault(batch_id, Unseen(self.absence))
+            series.again(now)
+            if series.looks > 1:
+                continue
+            known = (
+                "It was visible before, so it may be hidden for a moment, or was deleted"
+                if batch_id in self.seen
+                else "This wait has not seen it yet: it may be new, its id may be wrong, or the connection's key of another workspace"
+            )
+            self._news.append(
+                f"The API answers 404 for batch {batch_id}. {known}. It is looked at again for {self.absence:.0f} s at least."
+            )
+
+    def hidden(self) -> list[str]:
+        """Open batches that answered 404 when they were last looked at."""
+        return [batch_id for batch_id in self.open_ids() if batch_id in self._hidden]
+
+    def news(self) -> list[str]:
+        """Sentences for the log that have come up since the last call."""
+        told, self._news = self._news, []
+        return told
 
     def failed(self, error: str, *, fatal: bool = False, retry_after: float | None = None) -> None:
         """Note a failed look. ``fatal``: looking again cannot help. ``retry_after``: seconds that the API asked us to wait."""
@@ -134,6 +211,11 @@ class PollState:
             return Ended()
         if self._fatal is not None:
             return GaveUp(self._fatal)
+        for batch_id in self.hidden():
+            series = self._hidden[batch_id]
+            if series.is_gone:
+                why = self._hidden_why[batch_id].removesuffix(".")
+                return GaveUp(f"{why}. {series.looks} looks over {series.last - series.since:.0f} s found nothing")
         if self._failures >= MAX_FAILURES:
             return GaveUp(f"{self._failures} looks in a row failed, the last with: {self._last_error}")
         if self.deadline is not None and now >= self.deadline:
@@ -153,6 +235,9 @@ class PollState:
     def _next_interval(self, now: float, open_ids: Sequence[str]) -> float:
         if self._failures:
             return backoff(self.interval, self._failures, self._retry_after)
+        return min([self._usual_interval(now, open_ids), *(self._hidden[batch_id].pause for batch_id in self.hidden())])
+
+    def _usual_interval(self, now: float, open_ids: Sequence[str]) -> float:
         if self.by_age:
             births = [self.seen[b].created_at.timestamp() for b in open_ids if b in self.seen]
             return interval_at_age(self.interval, now - max(births)) if births else self.interval

@@ -59,11 +59,13 @@ class BatchKitHook(AnthropicHook):
         from airflow_provider_batchkit.request.params import parse_allowed
 
         self._require_first_party("The Message Batches API")
-        return BatchKit(
+        kit = BatchKit(
             self._first_party_conn,
             price_book=configured_prices(),
             allow_unknown_params=parse_allowed(conf.get("batchkit", "allow_unknown_params", fallback=None)),
         )
+        kit.absence_s = absence_seconds()
+        return kit
 
     async def get_async_conn(self) -> AsyncAnthropicClient:
         """The async client, with the connection and its extra read without blocking the event loop.
@@ -138,6 +140,14 @@ def configured_failures() -> Failures:
     return Failures.parse(conf.get("batchkit", "passing_errors", fallback=None))
 
 
+def absence_seconds() -> float:
+    """How long a batch that answers 404 is looked at again before it is called gone, in this deployment."""
+    from airflow_provider_batchkit.api.polling import ABSENCE_S
+
+    found: float = conf.getfloat("batchkit", "absence_seconds", fallback=ABSENCE_S)
+    return found
+
+
 def settle_times(settle_seconds: float | None = None) -> SettleTimes:
     """How long a batch that a killed attempt may have sent is looked for, in this deployment.
 
@@ -146,7 +156,7 @@ def settle_times(settle_seconds: float | None = None) -> SettleTimes:
     from airflow_provider_batchkit.jobs.settle import DEFAULT_TIMES, SettleTimes
 
     settle_s = DEFAULT_TIMES.settle_s if settle_seconds is None else float(settle_seconds)
-    return SettleTimes(settle_s, conf.getfloat("batchkit", "absence_seconds", fallback=DEFAULT_TIMES.absence_s))
+    return SettleTimes(settle_s, absence_seconds())
 
 
 #: what to install for a connection type whose hook is missing

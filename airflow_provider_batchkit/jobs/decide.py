@@ -51,7 +51,7 @@ def decide_is(kit: BatchKit, ledger: Ledger, record: BatchRecord, batch_id: str)
     if owner is not None:
         raise BatchInputError(f"{batch_id} is {owner} in the ledger already. Nothing was changed.")
     found = kit.get(batch_id)
-    if found.counts.total != record.requests:
+    if found.counted and found.counts.total != record.requests:
         raise BatchInputError(
             f"{batch_id} has {found.counts.total:,} requests and {record} has {record.requests:,}: it is another's. Nothing was changed."
         )

@@ -6,8 +6,9 @@ user says so.
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -21,6 +22,7 @@ from airflow_provider_batchkit.exceptions import (
     BatchNotEndedError,
     BatchNotVisibleError,
     BatchUnavailableError,
+    BatchVanishedError,
     SubmitUncertainError,
 )
 from airflow_provider_batchkit.jobs.settle import DEFAULT_TIMES, PATIENCE_S, Settler, SettleTimes, any_visible, unseen_since
@@ -30,7 +32,11 @@ from airflow_provider_batchkit.landing import Batch, BatchFigures, LandingReport
 from airflow_provider_batchkit.ledger import BatchRecord, BatchState, Ledger
 from airflow_provider_batchkit.model import BatchSnapshot
 
+log = logging.getLogger(__name__)
+
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 2.0, 300.0
+#: how the ledger's note of a batch begins that answered 404 for too long: unlike an archived one, it may be back
+VANISHED = "not visible"
 
 
 def fetch_job(
@@ -42,22 +48,24 @@ def fetch_job(
     dag_id: str,
     run_id: str,
     times: SettleTimes = DEFAULT_TIMES,
+    unseen: Mapping[str, datetime] | None = None,
     sleep: Callable[[float], None] = time.sleep,
     **options: Any,
 ) -> LandingReport:
     """Land batches. Waits up to a minute for what the API does not show at the moment; an error's ``wait`` says how to wait longer.
 
     :param dag_id: of the fetching task, with ``run_id``: an older version of the ledger may know a batch by another id there
+    :param unseen: of the ``wait`` of the error before, when this fetch goes on after it
     :param options: see :func:`~airflow_provider_batchkit.landing.land_batches`
     :raises BatchKitError: ``landed`` of the error tells what landed before it
     :raises BatchUnavailableError: a batch cannot be read; the others have landed, unless they are to replace the table's rows together
     :raises BatchInputError: ``replace`` of a job that asks a part of the source's rows only; nothing was deleted
     """
     ledger.ensure()
-    slept, landed = 0.0, list[BatchFigures]()
+    slept, landed, since = 0.0, list[BatchFigures](), dict(unseen or {})
     while True:
         try:
-            fetch = _Fetch(kit, ledger, times)
+            fetch = _Fetch(kit, ledger, times, since)
             batches = [fetch.find(batch_id, dag_id, run_id) for batch_id in batch_ids]
             if options.get("disposition") is WriteDisposition.REPLACE:
                 _refuse_parts(ledger, batches)
@@ -80,12 +88,13 @@ def fetch_job(
 class _Fetch:
     """Looks at the batches of one fetch."""
 
-    def __init__(self, kit: BatchKit, ledger: Ledger, times: SettleTimes) -> None:
+    def __init__(self, kit: BatchKit, ledger: Ledger, times: SettleTimes, unseen: dict[str, datetime]) -> None:
+        """:param unseen: since when the API does not show something that the ledger has no place for; kept up to date here"""
         self._kit = kit
         self._ledger = ledger
         self._times = times
         self._records: dict[str, BatchRecord | None] = {}
-        self._ended_at: dict[str, datetime] = {}
+        self._unseen = unseen
 
     def find(self, batch_id: str, dag_id: str, run_id: str) -> Batch:
         """The batch that an id stands for, with its row.
@@ -119,6 +128,7 @@ class _Fetch:
             found = self._kit.get(batch.batch_id)
         except BatchNotVisibleError as e:
             raise self._not_visible(batch.batch_id, e) from e
+        self._unseen.pop(batch.batch_id, None)
         if batch.record is not None:
             self._ledger.note_unseen(batch.record, None)
         if found.archived_at is not None:
@@ -128,7 +138,6 @@ class _Fetch:
             raise BatchNotEndedError(
                 f"Batch {batch.batch_id} is {found.processing_status}: its results come when it has ended. Nothing is lost; wait for it."
             )
-        self._ended_at[batch.batch_id] = found.ended_at or found.created_at
         return found
 
     def read_blocks(self, batch_id: str, reconciler: Reconciler, expected: int, on_bytes: Callable[[int], None]) -> Iterator[ResultBlock]:
@@ -136,42 +145,59 @@ class _Fetch:
         try:
             yield from self._kit.read_blocks(batch_id, reconciler, expected, on_bytes)
         except BatchNotVisibleError as e:
-            ended_at, now = self._ended_at[batch_id], self._ledger.now()
-            latest = ended_at + timedelta(seconds=self._times.absence_s)
-            pause = min(max((now - ended_at).total_seconds(), _FIRST_PAUSE_S), _LONGEST_PAUSE_S)
-            why = f"The API shows {batch_id} as ended, and not its results. They are read again until {latest:%H:%M:%S} UTC."
-            e.wait = WaitFor((), now + timedelta(seconds=pause), latest, why, about="unseen")
-            raise
+            what = f"the results of {batch_id}"
+            raise self._unseen_for_now(e, what, self._unseen.setdefault(what, self._ledger.now())) from e
+        self._unseen.pop(f"the results of {batch_id}", None)
+
+    def _unseen_for_now(self, error: BatchNotVisibleError, what: str, since: datetime) -> BatchNotVisibleError:
+        """``error`` with the wait for another look, as long as it is worth one without a retry of the task."""
+        now, absence = self._ledger.now(), timedelta(seconds=self._times.absence_s)
+        if now - since <= absence:
+            pause = min(
+                max((now - since).total_seconds(), _FIRST_PAUSE_S), _LONGEST_PAUSE_S, (since + absence - now).total_seconds() + 0.01
+            )
+            why = f"The API answers 404 for {what}. It is looked for again until {since + absence:%H:%M:%S} UTC at least."
+            error.wait = WaitFor((), now + timedelta(seconds=pause), since + absence, why, about="unseen", unseen=dict(self._unseen))
+        else:
+            error.add_note(f"The API has answered 404 for {what} since {since:%Y-%m-%d %H:%M:%S} UTC. A retry of the task looks again.")
+        return error
 
     def _not_visible(self, batch_id: str, error: BatchNotVisibleError) -> BatchUnavailableError:
         """A 404: to be waited for, unless that has gone on for too long while other batches of the connection are visible."""
+        import anthropic
+
         record = self._records[batch_id]
         if record is None:
-            return error
+            if batch_id not in self._unseen:
+                log.warning("%s is not in the ledger: if the API does not show it, its id may be wrong.", batch_id)
+            return self._unseen_for_now(error, batch_id, self._unseen.setdefault(batch_id, self._ledger.now()))
         now, absence = self._ledger.now(), timedelta(seconds=self._times.absence_s)
         since = unseen_since(record, now, absence) or now
         self._ledger.note_unseen(record, since, now)
         if now - since <= absence:
-            pause = min(max((now - since).total_seconds(), _FIRST_PAUSE_S), (since + absence - now).total_seconds() + 0.01)
-            why = f"The API does not show {batch_id}, which is {record}. It is looked for again until {since + absence:%H:%M:%S} UTC."
-            error.wait = WaitFor((), now + timedelta(seconds=pause), since + absence, why, about="unseen")
+            return self._unseen_for_now(error, f"{batch_id}, which is {record}", since)
+        try:
+            seen = any_visible(self._kit, self._ledger.witnesses(record))
+        except (BatchUnavailableError, anthropic.APIError) as e:
+            error.add_note(f"Looking for the connection's earlier batches failed, so nothing shows that it is gone: {e}")
             return error
-        if not any_visible(self._kit, self._ledger.witnesses(record)):
+        if not seen:
             error.add_note(
                 "None of the connection's earlier batches is visible either, so nothing shows that it is gone. If you know that it is: "
                 f"{record.settle_command}."
             )
             return error
-        return self._gone(batch_id, record, f"not visible from {since:%Y-%m-%d %H:%M:%S} to {now:%H:%M:%S} UTC")
+        return self._gone(batch_id, record, f"{VANISHED} from {since:%Y-%m-%d %H:%M:%S} to {now:%H:%M:%S} UTC")
 
     def _gone(self, batch_id: str, record: BatchRecord | None, why: str) -> BatchUnavailableError:
+        vanished = why.startswith(VANISHED)
         if record is None or record.state is BatchState.LANDED:
-            return BatchUnavailableError(
+            return (BatchNotVisibleError if vanished else BatchUnavailableError)(
                 f"Batch {batch_id} was {why}. Its answers can no longer be had; what landed before is in your table and the ledger."
             )
         if record.state is BatchState.SUBMITTED:
             self._ledger.gone(record, why)
-        return BatchGoneError(
+        return (BatchVanishedError if vanished else BatchGoneError)(
             f"Batch {batch_id} was {why}. It has not landed: it is {record}, and its {record.requests:,} requests have no answer. It may "
             "have been billed. They are asked again, and billed again, only when you say so: by retry_gone=True and a further round of the "
             "task (max_rounds), or in a task with only_failed_of and retry_gone=True."

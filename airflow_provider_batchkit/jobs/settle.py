@@ -19,9 +19,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from airflow_provider_batchkit.api.polling import ENDED
+from airflow_provider_batchkit.api.polling import ABSENCE_S, ENDED
 from airflow_provider_batchkit.api.results import parse_blocks
-from airflow_provider_batchkit.exceptions import BatchNotEndedError, BatchUnavailableError, ResultStreamError, SubmitUncertainError
+from airflow_provider_batchkit.exceptions import (
+    BatchNotEndedError,
+    BatchNotVisibleError,
+    BatchUnavailableError,
+    ResultStreamError,
+    SubmitUncertainError,
+)
 from airflow_provider_batchkit.jobs.waiting import WaitFor, together
 from airflow_provider_batchkit.kit import BatchKit
 from airflow_provider_batchkit.ledger import BatchRecord, BatchState, Ledger
@@ -53,7 +59,7 @@ class SettleTimes:
     #: from the beginning of the doubt; only a look that begins later can prove that a shard was never accepted. The default is unproved
     settle_s: float = 900.0
     #: how long a batch that was visible may be missing from the list
-    absence_s: float = 900.0
+    absence_s: float = ABSENCE_S
     #: how far the API's clock may be off from the ledger's, in either direction
     skew_s: float = 900.0
 
@@ -81,17 +87,20 @@ class Settler:
         times: SettleTimes,
         *,
         lease: int | None,
+        since: datetime | None = None,
         waited_for: Iterable[str] = (),
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         """
         :param lease: of the attempt that settles; without one a row can be proved to have been accepted, never to be void
+        :param since: when the attempt began; what cannot be read is read again for so long from then on
         :param waited_for: candidates that an earlier leg of the task has waited for
         """
         self._kit = kit
         self._ledger = ledger
         self._times = times
         self._lease = lease
+        self._since = since
         self._sleep = sleep
         self._waited_for = set(waited_for)
         #: (job, shard, candidate): it proved to be another row's, which may be another row of this job, or nobody can read it any more
@@ -142,18 +151,21 @@ class Settler:
 
     def _decide(self, record: BatchRecord, listed: Sequence[BatchSnapshot], began: datetime) -> WaitFor | None:
         assert record.doubt_at is not None, "a row is settled only after its doubt has begun"
-        running, unread = [], []
+        running, unread, own = [], [], []
         for candidate in self._candidates(record, listed):
             if candidate.processing_status != ENDED:
                 running.append(candidate)
                 continue
             proved = self._proves(record, candidate)
             if proved:
-                self._ledger.submitted(record.job_id, record.shard, candidate)
-                log.warning("Found %s: %s was accepted, as its results prove", candidate.batch_id, record)
-                return None
+                own.append(candidate)
             if proved is None:
                 unread.append(candidate)
+        if own:
+            self._ledger.submitted(record.job_id, record.shard, own[0])
+            log.warning("Found %s: %s was accepted, as its results prove", own[0].batch_id, record)
+            self._name_strays(record, own[1:], [*running, *unread])
+            return None
         if not running and not unread:
             return self._nothing_seen(record, listed, began)
         self._ledger.note_unseen(record, None, lease=self._lease)
@@ -162,12 +174,31 @@ class Settler:
             waits.append(_until_ended(record, running, began))
         return together(waits)
 
+    @staticmethod
+    def _name_strays(record: BatchRecord, proved: Iterable[BatchSnapshot], possible: Iterable[BatchSnapshot]) -> None:
+        """Say which batches the same POST has made, too: something on the way to the API, as a gateway, has repeated it."""
+        for stray in proved:
+            log.error(
+                "%s answers the same %s requests as %s: the POST was repeated on the way to the API, which makes a batch each time. Both "
+                "are billed; this one's answers are not landed, and no figure of this package holds its cost. Find what repeats a POST, "
+                "such as a gateway's retries, and switch it off.",
+                stray.batch_id, f"{record.requests:,}", record,
+            )  # fmt: skip
+        for other in possible:
+            log.warning(
+                "%s has as many requests as %s, and nothing tells yet whose it is. If nobody else has sent it, the POST was repeated on "
+                "the way to the API, and it is billed, too.",
+                other.batch_id, record,
+            )  # fmt: skip
+
     def _candidates(self, record: BatchRecord, listed: Sequence[BatchSnapshot]) -> Iterator[BatchSnapshot]:
-        """Batches that may be the record's: of its size, created when it may have been, and nobody's yet."""
+        """Batches that may be the record's: of its size, created when it may have been, and nobody's yet. A size that the API does not
+        tell rules none out.
+        """
         assert record.doubt_at is not None
         skew = timedelta(seconds=self._times.skew_s)
         first, last = record.intended_at - skew, record.doubt_at + timedelta(seconds=self._times.window_s) + skew
-        possible = [s for s in listed if s.counts.total == record.requests and first <= s.created_at <= last]
+        possible = [s for s in listed if (s.counts.total == record.requests or not s.counted) and first <= s.created_at <= last]
         taken = self._ledger.claims([s.batch_id for s in possible])
         for candidate in possible:
             if candidate.batch_id in taken or _pair(record, candidate) in self._ruled_out:
@@ -242,8 +273,9 @@ class Settler:
         :raises SubmitUncertainError: when no batch that this connection submitted before is visible
         """
         known = self._ledger.witnesses(record)
-        if not {s.batch_id for s in listed}.isdisjoint(known) or any_visible(self._kit, known):
-            return
+        with _uncertain([record]):
+            if not {s.batch_id for s in listed}.isdisjoint(known) or any_visible(self._kit, known):
+                return
         if known:
             why = f"sees none of {', '.join(known[:3])}, which it submitted before, so its key may be of another workspace"
         else:
@@ -261,7 +293,7 @@ class Settler:
         :raises SubmitUncertainError: when that has gone on for too long
         """
         assert record.doubt_at is not None
-        since = max(record.doubt_at, candidate.ended_at or candidate.created_at)
+        since = max(record.doubt_at, candidate.ended_at or candidate.created_at, self._since or record.doubt_at)
         latest = since + timedelta(seconds=self._times.settle_s + self._times.absence_s)
         if began > latest:
             raise SubmitUncertainError(
@@ -293,15 +325,25 @@ def unseen_since(record: BatchRecord, now: datetime, absence: timedelta) -> date
 
 
 def any_visible(kit: BatchKit, batch_ids: Iterable[str]) -> bool:
-    """Whether the connection sees one of these batches at least."""
+    """Whether the connection sees one of these batches at least: False when every one answers 404.
+
+    :raises BatchUnavailableError: when none was seen, and one could not be looked at: a refused key says nothing about the workspace
+    :raises anthropic.APIError: likewise
+    """
     import anthropic
 
+    failure: Exception | None = None
     for batch_id in batch_ids:
         try:
             kit.get(batch_id)
-        except (BatchUnavailableError, anthropic.APIError):
+        except BatchNotVisibleError:
+            continue
+        except (BatchUnavailableError, anthropic.APIError) as e:
+            failure = failure or e
             continue
         return True
+    if failure is not None:
+        raise failure
     return False
 
 

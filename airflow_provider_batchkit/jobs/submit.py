@@ -222,7 +222,7 @@ class _Sender:
         self._job_id = attempt.job_id
         self._lease = lease
         self._options = options
-        self._settler = Settler(attempt.kit, attempt.ledger, options.times, lease=lease, waited_for=attempt.waited_for)
+        self._settler = Settler(attempt.kit, attempt.ledger, options.times, lease=lease, since=attempt.since, waited_for=attempt.waited_for)
 
     def settle(self) -> WaitFor | None:
         """Settle what is in doubt; gives what must be waited for before that is possible.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Literal
 
@@ -21,10 +21,13 @@ class WaitFor:
     #: one sentence for the log
     why: str
     about: Literal["doubt", "primer", "throttle", "unseen"] = "doubt"
+    #: What the API does not show → since when, where the ledger does not keep it. Whoever waits gives it to the next look.
+    unseen: Mapping[str, datetime] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, object]:
         """For XCom."""
-        return {"batch_ids": list(self.batch_ids), "until": self.latest.isoformat(timespec="seconds"), "why": self.why}
+        unseen = {what: since.isoformat() for what, since in self.unseen.items()}
+        return {"batch_ids": list(self.batch_ids), "until": self.latest.isoformat(timespec="seconds"), "why": self.why, "unseen": unseen}
 
 
 def together(waits: Iterable[WaitFor]) -> WaitFor | None:
@@ -38,4 +41,5 @@ def together(waits: Iterable[WaitFor]) -> WaitFor | None:
         max(wait.latest for wait in found),
         " ".join(wait.why for wait in found),
         found[0].about,
+        dict(pair for wait in found for pair in wait.unseen.items()),
     )

@@ -16,7 +16,7 @@ from airflow_provider_batchkit.links import ConsoleLink, push_console_link
 from airflow_provider_batchkit.model import RequestStatus
 from airflow_provider_batchkit.operators.metrics import count_landed
 from airflow_provider_batchkit.operators.publish import publish_summary
-from airflow_provider_batchkit.operators.tasks import Leg, as_batch_ids, batchkit_errors, wait_for, waited
+from airflow_provider_batchkit.operators.tasks import Leg, as_batch_ids, batchkit_errors, unseen_of, wait_for, waited
 
 if TYPE_CHECKING:
     from airflow.providers.common.compat.sdk import Context
@@ -84,6 +84,7 @@ class LandingOperator(BatchLineage, BaseOperator):
                 dag_id=ti.dag_id,
                 run_id=ti.run_id,
                 times=settle_times(),
+                unseen=unseen_of(context, self._leg),
                 disposition=WriteDisposition.parse(disposition),
                 include_failed=self.include_failed,
                 rewrite=self.rewrite,

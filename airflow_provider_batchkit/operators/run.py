@@ -15,6 +15,7 @@ from airflow_provider_batchkit.exceptions import (
     BatchGoneError,
     BatchInputError,
     BatchNotEndedError,
+    BatchVanishedError,
     BatchWaitTimeout,
     CostLimitError,
     PollError,
@@ -251,7 +252,7 @@ class RunBatchOperator(SubmitBatchOperator, LandingOperator):
             if state.seen:
                 job.ledger.note_unseen(record, None)
             decision = state.decide(time.monotonic())
-            if isinstance(decision, GaveUp):
+            if isinstance(decision, GaveUp) or state.hidden():
                 hidden.append(record)
             elif not isinstance(decision, Ended):
                 open_ids.append(str(record.batch_id))
@@ -300,6 +301,7 @@ class RunBatchOperator(SubmitBatchOperator, LandingOperator):
 
     def _finish(self, context: Context, job: _Job) -> dict[str, Any]:
         from airflow_provider_batchkit.cost.tally import format_tally
+        from airflow_provider_batchkit.jobs.fetch import VANISHED
         from airflow_provider_batchkit.ledger import rounds
 
         found = rounds.outcome(job.ledger.engine, job.job_id, reasons=self._worth_asking, failures=self._failures)
@@ -316,7 +318,8 @@ class RunBatchOperator(SubmitBatchOperator, LandingOperator):
         self._delete(job.ledger, found.batch_ids, found.complete_ids)
         gone = job.gone()
         if gone:
-            raise BatchGoneError(
+            vanished = any((b.note or "").startswith(VANISHED) for b in gone)
+            raise (BatchVanishedError if vanished else BatchGoneError)(
                 f"{len(gone)} batches are gone before they landed, with {sum(b.requests for b in gone):,} requests: "
                 f"{'; '.join(f'{b.batch_id} was {b.note}' for b in gone)}. They may have been billed. What landed is in {self.table}. With "
                 "retry_gone=True and a further round (max_rounds) their rows are asked again, and billed again."

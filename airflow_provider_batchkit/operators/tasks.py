@@ -139,6 +139,19 @@ def wait_for(task: Any, context: Context, wait: WaitFor, leg: Leg, *, asked: int
     raise AssertionError("defer raises")
 
 
+def unseen_of(context: Context, leg: Leg) -> dict[str, datetime]:
+    """What the leg before did not find, with since when; see :attr:`.WaitFor.unseen`. A retry begins anew, as its XComs do.
+
+    They are read back from XCom, since ``dag.test()`` drops what a deferral passes on. A task instance of a user's own tests may have none.
+    """
+    ti = context["ti"]
+    if leg.about is None or not hasattr(ti, "xcom_pull"):
+        return {}
+    told = ti.xcom_pull(task_ids=ti.task_id, key="waits_for", map_indexes=map_index_of(ti))
+    unseen = told.get("unseen", {}) if isinstance(told, Mapping) else {}
+    return {what: datetime.fromisoformat(since) for what, since in unseen.items()}
+
+
 def waited(context: Context, leg: Leg) -> None:
     """The task waits no more: nobody is to read that it does."""
     if leg.about is not None:

@@ -16,9 +16,9 @@ from airflow.providers.common.compat.sdk import (
     PokeReturnValue,
 )
 
-from airflow_provider_batchkit.api.polling import Ended, GaveUp, PollState, validate_event
+from airflow_provider_batchkit.api.polling import Decision, Ended, GaveUp, PollState, Wait, validate_event
 from airflow_provider_batchkit.exceptions import BatchInputError
-from airflow_provider_batchkit.hooks.batchkit import BatchKitHook
+from airflow_provider_batchkit.hooks.batchkit import BatchKitHook, absence_seconds
 from airflow_provider_batchkit.links import ConsoleLink, push_console_link
 from airflow_provider_batchkit.operators.tasks import as_batch_ids, batchkit_errors
 
@@ -32,7 +32,9 @@ _GRACE_S = 300.0
 class BatchSensor(BaseSensorOperator):
     """Wait until every batch has ended. Returns the requests per status that the API reports.
 
-    A batch that ended with errors is still a success here: what became of each row is the fetch's matter.
+    A batch that ended with errors is still a success here: what became of each row is the fetch's matter. One that answers 404 is looked
+    at again for ``[batchkit] absence_seconds`` at least, 15 minutes by default, before the sensor fails; the log says so at once. In mode
+    ``reschedule``, the sensor keeps its worker slot meanwhile.
 
     :param batch_id: a batch id or a list of them (templated)
     :param anthropic_conn_id: connection of type ``anthropic``
@@ -68,20 +70,29 @@ class BatchSensor(BaseSensorOperator):
     @cached_property
     def _state(self) -> PollState:
         with batchkit_errors():
-            return PollState(as_batch_ids(self.batch_id), interval=float(self.poke_interval))
+            return PollState(as_batch_ids(self.batch_id), interval=float(self.poke_interval), absence=absence_seconds())
 
     def poke(self, context: Context) -> PokeReturnValue:
         state = self._state
         if not state.seen:
             push_console_link(context, state.batch_ids)
-        with batchkit_errors():
-            if state.open_ids():
-                self.hook.kit.look(state)
-        decision = state.decide(time.monotonic())
+        decision = self._look()
+        if self.reschedule:
+            # the next poke is another process, which would know nothing of a batch that answers 404
+            until = time.monotonic() + self.timeout
+            while isinstance(decision, Wait) and state.hidden() and time.monotonic() < until:
+                time.sleep(decision.seconds)
+                decision = self._look()
         if isinstance(decision, GaveUp):
             raise AirflowException(f"{decision.reason.removesuffix('.')}. The batches are untouched; waiting again costs nothing.")
         self.log.info("%d of %d batches have ended", len(state.batch_ids) - len(state.open_ids()), len(state.batch_ids))
         return PokeReturnValue(isinstance(decision, Ended), _result(state))
+
+    def _look(self) -> Decision:
+        with batchkit_errors():
+            if self._state.open_ids():
+                self.hook.kit.look(self._state)
+        return self._state.decide(time.monotonic())
 
     def execute(self, context: Context) -> Any:
         if not self.deferrable:

@@ -11,7 +11,7 @@ from airflow.triggers.base import BaseTrigger, TriggerEvent
 
 from airflow_provider_batchkit.api.polling import Ended, GaveUp, PollState, TimedOut
 from airflow_provider_batchkit.exceptions import PollError
-from airflow_provider_batchkit.hooks.batchkit import BatchKitHook
+from airflow_provider_batchkit.hooks.batchkit import BatchKitHook, absence_seconds
 from airflow_provider_batchkit.triggers.poller import ended
 
 if TYPE_CHECKING:
@@ -28,7 +28,8 @@ class BatchTrigger(BaseTrigger):
     :param anthropic_conn_id: connection of type ``anthropic``
     :param poke_interval: the shortest time between two looks that are made for these batches, in seconds; the first comes at once. Old
         batches are looked at less often: every twentieth of their age, and at least every 4 intervals (:func:`.interval_at_age`). A look
-        that is made for another trigger of the connection and shows these batches counts for them too
+        that is made for another trigger of the connection and shows these batches counts for them too. A batch that answers 404 is looked
+        at again after 2 s and then at growing distances, for ``[batchkit] absence_seconds`` at least; a new triggerer begins anew
     :param deadline: seconds since the epoch; wall-clock, since a trigger may resume in another process
     :param cancel_on_kill: cancel the batches when a user kills or clears the deferred task (Airflow 3.3 and later)
     :param first: fire as soon as one of the batches has ended. The event names all of them; ``counts`` are of those that have ended
@@ -76,9 +77,16 @@ class BatchTrigger(BaseTrigger):
                 "cancel_on_kill has no effect while the task waits: this Airflow does not tell a deferred task that it is killed (3.3 is "
                 "the first that does). Its batches would run on and be billed."
             )
-        state = PollState(self.batch_ids, interval=self.poke_interval, by_age=True, deadline=self.deadline, first=self.first)
+        state = PollState(
+            self.batch_ids,
+            interval=self.poke_interval,
+            by_age=True,
+            deadline=self.deadline,
+            first=self.first,
+            absence=absence_seconds(),
+        )
         try:
-            decision = await ended(self.anthropic_conn_id, state)
+            decision = await ended(self.anthropic_conn_id, state, lambda line: self.log.warning("%s", line))
         except PollError as e:
             self.log.exception("The wait for %s broke", ", ".join(self.batch_ids))
             yield self._event("error", message=str(e))

@@ -92,7 +92,8 @@ class Looker:
             response = await self._client.get(batch_path(batch_id), cast_to=httpx2.Response, options=own_address())
             look.shown[batch_id] = batch_of(response, batch_id)
         except (anthropic.NotFoundError, anthropic.AuthenticationError, anthropic.PermissionDeniedError) as e:
-            look.failed[batch_id] = Failure(str(unavailable(f"Batch {batch_id}", e)), fatal=True)
+            hidden = e.status_code == 404
+            look.failed[batch_id] = Failure(str(unavailable(f"Batch {batch_id}", e)), fatal=not hidden, hidden=hidden)
         except (anthropic.APIStatusError, anthropic.APIResponseValidationError) as e:
             failure = Failure(**poll_failure(e))
             if e.status_code in (429, 529):

@@ -10,6 +10,7 @@ import asyncio
 import contextvars
 import logging
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, cast
 
 from airflow_provider_batchkit.api.polling import Decision, Ended, PollState, Wait
@@ -35,11 +36,12 @@ _CLOSE_S = 5.0
 _pollers: dict[tuple[asyncio.AbstractEventLoop, str], SharedPoller] = {}
 
 
-async def ended(conn_id: str, state: PollState) -> Decision:
+async def ended(conn_id: str, state: PollState, tell: Callable[[str], None] = log.warning) -> Decision:
     """Wait, together with everybody else who waits on this connection, until ``state`` decides anything but to wait.
 
     :param conn_id: connection of type ``anthropic``
     :param state: its ``deadline`` is in seconds since the epoch
+    :param tell: called with each line of the state's news, in the caller's context: what it logs there is the caller's
     :raises PollError: when the connection cannot be used, or the poller broke
     """
     if not state.open_ids():
@@ -50,7 +52,8 @@ async def ended(conn_id: str, state: PollState) -> Decision:
         for key in [key for key in list(_pollers) if key[0].is_closed()]:
             _pollers.pop(key, None)
         poller = _pollers[loop, conn_id] = SharedPoller(loop, conn_id)
-    return await poller.wait(state)
+    own = contextvars.copy_context()
+    return await poller.wait(state, lambda line: own.run(tell, line))
 
 
 class SharedPoller:
@@ -61,18 +64,19 @@ class SharedPoller:
         self._conn_id = conn_id
         self._watches = Watches()
         self._waiting: dict[Watch, asyncio.Future[Decision]] = {}
+        self._tell: dict[Watch, Callable[[str], None]] = {}
         self._joined = asyncio.Event()
         self._resting_until = float("-inf")
         # in a context of its own: the task outlives the trigger that starts it, and what it logs is not that trigger's
         self._task = loop.create_task(self._run(), name=f"batchkit-poller-{conn_id}", context=contextvars.Context())
         self._task.add_done_callback(self._over)
 
-    async def wait(self, state: PollState) -> Decision:
+    async def wait(self, state: PollState, tell: Callable[[str], None]) -> Decision:
         """Join, and leave when there is a decision or the caller is canceled."""
         clock = self._loop.time()
         watch = self._watches.join(state, due=clock + _GATHER_S, now=time.time(), clock=clock)
         future: asyncio.Future[Decision] = self._loop.create_future()
-        self._waiting[watch] = future
+        self._waiting[watch], self._tell[watch] = future, tell
         if watch.due < self._resting_until:
             self._joined.set()
         try:
@@ -147,7 +151,9 @@ class SharedPoller:
                 await asyncio.sleep(0)
 
     def _settle(self, watch: Watch, decision: Decision) -> None:
-        """Wake the trigger, unless it is to wait on."""
+        """Pass the news on, and wake the trigger unless it is to wait on."""
+        for line in watch.state.news():
+            self._tell[watch](line)
         if isinstance(decision, Wait):
             return
         future = self._waiting[watch]
@@ -157,7 +163,7 @@ class SharedPoller:
 
     def _drop(self, watch: Watch) -> None:
         self._watches.leave(watch)
-        del self._waiting[watch]
+        del self._waiting[watch], self._tell[watch]
         if not self._waiting:
             self._close_door()
 

@@ -33,11 +33,13 @@ class Watch:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Why a look failed; the fields are those of :meth:`PollState.failed`. ``retry_after`` is in seconds."""
+    """Why a look failed; the first fields are those of :meth:`PollState.failed`. ``retry_after`` is in seconds."""
 
     error: str
     fatal: bool = False
     retry_after: float | None = None
+    #: the API answered 404 for the batch: an answer, which says that it is hidden now
+    hidden: bool = False
 
 
 @dataclass(slots=True)
@@ -177,7 +179,9 @@ class Watches:
         open_ids = state.open_ids()
         asked = watch.due <= look.clock or look.hopeless
         shown = [look.shown[batch_id] for batch_id in open_ids if batch_id in look.shown]
-        complete = len(shown) == len(open_ids)
+        failed = {batch_id: look.failed[batch_id] for batch_id in open_ids if batch_id in look.failed}
+        hidden = {batch_id: failure.error for batch_id, failure in failed.items() if failure.hidden}
+        complete = len(shown) + len(hidden) == len(open_ids)
         try:
             if complete:
                 state.saw(shown)
@@ -185,8 +189,10 @@ class Watches:
                 state.note(shown)
         except PollError as e:
             state.failed(str(e), fatal=True)
+        if asked and hidden:
+            state.hid(hidden, now)
         if asked and not complete:
-            failure = self._failure(open_ids, look)
+            failure = self._failure([failure for failure in failed.values() if not failure.hidden], look)
             state.failed(failure.error, fatal=failure.fatal, retry_after=failure.retry_after)
         for snapshot in shown:
             self._seen[snapshot.batch_id] = snapshot
@@ -205,8 +211,7 @@ class Watches:
         return decision
 
     @staticmethod
-    def _failure(open_ids: Collection[str], look: Look) -> Failure:
-        own = [look.failed[batch_id] for batch_id in open_ids if batch_id in look.failed]
+    def _failure(own: Collection[Failure], look: Look) -> Failure:
         fatal = next((failure for failure in own if failure.fatal), None)
         failure = fatal or next(iter(own), look.failure)
         assert failure is not None, "a look answers for every batch that it was asked for"

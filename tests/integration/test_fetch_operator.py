@@ -30,7 +30,8 @@ class Task:
         self.pushed: dict[str, Any] = {}
         task = {"dag_id": "d", "run_id": run_id, "task_id": task_id, "map_index": -1}
         push = lambda _, key, value: self.pushed.update({key: value})  # noqa: E731 - a method of a class that has no other
-        self.context: Any = {"ti": type("TI", (), {**task, "xcom_push": push})()}
+        pull = lambda _, key, **_whose: self.pushed.get(key)  # noqa: E731 - likewise
+        self.context: Any = {"ti": type("TI", (), {**task, "xcom_push": push, "xcom_pull": pull})()}
 
     def run(self) -> Any:
         """The first leg; gives what it returns, or its deferral."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Iterator
@@ -9,18 +10,26 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+import anthropic
 import pytest
 import sqlalchemy as sa
 import uuid6
 
 from airflow_provider_batchkit import BatchSnapshot
-from airflow_provider_batchkit.exceptions import LeaseLostError, LedgerError, SubmitThrottledError, SubmitUncertainError
+from airflow_provider_batchkit.exceptions import (
+    BatchUnavailableError,
+    LeaseLostError,
+    LedgerError,
+    SubmitThrottledError,
+    SubmitUncertainError,
+)
 from airflow_provider_batchkit.jobs import settle
-from airflow_provider_batchkit.jobs.settle import Settler, SettleTimes
+from airflow_provider_batchkit.jobs.settle import Settler, SettleTimes, any_visible
 from airflow_provider_batchkit.ledger import BatchState
 from airflow_provider_batchkit.ledger.tables import batch
 from airflow_provider_batchkit.simulator import Simulator, SimulatorSettings, answer_for
 from tests.databases import Database
+from tests.gateway import Gateway
 from tests.warehouse import Warehouse, kit_for
 
 SETTLE = 0.8
@@ -680,3 +689,64 @@ def test_a_ledger_that_was_moved_keeps_its_jobs(warehouse: Warehouse) -> None:
     warehouse.execute("UPDATE batchkit_version SET ledger_id = 'moved'")
     after = warehouse.submit(products(3))
     assert (after.batch_ids, after.asked) == (before.batch_ids, 0)
+
+
+# --- what is on the way to the API ------------------------------------------------------------------------------------------------
+
+
+def test_a_gateway_that_repeats_a_post_has_its_second_batch_named(
+    warehouse: Warehouse, sim: Simulator, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One of the two is the row's, and nothing is sent again; the other is billed, and the log says so."""
+    real = warehouse.kit
+    sim.set(clock="instant")
+    posts: list[str] = []
+
+    def change(method: str, path: str, status: int, body: bytes) -> bytes:
+        if (method, path) != ("POST", "/v1/messages/batches"):
+            return body
+        posts.append(path)
+        return b"<html>gateway</html>"
+
+    with Gateway(sim.base_url, change=change, repeat_posts=2) as gateway:
+        warehouse.kit = kit_for(gateway.base_url)
+        report = warehouse.submit(products(3), settle_seconds=SETTLE)
+    warehouse.kit = real
+    own, twin = report.batch_ids[0], next(b["id"] for b in sim.stats()["batches"][1:] if b["id"] not in report.batch_ids)
+    assert (len(posts), sim.stats()["batches_accepted"]) == (1, 3)
+    assert f"{twin} answers the same 3 requests as" in caplog.text and "Both are billed" in caplog.text
+    assert f"Found {own}" in caplog.text
+    assert warehouse.fetch([own]).rows == 3
+
+
+def test_a_batch_of_unknown_size_is_not_ruled_out(warehouse: Warehouse, sim: Simulator) -> None:
+    """A list that leaves its counts out may hold the row's batch: its results tell."""
+    batch_id = die_after_the_post(warehouse, sim)
+    sim.end(batch_id)
+
+    def change(method: str, path: str, status: int, body: bytes) -> bytes:
+        if "limit=" not in path:
+            return body
+        page = json.loads(body)
+        return json.dumps({**page, "data": [{**one, "request_counts": None} for one in page["data"]]}).encode()
+
+    with Gateway(sim.base_url, change=change) as gateway:
+        real, warehouse.kit = warehouse.kit, kit_for(gateway.base_url)
+        assert warehouse.submit(products(3), settle_seconds=SETTLE).batch_ids == [batch_id]
+        warehouse.kit = real
+
+
+def test_a_refused_key_is_not_a_key_of_another_workspace(warehouse: Warehouse, sim: Simulator) -> None:
+    """Witnesses that answer 401 or a page say nothing about the workspace."""
+    known = [b["id"] for b in sim.stats()["batches"]]
+    faults: list[tuple[str, dict[str, Any]]] = [("status", {"status": 401}), ("status", {"status": 500}), ("html", {})]
+    for kind, fields in faults:
+        sim.faults.clear()
+        sim.faults.add(kind, endpoint="retrieve", times=None, **fields)
+        with pytest.raises((BatchUnavailableError, anthropic.APIError)):
+            any_visible(warehouse.kit, known)
+    sim.faults.clear()
+    sim.faults.add("vanish", times=None)
+    assert not any_visible(warehouse.kit, known)
+    sim.faults.clear()
+    assert any_visible(warehouse.kit, ["msgbatch_x", *known])

@@ -12,6 +12,7 @@ from airflow_provider_batchkit import BatchKit, RequestStatus
 from airflow_provider_batchkit.exceptions import (
     BatchInputError,
     BatchNotEndedError,
+    BatchNotVisibleError,
     BatchUnavailableError,
     BatchWaitTimeout,
     PollError,
@@ -202,12 +203,30 @@ def test_waiting_survives_a_fault_of_the_api(kit: BatchKit, sim: Simulator) -> N
     assert kit.wait(batch_id, interval_s=0.01)[batch_id].processing_status == "ended"
 
 
-def test_a_batch_that_is_not_there_ends_the_wait_at_once(kit: BatchKit) -> None:
-    """Deleted, or of another workspace: asking again cannot help."""
-    with pytest.raises(PollError, match="deleted, or belongs to another workspace"):
+def test_a_batch_that_is_not_there_ends_the_wait_when_it_was_looked_for_long_enough(
+    kit: BatchKit, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Deleted, or of another workspace; the log says at once that nothing shows the id to be right."""
+    kit.absence_s = 0.3
+    with pytest.raises(PollError, match=r"deleted, or belongs to another workspace.*looks over .* s found nothing"):
         kit.wait("msgbatch_unknown", interval_s=60)
-    with pytest.raises(BatchUnavailableError, match="msgbatch_unknown"):
+    assert "its id may be wrong" in caplog.text
+    with pytest.raises(BatchNotVisibleError, match="msgbatch_unknown"):
         kit.retrieve("msgbatch_unknown")
+
+
+@pytest.mark.parametrize("endpoint", ["retrieve", "results"])
+def test_a_live_batch_that_answers_404_is_looked_for_again(
+    kit: BatchKit, sim: Simulator, endpoint: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The API was seen to do so a second after create, in the middle, and for results after the end."""
+    kit.absence_s = 3.0
+    sim.set(clock="polls:3")
+    sim.faults.add("vanish", endpoint=endpoint)
+    sim.faults.add("vanish", endpoint=endpoint, after=1)
+    assert len(kit.run(["hello"], **MODEL, interval_s=0.01).items) == 1
+    assert sum(fault["struck"] for fault in sim.faults.as_json()) == 2
+    assert "404" in caplog.text or "does not show its results" in caplog.text
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 413])

@@ -146,6 +146,64 @@ def test_a_fatal_failure_gives_up_at_once() -> None:
     assert state.decide(0) == GaveUp("401 invalid x-api-key")
 
 
+def test_a_batch_that_answers_404_is_looked_at_again_before_it_is_gone() -> None:
+    """The looks follow each other at doubling distances, the last one comes when it may be the last, and only a look calls it gone."""
+    state, now, times = PollState(["a"], interval=60, absence=900), 0.0, []
+    while True:
+        state.hid({"a": "404 not found"}, now)
+        decision = state.decide(now)
+        if not isinstance(decision, Wait):
+            break
+        times.append(decision.seconds)
+        now += decision.seconds
+    assert times[:6] == [2, 2, 4, 8, 16, 32] and set(times[6:-1]) == {60}
+    assert now == pytest.approx(900.01)
+    assert isinstance(decision, GaveUp) and decision.reason.startswith("404 not found. ") and "over 900 s" in decision.reason
+
+
+def test_a_batch_is_not_gone_after_one_look_or_two() -> None:
+    """A sensor may poke once an hour: the time alone proves nothing."""
+    state = PollState(["a"], interval=3600, absence=900)
+    decisions = []
+    for hour in range(3):
+        state.hid({"a": "404"}, hour * 3600.0)
+        decisions.append(type(state.decide(hour * 3600.0)))
+    assert decisions == [Wait, Wait, GaveUp]
+
+
+def test_a_batch_that_shows_again_begins_anew() -> None:
+    """Two short absences are not one long one; the log hears of both, and of their ends."""
+    state, news = PollState(["a"], interval=60, absence=100), []
+    for start in (0.0, 1000.0):
+        for step in (0.0, 50.0, 99.0):
+            state.hid({"a": "404"}, start + step)
+            assert isinstance(state.decide(start + step), Wait)
+        news += state.news()
+        state.saw([seen("a", "in_progress")])
+        assert state.hidden() == []
+        assert state.decide(start + 200) == Wait(60)
+        news += state.news()
+    assert [line.partition(".")[0] for line in news] == [
+        "The API answers 404 for batch a",
+        "Batch a is visible again, after 3 looks that found nothing",
+        "The API answers 404 for batch a",
+        "Batch a is visible again, after 3 looks that found nothing",
+    ]
+    assert "has not seen it yet" in news[0] and "was visible before" in news[2]
+
+
+def test_a_failed_connection_says_nothing_about_a_hidden_batch() -> None:
+    """Looks that failed do not make an absence longer, and a 404 shows that the connection works."""
+    state = PollState(["a"], interval=10, absence=100)
+    state.hid({"a": "404"}, 0.0)
+    for _ in range(MAX_FAILURES - 1):
+        state.failed("no route")
+    assert isinstance(state.decide(500.0), Wait)
+    state.hid({"a": "404"}, 600.0)
+    state.failed("no route")
+    assert isinstance(state.decide(600.0), Wait)
+
+
 def test_an_unknown_status_fails_loudly() -> None:
     """Guessing could end a wait early, or never."""
     with pytest.raises(PollError, match="unknown status 'paused'"):
