@@ -1,4 +1,5 @@
-"""A Message Batches API server for demos and tests. It binds 127.0.0.1 only, is strict, and shares no code with the client side.
+"""A Message Batches API server for demos and tests. It binds 127.0.0.1 only, behaves as others recorded the real API, and shares no code
+with the client side.
 
 ``Simulator`` runs it on a thread, ``SimulatorProcess`` and ``python -m airflow_provider_batchkit.simulator`` as a process. Controls of
 a running one, without credentials, JSON in and out, errors in the API's shape:

@@ -33,7 +33,7 @@ def parser() -> argparse.ArgumentParser:
     flags = root.add_argument_group("settings")
     flags.add_argument("--clock", help="instant, polls:N, seconds:S, seconds:S-T or manual")
     flags.add_argument("--key", action="append", metavar="KEY=WORKSPACE", help="repeatable: a valid API key and its workspace")
-    flags.add_argument("--params-checks", choices=("create", "results"), help="where bad params show")
+    flags.add_argument("--strict-params", action="store_true", help="refuse a whole batch for one request's bad params")
     flags.add_argument("--once", action="store_true", help="the rates strike a prompt text only the first time")
     for name in ("skew-seconds", "errored", "expired", "canceled", "done-share"):
         flags.add_argument(f"--{name}", type=float)

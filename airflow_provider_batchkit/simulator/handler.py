@@ -10,28 +10,33 @@ from collections.abc import Iterator
 from email.utils import formatdate
 from http.client import responses
 from http.server import BaseHTTPRequestHandler
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import msgspec
 
 from . import validate
+from .core import Core, Server
 from .errors import ApiError, error_body, request_id
 from .faults import CutError, Fault, PageError, Plan, faulty
-from .models import MODELS
-from .records import system_bytes, text_bytes
-from .store import Spell
+from .intake import system_bytes, text_bytes
+from .models import Catalogue, catalogue, find
+from .store import Batch, Spell, rfc3339
 from .tokens import OVERHEAD_TOKENS, tokens_of_bytes
-
-if TYPE_CHECKING:
-    from .server import Core, Server
 
 READ_BYTES = 1 << 20
 CHUNK_BYTES = 1 << 16
+#: Statuses of the 4xx that say nothing against the same call a little later.
+PASSING = (408, 409, 429)
 #: Bodies over the limit are read and thrown away up to here, so that the client gets to read the 413; beyond, the connection closes.
 DRAIN_BYTES = 1_000_000_000
 #: Batches on one page, from the API's documentation.
 MAX_PAGE = 1000
+#: What the API says to whoever looks at a batch that runs, in seconds.
+RETRY_AFTER = "10"
+#: What the API says of its limit of calls a minute. This one has none.
+CALLS_A_MINUTE = 4000
+ORGANIZATION = "00000000-0000-4000-8000-000000000000"
 #: Form of the anthropic-version header; which dates are known changes with every SDK, so any date passes.
 API_VERSION = re.compile(r"20\d\d-\d\d-\d\d")
 _ID = r"/(?P<id>[^/]+)"
@@ -58,6 +63,8 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
     server: Server
+    #: headers of the answer to the call that is carried out
+    _extra: dict[str, str]
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base class's name
         """No access log: the counts are in the stats."""
@@ -84,6 +91,7 @@ class Handler(BaseHTTPRequestHandler):
     # the API
 
     def _call(self, path: str, query: str) -> None:
+        self._extra = {}
         endpoint, target = self._route(path)
         body, too_large = self._read_body(self.core.store.settings.max_body_bytes)
         plan = self.core.faults.take(endpoint, target) if endpoint else Plan()
@@ -126,6 +134,13 @@ class Handler(BaseHTTPRequestHandler):
         if endpoint is None:
             raise ApiError(405, "Method Not Allowed") if target else ApiError(404, f"Not found: {path}")
         workspace = self._workspace()
+        self._extra = {
+            "anthropic-organization-id": ORGANIZATION,
+            "anthropic-workspace-id": workspace,
+            "anthropic-ratelimit-requests-limit": str(CALLS_A_MINUTE),
+            "anthropic-ratelimit-requests-remaining": str(CALLS_A_MINUTE - 1),
+            "anthropic-ratelimit-requests-reset": rfc3339(self.core.store.now()) or "",
+        }
         if too_large:
             raise ApiError(413, f"Request exceeds the maximum size of {self.core.store.settings.max_body_bytes} bytes")
         return workspace
@@ -139,7 +154,7 @@ class Handler(BaseHTTPRequestHandler):
         keys = self.core.store.settings.keys
         workspace = keys.get(key) if keys else "default"
         if workspace is None:
-            raise ApiError(401, "invalid x-api-key")
+            raise ApiError(401, "API key is invalid.")
         version = self.headers.get("anthropic-version")
         if version is None:
             raise ApiError(400, "anthropic-version: header is required")
@@ -152,21 +167,24 @@ class Handler(BaseHTTPRequestHandler):
     def _carry_out(  # noqa: C901, PLR0911 - one case and one return per endpoint
         self, endpoint: str, target: str, workspace: str, body: bytearray, query: dict[str, list[str]], plan: Plan
     ) -> dict[str, Any] | Iterator[bytes]:
-        store, beta, base_url = self.core.store, "anthropic-beta" in self.headers, self._base_url()
+        store, beta = self.core.store, "anthropic-beta" in self.headers
         if plan.vanish and target:
             raise ApiError(404, f"Message Batch {target} not found.")
         match endpoint:
             case "create":
                 hidden = Spell() if plan.hide is None else Spell(plan.hide.seconds, plan.hide.calls or 0)
-                return store.create(body, workspace, beta=beta, hidden=hidden).as_json(base_url)
+                return self._shown(store.create(body, workspace, beta=beta, hidden=hidden))
             case "retrieve":
-                return store.look(target, workspace).as_json(base_url)
+                batch = store.look(target, workspace)
+                if batch.ended_at is None:
+                    self._extra["retry-after"] = RETRY_AFTER
+                return self._shown(batch)
             case "list":
                 limit, after_id, before_id = _page_query(query)
                 page, more = store.page(workspace, limit, after_id, before_id)
-                return _list_of([batch.as_json(base_url) for batch in page if not plan.is_gone(batch.id)], more)
+                return _list_of([self._shown(batch) for batch in page if not plan.is_gone(batch.id)], more)
             case "cancel":
-                return store.cancel(target, workspace).as_json(base_url)
+                return self._shown(store.cancel(target, workspace))
             case "delete":
                 store.delete(target, workspace)
                 return {"id": target, "type": "message_batch_deleted"}
@@ -174,21 +192,29 @@ class Handler(BaseHTTPRequestHandler):
                 return store.results(target, workspace)
             case "messages":
                 return store.message(body, workspace, beta=beta)
+        models = catalogue(store.settings.models)
+        match endpoint:
             case "count_tokens":
-                params = validate.count_params(body)
+                params = validate.count_params(body, models)
                 size = system_bytes(params.system) + sum(text_bytes(turn.content) for turn in params.messages)
                 return {"input_tokens": tokens_of_bytes(size) + OVERHEAD_TOKENS}
             case "models":
-                limit, after_id, before_id = _page_query(query)
-                return _models_page(limit, after_id, before_id)
+                return _models_page(models, *_page_query(query))
             case _:
-                if target not in MODELS:
+                model = find(models, target)
+                if model is None:
                     raise ApiError(404, f"model: {target}")
-                return MODELS[target]
+                return model
+
+    def _shown(self, batch: Batch) -> dict[str, Any]:
+        """The batch as the API shows it to this client."""
+        own_address = f"http://{self.headers.get('host') or self.server.netloc}"
+        return batch.as_json(self.core.store.settings.results_host or own_address)
 
     # control
 
     def _control(self, path: str, query: str) -> None:
+        self._extra = {}
         body, _ = self._read_body(READ_BYTES)
         try:
             answer = self.core.control(self.command, path, {name: values[-1] for name, values in parse_qs(query).items()}, bytes(body))
@@ -248,15 +274,13 @@ class Handler(BaseHTTPRequestHandler):
 
     # bytes out
 
-    def _base_url(self) -> str:
-        return f"http://{self.headers.get('host') or self.server.netloc}"
-
     def _head(self, status: int, request: str, *extra: str) -> bytes:
         lines = [
             f"HTTP/1.1 {status} {responses.get(status, 'Error')}",
             f"date: {formatdate(self.core.store.now(), usegmt=True)}",
             f"request-id: {request}",
             *extra,
+            *(f"{name}: {value}" for name, value in self._extra.items()),
         ]
         if self.close_connection:
             lines.append("connection: close")
@@ -271,8 +295,10 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(self._head(status, request, "content-type: application/json", f"content-length: {len(data)}", *extra) + data)
 
     def _answer_error(self, error: ApiError) -> None:
-        extra = [f"{name}: {value}" for name, value in error.headers.items()]
-        self._answer(error.status, error_body(error.type, error.message, ""), *extra)
+        if 400 <= error.status < 500 and error.status not in PASSING:
+            self._extra["x-should-retry"] = "false"
+        self._extra |= error.headers
+        self._answer(error.status, error_body(error.type, error.message, ""))
 
     def _answer_page(self, fault: Fault) -> None:
         """Answers as something between the client and the API would: without a request id."""
@@ -343,10 +369,10 @@ def _list_of(data: list[dict[str, Any]], more: bool) -> dict[str, Any]:
     return {"data": data, "has_more": more, "first_id": data[0]["id"] if data else None, "last_id": data[-1]["id"] if data else None}
 
 
-def _models_page(limit: int, after_id: str | None, before_id: str | None) -> dict[str, Any]:
-    ids = list(MODELS)
+def _models_page(models: Catalogue, limit: int, after_id: str | None, before_id: str | None) -> dict[str, Any]:
+    ids = list(models)
     for name, cursor in (("after_id", after_id), ("before_id", before_id)):
-        if cursor and cursor not in MODELS:
+        if cursor and cursor not in models:
             raise ApiError(400, f"{name}: {cursor} is not a known model")
     if before_id:
         found = ids[: ids.index(before_id)]
@@ -354,4 +380,4 @@ def _models_page(limit: int, after_id: str | None, before_id: str | None) -> dic
     else:
         found = ids[ids.index(after_id) + 1 :] if after_id else ids
         page = found[:limit]
-    return _list_of([MODELS[id_] for id_ in page], len(found) > len(page))
+    return _list_of([models[id_] for id_ in page], len(found) > len(page))

@@ -1,25 +1,62 @@
-"""The catalogue of models: names and limits for ``/v1/models``. A create call takes any name that starts with ``claude-``."""
+"""The catalogue of models for ``/v1/models``: names, limits, lifecycle. A request with a model that is not in it fails.
+
+Dates and most limits are placeholders. From recordings: the dated names of two 4.5 models, and the 64,000 answer tokens of Haiku 4.5.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 _MODELS = (
-    ("claude-fable-5-2", "Claude Fable 5.2", "fable"),
-    ("claude-mythos-5-2", "Claude Mythos 5.2", "mythos"),
-    ("claude-haiku-5-5", "Claude Haiku 5.5", "haiku"),
-    ("claude-sonnet-5-5", "Claude Sonnet 5.5", "sonnet"),
-    ("claude-opus-5-5", "Claude Opus 5.5", "opus"),
-    ("claude-fable-5-1", "Claude Fable 5.1", "fable"),
-    ("claude-sonnet-5", "Claude Sonnet 5", "sonnet"),
-    ("claude-opus-4-8", "Claude Opus 4.8", "opus"),
-    ("claude-sonnet-4-6", "Claude Sonnet 4.6", "sonnet"),
-    ("claude-haiku-4-5", "Claude Haiku 4.5", "haiku"),
+    ("claude-fable-5-2", "Claude Fable 5.2"),
+    ("claude-mythos-5-2", "Claude Mythos 5.2"),
+    ("claude-haiku-5-5", "Claude Haiku 5.5"),
+    ("claude-sonnet-5-5", "Claude Sonnet 5.5"),
+    ("claude-fable-5-1", "Claude Fable 5.1"),
+    ("claude-opus-5-5", "Claude Opus 5.5"),
+    ("claude-mythos-5-1", "Claude Mythos 5.1"),
+    ("claude-sonnet-5", "Claude Sonnet 5"),
+    ("claude-fable-5", "Claude Fable 5"),
+    ("claude-mythos-5", "Claude Mythos 5"),
+    ("claude-opus-5", "Claude Opus 5"),
+    ("claude-opus-4-8", "Claude Opus 4.8"),
+    ("claude-opus-4-7", "Claude Opus 4.7"),
+    ("claude-opus-4-6", "Claude Opus 4.6"),
+    ("claude-sonnet-4-6", "Claude Sonnet 4.6"),
+    ("claude-haiku-4-5-20251001", "Claude Haiku 4.5"),
+    ("claude-opus-4-5-20251101", "Claude Opus 4.5"),
+    ("claude-sonnet-4-5-20250929", "Claude Sonnet 4.5"),
 )
+#: The dated name behind a model's short one, where it is known: Haiku and Sonnet from recorded answers, Opus from the SDK's list of models.
+_DATED = {
+    "claude-haiku-4-5": "claude-haiku-4-5-20251001",
+    "claude-opus-4-5": "claude-opus-4-5-20251101",
+    "claude-sonnet-4-5": "claude-sonnet-4-5-20250929",
+}
+#: Models that take no ``thinking.type`` of ``enabled``: Opus from 4.7 on; for Fable and Mythos it is a guess.
+_ADAPTIVE_ONLY = ("claude-opus-4-7", "claude-opus-4-8", "claude-opus-5", "claude-fable-5", "claude-mythos-5")
 _YES = {"supported": True}
+_NO = {"supported": False}
+
+Catalogue = Mapping[str, dict[str, Any]]
 
 
-def _model(id_: str, name: str, line: str) -> dict[str, Any]:
+def dated(model: str) -> str:
+    """The name under which a model answers."""
+    return _DATED.get(model, model)
+
+
+@cache
+def knows_geography(model: str) -> bool:
+    """Whether the model's answers say where they were made. Those up to the 4.5 models answer ``not_available``."""
+    return not any(part in model for part in ("-4-5", "-4-1", "-4-0", "-4-2025", "claude-3", "claude-2"))
+
+
+def _model(id_: str, name: str) -> dict[str, Any]:
+    small = "-4-5" in id_
+    line = id_.split("-")[1]
     return {
         "type": "model",
         "id": id_,
@@ -28,23 +65,46 @@ def _model(id_: str, name: str, line: str) -> dict[str, Any]:
         "lifecycle": "active",
         "deprecated_at": None,
         "retires_at": None,
-        "line": line,
-        "max_input_tokens": 200_000,
+        "line": line if line in ("haiku", "sonnet", "opus", "fable", "mythos") else None,
+        "max_input_tokens": 200_000 if small else 1_000_000,
         "max_tokens": 64_000,
         "capabilities": {
             "batch": _YES,
             "citations": _YES,
             "code_execution": _YES,
-            "context_management": {"supported": False},
+            "context_management": _NO,
             "effort": {"supported": True, "low": _YES, "medium": _YES, "high": _YES, "xhigh": _YES, "max": _YES},
             "image_input": _YES,
             "pdf_input": _YES,
             "server_tools": {"supported": True, "code_execution": _YES, "web_search": _YES},
             "structured_outputs": _YES,
-            "thinking": {"supported": True, "types": {"adaptive": _YES, "between_tools": _YES, "disabled": _YES, "enabled": _YES}},
+            "thinking": {
+                "supported": True,
+                "types": {
+                    "adaptive": _NO if small else _YES,
+                    "between_tools": _YES,
+                    "disabled": _YES,
+                    "enabled": _NO if id_.startswith(_ADAPTIVE_ONLY) else _YES,
+                },
+            },
         },
     }
 
 
-#: id → ModelInfo, newest first. Dates and limits are placeholders; only the shape is the API's.
-MODELS: dict[str, dict[str, Any]] = {id_: _model(id_, name, line) for id_, name, line in _MODELS}
+#: id → ModelInfo, newest first
+MODELS: dict[str, dict[str, Any]] = {id_: _model(id_, name) for id_, name in _MODELS}
+
+
+def catalogue(changes: Mapping[str, Mapping[str, Any]]) -> Catalogue:
+    """Id → ModelInfo, newest first: the known models, with ``changes`` to members of them; a new id is a new model, at the end."""
+    if not changes:
+        return MODELS
+    models = dict(MODELS)
+    for id_, change in changes.items():
+        models[dated(id_)] = {**(models.get(dated(id_)) or _model(id_, id_)), **change}
+    return models
+
+
+def find(models: Catalogue, name: str) -> dict[str, Any] | None:
+    """The model of this name, which may be a short one."""
+    return models.get(name) or models.get(dated(name))

@@ -1,7 +1,21 @@
-"""Scripted outcomes: which request fails, and how. Markers in a prompt come first, then the rates of the settings.
+"""Scripted outcomes: what becomes of which request. Markers in a prompt come first, then the rates of the settings.
 
 A marker is ``[[sim:NAME]]`` anywhere in the last user message, or ``[[sim:NAME-once]]``: only the first time that this prompt text is
 seen in its workspace, so that a request which is asked again succeeds.
+
+- ``errored``, ``overloaded``, ``rate-limit``, ``api-error``: an ``errored`` line. ``credit``, ``usage-limit``, ``billing``, ``disabled``:
+  one whose reason is the account. ``file-url``, ``image``: one that fails while it runs.
+- ``expired``, ``canceled``: no answer.
+- ``max_tokens``: half of the answer, cut. ``context-window``: the same for ``model_context_window_exceeded``. ``thinking``: a thinking
+  block before the answer. ``thinking-only``: thinking uses up ``max_tokens``, and there is no text.
+- ``refusal``, ``refusal-CATEGORY`` (``cyber``, ``bio``, ``frontier_llm``, ``reasoning_extraction``, ``general_harms``): refused before any
+  output. ``refusal-partial``: refused in the middle of the text, which is billed.
+- ``tool``: a call of the request's first tool that has an ``input_schema``, also when no ``tool_choice`` forces it; ``tool-twice``: two.
+- ``pause-turn``: a server tool's turn that is paused. ``citations``: a text in blocks, one of which cites.
+- ``search``: a web search, also without the tool. ``search-error``: one that fails, without cost.
+- ``compaction``, ``advisor``, ``fallback``: ``usage.iterations``, with the content blocks of the beta API.
+- ``invalid-output``: prose, whatever schema was asked for.
+- A change of ``odd_lines.CHANGES``, with ``-`` for ``_``: a result line of an undocumented shape.
 """
 
 from __future__ import annotations
@@ -9,9 +23,10 @@ from __future__ import annotations
 import hashlib
 import re
 from enum import IntEnum
+from typing import NamedTuple
 
+from . import odd_lines
 from .errors import ApiError
-from .settings import SimulatorSettings
 
 
 class Outcome(IntEnum):
@@ -23,44 +38,74 @@ class Outcome(IntEnum):
     CANCELED = 3
 
 
-#: name of a marker → outcome and, for an errored one, type and message of the error
-MARKERS: dict[str, tuple[Outcome, str, str]] = {
-    "errored": (Outcome.ERRORED, "invalid_request_error", "The simulator was told to fail this request."),
-    "overloaded": (Outcome.ERRORED, "overloaded_error", "Overloaded"),
-    "rate-limit": (Outcome.ERRORED, "rate_limit_error", "This request would exceed the rate limit."),
-    "api-error": (Outcome.ERRORED, "api_error", "Internal server error"),
-    "credit": (Outcome.ERRORED, "invalid_request_error", "Your credit balance is too low to access the Anthropic API."),
-    "expired": (Outcome.EXPIRED, "", ""),
-    "canceled": (Outcome.CANCELED, "", ""),
-    "refusal": (Outcome.SUCCEEDED, "", ""),
-    "max_tokens": (Outcome.SUCCEEDED, "", ""),
-    "invalid-output": (Outcome.SUCCEEDED, "", ""),
-}
+class Script(NamedTuple):
+    """What a marker asks for: an outcome and, for an errored one, the error as its result line is to carry it."""
+
+    outcome: Outcome = Outcome.SUCCEEDED
+    #: type and message of the error
+    type: str = ""
+    message: str = ""
+    #: whether ``details`` says that the error is the user's to see; otherwise it is null
+    details: bool = False
+    #: whether the line names the request (``workerreq_…``), or has no member ``request_id`` at all
+    named: bool = True
+
+
+#: The categories of a refusal, from the SDK's types.
+CATEGORIES = ("cyber", "bio", "frontier_llm", "reasoning_extraction", "general_harms")
+#: Those whose refusals are billed although nothing was answered, since 24 September 2026.
+BILLED_CATEGORIES = frozenset(("bio", "frontier_llm", "reasoning_extraction"))
+_E = Outcome.ERRORED
+_INVALID = "invalid_request_error"
+_ODD_OUTCOMES = {"new_type": _E, "flat_error": _E}
+#: marker → script. The texts of credit, file-url and image were recorded; those of the other accounts' troubles are quoted from reports
+MARKERS: dict[str, Script] = {
+    "errored": Script(_E, _INVALID, "The simulator was told to fail this request.", details=True),
+    "overloaded": Script(_E, "overloaded_error", "Overloaded"),
+    "rate-limit": Script(_E, "rate_limit_error", "This request would exceed the rate limit."),
+    "api-error": Script(_E, "api_error", "Internal server error"),
+    "credit": Script(
+        _E,
+        _INVALID,
+        "Your credit balance is too low to access the Anthropic API. Please go to Plans & Billing to upgrade or purchase credits.",
+        named=False,
+    ),
+    "usage-limit": Script(
+        _E, _INVALID, "You have reached your specified API usage limits. You will regain access on 2026-12-01 at 00:00 UTC."
+    ),
+    "billing": Script(_E, "billing_error", "There is an issue with the billing of your organization."),
+    "disabled": Script(_E, "permission_error", "This organization has been disabled."),
+    "file-url": Script(_E, _INVALID, "Unable to download the file. Please verify the URL and try again.", details=True),
+    "image": Script(_E, _INVALID, "Could not process image"),
+    "expired": Script(Outcome.EXPIRED),
+    "canceled": Script(Outcome.CANCELED),
+    **dict.fromkeys(
+        (
+            "max_tokens", "context-window", "thinking", "thinking-only", "refusal", "refusal-partial", "tool", "tool-twice", "pause-turn",
+            "citations", "search", "search-error", "compaction", "advisor", "fallback", "invalid-output",
+            *(f"refusal-{category}" for category in CATEGORIES),
+        ),
+        Script(),
+    ),
+    **{kind.replace("_", "-"): Script(_ODD_OUTCOMES.get(kind, Outcome.SUCCEEDED)) for kind in odd_lines.CHANGES},
+}  # fmt: skip
 _MARKER = re.compile(r"\[\[sim:([a-z_-]+?)(-once)?\]\]")
 _TWO_TO_64 = 2**64
 
 
+class SlipError(ApiError):
+    """A marker that is none: a test would prove nothing, so the whole call is refused."""
+
+
 def marker_in(prompt: str) -> tuple[str, bool]:
-    """Name of the first marker in a prompt that has one, and whether it strikes once. Raises ApiError (400) for an unknown name."""
+    """Name of the first marker in a prompt that has one, and whether it strikes once. Raises SlipError (400) for an unknown name."""
     found = _MARKER.search(prompt)
     if found is None or found[1] not in MARKERS:
         known = ", ".join(sorted(MARKERS))
-        raise ApiError(400, f"messages: unknown simulator marker in {prompt[:80]!r}; known are {known}, each also with -once")
+        raise SlipError(400, f"messages: unknown simulator marker in {prompt[:80]!r}; known are {known}, each also with -once")
     return found[1], found[2] is not None
 
 
 def chance(seed: int, purpose: str, custom_id: str) -> float:
     """A number in [0, 1) that depends on the three arguments only."""
     return int.from_bytes(hashlib.blake2b(f"{seed}/{purpose}/{custom_id}".encode(), digest_size=8).digest()) / _TWO_TO_64
-
-
-def by_rate(settings: SimulatorSettings, custom_id: str) -> str:
-    """The marker name that the rates pick for a request; ``""`` for none."""
-    if not (settings.errored or settings.expired or settings.canceled):
-        return ""
-    drawn = chance(settings.seed, "outcome", custom_id)
-    for name, rate in (("errored", settings.errored), ("expired", settings.expired), ("canceled", settings.canceled)):
-        if drawn < rate:
-            return name
-        drawn -= rate
-    return ""

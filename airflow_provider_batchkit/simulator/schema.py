@@ -57,8 +57,19 @@ def problem_of(schema: bytes) -> str:
                 return f"For {name!r} type, properties {', '.join(found)} are not supported"
     if _is_recursive(root, root, frozenset()):
         return "Recursive schemas are not supported"
+    return misfit_of(schema)
+
+
+def encoded(schema: object) -> bytes:
+    """A schema as bytes, as the functions here take it."""
+    return msgspec.json.encode(schema)
+
+
+@lru_cache(maxsize=256)
+def misfit_of(schema: bytes) -> str:
+    """What hinders an answer in the schema, ``""`` for nothing. A tool's input may have any schema that an object fits."""
     try:
-        answer_in_schema(root, "0" * 12)
+        answer_in_schema(decoded(schema), "0" * 12)
     except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
         return f"not a JSON Schema that the simulator understands: {error!r}"
     return ""

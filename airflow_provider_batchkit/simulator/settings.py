@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from functools import cache
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import msgspec
+
+from .outcomes import MARKERS
 
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 Count = Annotated[int, msgspec.Meta(ge=0)]
@@ -39,9 +41,16 @@ class SimulatorSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     keys: dict[str, str] = {}
     max_body_bytes: Annotated[int, msgspec.Meta(ge=1, le=MAX_BODY_BYTES)] = MAX_BODY_BYTES
     max_requests: Annotated[int, msgspec.Meta(ge=1, le=MAX_REQUESTS)] = MAX_REQUESTS
-    #: where bad ``params`` show: ``create`` refuses the whole batch, ``results`` accepts it and makes that request errored, which is
-    #: what the API's documentation describes ("validation of the params object is performed asynchronously")
-    params_checks: Literal["create", "results"] = "create"
+    #: refuse a whole batch for bad ``params`` of one request when it is created. The API accepts it and makes that request errored
+    strict_params: bool = False
+    #: requests of one workspace that may be processing at the same time; a create above it is a 429. None: any number
+    queue_requests: Count | None = None
+    #: the host that a ``results_url`` names: the API names its own, also to who calls through a gateway. Empty: the one that was called
+    results_host: str = "https://api.anthropic.com"
+    #: counters of a running batch move with its looks or its seconds, in place of staying zero until it has ended
+    moving_counts: bool = False
+    #: model id → members of its ``ModelInfo`` to change (``{"lifecycle": "retired"}``, ``{"max_tokens": 8000}``); a new id is a new model
+    models: dict[str, dict[str, Any]] = {}
 
     #: tokens of every request and answer, in place of the token model of ``tokens.py``
     input_tokens: Count | None = None
@@ -51,14 +60,16 @@ class SimulatorSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     #: tokens of the shortest prompt prefix that is cached, in place of each model's own
     cache_min_tokens: Count | None = None
     #: requests of a batch that run at the same time, as far as the cache can tell: so many write a cold prefix, the rest read it.
-    #: None: all of them
-    cache_concurrency: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    #: None: all of them. In the one recorded batch one request wrote and the other read
+    cache_concurrency: Annotated[int, msgspec.Meta(ge=1)] | None = 1
 
     #: shares of all requests (0 to 1, their sum at most 1), picked by a hash of seed and custom_id
     errored: Share = 0.0
     expired: Share = 0.0
     canceled: Share = 0.0
-    #: the three rates strike a prompt text only the first time it is seen, so that asking again succeeds
+    #: marker (see ``outcomes.py``) → share of all requests, beside the three above
+    rates: dict[str, Share] = {}
+    #: the rates strike a prompt text only the first time it is seen, so that asking again succeeds
     once: bool = False
     #: share of a batch that was finished before a cancel or an expiry reached it
     done_share: Share = 0.0
@@ -66,10 +77,13 @@ class SimulatorSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     cancel_looks: Count = 1
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a clock that is not one of the five forms and for rates whose sum is above 1."""
+        """Raises ValueError for a clock that is not one of the five forms, an unknown marker, and rates whose sum is above 1."""
         clock_mode(self.clock)
-        if self.errored + self.expired + self.canceled > 1:
-            raise ValueError(f"errored + expired + canceled is {self.errored + self.expired + self.canceled}, above 1")
+        unknown = sorted(set(self.rates) - set(MARKERS))
+        if unknown:
+            raise ValueError(f"rates: {', '.join(unknown)} is no marker; known are {', '.join(sorted(MARKERS))}")
+        if sum(self.shares.values()) > 1:
+            raise ValueError(f"errored, expired, canceled and the other rates add up to {sum(self.shares.values())}, above 1")
 
     def changed(self, changes: Mapping[str, Any]) -> SimulatorSettings:
         """A copy with some fields changed. Raises ValueError for an unknown name or a value out of its range."""
@@ -78,6 +92,11 @@ class SimulatorSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
             return msgspec.convert(merged, SimulatorSettings)
         except msgspec.ValidationError as error:
             raise ValueError(str(error)) from error
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Marker → share of all requests."""
+        return {"errored": self.errored, "expired": self.expired, "canceled": self.canceled, **self.rates}
 
 
 @cache

@@ -12,11 +12,11 @@ from typing import Annotated, Any
 
 import msgspec
 
-from . import records as rec
-from . import validate
+from . import answers, lines, validate
 from .errors import ApiError
-from .outcomes import Outcome, chance
-from .records import Intake, Record
+from .intake import Intake
+from .outcomes import Outcome, SlipError, chance
+from .records import Record
 from .settings import ARCHIVED_AFTER_SECONDS, EXPIRES_AFTER_SECONDS, Count, SimulatorSettings, clock_mode
 
 _TTL_SECONDS = {"5m": 300, "1h": 3600}
@@ -66,14 +66,14 @@ class Batch:
         return "in_progress" if self.cancel_initiated_at is None else "canceling"
 
     def as_json(self, base_url: str) -> dict[str, Any]:
-        """The MessageBatch object. All requests are processing until the batch has ended."""
+        """The MessageBatch object. All requests are processing until the batch has ended, unless its counters move."""
         ended = self.ended_at is not None
         return {
             "id": self.id,
             "type": "message_batch",
             "processing_status": self.status,
             "request_counts": {
-                "processing": 0 if ended else self.size,
+                "processing": self.size - sum(self.counts),
                 **{outcome.name.lower(): self.counts[outcome] for outcome in Outcome},
             },
             "ended_at": rfc3339(self.ended_at),
@@ -86,8 +86,8 @@ class Batch:
 
 
 def rfc3339(seconds: float | None) -> str | None:
-    """Seconds since the epoch as the API writes times: UTC with microseconds and ``Z``."""
-    return None if seconds is None else datetime.fromtimestamp(seconds, UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
+    """Seconds since the epoch as the API writes times: UTC with microseconds and ``+00:00``."""
+    return None if seconds is None else datetime.fromtimestamp(seconds, UTC).isoformat(timespec="microseconds")
 
 
 class Store:
@@ -122,12 +122,13 @@ class Store:
         ids: set[str] = set()
         records: list[Record] = []
         for position, raw in enumerate(raws):
-            request = validate.batch_request(raw, position)
-            if request.custom_id in ids:
-                raise ApiError(400, f"requests.{position}.custom_id: {request.custom_id} is not unique in the batch")
-            ids.add(request.custom_id)
-            records.append(self._record(intake, request, position, settings, beta=beta))
+            custom_id, params = validate.batch_request(raw, position, strict=settings.strict_params)
+            if custom_id in ids:
+                raise ApiError(400, f"requests: custom_id's must be unique within a batch. Duplicate custom_id found: {custom_id}")
+            ids.add(custom_id)
+            records.append(self._record(intake, custom_id, params, position, beta=beta))
         with self._lock:
+            self._check_queue(workspace, len(records))
             now = self.now()
             id_ = "msgbatch_" + secrets.token_hex(12)
             batch = Batch(id_, workspace, len(self._numbers), records, now, len(records), records[0].custom_id)
@@ -138,13 +139,31 @@ class Store:
             self._struck.update((workspace, digest) for digest in intake.struck)
             return replace(batch)
 
-    def _record(self, intake: Intake, request: validate.BatchRequest, position: int, settings: SimulatorSettings, *, beta: bool) -> Record:
+    def _record(self, intake: Intake, custom_id: str, params: msgspec.Raw | ApiError, position: int, *, beta: bool) -> Record:
+        """The record of one request; one with bad params is errored from the start."""
         try:
-            return intake.record(request.custom_id, validate.message_params(request.params, beta=beta))
+            if isinstance(params, ApiError):
+                raise params
+            return intake.record(custom_id, params, beta=beta)
+        except SlipError:
+            raise
         except ApiError as error:
-            if settings.params_checks == "create":
+            if self.settings.strict_params:
                 raise ApiError(400, f"requests.{position}.params.{error.message}") from error
-            return Record(request.custom_id, outcome=Outcome.ERRORED, bad_params=error.message)
+            return Record(custom_id, outcome=Outcome.ERRORED, error_type=error.type, error=error.message)
+
+    def _check_queue(self, workspace: str, size: int) -> None:
+        """Raises ApiError (429) when the workspace's batches would have more requests processing than the queue takes."""
+        limit = self.settings.queue_requests
+        if limit is None:
+            return
+        self._refresh_all()
+        waiting = sum(batch.size for batch in self._batches.values() if batch.workspace == workspace and batch.ended_at is None)
+        if waiting + size > limit:
+            raise ApiError(
+                429,
+                f"{size} requests and {waiting} that are processing are more than the {limit} that the batch queue takes. Try again later.",
+            )
 
     def _intake(self, settings: SimulatorSettings, workspace: str) -> Intake:
         self._refresh_all()
@@ -158,17 +177,16 @@ class Store:
     def message(self, body: bytearray, workspace: str, *, beta: bool) -> dict[str, Any]:
         """One synchronous message at standard price. Raises ApiError: 400, or what the prompt's marker scripts."""
         intake = self._intake(self.settings, workspace)
-        params = validate.message_params(body, beta=beta)
         salt = secrets.token_hex(8)
-        record = intake.record(salt, params)
+        record = intake.record(salt, body, beta=beta)
         with self._lock:
             self._struck.update((workspace, digest) for digest in intake.struck)
             if record.outcome != Outcome.SUCCEEDED:
-                type_, text = rec.error_of(record) if record.outcome == Outcome.ERRORED else ("api_error", "Internal server error")
-                status = {"overloaded_error": 529, "api_error": 500}.get(type_, 400)
-                raise ApiError(status, text, type_)
+                script = lines.script_of(record)
+                status = {"overloaded_error": 529, "api_error": 500}.get(script.type, 400)
+                raise ApiError(status, script.message, script.type)
             self._charge("standard", [record], workspace, self.now())
-        return rec.message(record, salt, "standard")
+        return answers.message(record, salt, "standard")
 
     def look(self, batch_id: str, workspace: str) -> Batch:
         """A retrieve. Raises ApiError (404) for an unknown id and for another workspace's batch."""
@@ -211,19 +229,19 @@ class Store:
         """Forgets an ended batch. Raises ApiError: 404, or 400 when it has not ended."""
         with self._lock:
             if self._find(batch_id, workspace).ended_at is None:
-                raise ApiError(400, f"Batch {batch_id} cannot be deleted while it is in progress; cancel it first")
+                raise ApiError(400, "In progress batches cannot be deleted. Consider canceling the batch instead.")
             del self._batches[batch_id]
 
     def results(self, batch_id: str, workspace: str) -> Iterator[bytes]:
-        """The result lines. Raises ApiError: 404 for an unknown, foreign or archived batch, 400 when it has not ended."""
+        """The result lines. Raises ApiError (404): for an unknown, foreign or archived batch, and when it has not ended."""
         with self._lock:
             batch = self._find(batch_id, workspace)
             if batch.archived_at is not None:
                 at = rfc3339(batch.archived_at)
                 raise ApiError(404, f"The results of batch {batch_id} are no longer available: it was archived at {at}")
             if batch.ended_at is None:
-                raise ApiError(400, f"The results of batch {batch_id} are not available before it has ended: it is {batch.status}")
-            return rec.result_lines(batch.records, batch.id, self.settings.seed)
+                raise ApiError(404, f"Message Batch {batch_id} has no available results.")
+            return lines.result_lines(batch.records, batch.id, self.settings.seed)
 
     # what control calls do
 
@@ -330,6 +348,9 @@ class Store:
             elif mode == "polls" and batch.looks >= amount:
                 self._end(batch, now, None)
             else:
+                if self.settings.moving_counts:
+                    done = (now - batch.created_at) / amount if mode == "seconds" else batch.looks / (amount + 1)
+                    batch.counts = _counts(batch.records[: int(batch.size * done)])
                 batch.looks += look
         if batch.archived_at is None and now >= batch.created_at + ARCHIVED_AFTER_SECONDS:
             self._archive(batch, batch.created_at + ARCHIVED_AFTER_SECONDS)
@@ -343,10 +364,7 @@ class Store:
             for record in batch.records:
                 if not done_share or chance(seed, "done", record.custom_id) >= done_share:
                     record.outcome = undone
-        counts = [0] * len(Outcome)
-        for record in batch.records:
-            counts[record.outcome] += 1
-        batch.counts, batch.ended_at = counts, at
+        batch.counts, batch.ended_at = _counts(batch.records), at
         self._charge("batch", batch.records, batch.workspace, at)
 
     def _archive(self, batch: Batch, at: float) -> None:
@@ -355,14 +373,12 @@ class Store:
             batch.records = []
 
     def _charge(self, tier: str, records: Sequence[Record], workspace: str, at: float) -> None:
-        """Bills what succeeded, and remembers the prefixes that it leaves in the cache."""
+        """Bills what is billed, and remembers the prefixes that it leaves in the cache."""
         bill = self._bills[tier]
         for record in records:
-            if record.outcome != Outcome.SUCCEEDED:
+            if not record.is_billed:
                 continue
-            line = bill.get((record.model, record.inference_geo))
-            if line is None:
-                line = bill[record.model, record.inference_geo] = dict.fromkeys(_BILL_LINE, 0)
+            line = _line(bill, record.model, record.inference_geo)
             line["requests"] += 1
             line["input_tokens"] += record.input_tokens
             line["output_tokens"] += record.output_tokens
@@ -373,6 +389,26 @@ class Store:
                 line["web_search_requests"] += record.searches
             if record.prefix:
                 self._cached_until[workspace, record.prefix] = at + _TTL_SECONDS[record.prefix[:2]]
+            if record.marker in answers.ITERATIONS:
+                model, read, written = answers.ITERATIONS[record.marker]
+                line = _line(bill, model or record.model, record.inference_geo)
+                line["input_tokens"] += read
+                line["output_tokens"] += written
+
+
+def _counts(records: Sequence[Record]) -> list[int]:
+    """How many records have each outcome."""
+    counts = [0] * len(Outcome)
+    for record in records:
+        counts[record.outcome] += 1
+    return counts
+
+
+def _line(bill: dict[tuple[str, str], dict[str, int]], model: str, geo: str) -> dict[str, int]:
+    line = bill.get((model, geo))
+    if line is None:
+        line = bill[model, geo] = dict.fromkeys(_BILL_LINE, 0)
+    return line
 
 
 def _per_model(lines: dict[tuple[str, str], dict[str, int]]) -> dict[str, dict[str, int]]:

@@ -1,4 +1,4 @@
-"""Strict checks of what clients send. Field lists follow the parameter types of SDK 2.12; messages follow the API's style.
+"""Checks of what clients send. Field lists follow the parameter types of SDK 2.12; messages were recorded, or follow the API's style.
 
 Bodies are decoded in two steps, the list first and every request by itself, so that no single step holds the interpreter for long.
 """
@@ -11,9 +11,11 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from .errors import ApiError
+from .models import Catalogue, dated, find
 from .settings import SimulatorSettings
 
 CUSTOM_ID = re.compile(r"[a-zA-Z0-9_-]{1,64}")
+MAX_ID_CHARS = 64
 _Unit = Annotated[float, msgspec.Meta(ge=0, le=1)]
 _BLOCK_TYPES = frozenset(
     (
@@ -132,6 +134,12 @@ class BatchRequest(_Strict, gc=False):
     params: msgspec.Raw
 
 
+class Owner(msgspec.Struct):
+    """What a request must have to be accepted: an id to fail under."""
+
+    custom_id: str
+
+
 class CreateBody(_Strict):
     """A create call's body, its requests still raw."""
 
@@ -140,6 +148,7 @@ class CreateBody(_Strict):
 
 _create_body = msgspec.json.Decoder(CreateBody)
 _batch_request = msgspec.json.Decoder(BatchRequest)
+_owner = msgspec.json.Decoder(Owner)
 _params = msgspec.json.Decoder(Params)
 _beta_params = msgspec.json.Decoder(BetaParams)
 _count_params = msgspec.json.Decoder(CountParams)
@@ -177,40 +186,69 @@ def batch_body(body: bytearray, settings: SimulatorSettings) -> list[msgspec.Raw
     return requests.requests
 
 
-def batch_request(raw: msgspec.Raw, position: int) -> BatchRequest:
-    """One request of the list, its ``custom_id`` checked and its params not yet read. Raises ApiError (400)."""
+def batch_request(raw: msgspec.Raw, position: int, *, strict: bool) -> tuple[str, msgspec.Raw | ApiError]:
+    """``custom_id`` and unread params of one request of the list, or what is wrong with the rest of it.
+
+    Raises ApiError (400) for a bad ``custom_id``; ``strict``, also for anything else.
+    """
+    given: msgspec.Raw | ApiError
     try:
         request = _batch_request.decode(raw)
+        custom_id, given = request.custom_id, request.params
     except msgspec.MsgspecError as error:
-        raise ApiError(400, api_message(error, f"requests.{position}")) from error
-    if CUSTOM_ID.fullmatch(request.custom_id) is None:
+        given = ApiError(400, api_message(error, ""))
+        try:
+            custom_id = _owner.decode(raw).custom_id
+        except msgspec.MsgspecError as unowned:
+            raise ApiError(400, api_message(unowned, f"requests.{position}")) from unowned
+        if strict:
+            raise ApiError(400, api_message(error, f"requests.{position}")) from error
+    if len(custom_id) > MAX_ID_CHARS:
+        raise ApiError(400, f"requests.{position}.custom_id: String should have at most {MAX_ID_CHARS} characters")
+    if CUSTOM_ID.fullmatch(custom_id) is None:
         raise ApiError(400, f"requests.{position}.custom_id: String should match pattern '^[a-zA-Z0-9_-]{{1,64}}$'")
-    return request
+    return custom_id, given
 
 
-def message_params(raw: msgspec.Raw | bytearray, *, beta: bool) -> Params:
-    """Parameters of one message, checked. Raises ApiError (400); its message starts with the field's path inside the params."""
+def message_params(raw: msgspec.Raw | bytearray, models: Catalogue, *, beta: bool) -> Params:
+    """Parameters of one message, checked. Raises ApiError, 404 for an unknown model, else 400; paths begin inside the params."""
     try:
         params = (_beta_params if beta else _params).decode(raw)
     except msgspec.MsgspecError as error:
         raise ApiError(400, api_message(error, "")) from error
-    if not params.model.startswith("claude-"):
-        raise ApiError(400, f"model: {params.model} is not a known model")
     if params.stream:
         raise ApiError(400, "stream: streaming is not supported here")
     if params.speed == "fast":
         raise ApiError(400, "speed: fast mode is not supported here")
     check_turns(params.messages)
+    model = known_model(params.model, models)
+    limit = model.get("max_tokens")
+    if isinstance(limit, int) and 0 < limit < params.max_tokens:
+        name = dated(params.model)
+        raise ApiError(400, f"max_tokens: {params.max_tokens} > {limit}, which is the maximum allowed number of output tokens for {name}")
+    thinking = (params.thinking or {}).get("type")
+    takes = ((model.get("capabilities") or {}).get("thinking") or {}).get("types") or {}
+    if not takes.get(thinking, {"supported": True})["supported"]:
+        raise ApiError(400, f"thinking.type: '{thinking}' is not supported for this model")
     return params
 
 
-def count_params(body: bytearray) -> CountParams:
-    """Parameters of a token count, checked. Raises ApiError (400)."""
+def known_model(name: str, models: Catalogue) -> dict[str, Any]:
+    """The model of this name. Raises ApiError (404) for one that is unknown or retired."""
+    model = find(models, name)
+    if model is None or model.get("lifecycle") == "retired":
+        raise ApiError(404, f"model: {name}")
+    return model
+
+
+def count_params(body: bytearray, models: Catalogue) -> CountParams:
+    """Parameters of a token count, checked. Raises ApiError, 404 for an unknown model, else 400."""
     try:
         params = _count_params.decode(body)
     except msgspec.MsgspecError as error:
         raise ApiError(400, api_message(error, "")) from error
     check_turns(params.messages)
+    known_model(params.model, models)
     return params
 
 

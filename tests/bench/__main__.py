@@ -58,7 +58,8 @@ def fresh(postgres: str | None) -> Iterator[tuple[Database, Path]]:
 def compare(sides: Sequence[str], steps: Sequence[str], rows: int, rounds: int, postgres: str | None = None) -> list[dict[str, Any]]:
     """A line for each of ``steps`` and each figure: the sides' medians, and the later sides' as multiples of the first one's."""
     runs = defaultdict[tuple[str, str], list[dict[str, float]]](list)
-    with SimulatorProcess() as simulator:
+    # the peers read results from results_url, which the API gives on its own host
+    with SimulatorProcess(results_host="") as simulator:
         for side in turns([side for side in sides if side not in PEERS or rows <= PEER_ROWS], rounds):
             with fresh(postgres) as (database, folder):
                 done = measure(side, "submit", simulator.base_url, database, folder, rows)

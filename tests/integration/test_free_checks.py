@@ -19,8 +19,7 @@ def connection_model() -> str:
 
 @pytest.fixture(scope="module")
 def simulator_settings() -> SimulatorSettings:
-    # as the real API: what is wrong with params shows in the results
-    return SimulatorSettings(params_checks="results")
+    return SimulatorSettings()
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from tests.warehouse import Warehouse, kit_for
 
 @pytest.fixture
 def warehouse(database: Database) -> Iterator[Warehouse]:
-    with Simulator() as simulator:
+    with Simulator(models={"claude-nobody-knows": {}}) as simulator:
         yield Warehouse(database.engine(), kit_for(simulator.base_url))
 
 

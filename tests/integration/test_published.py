@@ -20,7 +20,7 @@ from tests.integration.airflow_runs import run_dag
 
 @pytest.fixture(scope="module")
 def simulator_settings() -> SimulatorSettings:
-    return SimulatorSettings(input_tokens=2700, output_tokens=100)
+    return SimulatorSettings(input_tokens=2700, output_tokens=100, models={"claude-imaginary-9": {}})
 
 
 @pytest.fixture(scope="module")

@@ -50,7 +50,7 @@ TOKEN_NAMES = ("input_tokens", "output_tokens", "cache_write_5m_tokens", "cache_
 
 @pytest.fixture(scope="module")
 def sim() -> Iterator[Simulator]:
-    with Simulator(SimulatorSettings(input_tokens=2700, output_tokens=100)) as simulator:
+    with Simulator(SimulatorSettings(input_tokens=2700, output_tokens=100, models={"claude-imaginary-9": {}})) as simulator:
         yield simulator
 
 

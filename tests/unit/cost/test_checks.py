@@ -19,7 +19,7 @@ HAIKU = "claude-haiku-5-5"
 
 @pytest.fixture
 def sim() -> Iterator[Simulator]:
-    with Simulator(params_checks="results") as simulator:
+    with Simulator() as simulator:
         yield simulator
 
 

@@ -295,7 +295,8 @@ def test_what_is_no_amount_is_refused(value: Any) -> None:
 
 @pytest.fixture(scope="module")
 def kit() -> Iterator[BatchKit]:
-    with Simulator(SimulatorSettings(cache_min_tokens=1)) as sim:
+    old: dict[str, dict[str, Any]] = {"claude-opus-4-1": {}, "claude-3-haiku-20240307": {}}
+    with Simulator(SimulatorSettings(cache_min_tokens=1, models=old)) as sim:
         yield kit_for(sim.base_url)
 
 

@@ -465,7 +465,7 @@ def test_the_command_prints_its_url_writes_its_port_and_ends_with_zero(tmp_path:
     """One line on stdout, the port in the file, all flags understood, exit code 0 after SIGTERM or SIGINT."""
     file = tmp_path / "port"
     flags = ["--port-file", str(file), "--clock", "polls:1", "--key", "secret=ws", "--input-tokens", "7", "--errored", "0.5", "--once"]
-    flags += ["--fault", '{"kind": "status", "endpoint": "list", "status": 418}', "--skew-seconds", "-5", "--params-checks", "results"]
+    flags += ["--fault", '{"kind": "status", "endpoint": "list", "status": 418}', "--skew-seconds", "-5", "--strict-params"]
     with subprocess.Popen([*COMMAND, *flags], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         url = process.stdout.readline().strip()
@@ -476,6 +476,7 @@ def test_the_command_prints_its_url_writes_its_port_and_ends_with_zero(tmp_path:
         assert HTTP.get(path, headers={**HEADERS, "x-api-key": "secret"}).status_code == 200
         settings = HTTP.get(f"{url}/_sim/settings").json()
         assert (settings["clock"], settings["input_tokens"], settings["errored"], settings["once"]) == ("polls:1", 7, 0.5, True)
+        assert settings["strict_params"]
         process.send_signal(number)
         assert (process.wait(10), process.stdout.read()) == (0, "")
 

@@ -11,7 +11,7 @@ import anthropic
 import pytest
 
 from airflow_provider_batchkit.simulator import MARKERS, Simulator, answer_for, answer_in_schema
-from tests.unit.simulator.test_simulator import MODEL, client_of, create, error_of, request
+from tests.unit.simulator.test_simulator import MODEL, client_of, create, error_of, request, results
 
 #: Comes with Airflow, without types.
 jsonschema = importlib.import_module("jsonschema")
@@ -24,7 +24,7 @@ BILL_ZERO = {
 def results_of(client: anthropic.Anthropic, requests: list[Any]) -> dict[str, Any]:
     """Results of a new batch by custom_id; under the instant clock it has ended when it is asked for."""
     batch = client.messages.batches.create(requests=requests)
-    return {line.custom_id: line.result for line in client.messages.batches.results(batch.id)}
+    return {line.custom_id: line.result for line in results(client, batch.id)}
 
 
 def test_the_answer_is_the_declared_one() -> None:
@@ -77,7 +77,7 @@ def test_the_bill_is_the_sum_of_what_the_results_say() -> None:
         wanted: dict[str, dict[str, int]] = {model: dict.fromkeys(BILL_ZERO, 0) for model in models}
         american = 0
         kinds = set()
-        for line in client.messages.batches.results(batch.id):
+        for line in results(client, batch.id):
             kinds.add(line.result.type)
             if line.result.type == "succeeded":
                 usage, bill = line.result.message.usage, wanted[line.result.message.model]
@@ -175,7 +175,7 @@ def test_rates_that_strike_once_let_the_second_ask_succeed() -> None:
 @pytest.mark.parametrize(("ttl", "seconds", "other"), [("5m", 300, "1h"), ("1h", 3600, "5m")])
 def test_a_cached_prefix_is_written_until_a_batch_has_ended_and_then_read(ttl: str, seconds: int, other: str) -> None:
     """Both requests of the first batch write, those within the ttl of the last use read, one after the ttl writes again."""
-    with Simulator(cache_min_tokens=100) as simulator:
+    with Simulator(cache_min_tokens=100, cache_concurrency=None) as simulator:
         client = client_of(simulator)
         prefix = "p" * 400
         system = [{"type": "text", "text": prefix, "cache_control": {"type": "ephemeral", "ttl": ttl}}, {"type": "text", "text": "tail"}]
@@ -315,7 +315,7 @@ def test_a_request_with_a_schema_is_answered_in_it() -> None:
 def test_a_schema_that_the_api_does_not_take_is_refused(schema: Any, problem: str) -> None:
     """Open objects and bounds are refused, also deep inside, with the API's reasons."""
     config = {"format": {"type": "json_schema", "schema": schema}}
-    with Simulator() as simulator, pytest.raises(anthropic.BadRequestError) as caught:
+    with Simulator(strict_params=True) as simulator, pytest.raises(anthropic.BadRequestError) as caught:
         client_of(simulator).messages.batches.create(requests=[request("a", output_config=config)])
     assert error_of(caught)[2].startswith("requests.0.params.output_config.format.schema: ")
     assert problem in error_of(caught)[2]

@@ -6,26 +6,39 @@ from typing import Any
 
 import anthropic
 import pytest
+from anthropic.types.messages import MessageBatch
 
 from airflow_provider_batchkit.simulator import Simulator
-from tests.unit.simulator.test_simulator import client_of, error_of, request
+from tests.unit.simulator.test_simulator import client_of, error_of, request, results
 
 REFUSED: list[tuple[Any, str]] = [
     ([], "requests: List should have at least 1 item after validation, not 0"),
     ([request("a b")], "requests.0.custom_id: String should match pattern '^[a-zA-Z0-9_-]{1,64}$'"),
     ([request("")], "requests.0.custom_id: String should match pattern '^[a-zA-Z0-9_-]{1,64}$'"),
-    ([request("a" * 65)], "requests.0.custom_id: String should match pattern '^[a-zA-Z0-9_-]{1,64}$'"),
+    ([request("a" * 65)], "requests.0.custom_id: String should have at most 64 characters"),
     ([request("a\n")], "requests.0.custom_id: String should match pattern '^[a-zA-Z0-9_-]{1,64}$'"),
-    ([request("a"), request("b"), request("a")], "requests.2.custom_id: a is not unique in the batch"),
+    ([request("a"), request("b"), request("a")], "requests: custom_id's must be unique within a batch. Duplicate custom_id found: a"),
     ([{"params": {}}], "requests.0.custom_id: Field required"),
-    ([{"custom_id": "a"}], "requests.0.params: Field required"),
-    ([{**request("a"), "metadata": {}}], "requests.0.metadata: Extra inputs are not permitted"),
+    ([{"custom_id": 5, "params": {}}], "requests.0.custom_id: Expected `str`, got `int`"),
     (["a"], "requests.0: Expected `object`, got `str`"),
     ("a", "requests: Expected `array`, got `str`"),
 ]
 REFUSED_PARAMS: list[tuple[dict[str, Any], str]] = [
     ({"model": None}, "model: Field required"),
-    ({"model": "gpt-9"}, "model: gpt-9 is not a known model"),
+    ({"model": "gpt-9"}, "model: gpt-9"),
+    ({"model": "claude-does-not-exist-9"}, "model: claude-does-not-exist-9"),
+    ({"model": "anthropic/claude-haiku-5-5"}, "model: anthropic/claude-haiku-5-5"),
+    (
+        {"model": "claude-haiku-4-5", "max_tokens": 100_000},
+        "max_tokens: 100000 > 64000, which is the maximum allowed number of output tokens for claude-haiku-4-5-20251001",
+    ),
+    ({"model": "claude-opus-5", "thinking": {"type": "enabled", "budget_tokens": 2000}}, "thinking.type: 'enabled' is not supported"),
+    ({"max_token": 5}, "max_token: Extra inputs are not permitted"),
+    ({"tool_choice": {"type": "tool", "name": "t"}}, "tool_choice: Tool 't' not found in provided tools"),
+    (
+        {"output_config": {"format": {"type": "json_schema", "schema": 5}}},
+        "output_config.format.schema: Input should be a valid dictionary",
+    ),
     ({"max_tokens": None}, "max_tokens: Field required"),
     ({"max_tokens": 0}, "max_tokens: Expected `int` >= 1"),
     ({"max_tokens": "5"}, "max_tokens: Expected `int`, got `str`"),
@@ -77,18 +90,42 @@ def test_create_refuses_bad_requests(requests: Any, message: str) -> None:
 
 
 @pytest.mark.parametrize(("params", "message"), REFUSED_PARAMS)
-def test_bad_params_refuse_the_batch_or_err_in_the_results(params: dict[str, Any], message: str) -> None:
-    """By default one bad request refuses the batch and its place is named; as results, only that request is errored."""
+def test_bad_params_are_accepted_and_err_in_the_results(params: dict[str, Any], message: str) -> None:
+    """As the API does, only that request is errored, in the end; with strict_params the batch is refused and the place is named."""
     requests = [request("good"), request("bad", **params)]
-    with Simulator() as simulator:
-        assert message_of(simulator, requests) == f"requests.1.params.{message}"
-        simulator.set(params_checks="results")
+    with Simulator(strict_params=True) as simulator:
+        assert message_of(simulator, requests).startswith(f"requests.1.params.{message}")
+        simulator.set(strict_params=False)
         client = client_of(simulator)
         batch = client.messages.batches.create(requests=requests)
-        results: dict[str, Any] = {line.custom_id: line.result for line in client.messages.batches.results(batch.id)}
-        assert results["good"].type == "succeeded"
-        assert (results["bad"].error.error.type, results["bad"].error.error.message) == ("invalid_request_error", message)
+        found: dict[str, Any] = {line.custom_id: line.result for line in results(client, batch.id)}
+        assert found["good"].type == "succeeded"
+        error = found["bad"].error
+        assert error.error.message.startswith(message)
+        assert error.error.type == (
+            "not_found_error" if message.startswith("model: ") and "required" not in message else "invalid_request_error"
+        )
+        assert (error.request_id, error.error.details) == (None, {"error_visibility": "user_facing"})
+        assert client.messages.batches.retrieve(batch.id).request_counts.errored == 1
         assert simulator.stats()["bill"]["claude-haiku-5-5"]["requests"] == 1
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"custom_id": "a"}, "params: Field required"),
+        ({"custom_id": "a", "params": 5}, "Expected `object`, got `int`"),
+        ({**request("a"), "metadata": {}}, "metadata: Extra inputs are not permitted"),
+    ],
+)
+def test_a_request_that_has_an_id_is_accepted_whatever_else_it_holds(entry: Any, message: str) -> None:
+    """It fails under its id, in the end."""
+    with Simulator() as simulator:
+        client = client_of(simulator)
+        batch: Any = client.post("/v1/messages/batches", body={"requests": [entry]}, cast_to=MessageBatch)
+        (line,) = results(client, batch.id)
+        failed: Any = line.result
+        assert (line.custom_id, failed.type, failed.error.error.message) == ("a", "errored", message)
 
 
 def test_all_parameters_of_the_sdk_are_known() -> None:
@@ -110,7 +147,7 @@ def test_all_parameters_of_the_sdk_are_known() -> None:
         "stop_sequences": ["stop"],
         "stream": False,
         "system": [{"type": "text", "text": "s", "cache_control": {"type": "ephemeral", "ttl": "1h"}}],
-        "thinking": {"type": "enabled", "budget_tokens": 1024},
+        "thinking": {"type": "adaptive"},
         "tool_choice": {"type": "auto"},
         "tools": [{"name": "t", "input_schema": {"type": "object"}}],
         "user_profile_id": "p",
@@ -122,7 +159,7 @@ def test_all_parameters_of_the_sdk_are_known() -> None:
     with Simulator() as simulator:
         client = client_of(simulator)
         batch = client.messages.batches.create(requests=[{"custom_id": "a", "params": values}])  # type: ignore[typeddict-item]
-        (line,) = client.messages.batches.results(batch.id)
+        (line,) = results(client, batch.id)
         result: Any = line.result
         assert (result.type, result.message.usage.inference_geo) == ("succeeded", "us")
 
@@ -160,7 +197,8 @@ def test_a_batch_has_at_most_its_maximum_of_requests() -> None:
     "changes",
     [
         {"clock": "polls"}, {"clock": "seconds:x"}, {"clock": "seconds:9-3"}, {"clock": "soon"}, {"errored": 1.5},
-        {"errored": 0.6, "expired": 0.6}, {"max_requests": 100_001}, {"unknown": 1}, {"params_checks": "never"},
+        {"errored": 0.6, "expired": 0.6}, {"max_requests": 100_001}, {"unknown": 1}, {"rates": {"never": 0.5}},
+        {"errored": 0.6, "rates": {"credit": 0.6}},
     ],
 )  # fmt: skip
 def test_settings_that_make_no_sense_are_refused(changes: dict[str, Any]) -> None:
