@@ -89,9 +89,9 @@ def failed_keys(
     """Keys of the rows that :func:`count_failed` counts; with ``shard`` only where their last outcome is one of this shard."""
     here = [failed.c.job_id == job_id] if shard is None else [failed.c.job_id == job_id, failed.c.shard == shard]
     with engine.connect() as connection:
-        for key, *failure in _rows(connection, *here):
-            if failures.reason(Failure(*failure)) in reasons:
-                yield key
+        for row in _rows(connection, *here):
+            if failures.reason(Failure(row.status, row.error_type, row.words)) in reasons:
+                yield row.key
 
 
 def stopped_by_account(engine: Engine, job_id: str, shards: Collection[int], failures: Failures = KNOWN_FAILURES) -> str | None:
@@ -192,7 +192,7 @@ def failed_rows(
         alike = [failed.c.status == status, failed.c.error_type.is_not_distinct_from(error_type)]
         alone = sum(group[:2] == (status, error_type) for group in groups) == 1
         candidates = _rows(connection, *here, *alike, ordered=True, limit=_NAMED if alone else None)
-        keys = (key for key, *failure in candidates if failures.reason(Failure(*failure)) is reason)
+        keys = (row.key for row in candidates if failures.reason(Failure(row.status, row.error_type, row.words)) is reason)
         found.append(FailedRows(status, error_type, reason.value, words, rows, list(islice(keys, _NAMED)), reason in reasons))
         candidates.close()
     return found

@@ -180,7 +180,7 @@ def test_an_answer_that_does_not_fit_is_asked_again_only_where_that_is_wanted(
 
 def test_what_asking_again_cannot_help_is_not_asked_again(home: Path, database: Database, api: SimulatorProcess) -> None:
     """A permanent error stays, a passing one is asked until the rounds are over; the summary says which is which."""
-    fill(database, {1: "fine", 2: "bad [[sim:errored]]", 3: "poor [[sim:credit]]", 4: "late [[sim:expired]]", 5: "down [[sim:api-error]]"})
+    fill(database, {1: "fine", 2: "bad [[sim:errored]]", 3: "poor [[sim:errored]]", 4: "late [[sim:expired]]", 5: "down [[sim:api-error]]"})
     summary = Legs(max_rounds=3, include_failed=True).run()
     assert [r["rows"] for r in summary["rounds"]] == [5, 2, 2]
     assert summary["counts"] == {"succeeded": 1, "errored": 3, "expired": 1}
