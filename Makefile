@@ -29,11 +29,11 @@ help: ## this list
 
 .PHONY: demo
 demo: $(VENV)/.runtime ## 50,000 products, their descriptions and the bill, against the simulator
-	@$(BIN)/python -m airflow_provider_batchkit.simulator.demo demo $(ARGS)
+	@$(BIN)/python -m example_dags.demo demo $(ARGS)
 
 .PHONY: airflow
 airflow: $(VENV)/.runtime ## the same catalog in a real Airflow with its UI; Ctrl-C ends it
-	@$(BIN)/python -m airflow_provider_batchkit.simulator.demo airflow $(ARGS)
+	@$(BIN)/python -m example_dags.demo airflow $(ARGS)
 
 # two workers, because most tests wait for something; ARGS='-n 0' runs them in this process, for a debugger
 .PHONY: test

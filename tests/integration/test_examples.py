@@ -10,7 +10,8 @@ import pytest
 import sqlalchemy as sa
 
 from airflow_provider_batchkit.simulator import SimulatorSettings
-from airflow_provider_batchkit.simulator.demo import INPUT_TOKENS, OUTPUT_TOKENS, fill_catalog, write_reviews
+from example_dags.demo import INPUT_TOKENS, OUTPUT_TOKENS
+from example_dags.demo.catalog import fill_catalog, write_reviews
 from tests.databases import Database, rows
 from tests.integration.airflow_runs import run_source
 

@@ -270,7 +270,7 @@ def test_a_source_is_checked_when_the_dag_is_parsed(source: dict[str, Any], mess
 
 def test_the_example_lands_a_csv_in_a_table(home: Path, database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """example_dags/csv_to_table.py as it is, on the reviews that the demo writes."""
-    from airflow_provider_batchkit.simulator.demo import fill_catalog, write_reviews
+    from example_dags.demo.catalog import fill_catalog, write_reviews
 
     fill_catalog(tmp_path / "catalog.db", 3)
     write_reviews(tmp_path / "reviews.csv", tmp_path / "catalog.db")

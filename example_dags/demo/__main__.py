@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import logging
 import os
 import signal
@@ -22,25 +21,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import quote
 
-from .process import SimulatorProcess
-from .settings import SimulatorSettings
+from airflow_provider_batchkit.simulator import SimulatorProcess, SimulatorSettings
+
+from . import DAG_ID, DAGS_FOLDER, INPUT_TOKENS, OUTPUT_TOKENS
+from .catalog import fill_catalog, write_reviews
 
 PRODUCTS = 50_000
 REAL_PRODUCTS = 5
-#: what the simulator reports for every row: with claude-opus-4-8, $0.008 in a batch and $0.016 otherwise
-INPUT_TOKENS, OUTPUT_TOKENS = 2_700, 100
-DAG_ID = "catalog_enrichment"
-DAGS_FOLDER = Path("example_dags").resolve()
 FOLDER = Path(".demo").resolve()
-
-_MATERIALS = ("oak", "steel", "linen", "glass", "ceramic", "bamboo", "leather", "copper", "wool", "cork")
-_THINGS = ("desk lamp", "side table", "water bottle", "backpack", "bookshelf", "teapot", "blanket", "notebook", "chair", "planter")
-_COLORS = ("black", "white", "green", "blue", "red", "grey", "amber", "ivory")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run ``demo`` or ``airflow``; returns the process's exit code."""
-    parser = argparse.ArgumentParser(prog="python -m airflow_provider_batchkit.simulator.demo", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m example_dags.demo", description=__doc__)
     parser.add_argument(
         "what", choices=("demo", "airflow"), help="demo: one DAG run in this terminal; airflow: the Airflow UI on the same catalog"
     )
@@ -52,9 +45,6 @@ def main(argv: list[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    if not DAGS_FOLDER.is_dir():
-        print(f"No folder example_dags in {Path.cwd()}: run this in the project's folder.", file=sys.stderr)
-        return 2
     rows = args.rows or (REAL_PRODUCTS if args.real else PRODUCTS)
     catalog = FOLDER / ("catalog_real.db" if args.real else "catalog.db")
     if args.what == "demo" and not args.real:
@@ -69,37 +59,6 @@ def main(argv: list[str] | None = None) -> int:
     with SimulatorProcess(SimulatorSettings(clock="seconds:12", input_tokens=INPUT_TOKENS, output_tokens=OUTPUT_TOKENS)) as simulator:
         os.environ["AIRFLOW_CONN_ANTHROPIC_DEFAULT"] = f"anthropic://:demo-key@/?__extra__={quote(_extra(simulator.base_url))}"
         return run_demo(catalog) if args.what == "demo" else run_airflow()
-
-
-def fill_catalog(catalog: Path, rows: int) -> None:
-    """Make the SQLite catalog with ``rows`` products, unless it is there with as many."""
-    catalog.parent.mkdir(exist_ok=True)
-    with contextlib.closing(sqlite3.connect(catalog)) as connection:
-        connection.execute("CREATE TABLE IF NOT EXISTS products (sku TEXT PRIMARY KEY, name TEXT NOT NULL, attributes TEXT NOT NULL)")
-        if connection.execute("SELECT COUNT(*) FROM products").fetchone() != (rows,):
-            connection.execute("DELETE FROM products")
-            connection.executemany("INSERT INTO products VALUES (?, ?, ?)", map(_product, range(rows)))
-            connection.commit()
-    print(f"Catalog: {rows:,} products in {_relative(catalog)}")
-
-
-def write_reviews(path: Path, catalog: Path) -> None:
-    """Make the CSV file of the example DAG csv_to_table: two reviews of each of the catalog's first thousand products."""
-    with contextlib.closing(sqlite3.connect(catalog)) as connection:
-        names = [name for (name,) in connection.execute("SELECT name FROM products ORDER BY sku LIMIT 1000")]
-    with path.open("w", newline="") as file:
-        reviews = csv.writer(file)
-        reviews.writerow(["review_id", "product", "stars", "text"])
-        for number, name in enumerate(names):
-            reviews.writerow([f"R-{number:04d}-1", name, 5, f'My "{name}" arrived in two days,\nand it is as good as it looks.'])
-            reviews.writerow([f"R-{number:04d}-2", name, 2, "It broke in the first week. The refund was quick, though."])
-
-
-def _product(number: int) -> tuple[str, str, str]:
-    material = _MATERIALS[number % 10]
-    thing = _THINGS[number // 10 % 10]
-    color = _COLORS[number // 100 % 8]
-    return f"SKU-{number:06d}", f"{material.title()} {thing} no. {number}", f"color {color}, material {material}, {10 + number % 90} cm"
 
 
 def set_environment(catalog: Path) -> None:
@@ -125,7 +84,7 @@ def run_demo(catalog: Path) -> int:
     print(f"Running the DAG {DAG_ID} (submit, wait, fetch), as Airflow does:\n")
     started = time.monotonic()
     with _progress(catalog):
-        code = subprocess.run([sys.executable, "-m", "airflow_provider_batchkit.simulator.demo_run"], check=False).returncode
+        code = subprocess.run([sys.executable, "-m", "example_dags.demo.run"], check=False).returncode
     if code:
         print(f"The DAG run failed. Airflow's own log of it is in {_relative(FOLDER / 'airflow' / 'demo.log')}.", file=sys.stderr)
         return code

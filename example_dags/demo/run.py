@@ -9,7 +9,7 @@ import os
 import sys
 from pathlib import Path
 
-from .demo import DAG_ID, DAGS_FOLDER
+from . import DAG_ID, DAGS_FOLDER
 
 
 def main() -> int:
