@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 #: the keys of the summary that are published, under their own names; all are JSON and small
-PUBLISHED = ("batch_ids", "table", "rows", "counts", "unfinished", "cost_tally", "latency_s")
+PUBLISHED = ("batch_ids", "table", "rows", "counts", "cost_tally", "latency_s")
 
 
 def publish_summary(task: Any, context: Context, summary: Mapping[str, Any], batches: Iterable[BatchFigures]) -> None:
