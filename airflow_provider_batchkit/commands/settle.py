@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _settle(given: argparse.Namespace) -> int:
-    from airflow_provider_batchkit.hooks.batchkit import sql_engine
+    from airflow_provider_batchkit.hooks.sql import sql_engine
     from airflow_provider_batchkit.ledger import Ledger
 
     _find(given.sql_conn_id)

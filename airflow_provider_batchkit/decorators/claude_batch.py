@@ -12,11 +12,6 @@ from airflow_provider_batchkit.exceptions import BatchInputError
 from airflow_provider_batchkit.operators.submit import SubmitBatchOperator
 from airflow_provider_batchkit.operators.tasks import batchkit_errors
 
-try:
-    from airflow.sdk.bases.decorator import determine_kwargs
-except ImportError:  # Airflow 3.1
-    from airflow.utils.operator_helpers import determine_kwargs  # type: ignore[attr-defined]
-
 if TYPE_CHECKING:
     from airflow.providers.common.compat.sdk import Context, TaskDecorator
 
@@ -68,6 +63,10 @@ class ClaudeBatchDecoratedOperator(DecoratedOperator, SubmitBatchOperator):
         super().__init__(python_callable=python_callable, op_args=op_args, op_kwargs=op_kwargs, requests=(), **kwargs)
 
     def _go_on(self, context: Context) -> Any:
+        try:
+            from airflow.sdk.bases.decorator import determine_kwargs
+        except ImportError:  # Airflow 3.1, where this is one of the parts that a parse does not load
+            from airflow.utils.operator_helpers import determine_kwargs  # type: ignore[attr-defined]
         # in every leg: the function is the source, and is read anew as a query is
         arguments = determine_kwargs(self.python_callable, self.op_args, {**context, **self.op_kwargs})
         returned = self.python_callable(*self.op_args, **arguments)

@@ -1,37 +1,40 @@
-"""The hook: the official Anthropic connection, and on it the batch engine."""
+"""The hook: the official Anthropic connection, and on it the batch engine.
+
+Of the official provider only its public names are used. It has no public way to make an async client from a connection that is already
+read (its ``get_async_conn``, there from 1.2 on, reads parts of it synchronously). So :func:`_async_client` makes one, from the fields that
+the documentation of ``AnthropicHook`` names.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-from airflow.providers.anthropic.hooks.anthropic import AnthropicHook
-from airflow.providers.common.compat.sdk import AirflowException, BaseHook, Connection, conf
+from airflow.providers.anthropic.exceptions import AnthropicError
+from airflow.providers.anthropic.hooks.anthropic import FIRST_PARTY_PLATFORMS, AnthropicHook
+from airflow.providers.common.compat.sdk import Connection
 
-from airflow_provider_batchkit.exceptions import BatchInputError
+from airflow_provider_batchkit.hooks.settings import absence_seconds, allowed_params, configured_prices
 
 if TYPE_CHECKING:
-    from airflow.providers.anthropic.hooks.anthropic import AsyncAnthropicClient
-    from sqlalchemy.engine import Engine
+    from anthropic import Anthropic, AsyncAnthropic, WorkloadIdentityCredentials
 
-    from airflow_provider_batchkit.cost.prices import PriceBook
-    from airflow_provider_batchkit.jobs.settle import SettleTimes
     from airflow_provider_batchkit.kit import BatchKit
-    from airflow_provider_batchkit.request.failures import Failures
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _ConnectionValues:
-    """The fields of a connection that the official hook reads, resolved beforehand."""
+    """The fields of an ``anthropic`` connection."""
 
     host: str | None
     password: str | None
-    extra_dejson: dict[str, Any]
+    extra: dict[str, Any]
+
+    @property
+    def platform(self) -> str:
+        return str(self.extra.get("platform") or "anthropic").lower()
 
 
 class BatchKitHook(AnthropicHook):
@@ -56,31 +59,22 @@ class BatchKitHook(AnthropicHook):
         :raises AnthropicError: on a platform that does not serve the Message Batches API (Bedrock, Vertex, Foundry)
         """
         from airflow_provider_batchkit.kit import BatchKit
-        from airflow_provider_batchkit.request.params import parse_allowed
 
-        self._require_first_party("The Message Batches API")
-        kit = BatchKit(
-            self._first_party_conn,
-            price_book=configured_prices(),
-            allow_unknown_params=parse_allowed(conf.get("batchkit", "allow_unknown_params", fallback=None)),
-        )
+        _refuse_other_platforms(self.platform)
+        kit = BatchKit(cast("Anthropic", self.conn), price_book=configured_prices(), allow_unknown_params=allowed_params())
         kit.absence_s = absence_seconds()
         return kit
 
-    async def get_async_conn(self) -> AsyncAnthropicClient:
-        """The async client, with the connection and its extra read without blocking the event loop.
+    async def get_async_conn(self) -> AsyncAnthropic:
+        """A new async client, with the connection and its extra read without blocking the event loop. The caller closes it.
 
-        The official hook has this method from 1.2 on, and reads ``extra_dejson`` synchronously in it, which on a busy triggerer may fail
-        (common-compat's documentation of ``get_async_extra_dejson``).
-
-        :raises AnthropicError: on a platform that does not serve the Message Batches API, with an official hook older than 1.2
+        :raises AnthropicError: on a platform that does not serve the Message Batches API
         """
-        if "_connection" not in self.__dict__:
-            self.__dict__["_connection"] = await self._resolved_connection()
+        connection = await self._read_connection_async()
         # Making a client reads the CA certificates for 30 ms and may read credential files, so it is not done on the event loop.
-        return await asyncio.to_thread(self._async_client)
+        return await asyncio.to_thread(_async_client, connection)
 
-    async def _resolved_connection(self) -> _ConnectionValues:
+    async def _read_connection_async(self) -> _ConnectionValues:
         if hasattr(Connection, "aextra_dejson"):
             connection = await self.aget_connection(self.conn_id)
             return _ConnectionValues(connection.host, connection.password, await connection.aextra_dejson())
@@ -94,106 +88,39 @@ class BatchKitHook(AnthropicHook):
         connection = self.get_connection(self.conn_id)
         return _ConnectionValues(connection.host, connection.password, connection.extra_dejson)
 
-    def _async_client(self) -> AsyncAnthropicClient:
-        """The async twin of :meth:`get_conn`'s client. It is bound to no event loop before its first call."""
-        if hasattr(AnthropicHook, "get_async_conn"):
-            return asyncio.run(super().get_async_conn())  # it awaits nothing, since the connection is resolved
-        from anthropic import AsyncAnthropic, AsyncAnthropicAWS
 
-        self._require_first_party("The Message Batches API")
-        extra = self._connection.extra_dejson
-        options = dict(extra.get("anthropic_client_kwargs", {}))
-        if self.platform == "aws":
-            return self._build_aws_client(AsyncAnthropicAWS, extra.get("aws_region"), options)
-        options["base_url"] = options.get("base_url") or self._connection.host or None
-        if identity := extra.get("workload_identity"):
-            return AsyncAnthropic(credentials=self._workload_identity_credentials(identity), **options)
-        # without a key, the SDK reads its credentials from the environment
-        options["api_key"] = options.get("api_key") or self._connection.password or None
-        return AsyncAnthropic(**options)
+def _refuse_other_platforms(platform: str) -> None:
+    if platform not in FIRST_PARTY_PLATFORMS:
+        raise AnthropicError(
+            f"The Message Batches API is not available on the {platform!r} platform. Use the first-party Anthropic API "
+            "(platform='anthropic') or Claude Platform on AWS (platform='aws')."
+        )
 
 
-def configured_prices() -> PriceBook:
-    """The price book of Airflow's configuration, section ``batchkit``.
+def _async_client(connection: _ConnectionValues) -> AsyncAnthropic:
+    """The async twin of the client that ``AnthropicHook.get_conn`` makes. It is bound to no event loop before its first call."""
+    from anthropic import AsyncAnthropic, AsyncAnthropicAWS
 
-    :raises BatchInputError: for an override file that cannot be used
-    """
-    from airflow_provider_batchkit.cost.prices import PriceBook, load_price_overrides
+    _refuse_other_platforms(connection.platform)
+    options = dict(connection.extra.get("anthropic_client_kwargs") or {})
+    if connection.platform == "aws":
+        return AsyncAnthropicAWS(aws_region=connection.extra.get("aws_region"), **options)
+    options["base_url"] = options.get("base_url") or connection.host or None
+    if identity := connection.extra.get("workload_identity"):
+        return AsyncAnthropic(credentials=_credentials(identity), **options)
+    # without a key, the SDK reads its credentials from the environment
+    options["api_key"] = options.get("api_key") or connection.password or None
+    return AsyncAnthropic(**options)
 
-    path = conf.get("batchkit", "price_overrides", fallback=None)
-    if path and not Path(path).is_absolute():
-        raise BatchInputError(f"[batchkit] price_overrides must be an absolute path, not {path!r}. Nothing was sent or written.")
-    return PriceBook(
-        load_price_overrides(path) if path else None,
-        live=conf.getboolean("batchkit", "live_prices", fallback=False),
-        live_url=conf.get("batchkit", "live_prices_url", fallback=None) or None,
+
+def _credentials(identity: dict[str, Any]) -> WorkloadIdentityCredentials:
+    from anthropic import IdentityTokenFile, WorkloadIdentityCredentials
+
+    missing = [name for name in ("identity_token_file", "federation_rule_id", "organization_id") if not identity.get(name)]
+    if missing:
+        raise AnthropicError(f"The workload_identity configuration lacks {', '.join(missing)}.")
+    names = ("federation_rule_id", "organization_id", "service_account_id", "workspace_id", "scope")
+    return WorkloadIdentityCredentials(
+        identity_token_provider=IdentityTokenFile(identity["identity_token_file"]),
+        **{name: identity[name] for name in names if identity.get(name)},
     )
-
-
-def configured_failures() -> Failures:
-    """What says which failures pass, with the patterns of Airflow's configuration.
-
-    :raises BatchInputError: for a pattern that is not valid
-    """
-    from airflow_provider_batchkit.request.failures import Failures
-
-    return Failures.parse(conf.get("batchkit", "passing_errors", fallback=None))
-
-
-def absence_seconds() -> float:
-    """How long a batch that answers 404 is looked at again before it is called gone, in this deployment."""
-    from airflow_provider_batchkit.api.polling import ABSENCE_S
-
-    found: float = conf.getfloat("batchkit", "absence_seconds", fallback=ABSENCE_S)
-    return found
-
-
-def settle_times(settle_seconds: float | None = None) -> SettleTimes:
-    """How long a batch that a killed attempt may have sent is looked for, in this deployment.
-
-    :param settle_seconds: of the task; its default where it has none
-    """
-    from airflow_provider_batchkit.jobs.settle import DEFAULT_TIMES, SettleTimes
-
-    settle_s = DEFAULT_TIMES.settle_s if settle_seconds is None else float(settle_seconds)
-    return SettleTimes(settle_s, absence_seconds())
-
-
-#: what to install for a connection type whose hook is missing
-_EXTRAS = {"postgres": "postgres", "sqlite": "sqlite"}
-
-
-@contextmanager
-def sql_engine(conn_id: str) -> Iterator[Engine]:
-    """A SQLAlchemy engine of a SQL connection. It keeps one connection open between uses, and looks whether that still lives before it
-    is used again; at the end all are closed.
-
-    :raises BatchInputError: when the connection is not of a SQL database, or the provider of its type is not installed
-    """
-    from airflow.providers.common.sql.hooks.sql import DbApiHook
-    from sqlalchemy.pool import QueuePool
-
-    from airflow_provider_batchkit.ledger import prepare_engine
-
-    hook = _hook_of(BaseHook.get_connection(conn_id))
-    if not isinstance(hook, DbApiHook):
-        raise BatchInputError(f"The connection {conn_id!r} is a {type(hook).__name__}, not a SQL database. Nothing was sent.")
-    engine = prepare_engine(hook.get_sqlalchemy_engine({"poolclass": QueuePool, "pool_size": 1, "pool_pre_ping": True}))
-    try:
-        yield engine
-    finally:
-        engine.dispose()
-
-
-def _hook_of(connection: Connection) -> Any:
-    try:
-        return connection.get_hook()
-    except AirflowException as e:
-        if not str(e).startswith("Unknown hook type"):
-            raise
-        kind = connection.conn_type
-        package = f"airflow-provider-batchkit[{_EXTRAS[kind]}]" if kind in _EXTRAS else f"apache-airflow-providers-{kind}"
-        raise BatchInputError(
-            f"The connection {connection.conn_id!r} is of type {kind!r}, and no installed provider has a hook for it. Install "
-            f"{'it' if kind in _EXTRAS else 'its provider, for most types'} with: pip install '{package}'. Nothing was sent."
-        ) from e

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from airflow.providers.common.compat.sdk import AirflowFailException, BaseOperator
 
 from airflow_provider_batchkit.exceptions import BatchInputError, BatchKitError, ErrorRateError
-from airflow_provider_batchkit.hooks.batchkit import BatchKitHook, settle_times, sql_engine
+from airflow_provider_batchkit.hooks.settings import DEFAULT_CONN_ID, settle_times
+from airflow_provider_batchkit.hooks.sql import sql_engine
 from airflow_provider_batchkit.lineage import BatchLineage
 from airflow_provider_batchkit.links import ConsoleLink, push_console_link
 from airflow_provider_batchkit.model import RequestStatus
 from airflow_provider_batchkit.operators.metrics import count_landed
 from airflow_provider_batchkit.operators.publish import publish_summary
-from airflow_provider_batchkit.operators.tasks import Leg, as_batch_ids, batchkit_errors, unseen_of, wait_for, waited
+from airflow_provider_batchkit.operators.tasks import Leg, OnConnection, as_batch_ids, batchkit_errors, unseen_of, wait_for, waited
 
 if TYPE_CHECKING:
     from airflow.providers.common.compat.sdk import Context
@@ -33,11 +33,10 @@ def refuse_replace(what: str, write_disposition: str) -> None:
         )
 
 
-class LandingOperator(BatchLineage, BaseOperator):
+class LandingOperator(OnConnection, BatchLineage, BaseOperator):
     """The parameters of every task that writes results to a table, checked, and what it does with them."""
 
     table: Any
-    hook: Any
     _leg: Leg
 
     def __init__(
@@ -150,7 +149,7 @@ class FetchBatchOperator(LandingOperator):
         *,
         batch_id: Any,
         table: str,
-        anthropic_conn_id: str = BatchKitHook.default_conn_name,
+        anthropic_conn_id: str = DEFAULT_CONN_ID,
         sql_conn_id: str,
         **kwargs: Any,
     ) -> None:
@@ -159,10 +158,6 @@ class FetchBatchOperator(LandingOperator):
         self.table = table
         self.anthropic_conn_id = anthropic_conn_id
         self.sql_conn_id = sql_conn_id
-
-    @cached_property
-    def hook(self) -> BatchKitHook:
-        return BatchKitHook(self.anthropic_conn_id)
 
     def execute(self, context: Context) -> dict[str, Any]:
         self._leg = Leg.first()

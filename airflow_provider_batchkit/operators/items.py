@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from airflow_provider_batchkit.hooks.batchkit import sql_engine
+from airflow_provider_batchkit.hooks.sql import sql_engine
 
 if TYPE_CHECKING:
     from airflow_provider_batchkit.source.rows import Items, Rows

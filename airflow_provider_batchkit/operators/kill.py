@@ -1,27 +1,56 @@
-"""What the operators and the sensor do when a task with ``cancel_on_kill`` is killed."""
+"""What the operators and the sensor do when a task with ``cancel_on_kill`` is killed.
+
+Airflow calls ``on_kill`` in the signal handler of the thread that runs the task, and this module is all that the handler uses. The thread
+may have been interrupted within an import: the module is then half made for the thread itself, and locked for every other one. So nothing
+may be left to import: this module is loaded when the DAG is parsed, and :func:`prepare` loads what it calls before there is anything to
+cancel.
+"""
 
 from __future__ import annotations
 
 import logging
 import threading
 from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from airflow_provider_batchkit.api.cancel import TOTAL_S
-from airflow_provider_batchkit.hooks.batchkit import BatchKitHook, sql_engine
+from airflow_provider_batchkit.hooks.sql import sql_engine
+from airflow_provider_batchkit.operators.tasks import job_of
+
+if TYPE_CHECKING:
+    from airflow.providers.common.compat.sdk import Context
+
+    from airflow_provider_batchkit.ledger import JobRecord, Ledger
 
 log = logging.getLogger(__name__)
 
 #: seconds for everything: the batches' own bound, and some for connections and the ledger
 _BOUND_S = TOTAL_S + 5.0
+#: What canceling loads. The last is a part of the API's client, which loads it at the first call otherwise.
+_NEEDED = (
+    "airflow_provider_batchkit.hooks.batchkit",
+    "airflow_provider_batchkit.kit",
+    "airflow_provider_batchkit.ledger",
+    "anthropic.resources.messages",
+)
 
 
-def cancel_batches_of(hook: BatchKitHook, batch_ids: Callable[[], Sequence[str]]) -> None:
+def prepare(task: Any) -> None:
+    """Load what canceling needs, where the task may have to cancel. To be called before the task knows a batch of its own."""
+    if task.cancel_on_kill:
+        for name in _NEEDED:
+            import_module(name)
+
+
+def cancel_batches_of(task: Any, batch_ids: Callable[[], Sequence[str]]) -> None:
     """Cancel the batches of a task that is being killed. Raises nothing and returns in bounded time.
 
-    Airflow calls ``on_kill`` in the signal handler of the thread that runs the task. A lock that this thread held when it was interrupted
-    (the ledger's on SQLite, Airflow's channel to the supervisor, the HTTP client's pool) is not released before the handler returns. So
-    the work is done in a thread of its own, which is waited for only so long.
+    A lock that the handler's thread held when it was interrupted (the ledger's on SQLite, Airflow's channel to the supervisor, the HTTP
+    client's pool, a module's) is not released before the handler returns. So the work is done in a thread of its own, which is waited for
+    only so long.
 
+    :param task: has a ``hook``
     :param batch_ids: gives the batches; called in that thread
     """
 
@@ -29,7 +58,7 @@ def cancel_batches_of(hook: BatchKitHook, batch_ids: Callable[[], Sequence[str]]
         try:
             found = batch_ids()
             if found:
-                hook.kit.cancel_all(found)
+                task.hook.kit.cancel_all(found)
         except Exception as e:  # noqa: BLE001 - a kill handler that raises breaks off what it interrupted, at any line
             log.warning(
                 "The task was killed and cancel_on_kill is set, but its batches could not be canceled: %s. They run on and are billed; "
@@ -43,6 +72,28 @@ def cancel_batches_of(hook: BatchKitHook, batch_ids: Callable[[], Sequence[str]]
     thread.join(_BOUND_S)
     if thread.is_alive():
         log.warning("The batches of the killed task could not be canceled within %.0f s: those left run on and are billed.", _BOUND_S)
+
+
+class OwnsBatches:
+    """A task that sends the batches of a job, and cancels them when it is killed and ``cancel_on_kill`` is set."""
+
+    cancel_on_kill: bool
+    sql_conn_id: str
+    _job_id: str | None = None
+    #: What is being sent is to stop, since what was sent is canceled.
+    _killed = False
+
+    def _identify(self, context: Context, ledger: Ledger) -> JobRecord:
+        """The task's job. From here on a kill may have something to cancel."""
+        prepare(self)
+        job = job_of(context, ledger)
+        self._job_id = job.job_id
+        return job
+
+    def on_kill(self) -> None:
+        if self.cancel_on_kill and self._job_id is not None:
+            self._killed = True
+            cancel_batches_of(self, running_batches(self.sql_conn_id, self._job_id))
 
 
 def running_batches(sql_conn_id: str, job_id: str) -> Callable[[], list[str]]:

@@ -21,7 +21,7 @@ from airflow_provider_batchkit.exceptions import (
     PollError,
     ReplaceRefusedError,
 )
-from airflow_provider_batchkit.hooks.batchkit import sql_engine
+from airflow_provider_batchkit.hooks.sql import sql_engine
 from airflow_provider_batchkit.jobs.rounds import Round, parse_rounds
 from airflow_provider_batchkit.links import push_console_link
 from airflow_provider_batchkit.model import ANSWERED
@@ -29,7 +29,7 @@ from airflow_provider_batchkit.operators.fetch import LandingOperator, refuse_re
 from airflow_provider_batchkit.operators.metrics import count_landed
 from airflow_provider_batchkit.operators.publish import publish_summary
 from airflow_provider_batchkit.operators.submit import SubmitBatchOperator
-from airflow_provider_batchkit.operators.tasks import Leg, attempt_began, batchkit_errors, job_of, wait_for, waited
+from airflow_provider_batchkit.operators.tasks import Leg, attempt_began, batchkit_errors, wait_for, waited
 from airflow_provider_batchkit.request.failures import ADVICE, Reason
 
 if TYPE_CHECKING:
@@ -144,8 +144,7 @@ class RunBatchOperator(SubmitBatchOperator, LandingOperator):
         with sql_engine(self.sql_conn_id) as engine:
             ledger = Ledger(engine)
             ledger.ensure()
-            self._job_id = job_of(context, ledger).job_id
-            job = _Job(ledger, self._job_id)
+            job = _Job(ledger, self._identify(context, ledger).job_id)
             self._landed_before = job.landed()
             yield job
 

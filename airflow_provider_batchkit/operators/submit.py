@@ -12,19 +12,21 @@ from airflow.providers.common.compat.sdk import AirflowSkipException, BaseOperat
 
 from airflow_provider_batchkit.cost.budget import Budget
 from airflow_provider_batchkit.exceptions import BatchInputError, BatchKitError, BudgetExceededError
-from airflow_provider_batchkit.hooks.batchkit import BatchKitHook, configured_failures, settle_times, sql_engine
+from airflow_provider_batchkit.hooks.settings import DEFAULT_CONN_ID, configured_failures, settle_times
+from airflow_provider_batchkit.hooks.sql import sql_engine
 from airflow_provider_batchkit.jobs.rounds import Round
 from airflow_provider_batchkit.lineage import BatchLineage
 from airflow_provider_batchkit.links import ConsoleLink, push_console_link
 from airflow_provider_batchkit.model import MAX_BYTES_PER_BATCH, MAX_REQUESTS_PER_BATCH, parse_usd
 from airflow_provider_batchkit.operators.items import items_of
+from airflow_provider_batchkit.operators.kill import OwnsBatches
 from airflow_provider_batchkit.operators.metrics import count_submitted
 from airflow_provider_batchkit.operators.tasks import (
     Leg,
+    OnConnection,
     as_batch_ids,
     attempt_id_of,
     batchkit_errors,
-    job_of,
     own_params,
     wait_for,
     waited,
@@ -43,7 +45,7 @@ if TYPE_CHECKING:
     from airflow_provider_batchkit.source.types import KeyTypes
 
 
-class SubmitBatchOperator(BatchLineage, BaseOperator):
+class SubmitBatchOperator(OwnsBatches, OnConnection, BatchLineage, BaseOperator):
     """Ask Claude about every row of a source, as message batches at half price. Returns the list of batch ids.
 
     Every request is journaled in the ``batchkit_*`` tables of ``sql_conn_id`` before it is sent, so a retry, a cleared task or a killed
@@ -135,7 +137,7 @@ class SubmitBatchOperator(BatchLineage, BaseOperator):
         max_tokens: int | None = None,
         params: Mapping[str, Any] | None = None,
         output_schema: Any = None,
-        anthropic_conn_id: str = BatchKitHook.default_conn_name,
+        anthropic_conn_id: str = DEFAULT_CONN_ID,
         sql_conn_id: str,
         source_conn_id: str | None = None,
         parameters: Any = None,
@@ -186,9 +188,6 @@ class SubmitBatchOperator(BatchLineage, BaseOperator):
         self.skip_unchanged = skip_unchanged
         self.settle_seconds = settle_seconds
         self.cancel_on_kill = cancel_on_kill
-        self._job_id: str | None = None
-        #: what is being sent is to stop, since what was sent is canceled
-        self._killed = False
         self._leg = Leg.first()
         self.only_failed_of = only_failed_of
         # a task's output may turn out to be None, which must not mean "ask all rows"
@@ -225,10 +224,6 @@ class SubmitBatchOperator(BatchLineage, BaseOperator):
             raise BatchInputError(f"Task {self.task_id}: prime_cache needs cache_system: without it nothing is written to the cache.")
         if self.on_empty not in ("skip", "succeed", "fail"):
             raise BatchInputError(f"Task {self.task_id}: on_empty must be 'skip', 'succeed' or 'fail', not {self.on_empty!r}.")
-
-    @cached_property
-    def hook(self) -> BatchKitHook:
-        return BatchKitHook(self.anthropic_conn_id)
 
     def execute(self, context: Context) -> Any:
         self._leg = Leg.first()
@@ -336,8 +331,7 @@ class SubmitBatchOperator(BatchLineage, BaseOperator):
 
         if not self.is_dry_run or ledger.exists():
             ledger.ensure()
-        job = job_of(context, ledger)
-        self._job_id = job.job_id
+        job = self._identify(context, ledger)
         attempt = Attempt(
             self.hook.kit,
             ledger,
@@ -426,13 +420,6 @@ class SubmitBatchOperator(BatchLineage, BaseOperator):
             overrides=asking.overrides,
         )
         return builder.pieces(items, types.see)
-
-    def on_kill(self) -> None:
-        if self.cancel_on_kill and self._job_id is not None:
-            self._killed = True
-            from airflow_provider_batchkit.operators.kill import cancel_batches_of, running_batches
-
-            cancel_batches_of(self.hook, running_batches(self.sql_conn_id, self._job_id))
 
     def _nothing_to_ask(self, report: SubmitReport) -> list[str]:
         if report.unchanged:

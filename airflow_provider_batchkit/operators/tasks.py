@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from airflow.providers.common.compat.sdk import AirflowException, AirflowFailException
@@ -20,7 +21,20 @@ from airflow_provider_batchkit.jobs.waiting import WaitFor
 if TYPE_CHECKING:
     from airflow.providers.common.compat.sdk import Context
 
+    from airflow_provider_batchkit.hooks.batchkit import BatchKitHook
     from airflow_provider_batchkit.ledger import JobRecord, Ledger
+
+
+class OnConnection:
+    """A task that calls the API over an Airflow connection. It loads the hook, and with it the API's client, when it first needs it."""
+
+    anthropic_conn_id: str
+
+    @cached_property
+    def hook(self) -> BatchKitHook:
+        from airflow_provider_batchkit.hooks.batchkit import BatchKitHook
+
+        return BatchKitHook(self.anthropic_conn_id)
 
 
 @contextmanager

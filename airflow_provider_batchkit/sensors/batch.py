@@ -18,9 +18,10 @@ from airflow.providers.common.compat.sdk import (
 
 from airflow_provider_batchkit.api.polling import Decision, Ended, GaveUp, PollState, Wait, validate_event
 from airflow_provider_batchkit.exceptions import BatchInputError
-from airflow_provider_batchkit.hooks.batchkit import BatchKitHook, absence_seconds
+from airflow_provider_batchkit.hooks.settings import DEFAULT_CONN_ID, absence_seconds
 from airflow_provider_batchkit.links import ConsoleLink, push_console_link
-from airflow_provider_batchkit.operators.tasks import as_batch_ids, batchkit_errors
+from airflow_provider_batchkit.operators import kill
+from airflow_provider_batchkit.operators.tasks import OnConnection, as_batch_ids, batchkit_errors
 
 if TYPE_CHECKING:
     from airflow.providers.common.compat.sdk import Context
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 _GRACE_S = 300.0
 
 
-class BatchSensor(BaseSensorOperator):
+class BatchSensor(OnConnection, BaseSensorOperator):
     """Wait until every batch has ended. Returns the requests per status that the API reports.
 
     A batch that ended with errors is still a success here: what became of each row is the fetch's matter. One that answers 404 is looked
@@ -52,7 +53,7 @@ class BatchSensor(BaseSensorOperator):
         self,
         *,
         batch_id: Any,
-        anthropic_conn_id: str = BatchKitHook.default_conn_name,
+        anthropic_conn_id: str = DEFAULT_CONN_ID,
         deferrable: bool = True,
         cancel_on_kill: bool = False,
         **kwargs: Any,
@@ -62,10 +63,6 @@ class BatchSensor(BaseSensorOperator):
         self.anthropic_conn_id = anthropic_conn_id
         self.deferrable = deferrable
         self.cancel_on_kill = cancel_on_kill
-
-    @cached_property
-    def hook(self) -> BatchKitHook:
-        return BatchKitHook(self.anthropic_conn_id)
 
     @cached_property
     def _state(self) -> PollState:
@@ -95,6 +92,7 @@ class BatchSensor(BaseSensorOperator):
         return self._state.decide(time.monotonic())
 
     def execute(self, context: Context) -> Any:
+        kill.prepare(self)
         if not self.deferrable:
             return super().execute(context)
         try:
@@ -134,9 +132,7 @@ class BatchSensor(BaseSensorOperator):
     def on_kill(self) -> None:
         batch_ids = self._known_ids() if self.cancel_on_kill else []
         if batch_ids:
-            from airflow_provider_batchkit.operators.kill import cancel_batches_of
-
-            cancel_batches_of(self.hook, lambda: batch_ids)
+            kill.cancel_batches_of(self, lambda: batch_ids)
 
     def _known_ids(self) -> list[str]:
         """The batches, without a call; none before the templates are rendered, or where the task before has pushed nothing."""

@@ -11,7 +11,8 @@ from airflow.triggers.base import BaseTrigger, TriggerEvent
 
 from airflow_provider_batchkit.api.polling import Ended, GaveUp, PollState, TimedOut
 from airflow_provider_batchkit.exceptions import PollError
-from airflow_provider_batchkit.hooks.batchkit import BatchKitHook, absence_seconds
+from airflow_provider_batchkit.hooks.batchkit import BatchKitHook
+from airflow_provider_batchkit.hooks.settings import absence_seconds
 from airflow_provider_batchkit.triggers.poller import ended
 
 if TYPE_CHECKING:

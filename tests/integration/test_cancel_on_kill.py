@@ -323,6 +323,62 @@ def test_a_kill_handler_that_need_not_act_imports_nothing(airflow_db: Path) -> N
     assert len(found) == 7 and {name: modules for name, modules in found.items() if modules} == {}
 
 
+KILLED = """
+import json, sys, threading
+from airflow.providers.common.compat.sdk import TaskDeferred
+from airflow_provider_batchkit.operators.batch import RunBatchOperator, SubmitBatchOperator
+from airflow_provider_batchkit.sensors.batch import BatchSensor
+
+who, batch_id = sys.argv[1:]
+asked = {"task_id": "task", "requests": ["a"], "max_tokens": 9, "sql_conn_id": "warehouse", "cancel_on_kill": True}
+match who:
+    case "submit":
+        task = SubmitBatchOperator(**asked)
+    case "run":
+        task = RunBatchOperator(**asked, table="t")
+    case _:
+        task = BatchSensor(task_id="task", batch_id=[batch_id], cancel_on_kill=True)
+task.requests = ["a"]
+ti = type("TI", (), {"dag_id": "d", "run_id": "r", "task_id": "task", "map_index": -1, "xcom_push": lambda *_, **__: None})()
+if who != "sensor that has not begun":
+    try:
+        task.execute({"ti": ti})
+    except TaskDeferred:
+        pass
+imported = []
+
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        imported.append((threading.current_thread() is threading.main_thread(), name))
+
+
+sys.meta_path.insert(0, Finder())
+task.on_kill()
+print(json.dumps(imported))
+"""
+
+
+@pytest.mark.parametrize("who", ["submit", "run", "sensor", "sensor that has not begun"])
+def test_a_kill_handler_that_acts_finds_everything_loaded(airflow_db: Path, sim: Simulator, who: str) -> None:
+    """A handler may interrupt an import, so a task loads what it needs before it has anything to cancel.
+
+    What a sensor lacks that is killed before it has begun, and the little that the SDK loads with its first call, is imported in the thread
+    that cancels, never in the interrupted one.
+    """
+    batch_id = BatchKitHook().kit.submit(["question"], max_tokens=9, model="claude-haiku-5-5")[0] if "sensor" in who else "none"
+    result = subprocess.run(
+        [sys.executable, "-c", KILLED, who, batch_id], cwd=ROOT, capture_output=True, text=True, check=False, timeout=300
+    )
+    assert result.returncode == 0, result.stderr
+    imported: list[tuple[bool, str]] = json.loads(result.stdout.splitlines()[-1])
+    assert [name for in_handler, name in imported if in_handler] == []
+    if who != "sensor that has not begun":
+        late = {name.partition(".")[0] for _, name in imported}
+        assert late & {"airflow", "airflow_provider_batchkit", "anthropic", "sqlalchemy"} == set()
+    assert list(status(sim).values()) == ["canceling"]
+
+
 def test_the_kit_reports_what_became_of_each_batch(sim: Simulator) -> None:
     """One entry a batch, in the order given, each once."""
     from airflow_provider_batchkit.api.cancel import Cancellation, Fate

@@ -12,7 +12,7 @@ import pytest
 from airflow.providers.common.compat.sdk import Stats
 
 from airflow_provider_batchkit.exceptions import BatchInputError
-from airflow_provider_batchkit.hooks.batchkit import configured_prices
+from airflow_provider_batchkit.hooks.settings import configured_prices
 from airflow_provider_batchkit.simulator import SimulatorProcess, SimulatorSettings
 from tests.databases import Database
 from tests.integration.airflow_runs import run_dag

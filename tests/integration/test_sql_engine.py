@@ -11,7 +11,7 @@ import pytest
 import sqlalchemy as sa
 
 from airflow_provider_batchkit.exceptions import BatchInputError
-from airflow_provider_batchkit.hooks.batchkit import sql_engine
+from airflow_provider_batchkit.hooks.sql import sql_engine
 from tests.databases import Database
 
 

@@ -1,0 +1,74 @@
+"""What a deployment decides: the section ``batchkit`` of Airflow's configuration, as values that the stages take.
+
+Operators import this module when a DAG file is parsed, so what the values are made of is imported where it is needed.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from airflow.providers.common.compat.sdk import conf
+
+from airflow_provider_batchkit.exceptions import BatchInputError
+
+if TYPE_CHECKING:
+    from airflow_provider_batchkit.cost.prices import PriceBook
+    from airflow_provider_batchkit.jobs.settle import SettleTimes
+    from airflow_provider_batchkit.request.failures import Failures
+
+#: The connection that a task uses when it names none. It is the official hook's own default, whose module loads the API's client.
+DEFAULT_CONN_ID = "anthropic_default"
+
+
+def configured_prices() -> PriceBook:
+    """The price book of Airflow's configuration, section ``batchkit``.
+
+    :raises BatchInputError: for an override file that cannot be used
+    """
+    from airflow_provider_batchkit.cost.prices import PriceBook, load_price_overrides
+
+    path = conf.get("batchkit", "price_overrides", fallback=None)
+    if path and not Path(path).is_absolute():
+        raise BatchInputError(f"[batchkit] price_overrides must be an absolute path, not {path!r}. Nothing was sent or written.")
+    return PriceBook(
+        load_price_overrides(path) if path else None,
+        live=conf.getboolean("batchkit", "live_prices", fallback=False),
+        live_url=conf.get("batchkit", "live_prices_url", fallback=None) or None,
+    )
+
+
+def allowed_params() -> bool | list[str]:
+    """Parameters of a request that are sent although the installed SDK does not know them; True for all of them."""
+    from airflow_provider_batchkit.request.params import parse_allowed
+
+    return parse_allowed(conf.get("batchkit", "allow_unknown_params", fallback=None))
+
+
+def configured_failures() -> Failures:
+    """What says which failures pass, with the patterns of Airflow's configuration.
+
+    :raises BatchInputError: for a pattern that is not valid
+    """
+    from airflow_provider_batchkit.request.failures import Failures
+
+    return Failures.parse(conf.get("batchkit", "passing_errors", fallback=None))
+
+
+def absence_seconds() -> float:
+    """How long a batch that answers 404 is looked at again before it is called gone, in this deployment."""
+    from airflow_provider_batchkit.api.polling import ABSENCE_S
+
+    found: float = conf.getfloat("batchkit", "absence_seconds", fallback=ABSENCE_S)
+    return found
+
+
+def settle_times(settle_seconds: float | None = None) -> SettleTimes:
+    """How long a batch that a killed attempt may have sent is looked for, in this deployment.
+
+    :param settle_seconds: of the task; its default where it has none
+    """
+    from airflow_provider_batchkit.jobs.settle import DEFAULT_TIMES, SettleTimes
+
+    settle_s = DEFAULT_TIMES.settle_s if settle_seconds is None else float(settle_seconds)
+    return SettleTimes(settle_s, absence_seconds())
