@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -39,6 +41,11 @@ AIRFLOW_SIDE = {"hooks", "operators", "sensors", "triggers", "decorators", "link
 #: The public names, looked up when they are used; and what Airflow reads of the package.
 FACE = {"", "get_provider_info"}
 MAX_LINES = 450
+#: Names with an underscore that are used and given by nobody here, and why they are no private names of another package.
+ABROAD = {
+    "_fields": "documented for every named tuple",
+    "_replace": "documented for every named tuple",
+}
 #: What a DAG file's parse must not pay for through the engine.
 HEAVY = {"airflow", "anthropic", "genai_prices", "pyarrow", "sqlalchemy"}
 
@@ -149,6 +156,78 @@ def test_the_client_side_imports_nothing_of_the_simulator() -> None:
         for module in client
         for line, target in imports(module)
         if is_ours(target) and part(target) == "simulator"
+    ]
+    assert found == []
+
+
+def distribution_of(target: str) -> str:
+    """The distribution that an imported module comes from, for the names that this package imports; "" for the standard library."""
+    root, *below = target.split(".")
+    if root in sys.stdlib_module_names or root == PACKAGE:
+        return ""
+    if below[:1] == ["providers"]:
+        return "-".join(["apache-airflow-providers", *(below[1:3] if below[1] == "common" else below[1:2])])
+    return {"airflow": "apache-airflow", "jinja2": "jinja2", "genai_prices": "genai-prices", "openlineage": "openlineage-python"}.get(
+        root, root
+    )
+
+
+def test_every_import_is_declared() -> None:
+    """What comes with something else today may be gone with its next release. What a user installs by an extra counts."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    wanted = [*project["dependencies"], *(line for name in extras.keys() - {"test", "dev", "bench"} for line in extras[name])]
+    declared = {re.split(r"[\[<>=!~; ]", line)[0] for line in wanted}
+    found = [
+        f"{module}:{line} imports {target}"
+        for module in SOURCES
+        for line, target in imports(module)
+        if distribution_of(target) not in declared | {""}
+    ]
+    assert found == []
+
+
+def names_used(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Line and name of every attribute, also of those that are named by a text."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.Attribute(attr=name, lineno=line):
+                yield line, name
+            case ast.Call(
+                func=ast.Name(id=caller) | ast.Attribute(attr=caller), args=[_, ast.Constant(value=str(name)), *_], lineno=line
+            ) if "attr" in caller:
+                yield line, name
+            case ast.Subscript(value=ast.Attribute(attr="__dict__"), slice=ast.Constant(value=str(name)), lineno=line):
+                yield line, name
+            case ast.Compare(left=ast.Constant(value=str(name)), comparators=[ast.Attribute(attr="__dict__")], lineno=line):
+                yield line, name
+
+
+def names_given(tree: ast.AST) -> Iterator[str]:
+    """Every name that a module defines or assigns to, also a part of one that it composes."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
+                yield name
+            case ast.Name(id=name, ctx=ast.Store()) | ast.Attribute(attr=name, ctx=ast.Store()):
+                yield name
+
+
+def test_no_private_name_of_another_package_is_used() -> None:
+    """Names that begin with an underscore change without notice. Whoever needs one names it in ``ABROAD``, with its reason."""
+    trees = {module: ast.parse(path.read_text(), str(path)) for module, path in SOURCES.items()}
+    known = {name for tree in trees.values() for name in names_given(tree)} | ABROAD.keys()
+    found = [
+        f"{module}:{line} {name}"
+        for module, tree in trees.items()
+        for line, name in names_used(tree)
+        if re.match("_[a-z]", name) and name not in known
+    ]
+    found += [
+        f"{module}:{line} imports {target}"
+        for module in SOURCES
+        for line, target in imports(module)
+        if not is_ours(target) and re.search(r"(^|\.)_[a-z]", target)
     ]
     assert found == []
 
