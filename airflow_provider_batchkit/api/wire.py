@@ -24,7 +24,7 @@ from airflow_provider_batchkit.model import BatchCounts, BatchSnapshot
 if TYPE_CHECKING:
     import anthropic
     import httpx2
-    from anthropic._types import RequestOptions
+    from anthropic import RequestOptions
 
 BATCHES = "/v1/messages/batches"
 COUNT_TOKENS = "/v1/messages/count_tokens"

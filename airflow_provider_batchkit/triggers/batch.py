@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 from airflow.triggers.base import BaseTrigger, TriggerEvent
 
@@ -14,9 +14,6 @@ from airflow_provider_batchkit.exceptions import PollError
 from airflow_provider_batchkit.hooks.batchkit import BatchKitHook
 from airflow_provider_batchkit.hooks.settings import absence_seconds
 from airflow_provider_batchkit.triggers.poller import ended
-
-if TYPE_CHECKING:
-    from anthropic import AsyncAnthropic
 
 #: seconds between two looks at the clock by a trigger that waits for it alone
 _CLOCK_S = 60.0
@@ -124,7 +121,7 @@ class BatchTrigger(BaseTrigger):
         from airflow_provider_batchkit.api.cancel import cancel_batches_async
 
         try:
-            client = cast("AsyncAnthropic", await BatchKitHook(self.anthropic_conn_id).get_async_conn())
+            client = await BatchKitHook(self.anthropic_conn_id).get_async_conn()
         except Exception as e:  # noqa: BLE001 - whatever it is, nothing can be canceled, and Airflow's own line would not name the batches
             self.log.warning(
                 "The task was killed and cancel_on_kill is set, but the batches %s could not be canceled: the connection %r cannot be "

@@ -11,7 +11,7 @@ import contextvars
 import logging
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from airflow_provider_batchkit.api.polling import Decision, Ended, PollState, Wait
 from airflow_provider_batchkit.exceptions import PollError
@@ -109,7 +109,7 @@ class SharedPoller:
 
     async def _client(self) -> AsyncAnthropic:
         try:
-            return cast("AsyncAnthropic", await BatchKitHook(self._conn_id).get_async_conn())
+            return await BatchKitHook(self._conn_id).get_async_conn()
         except Exception as e:
             raise PollError(
                 f"The connection {self._conn_id!r} cannot be used: {str(e) or repr(e)}. "
