@@ -90,6 +90,7 @@ _RESULTS: dict[str, _Classes] = {
     "landed_at": _TIMES,
     "content": (sa.JSON, sa.Text),
     "stop_details": (sa.JSON, sa.Text),
+    "round": _NUMBERS,
 }
 
 

@@ -12,6 +12,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -26,7 +27,7 @@ from airflow_provider_batchkit.cost.tally import TallyBuilder
 from airflow_provider_batchkit.exceptions import BatchInputError, BatchKitError, ReplaceRefusedError, WrongBatchError
 from airflow_provider_batchkit.landing.answers import AnswerReader
 from airflow_provider_batchkit.landing.report import NAMED, LandedBatch, LandingReport, log_faults, log_unfinished
-from airflow_provider_batchkit.landing.rounds import NO_LATER, Later, Overtaken, lock_jobs
+from airflow_provider_batchkit.landing.rounds import NO_OTHERS, OtherRounds, Overtaken, lock_jobs
 from airflow_provider_batchkit.landing.stage import AskedKeys, Stage, StageTables
 from airflow_provider_batchkit.landing.table import ResultTable, WriteDisposition
 from airflow_provider_batchkit.landing.write import TableWriter, prepare_connection, queue_for_table, settle_outcomes
@@ -191,7 +192,9 @@ class _Filled:
     landed: LandedBatch
     stage: StageTables
     record: BatchRecord | None
-    later: Later
+    others: OtherRounds
+    #: keys whose outcome in another round stands
+    left_out: AbstractSet[str]
     #: of the journal when it was read
     last_part: int | None
 
@@ -275,7 +278,7 @@ class _Landing:
                 columns = {column: values[column] for column in ("ended_at", "landed_at", "counts")}
                 columns |= {"landed_table": self.table.name, "source_rows": batch.landed.counts.total()}
                 self.ledger.landed(connection, batch.record, batch.landed.tally, columns)
-                settle_outcomes(connection, batch.stage, batch.record)
+                settle_outcomes(connection, batch.stage, batch.record, batch.left_out)
         if self.disposition is WriteDisposition.REPLACE:
             writer.empty()
         for batch in filled:
@@ -309,7 +312,7 @@ class _Landing:
         for batch in filled:
             if batch.record is None:
                 continue
-            batch.later.check(connection, batch.record)
+            batch.others.check(connection, batch.record)
             if journal.last_part(connection, batch.record.job_id, batch.record.shard) != batch.last_part:
                 raise Overtaken(f"Rows were added to {batch.record} while its results were read.")
 
@@ -320,11 +323,11 @@ class _Landing:
         started = time.monotonic()
         last_part = None if record is None else self.ledger.last_part(record)
         keys = None if record is None else AskedKeys(self.ledger.rows_of(record))
-        later = NO_LATER
+        others = NO_OTHERS
         if record is not None and keys is not None:
             with self.ledger.engine.connect() as reading:
-                later = Later.of(reading, record, together, keys)
-        stage = Stage(connection, self.table, keys, later.keys, portable=self.portable)
+                others = OtherRounds.of(reading, record, together, keys)
+        stage = Stage(connection, self.table, keys, others.ranks, portable=self.portable)
         answers = None if self.table.schema is None else AnswerReader(self.table.schema)
         tally = TallyBuilder(self.price_book, snapshot.created_at)
         reconciler = Reconciler(None if keys is None else keys.billed)
@@ -359,7 +362,7 @@ class _Landing:
         first = record is None or record.state is not BatchState.LANDED
         read_s = time.monotonic() - started
         landed = LandedBatch(snapshot, stage.counts, stage.unfinished, tally.tally(), reconciler.faults, names, rows, first, read_s)
-        return _Filled(landed, stage.tables, record, later, last_part)
+        return _Filled(landed, stage.tables, record, others, stage.left_out, last_part)
 
 
 def _values(landed: LandedBatch, now: datetime) -> dict[str, object]:

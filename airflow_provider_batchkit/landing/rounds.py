@@ -1,10 +1,16 @@
-"""A key that was asked in several rounds of its job has one outcome and one row: those of the last round, in whatever order they land."""
+"""A key that was asked in several rounds of its job has one outcome and one row: the best, and of equals the latest.
+
+:func:`~airflow_provider_batchkit.model.outcome_rank` is the order. The ledger holds the outcome that stands, in the row of the batch that
+gave it, so batches that land again in any order come to the same.
+"""
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
@@ -15,39 +21,54 @@ from airflow_provider_batchkit.ledger.bulk import bulk_loader
 from airflow_provider_batchkit.ledger.records import BatchRecord
 from airflow_provider_batchkit.ledger.states import BatchState
 from airflow_provider_batchkit.ledger.tables import batch, failed, job
+from airflow_provider_batchkit.model import outcome_rank
 
 
 class Overtaken(Exception):
     """What was staged is not what is to be landed any more."""
 
 
-@dataclass(frozen=True, slots=True)
-class Later:
-    """What later rounds of its job have asked again of a batch's rows: their outcomes stand."""
+#: the rank of an outcome that stands whatever else comes
+_STANDS = -1
 
-    #: the later rounds' batches
-    shards: frozenset[int]
-    keys: frozenset[str]
+
+@dataclass(frozen=True, slots=True)
+class OtherRounds:
+    """What a batch's rows have come to in other rounds of its job."""
+
+    #: the batches of later rounds that have landed
+    later: frozenset[int]
+    #: by key, the rank of the outcome that stands; a worse one from this batch is left out
+    ranks: Mapping[str, int]
 
     @classmethod
-    def of(cls, connection: Connection, record: BatchRecord, together: Iterable[BatchRecord], keys: AskedKeys) -> Later:
+    def of(cls, connection: Connection, record: BatchRecord, together: Iterable[BatchRecord], keys: AskedKeys) -> OtherRounds:
         """
         :param together: batches that land in the same transaction, in any order
         :param keys: of the batch
         """
         mates = {r.shard for r in together if r.job_id == record.job_id and r.round > record.round}
-        shards = frozenset(mates | _landed_later(connection, record))
-        if not shards:
-            return NO_LATER
-        asked = (entry.key for shard in sorted(shards) for entry in journal.entries(connection, record.job_id, shard))
-        return cls(shards, keys.those_of(asked))
+        later = frozenset(mates | _landed_later(connection, record))
+        ranks: dict[str, int] = {}
+        if record.round > 1:
+            earlier = sa.select(failed.c.key, failed.c.status, failed.c.error_type).where(
+                failed.c.job_id == record.job_id, failed.c.shard.in_(_earlier(record))
+            )
+            outcomes = {key: outcome_rank(status, error_type) for key, status, error_type in connection.execute(earlier)}
+            ranks = {key: outcomes[key] for key in keys.those_of(outcomes)}
+        if later:
+            own = sa.select(failed.c.key).where(failed.c.job_id == record.job_id, failed.c.shard == record.shard)
+            standing = set(connection.execute(own).scalars())
+            asked = (entry.key for shard in sorted(later) for entry in journal.entries(connection, record.job_id, shard))
+            ranks |= dict.fromkeys(keys.those_of(asked) - standing, _STANDS)
+        return cls(later, ranks)
 
     def check(self, connection: Connection, record: BatchRecord) -> None:
         """To be called when the job is locked.
 
         :raises Overtaken: when another later round has landed meanwhile
         """
-        if not _landed_later(connection, record) <= self.shards:
+        if not _landed_later(connection, record) <= self.later:
             raise Overtaken(f"A later round of asking landed while the results of {record} were read.")
 
 
@@ -65,11 +86,19 @@ def _landed_later(connection: Connection, record: BatchRecord) -> set[int]:
     return set(connection.execute(sa.select(batch.c.shard).where(landed, batch.c.round > record.round)).scalars())
 
 
-NO_LATER = Later(frozenset(), frozenset())
+NO_OTHERS = OtherRounds(frozenset(), {})
 
 
-def forget_failures(connection: Connection, record: BatchRecord) -> None:
-    """Take what earlier rounds noted of the batch's keys out of the ledger; what later ones noted stands."""
+def _earlier(record: BatchRecord) -> sa.Select[Any]:
+    """The numbers of the job's batches of earlier rounds."""
+    return sa.select(batch.c.shard).where(batch.c.job_id == record.job_id, batch.c.round < record.round)
+
+
+def forget_failures(connection: Connection, record: BatchRecord, left_out: AbstractSet[str]) -> None:
+    """Take out of the ledger what earlier rounds noted of the batch's keys and is overtaken now.
+
+    :param left_out: keys whose outcome in another round stands
+    """
     if record.round == 1:
         return
     asked = sa.Table(
@@ -81,11 +110,13 @@ def forget_failures(connection: Connection, record: BatchRecord) -> None:
     )
     asked.create(connection, checkfirst=False)
     for piece in journal.pieces(connection, record.job_id, record.shard):
+        overtaken = [entry.key for entry in piece if entry.key not in left_out]
+        if not overtaken:
+            continue
         with bulk_loader(connection, asked) as loader:
-            loader.write([[entry.key for entry in piece]])
-    earlier = sa.select(batch.c.shard).where(batch.c.job_id == record.job_id, batch.c.round < record.round)
+            loader.write([overtaken])
     again = failed.c.key.in_(sa.select(asked.c.key))
-    connection.execute(sa.delete(failed).where(failed.c.job_id == record.job_id, failed.c.shard.in_(earlier), again))
+    connection.execute(sa.delete(failed).where(failed.c.job_id == record.job_id, failed.c.shard.in_(_earlier(record)), again))
     asked.drop(connection)
 
 

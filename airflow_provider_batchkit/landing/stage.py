@@ -8,7 +8,6 @@ from __future__ import annotations
 import secrets
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, compress
@@ -25,7 +24,7 @@ from airflow_provider_batchkit.landing.table import STAGE_COLUMNS, ResultTable
 from airflow_provider_batchkit.ledger.bulk import bulk_loader
 from airflow_provider_batchkit.ledger.outcomes import digests_of, encode_succeeded
 from airflow_provider_batchkit.ledger.tables import keep_entries_plain, succeeded
-from airflow_provider_batchkit.model import UNFINISHED, RequestStatus
+from airflow_provider_batchkit.model import UNFINISHED, RequestStatus, outcome_rank
 from airflow_provider_batchkit.request.shards import IndexEntry
 
 #: of rows that share requests so many are written together, or fewer where answers are long
@@ -107,7 +106,9 @@ class AskedKeys:
 
 
 _NONE: list[str] = []
-_SUCCEEDED = RequestStatus.SUCCEEDED.value
+_SUCCEEDED, _MISSING = RequestStatus.SUCCEEDED.value, RequestStatus.MISSING.value
+#: the rank of the best outcome without an answer, and one that is worse than all
+_UNANSWERED, _NO_RANK = outcome_rank(RequestStatus.ERRORED.value, None), 1_000
 _UNFINISHED = frozenset(UNFINISHED.values())
 
 
@@ -136,13 +137,13 @@ class Stage:
         connection: Connection,
         table: ResultTable,
         keys: AskedKeys | None,
-        superseded: AbstractSet[str],
+        ranks: Mapping[str, int],
         *,
         portable: bool = False,
     ) -> None:
         """
         :param keys: None for a batch that no ledger knows, whose rows are known by ``custom_id``
-        :param superseded: keys whose rows are counted and left out
+        :param ranks: by key, the rank of an outcome that stands: rows with a worse one are counted and left out
         :param portable: use no database's own bulk path
         """
         #: rows per outcome, those that are left out included
@@ -152,7 +153,9 @@ class Stage:
         self._connection = connection
         self._result_table = table
         self._keys = keys
-        self._superseded = superseded
+        self._ranks = ranks
+        #: keys of the rows that were left out
+        self.left_out: set[str] = set()
         key_columns = table.staged_keys(connection.dialect)
         answer_columns = [(name, sa.Text() if name in table.json_names else type_) for name, type_ in table.answer_columns]
         self._no_values: Values = (None,) * len(answer_columns)
@@ -209,8 +212,8 @@ class Stage:
         final = answered and results.error_types.count(None) == len(results)
         if not final:
             self.unfinished.update([kind for kind in results.error_types if kind in _UNFINISHED])
-        if keys is not None and self._superseded and not self._superseded.isdisjoint(keys):
-            places = [place for place, key in enumerate(keys) if key not in self._superseded]
+        if keys is not None and self._ranks and not self._ranks.keys().isdisjoint(keys):
+            places = self._places_that_stand(results, keys)
             results, keys, values = results.rows(places), [keys[place] for place in places], [values[place] for place in places]
             costs = [costs[0][place] for place in places], [costs[1][place] for place in places]
             if not places:
@@ -243,6 +246,18 @@ class Stage:
                 *(self._value_of[name](results) for name, _ in self._later),
             ]
         )
+
+    def _places_that_stand(self, results: ResultBlock, keys: Sequence[str]) -> list[int]:
+        """Places of the rows whose outcome is at least as good as what another round of the job came to."""
+        places = []
+        for place, (key, status, error_type) in enumerate(zip(keys, results.statuses, results.error_types, strict=True)):
+            stands = self._ranks.get(key, _NO_RANK)
+            # a missing answer may be there and billed: a failure that costs nothing does not hide it, or the row would be paid twice
+            if stands < outcome_rank(status, error_type) and not (status == _MISSING and stands >= _UNANSWERED):
+                self.left_out.add(key)
+            else:
+                places.append(place)
+        return places
 
     _value_of: ClassVar[dict[str, Callable[[ResultBlock], Sequence[Any]]]] = {
         "content": lambda results: results.contents or [None] * len(results),

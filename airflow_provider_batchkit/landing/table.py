@@ -67,6 +67,8 @@ RESULT_COLUMNS: tuple[tuple[str, Any], ...] = (
     ("stop_details", KEPT_JSON),
     ("message_id", sa.String(100)),
     ("request_id", sa.String(100)),
+    # the asking of its job that the row is from
+    ("round", sa.Integer()),
 )
 #: columns whose values are staged as text
 _STAGED_AS_TEXT = ("cost_usd", "content", "stop_details")

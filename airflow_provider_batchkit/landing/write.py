@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Set as AbstractSet
 from datetime import datetime
 from typing import Any
 
@@ -45,10 +46,13 @@ def queue_for_table(connection: Connection, table: ResultTable) -> None:
         connection.execute(sa.select(sa.func.pg_advisory_xact_lock(sa.func.hashtextextended(name, 0))))
 
 
-def settle_outcomes(connection: Connection, stage: StageTables, record: BatchRecord) -> None:
-    """Write each source row's outcome and cost to the ledger, anew when the batch has landed before."""
+def settle_outcomes(connection: Connection, stage: StageTables, record: BatchRecord, left_out: AbstractSet[str]) -> None:
+    """Write each source row's outcome and cost to the ledger, anew when the batch has landed before.
+
+    :param left_out: keys that are not staged, since their outcome in another round stands
+    """
     outcomes.forget(connection, record.job_id, record.shard)
-    forget_failures(connection, record)
+    forget_failures(connection, record, left_out)
     batch: dict[str, Any] = {"job_id": sa.literal(record.job_id), "shard": sa.literal(record.shard)}
     packed: dict[str, Any] = {column.name: column for column in stage.succeeded.columns}
     connection.execute(sa.insert(succeeded).from_select([*batch, *packed], sa.select(*batch.values(), *packed.values())))
@@ -99,6 +103,8 @@ class TableWriter:
             "batch_id": sa.literal(batch_id, target.c.batch_id.type),
             "landed_at": sa.literal(self._landed_at, target.c.landed_at.type),
         }
+        if "round" in names:
+            staged["round"] = sa.literal(1 if record is None else record.round, target.c.round.type)
         staged.update({name: sa.cast(rows.c[name], target.c[name].type) for name in self._table.cast_names})
         wanted = sa.true() if self._include_failed else rows.c.status.in_([status.value for status in ANSWERED])
         same_key = sa.and_(*(target.c[name] == rows.c[name] for name in keys))

@@ -249,13 +249,17 @@ def outcome(engine: Engine, job_id: str, *, reasons: Collection[Reason] = WORTH_
 def _include(found: Outcome, row: sa.Row[Any]) -> None:
     counts = json.loads(row.counts)
     if not found.rounds or found.rounds[-1]["round"] != row.round:
-        found.rounds.append({"round": row.round, "batch_ids": [], "rows": 0, "requests": 0, "counts": {}})
+        found.rounds.append(
+            {"round": row.round, "batch_ids": [], "rows": 0, "requests": 0, "counts": {}, "cost_tally": CostTally().to_json()}
+        )
     round_ = found.rounds[-1]
     round_["batch_ids"].append(row.batch_id)
     round_["rows"] += row.source_rows
     round_["requests"] += row.requests
     round_["counts"] = dict(sorted((Counter(round_["counts"]) + Counter(counts)).items()))
     found.batch_ids.append(row.batch_id)
-    found.tally = found.tally + CostTally.from_json(json.loads(row.tally))
+    tally = CostTally.from_json(json.loads(row.tally))
+    round_["cost_tally"] = (CostTally.from_json(round_["cost_tally"]) + tally).to_json()
+    found.tally = found.tally + tally
     found.created_at = min(filter(None, (found.created_at, row.created_at)), default=None)
     found.ended_at = max(filter(None, (found.ended_at, row.ended_at)), default=None)

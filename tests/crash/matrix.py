@@ -31,7 +31,7 @@ from airflow.providers.common.compat.sdk import TaskDeferred
 from sqlalchemy.engine import Connection
 from uuid6 import uuid7
 
-from airflow_provider_batchkit.cost import estimate
+from airflow_provider_batchkit.cost import checks
 from airflow_provider_batchkit.ledger import Ledger
 from airflow_provider_batchkit.simulator import answer_for
 from airflow_provider_batchkit.simulator.process import RemoteControl
@@ -249,7 +249,7 @@ def main(run: Callable[[sa.Engine, RemoteControl, Path], int] | None = None) -> 
     with tempfile.TemporaryDirectory() as folder:
         simulator = RemoteControl(args.simulator)
         # one count is as good as ten here
-        estimate.SAMPLES = 1
+        checks._SAMPLES = 1
         # everything is imported once here, so that a fork starts at once
         warm = Case("warm", engine, simulator, Path(folder))
         warm.submit()

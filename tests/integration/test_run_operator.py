@@ -313,7 +313,7 @@ def test_a_first_round_that_is_landed_again_while_the_second_lands_leaves_its_ou
 ) -> None:
     """The second round lands behind the first one's back, between its look at the rounds and its lock: it is read again."""
     from airflow_provider_batchkit.landing import land
-    from airflow_provider_batchkit.landing.rounds import NO_LATER, Later
+    from airflow_provider_batchkit.landing.rounds import NO_OTHERS, OtherRounds
     from airflow_provider_batchkit.operators.batch import FetchBatchOperator
 
     fill(database, {1: "one", 2: "two [[sim:expired-once]]", 3: "three [[sim:overloaded]]"})
@@ -321,20 +321,20 @@ def test_a_first_round_that_is_landed_again_while_the_second_lands_leaves_its_ou
     summary = legs.run()
     outcomes = "SELECT key, shard, status, error_type FROM batchkit_request ORDER BY key"
     before = rows(database, outcomes), rows(database, "SELECT id, status, batch_id FROM answers ORDER BY id")
-    looks: list[Later] = []
+    looks: list[OtherRounds] = []
 
     class Late:
         @staticmethod
-        def of(*args: Any) -> Later:
-            looks.append(Later.of(*args) if looks else NO_LATER)
+        def of(*args: Any) -> OtherRounds:
+            looks.append(OtherRounds.of(*args) if looks else NO_OTHERS)
             return looks[-1]
 
-    monkeypatch.setattr(land, "Later", Late)
+    monkeypatch.setattr(land, "OtherRounds", Late)
     ti = type("TI", (), {"dag_id": "d", "run_id": "r", "task_id": "f", "map_index": -1, "xcom_push": lambda *_, **__: None})
     first = summary["batch_ids"][0]
     fetch = FetchBatchOperator(task_id="f", batch_id=first, table="answers", sql_conn_id="warehouse", include_failed=True, rewrite=True)
     fetch.execute({"ti": ti()})
-    assert len(looks) == 2 and looks[1].keys == {"[2]", "[3]"}
+    assert len(looks) == 2 and looks[1].ranks == {"[2]": -1, "[3]": -1}
     assert (rows(database, outcomes), rows(database, "SELECT id, status, batch_id FROM answers ORDER BY id")) == before
 
 
@@ -478,7 +478,7 @@ def test_rows_of_a_batch_that_is_gone_are_asked_again_only_when_the_user_says_so
     BatchKitHook().kit.delete(ids[0])
     asked = api.stats()["requests_accepted"]
     for _ in range(2):
-        with pytest.raises(AirflowFailException, match=rf"{ids[0]} was not visible .*retry_gone=True"):
+        with pytest.raises(AirflowException, match=rf"{ids[0]} was not visible .*retry_gone=True"):
             legs.run()
     assert rows(database, "SELECT id FROM answers") == [(3,)]
     assert api.stats()["requests_accepted"] == asked
@@ -502,7 +502,7 @@ def test_a_further_round_that_leaves_gone_rows_out_does_not_hide_them(home: Path
         api.end(batch_id)
     BatchKitHook().kit.delete(ids[0])
     api.set(clock="instant")
-    with pytest.raises(AirflowFailException, match="1 batches are gone before they landed, with 2 requests"):
+    with pytest.raises(AirflowException, match="1 batches are gone before they landed, with 2 requests"):
         legs.run()
     assert sorted(rows(database, "SELECT id FROM answers")) == [(3,), (4,)]
     legs.parameters["retry_gone"] = True
@@ -539,7 +539,7 @@ def test_a_replace_deletes_nothing_while_a_batch_is_gone(home: Path, database: D
         api.end(batch_id)
     BatchKitHook().kit.delete(ids[0])
     for _ in range(2):
-        with pytest.raises(AirflowFailException, match="was not visible"):
+        with pytest.raises(AirflowException, match="was not visible"):
             legs.run()
     assert sorted(rows(database, "SELECT response FROM answers")) == sorted([(answer_for("old"),), (answer_for("old too"),)])
 
