@@ -50,9 +50,9 @@ def own_address(**options: Any) -> RequestOptions:
 def batch_path(batch_id: str, *more: str) -> str:
     """The path of a batch, or of something of it.
 
-    :raises BatchInputError: for an id that would make it another path
+    :raises BatchInputError: for a list of ids, and for an id that would make it another path
     """
-    if not batch_id.strip("."):
+    if not isinstance(batch_id, str) or not batch_id.strip("."):
         raise BatchInputError(f"{batch_id!r} is no batch id.")
     return "/".join([BATCHES, quote(batch_id, safe=""), *more])
 

@@ -150,8 +150,8 @@ def test_results_url_is_not_read(sim: Simulator, results_url: object) -> None:
         assert len(kit.run(["hello"], **MODEL, interval_s=0.01).items) == 1
 
 
-@pytest.mark.parametrize("batch_id", ["", ".", ".."])
-def test_an_id_that_would_be_another_path_is_refused(batch_id: str) -> None:
+@pytest.mark.parametrize("batch_id", ["", ".", "..", ["msgbatch_1"], None])
+def test_an_id_that_would_be_another_path_is_refused(batch_id: Any) -> None:
     """A DELETE of ``..`` would be one of another thing."""
     with pytest.raises(BatchInputError, match="no batch id"):
         batch_path(batch_id)
