@@ -58,7 +58,8 @@ BILLED_CATEGORIES = frozenset(("bio", "frontier_llm", "reasoning_extraction"))
 _E = Outcome.ERRORED
 _INVALID = "invalid_request_error"
 _ODD_OUTCOMES = {"new_type": _E, "flat_error": _E}
-#: marker → script. The texts of credit, file-url and image were recorded; those of the other accounts' troubles are quoted from reports
+#: marker → script. The texts of credit, file-url and image were recorded; those of usage-limit, billing and disabled follow what reports
+#: say of them, and are nobody's words
 MARKERS: dict[str, Script] = {
     "errored": Script(_E, _INVALID, "The simulator was told to fail this request.", details=True),
     "overloaded": Script(_E, "overloaded_error", "Overloaded"),
