@@ -38,6 +38,11 @@ def fill(database: Database, notes: dict[int, str]) -> None:
         connection.execute(sa.text("INSERT INTO things VALUES (:id, :note)"), [{"id": i, "note": note} for i, note in notes.items()])
 
 
+def worth_a_retry(match: str) -> Any:
+    """Raises what makes Airflow try the task again: a batch that answers 404 may be back."""
+    return pytest.raises(AirflowException, match=match, check=lambda e: not isinstance(e, AirflowFailException))
+
+
 class Legs:
     """One task instance whose legs are run by hand, each by a new operator, as Airflow runs them."""
 
@@ -478,7 +483,7 @@ def test_rows_of_a_batch_that_is_gone_are_asked_again_only_when_the_user_says_so
     BatchKitHook().kit.delete(ids[0])
     asked = api.stats()["requests_accepted"]
     for _ in range(2):
-        with pytest.raises(AirflowException, match=rf"{ids[0]} was not visible .*retry_gone=True"):
+        with worth_a_retry(rf"{ids[0]} was not visible .*retry_gone=True"):
             legs.run()
     assert rows(database, "SELECT id FROM answers") == [(3,)]
     assert api.stats()["requests_accepted"] == asked
@@ -502,7 +507,7 @@ def test_a_further_round_that_leaves_gone_rows_out_does_not_hide_them(home: Path
         api.end(batch_id)
     BatchKitHook().kit.delete(ids[0])
     api.set(clock="instant")
-    with pytest.raises(AirflowException, match="1 batches are gone before they landed, with 2 requests"):
+    with worth_a_retry("1 batches are gone before they landed, with 2 requests"):
         legs.run()
     assert sorted(rows(database, "SELECT id FROM answers")) == [(3,), (4,)]
     legs.parameters["retry_gone"] = True
@@ -539,7 +544,7 @@ def test_a_replace_deletes_nothing_while_a_batch_is_gone(home: Path, database: D
         api.end(batch_id)
     BatchKitHook().kit.delete(ids[0])
     for _ in range(2):
-        with pytest.raises(AirflowException, match="was not visible"):
+        with worth_a_retry("was not visible"):
             legs.run()
     assert sorted(rows(database, "SELECT response FROM answers")) == sorted([(answer_for("old"),), (answer_for("old too"),)])
 
@@ -599,9 +604,8 @@ def test_a_gone_batch_beside_a_running_one_costs_no_try(home: Path, database: Da
     assert (deferred.method_name, deferred.trigger.batch_ids) == ("execute_complete", [ids[1]])
     api.end(ids[1])
     api.set(clock="instant")
-    with pytest.raises(AirflowException, match="1 batches are gone") as error:
+    with worth_a_retry("1 batches are gone"):
         legs.resume()
-    assert not isinstance(error.value, AirflowFailException), "a batch that answers 404 may be back: a retry looks again"
     assert (3,) in rows(database, "SELECT id FROM answers")
 
 
