@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from operator import itemgetter
 from typing import Any, Self
 
@@ -59,6 +59,7 @@ class ResultBlock:
     messages: Sequence[bytes | None] | None = None
     #: of the rows that pay for the results, where that is known
     keys: Sequence[str] | None = None
+    _cached: bool | None = field(default=None, init=False, repr=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.custom_ids)
@@ -78,7 +79,9 @@ class ResultBlock:
     @property
     def cached(self) -> bool:
         """Whether a prompt among them was written to the cache or read from it."""
-        return any(self.cache_write_5m_tokens) or any(self.cache_write_1h_tokens) or any(self.cache_read_tokens)
+        if self._cached is None:
+            self._cached = any(self.cache_write_5m_tokens) or any(self.cache_write_1h_tokens) or any(self.cache_read_tokens)
+        return self._cached
 
     @property
     def prompt_tokens(self) -> Sequence[int]:
@@ -90,7 +93,7 @@ class ResultBlock:
 
     def rows(self, places: Sequence[int]) -> Self:
         """The results at these places, any number of times."""
-        return type(self)(**{field.name: _at(places, getattr(self, field.name)) for field in fields(self)})
+        return type(self)(**{one.name: _at(places, getattr(self, one.name)) for one in fields(self) if one.init})
 
     @classmethod
     def of(cls, items: Sequence[BatchItem]) -> Self:

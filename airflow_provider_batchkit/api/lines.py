@@ -136,7 +136,7 @@ class _Columns:
                 self._note_failure(place)
         messages = self._messages
         usages = [message.usage or _UNTOLD for message in messages]
-        written = [_written(usage) for usage in usages]
+        written = [usage.cache_creation or _written(usage) for usage in usages]
         texts, contents = self._texts()
         details = [message.stop_details for message in messages]
         reasons = [message.stop_reason for message in messages]
@@ -163,7 +163,7 @@ class _Columns:
             contents=contents,
             stop_details=[_json(one) for one in details] if any(details) else None,
         )
-        if not FINISHED.issuperset(reasons):
+        if not (reasons and reasons[0] in FINISHED and reasons.count(reasons[0]) == len(reasons)):
             self._tell_unfinished(block)
         self._bill(block, usages)
         return block

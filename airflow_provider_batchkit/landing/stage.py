@@ -298,6 +298,8 @@ def _cut(texts: Sequence[str | None], most: int) -> Sequence[str | None]:
     """The texts, none longer than the column: an odd one must not keep a hundred thousand others from landing."""
     if texts.count(texts[0]) == len(texts) and len(texts[0] or "") <= most:
         return texts
+    if None not in texts and max(map(len, texts)) <= most:  # type: ignore[arg-type] # it is not
+        return texts
     if all(text is None or len(text) <= most for text in set(texts)):
         return texts
     return [text and text[:most] for text in texts]
