@@ -37,7 +37,7 @@ NOTHING = Decimal(0)
 
 @pytest.fixture
 def sim() -> Iterator[Simulator]:
-    with Simulator(SimulatorSettings()) as simulator:
+    with Simulator(SimulatorSettings(models={"claude-private": {}, "claude-unheard-of": {}})) as simulator:
         yield simulator
 
 

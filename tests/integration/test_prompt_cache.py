@@ -399,7 +399,7 @@ def test_a_task_primes_the_cache_and_its_summary_says_what_that_saved(airflow_db
 
 def test_a_task_whose_primer_takes_too_long_sends_the_rest(airflow_db: Path, api: SimulatorProcess) -> None:
     """The trigger's deadline passes, and the rest goes out without the cache."""
-    api.set(clock="seconds:6")
+    api.set(clock="seconds:15", cache_concurrency=None)
     run = run_dag(airflow_db, task(prime_timeout=1.0))
     assert run.state == "success"
     assert [batch["size"] for batch in api.stats()["batches"]] == [1, 11]
