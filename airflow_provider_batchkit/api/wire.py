@@ -47,7 +47,7 @@ def own_address(**options: Any) -> RequestOptions:
     return found
 
 
-def batch_path(batch_id: str, *more: str) -> str:
+def batch_path(batch_id: object, *more: str) -> str:
     """The path of a batch, or of something of it.
 
     :raises BatchInputError: for a list of ids, and for an id that would make it another path
