@@ -17,6 +17,7 @@ from airflow_provider_batchkit.exceptions import (
     BatchNotEndedError,
     BatchNotVisibleError,
     ReplaceRefusedError,
+    ResultStreamError,
     WrongBatchError,
 )
 from airflow_provider_batchkit.jobs.caps import Limits
@@ -194,7 +195,6 @@ def test_a_replace_without_batches_leaves_the_old_rows(warehouse: Warehouse) -> 
 @pytest.mark.parametrize(
     "fault",
     [
-        pytest.param({"kind": "cut_results", "line": 1, "clean": True}, id="an empty stream"),
         pytest.param({"kind": "cut_results", "line": 3, "clean": True}, id="half a stream"),
         pytest.param({"kind": "missing_line", "line": 2}, id="a missing line"),
     ],
@@ -207,6 +207,21 @@ def test_replace_keeps_the_old_rows_when_a_line_is_missing(warehouse: Warehouse,
     with pytest.raises(ReplaceRefusedError, match=r"Nothing was written or deleted: the old rows stay") as caught:
         warehouse.fetch(ids, disposition="replace")
     assert (caught.value.retryable, caught.value.torn) == (True, True)
+    assert responses(warehouse) == {i: answer_for(f"Old product {i}") for i in range(3)}
+    assert {b.state for b in warehouse.ledger.batches(warehouse.job().job_id)} == {BatchState.SUBMITTED}
+    sim.faults.clear()
+    warehouse.fetch(ids, disposition="replace")
+    assert responses(warehouse) == {i: answer_for(f"About product {i}") for i in range(5)}
+
+
+def test_replace_keeps_the_old_rows_when_the_stream_is_empty(warehouse: Warehouse, sim: Simulator) -> None:
+    """Nothing, where the API counts results, is no answer of the API: a retry may overcome it, and nothing is noted of the rows."""
+    warehouse.fetch(warehouse.submit(products(3), run_id="old", prompt="Old {{ row.name }}").batch_ids, run_id="old")
+    ids = warehouse.submit(products(5), max_requests=4).batch_ids
+    sim.faults.add("cut_results", batch=ids[0], times=None, line=1, clean=True)
+    with pytest.raises(ResultStreamError, match=r"which is empty.*the API counts 4 results") as caught:
+        warehouse.fetch(ids, disposition="replace")
+    assert caught.value.retryable
     assert responses(warehouse) == {i: answer_for(f"Old product {i}") for i in range(3)}
     assert {b.state for b in warehouse.ledger.batches(warehouse.job().job_id)} == {BatchState.SUBMITTED}
     sim.faults.clear()
@@ -364,7 +379,7 @@ def test_a_deleted_batch_becomes_gone_and_keeps_its_money(warehouse: Warehouse, 
     warehouse.kit.delete(ids[0])
     with pytest.raises(BatchGoneError, match=rf"{ids[0]} was not visible from .*retry_gone=True") as caught:
         warehouse.fetch(ids, settle_seconds=SETTLE)
-    assert not caught.value.retryable
+    assert caught.value.retryable, "what answers 404 may be back: a retry looks again"
     assert sorted(responses(warehouse)) == [2, 3]
     gone = warehouse.ledger.find(ids[0])
     assert gone is not None

@@ -55,7 +55,7 @@ class Legs:
             "max_tokens": 100,
             "sql_conn_id": "warehouse",
             "table": "answers",
-            "settle_seconds": 0.3,
+            "settle_seconds": 1.0,
             **parameters,
         }
         self.pushed: dict[str, Any] = {}
