@@ -103,7 +103,7 @@ class TableWriter:
             "batch_id": sa.literal(batch_id, target.c.batch_id.type),
             "landed_at": sa.literal(self._landed_at, target.c.landed_at.type),
         }
-        if "round" in names:
+        if "round" in self._table.written_results:
             staged["round"] = sa.literal(1 if record is None else record.round, target.c.round.type)
         staged.update({name: sa.cast(rows.c[name], target.c[name].type) for name in self._table.cast_names})
         wanted = sa.true() if self._include_failed else rows.c.status.in_([status.value for status in ANSWERED])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -100,3 +101,23 @@ def test_rounds_that_cannot_be_are_refused_when_the_dag_is_parsed() -> None:
         RunBatchOperator(
             task_id="run", requests=["a"], table="t", sql_conn_id="w", model="m", max_tokens=1, rounds=[Round(ask=["truncated"])]
         )
+
+
+@pytest.mark.parametrize("name", ["round", "content", "stop_details", "message_id", "request_id"])
+@pytest.mark.parametrize("own", ["key", "answer"])
+def test_a_column_of_the_users_own_keeps_its_values(home: Path, database: Database, api: SimulatorProcess, own: str, name: str) -> None:
+    """A key, or a property of the schema, may have the name of a column that came later: nothing is written over it."""
+    with database.engine().begin() as connection:
+        connection.exec_driver_sql("DROP TABLE IF EXISTS games")
+        connection.exec_driver_sql(f"CREATE TABLE games ({name} INTEGER PRIMARY KEY, note TEXT)")
+        connection.exec_driver_sql("INSERT INTO games VALUES (7, 'seven'), (8, 'eight')")
+    if own == "key":
+        Legs("r", sql=f"SELECT {name}, note FROM games", key=name, write_disposition="append").run()
+        found = rows(database, f"SELECT {name}, response FROM answers ORDER BY {name}")
+        assert found == [(7, answer_for("seven")), (8, answer_for("eight"))]
+    else:
+        schema = {"type": "object", "properties": {name: {"type": "string"}}, "required": [name], "additionalProperties": False}
+        Legs("r", sql=f"SELECT {name} AS id, note FROM games", output_schema=schema).run()
+        found = rows(database, f"SELECT response, {name} FROM answers")
+        assert len(found) == 2
+        assert all(json.loads(response) == {name: value} for response, value in found)
