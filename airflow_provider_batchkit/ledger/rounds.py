@@ -126,6 +126,14 @@ def _rows(connection: Connection, *here: sa.ColumnElement[bool], limit: int | No
     return connection.execution_options(yield_per=_KEYS_AT_A_TIME).execute(statement)
 
 
+def torn(engine: Engine, job_id: str) -> list[str]:
+    """Landed batches of later rounds whose results lack lines: answers to rows that the ledger knows by an earlier outcome may be there."""
+    whole = sa.exists().where(landing.c.batch_id == batch.c.batch_id, landing.c.complete)
+    here = (batch.c.job_id == job_id) & (batch.c.round > 1) & (batch.c.state == BatchState.LANDED.value)
+    with engine.connect() as connection:
+        return list(connection.execute(sa.select(batch.c.batch_id).where(here, ~whole).order_by(batch.c.shard)).scalars())
+
+
 def count_with(engine: Engine, job_id: str, ask: Collection[str]) -> int:
     """How many rows of a job have one of these outcomes: error types, or statuses."""
     statement = sa.select(sa.func.count()).select_from(failed).where(failed.c.job_id == job_id, _has_outcome(ask))

@@ -187,6 +187,14 @@ class RunBatchOperator(SubmitBatchOperator, LandingOperator):
             self.log.warning("%s", self._stopped)
             return None
         left = range(begun + 1, len(self.rounds) + 1)
+        torn = rounds.torn(job.ledger.engine, job.job_id) if left else []
+        if torn:
+            self._stopped = (
+                f"The results of {', '.join(torn)} lack lines, and what they lack may be there and billed. Nothing more is asked before "
+                "they are whole: clear the task to read them again, which costs nothing."
+            )
+            self.log.warning("%s", self._stopped)
+            return None
         if left and self.retry_gone and job.gone():
             return begun + 1
         number = next((number for number in left if self._count(job, self.rounds[number - 1])), None)

@@ -74,6 +74,27 @@ def test_a_row_keeps_its_best_outcome(home: Path, database: Database, api: Simul
     assert api.stats()["requests_accepted"] == asked
 
 
+def test_a_row_whose_second_answer_is_missing_is_not_bought_a_third_time(home: Path, database: Database, api: SimulatorProcess) -> None:
+    """Its answer may be there and billed: the task stops asking and says so, and a clear reads the results again and goes on."""
+    fill(database, {1: "cut [[sim:max_tokens]]", 2: "cut, too [[sim:max_tokens]]"})
+    api.set(clock="manual")
+    legs = Legs("r", rounds=[Round(), Round(ask=["truncated"], max_tokens=800), Round(ask=["truncated"], max_tokens=900)])
+    (first,) = legs.run().trigger.batch_ids
+    api.end(first)
+    (second,) = legs.resume().trigger.batch_ids
+    api.faults.add("missing_line", batch=second, line=1, times=None)
+    api.end(second)
+    api.set(clock="instant")
+    summary = legs.resume()
+    assert api.stats()["requests_accepted"] == 4
+    assert second in summary["stopped"]
+    assert sorted(row[4] for row in answers(database)) == [1, 2]
+    api.faults.clear()
+    again = legs.run()
+    assert api.stats()["requests_accepted"] == 6
+    assert (again["stopped"], [row[2:] for row in answers(database)]) == (None, [("succeeded", "truncated", 3)] * 2)
+
+
 def test_a_row_that_was_escalated_is_not_bought_again_by_the_next_run(home: Path, database: Database, api: SimulatorProcess) -> None:
     """skip_unchanged compares what a row was asked first."""
     fill(database, {1: "whole", 2: "cut [[sim:max_tokens-once]]"})
