@@ -58,6 +58,11 @@ check: $(VENV)/.dev ## lint, format, types, and what may import what
 bench: $(VENV)/.bench ## the measurements beside the official provider and common.ai
 	@$(BIN)/python -m tests.bench $(ARGS)
 
+# with ANTHROPIC_API_KEY the real API, after the bound and a question; without, the simulator. docs/contract.md says what it may cost
+.PHONY: contract
+contract: $(VENV)/.runtime ## what the package rests on, checked against the real API, or without a key against the simulator
+	@$(BIN)/python -m tests.contract $(ARGS)
+
 .PHONY: crash
 crash: $(VENV)/.dev ## a real Airflow whose processes are killed at random: make crash ARGS='--seed 1 --kills 100 --database postgres'
 	@$(BIN)/python -m tests.crash.chaos $(ARGS)
