@@ -26,6 +26,8 @@ def get_provider_info() -> dict[str, Any]:
         "triggers": [{"integration-name": integration, "python-modules": [f"{package}.triggers.batch"]}],
         "task-decorators": [{"name": "claude_batch", "class-name": f"{package}.decorators.claude_batch.claude_batch_task"}],
         "extra-links": [f"{package}.links.ConsoleLink"],
+        # Airflow 3.1 does not read it
+        "cli": [f"{package}.commands.registry.airflow_commands"],
         "config": {
             "batchkit": {
                 "description": "Message batches: prices, checks, failures that pass, times to look for batches, the Console's address.",

@@ -1,4 +1,4 @@
-"""A log line every few seconds at most, for work that takes long."""
+"""What people read while something takes long: a log line every few seconds at most, and spans of time in words."""
 
 from __future__ import annotations
 
@@ -46,3 +46,14 @@ class Progress:
         """Log the whole once."""
         now = time.monotonic()
         self._log.info("%s: %s rows in %.1f s%s", self._what, f"{self.rows:,}", now - self._start, self._megabytes())
+
+
+def span_text(seconds: float) -> str:
+    """A span of time in the two units that tell most of it: ``45 s``, ``12 min``, ``1 h 12 min``, ``3 d 4 h``."""
+    minutes = int(max(seconds, 0) // 60)
+    if minutes == 0:
+        return f"{max(seconds, 0):.0f} s" if seconds < 59.5 else "1 min"
+    hours, days = minutes // 60, minutes // 1440
+    if days:
+        return f"{days} d {hours % 24} h"
+    return f"{hours} h {minutes % 60} min" if hours else f"{minutes} min"

@@ -12,6 +12,7 @@ from packaging.version import Version
 AIRFLOW = Version(version("apache-airflow"))
 
 _FIRST = {
+    "commands of providers": Version("3.2"),
     "the task's state store": Version("3.3"),
 }
 

@@ -71,6 +71,11 @@ class Ledger(BatchMoves, Account, budgets.Budgets, History, Outputs):
         """Whether the tables are there."""
         return sa.inspect(self.engine).has_table(job.name)
 
+    def version(self) -> int | None:
+        """The version of the tables; None where they are missing."""
+        with self.engine.connect() as connection:
+            return _version(connection)
+
     def now(self) -> datetime:
         """The time by the database's clock."""
         with self.engine.connect() as connection:
@@ -172,9 +177,17 @@ class Ledger(BatchMoves, Account, budgets.Budgets, History, Outputs):
     # --- requests -----------------------------------------------------------------------------------------------------------------
 
     def known(self, job_id: str, round_number: int = 1) -> Iterator[Known]:
-        """Rows that earlier attempts have in flight or landed in this round of the job, or in a later one."""
+        """Rows that earlier attempts have in flight or landed in this round of the job, or in a later one.
+
+        :raises BatchInputError: when the job was pruned: nothing tells which of its rows are paid for
+        """
         with self.engine.connect() as connection:
             for shard, state in rounds.shards(connection, job_id, round_number):
+                if journal.last_part(connection, job_id, shard) is None:
+                    raise BatchInputError(
+                        f"What the job {job_id} has asked was pruned from the ledger, so nothing tells which of its rows are paid for. "
+                        "Nothing was sent. To ask them again, and to pay for them again, start a new DAG run."
+                    )
                 for entry in journal.entries(connection, job_id, shard):
                     yield Known(entry.key, entry.custom_id, shard, state in (BatchState.SENDING, BatchState.SUBMITTED))
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from airflow_provider_batchkit.commands.settle import main
+from airflow_provider_batchkit.commands.registry import main
 from airflow_provider_batchkit.exceptions import BatchGoneError, SubmitUncertainError, WrongBatchError
 from airflow_provider_batchkit.ledger import BatchState
 from airflow_provider_batchkit.simulator import Simulator, SimulatorSettings, answer_for

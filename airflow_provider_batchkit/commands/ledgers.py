@@ -1,0 +1,92 @@
+"""Where a command finds its ledger and its connections, and what it says where there is none."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from airflow_provider_batchkit.exceptions import BatchInputError
+
+if TYPE_CHECKING:
+    from airflow_provider_batchkit.ledger import Ledger
+
+
+@contextmanager
+def open_ledger(conn_id: str | None, *, migrate: bool = False) -> Iterator[Ledger]:
+    """The ledger of a connection, or of the one that the configuration names.
+
+    :param migrate: bring it to the present version, as a task would
+    :raises BatchInputError: where no ledger is named, there is none, it is of another version, or the database cannot be reached
+    """
+    from sqlalchemy.exc import DBAPIError
+
+    from airflow_provider_batchkit.hooks.sql import sql_engine
+    from airflow_provider_batchkit.ledger import Ledger
+    from airflow_provider_batchkit.ledger.tables import VERSION
+
+    name = ledger_conn_id(conn_id)
+    find_connection(name)
+    try:
+        with sql_engine(name) as engine:
+            ledger = Ledger(engine)
+            if not ledger.exists():
+                raise BatchInputError(
+                    f"The connection {name!r} has no ledger: no task has submitted through it yet. Name the sql_conn_id of the tasks with "
+                    "--conn-id. Nothing was changed."
+                )
+            if migrate:
+                ledger.ensure()
+            elif (found := ledger.version()) != VERSION:
+                raise BatchInputError(
+                    f"The ledger of the connection {name!r} is of version {found}, and this release reads version {VERSION}. "
+                    + ("The next task that opens it migrates it." if found is None or found < VERSION else "Use the newer release.")
+                )
+            yield ledger
+    except DBAPIError as e:
+        raise BatchInputError(
+            f"The ledger of the connection {name!r} cannot be read: {reason_of(e)}. Check that the database runs and that the connection's "
+            f"host, login and schema are right (`airflow connections get {name}`)."
+        ) from e
+
+
+def reason_of(error: Exception) -> str:
+    """The first line of what a database driver says; the statement and its parameters are left out."""
+    words = str(getattr(error, "orig", None) or error).strip()
+    return (words.splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def ledger_conn_id(given: str | None) -> str:
+    """The connection that was named, or else the configured one.
+
+    :raises BatchInputError: where there is neither
+    """
+    from airflow.providers.common.compat.sdk import conf
+
+    found = given or conf.get("batchkit", "ledger_conn_id", fallback=None)
+    if not found:
+        raise BatchInputError(
+            "Which ledger? Name its connection with --conn-id, the sql_conn_id of the tasks, or set ledger_conn_id in the section "
+            "[batchkit] of Airflow's configuration."
+        )
+    return str(found)
+
+
+def find_connection(conn_id: str) -> None:
+    """Let the hooks find a connection wherever Airflow has it: outside a task they look into the environment and secrets backends alone.
+
+    :raises AirflowNotFoundException: when it is nowhere
+    """
+    from airflow.models.connection import Connection  # the metadata database's own; the task SDK's looks for a supervisor
+
+    found = Connection.get_connection_from_secrets(conn_id)
+    os.environ.setdefault(f"AIRFLOW_CONN_{conn_id.upper()}", found.get_uri())
+
+
+def confirmed() -> bool:
+    """Whether the person types yes."""
+    try:
+        return input("Do it? Type yes: ").strip().lower() == "yes"
+    except EOFError:
+        return False

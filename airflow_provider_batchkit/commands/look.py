@@ -1,0 +1,225 @@
+"""``jobs``, ``batches``, ``failed``, ``spend``: what the ledger tells."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from typing import TYPE_CHECKING, Any
+
+from airflow_provider_batchkit.commands.ledgers import open_ledger, reason_of
+from airflow_provider_batchkit.commands.output import plain_values, show, show_document
+from airflow_provider_batchkit.exceptions import BatchInputError
+
+if TYPE_CHECKING:
+    from airflow_provider_batchkit.ledger.overview import BatchView, Filter, JobView
+    from airflow_provider_batchkit.model import BatchSnapshot
+
+#: a batch ends so long after its creation at the latest (API documentation)
+_LIFE = timedelta(hours=24)
+_SPENT_DAYS = 30
+
+
+def jobs(given: argparse.Namespace) -> int:
+    """A line for each job."""
+    from airflow_provider_batchkit.ledger.overview import Overview
+
+    with open_ledger(given.conn_id) as ledger:
+        page = Overview(ledger.engine).jobs(_filter(given, model=given.model, failed=given.failed), limit=given.limit)
+    show([_job_row(one) for one in page.jobs], given.output, empty="No job fits. A job is there as soon as its task has begun to submit.")
+    if page.next is not None:
+        print(f"There are more; --limit shows more than {given.limit}, --until older ones.", file=sys.stderr)
+    return 0
+
+
+def _job_row(one: JobView) -> dict[str, Any]:
+    return {
+        "job": one.job_id,
+        "dag_id": one.dag_id,
+        "run_id": one.run_id,
+        "task_id": one.task_id if one.map_index < 0 else f"{one.task_id}[{one.map_index}]",
+        "state": one.state,
+        "began_at": one.began_at,
+        "batches": one.batches,
+        "requests": one.requests,
+        "failed": one.failed - one.unfinished,
+        "unfinished": one.unfinished,
+        "models": one.models,
+        "cost_usd": one.batch_cost_usd if one.batches.get("landed") else None,
+        "savings_usd": one.savings_usd if one.batches.get("landed") else None,
+        "open_at_most_usd": one.open_bound_usd if one.open_requests else None,
+        "budgets": one.budgets,
+    }
+
+
+def batches(given: argparse.Namespace) -> int:
+    """A line for each batch; of running ones with what the API's list shows."""
+    from airflow_provider_batchkit.ledger.overview import Overview
+
+    with open_ledger(given.conn_id) as ledger:
+        found = Overview(ledger.engine).batches(_filter(given), only_open=given.only_open, limit=given.limit)
+    seen = _seen(found) if given.only_open else {}
+    now = datetime.now(UTC)
+    empty = "Nothing is in flight." if given.only_open else "No batch fits."
+    show([_batch_row(one, seen.get(one.record.batch_id or ""), now, given.only_open) for one in found], given.output, empty=empty)
+    return 0
+
+
+def _batch_row(one: BatchView, snapshot: BatchSnapshot | None, now: datetime, only_open: bool) -> dict[str, Any]:
+    record = one.record
+    who = {
+        "batch": record.batch_id,
+        "dag_id": one.dag_id,
+        "run_id": one.run_id,
+        "task_id": one.task_id if one.map_index < 0 else f"{one.task_id}[{one.map_index}]",
+        "job": record.job_id,
+        "shard": record.shard,
+        "state": one.state,
+        "requests": record.requests,
+    }
+    if not only_open:
+        return {
+            **who,
+            "created_at": record.created_at,
+            "ended_at": record.ended_at,
+            "landed_at": record.landed_at,
+            "cost_usd": one.batch_cost_usd,
+        }
+    created = record.created_at
+    return {
+        **who,
+        "api_status": None if snapshot is None else snapshot.processing_status,
+        "done": None if snapshot is None else snapshot.counts.total - snapshot.counts.processing,
+        "age": now - (created or record.intended_at),
+        "left": None if created is None else max(created + _LIFE - now, timedelta(0)),
+        "at_most_usd": one.bound_usd,
+        "budget": one.budget,
+    }
+
+
+def _seen(found: list[BatchView]) -> Mapping[str, BatchSnapshot]:
+    """What the API shows of running batches, by one list call for each connection. One that cannot be used is named."""
+    import anthropic
+    from airflow.providers.common.compat.sdk import AirflowException
+
+    from airflow_provider_batchkit.api.progress import listed
+    from airflow_provider_batchkit.commands.ledgers import find_connection
+    from airflow_provider_batchkit.exceptions import BatchKitError
+    from airflow_provider_batchkit.hooks.batchkit import BatchKitHook
+
+    seen = dict[str, "BatchSnapshot"]()
+    for conn_id in sorted({one.record.anthropic_conn_id for one in found}):
+        wanted = {
+            one.record.batch_id: one.record.created_at for one in found if one.record.batch_id and one.record.anthropic_conn_id == conn_id
+        }
+        if not wanted:
+            continue
+        try:
+            find_connection(conn_id)
+            seen.update(listed(BatchKitHook(conn_id).kit, wanted))
+        except (anthropic.AnthropicError, AirflowException, BatchKitError) as e:
+            print(f"How far the batches of the connection {conn_id!r} are cannot be told now: {reason_of(e)}.", file=sys.stderr)
+    return seen
+
+
+def failed(given: argparse.Namespace) -> int:
+    """Why rows of a job failed, or each of them."""
+    from airflow_provider_batchkit.hooks.settings import configured_failures
+    from airflow_provider_batchkit.ledger.overview import Overview
+
+    with open_ledger(given.conn_id) as ledger:
+        overview = Overview(ledger.engine)
+        if overview.job(given.job) is None:
+            raise BatchInputError(f"The ledger has no job {given.job}. `jobs` lists those that it has.")
+        empty = "Every row that has landed has a whole answer."
+        if given.rows:
+            show(overview.failed_keys(given.job, limit=given.limit), given.output, empty=empty)
+            return 0
+        reasons, others = overview.failed_rows(given.job, configured_failures())
+    rows = [
+        {
+            "rows": one.rows,
+            "status": one.status,
+            "error_type": one.error_type,
+            "message": one.message,
+            "keys": one.keys,
+            "what_helps": one.advice,
+        }
+        for one in reasons
+    ]
+    show(rows, given.output, empty=empty)
+    if others:
+        print(f"{others:,} more rows failed with other messages; --rows lists them.", file=sys.stderr)
+    return 0
+
+
+def spend(given: argparse.Namespace) -> int:
+    """What landed batches cost, and the budgets."""
+    from airflow_provider_batchkit.ledger.spending import Spending
+
+    since = given.since or datetime.now(UTC) - timedelta(days=_SPENT_DAYS)
+    with open_ledger(given.conn_id) as ledger:
+        books = Spending(ledger.engine)
+        spent = books.spent(given.by, since=since, until=given.until, dag_ids=None if given.dag_id is None else [given.dag_id])
+        budgets = books.budgets()
+    rows: list[dict[str, Any]] = [
+        {
+            given.by: one.name,
+            "batches": one.batches,
+            "requests": one.requests,
+            "input_tokens": one.input_tokens,
+            "output_tokens": one.output_tokens,
+            "cost_usd": one.batch_cost_usd,
+            "standard_usd": one.standard_cost_usd,
+            "savings_usd": one.savings_usd,
+            "unpriced_requests": one.unpriced_requests,
+        }
+        for one in spent
+    ]
+    caps = [
+        {
+            "budget": one.name,
+            "window": one.window,
+            "cap_usd": one.cap_usd,
+            "spent_usd": one.spent_usd,
+            "reserved_usd": one.reserved_usd,
+            "left_usd": one.remaining_usd,
+            "cap_tokens": one.cap_tokens,
+            "spent_tokens": one.spent_tokens,
+            "reserved_tokens": one.reserved_tokens,
+            "left_tokens": one.remaining_tokens,
+            "ends_at": one.ends_at,
+        }
+        for one in budgets
+    ]
+    if given.output in ("json", "yaml"):
+        show_document({"spend": [plain_values(row) for row in rows], "budgets": [plain_values(row) for row in caps]}, given.output)
+        return 0
+    if len(rows) > 1:
+        rows.append({given.by: "all", **{name: _total(rows, name) for name in list(rows[0])[1:]}})
+    show(rows, given.output, empty=f"No batch that was created since {since:%Y-%m-%d} has landed.")
+    if caps:
+        print()
+        show(caps, given.output, empty="")
+    return 0
+
+
+def _total(rows: list[dict[str, Any]], name: str) -> int | Decimal | None:
+    values = [row[name] for row in rows]
+    return None if None in values else sum(values)
+
+
+def _filter(given: argparse.Namespace, **more: Any) -> Filter:
+    from airflow_provider_batchkit.ledger.overview import Filter
+
+    return Filter(
+        dag_id=given.dag_id,
+        run_id=given.run_id,
+        task_id=given.task_id,
+        state=given.state,
+        since=given.since,
+        until=given.until,
+        **more,
+    )

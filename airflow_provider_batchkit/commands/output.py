@@ -1,0 +1,81 @@
+"""What commands print: tables for people, JSON and YAML for programs, as Airflow's own commands do."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import date, datetime, timedelta
+from decimal import Decimal
+from typing import Any
+
+from airflow_provider_batchkit.model import format_usd_exact, usd_text
+from airflow_provider_batchkit.progress import span_text
+
+Row = Mapping[str, Any]
+
+
+def show(rows: Sequence[Row], output: str, *, empty: str) -> None:
+    """Print rows of the same columns.
+
+    :param output: ``table``, ``plain``, ``json`` or ``yaml``
+    :param empty: what a person reads where there is none
+    """
+    if output in ("json", "yaml"):
+        show_document([plain_values(row) for row in rows], output)
+    elif not rows:
+        print(empty)
+    else:
+        from airflow.cli.simple_table import AirflowConsole
+
+        AirflowConsole().print_as([{name: text_of(value) for name, value in row.items()} for row in rows], output)
+
+
+def show_document(document: Any, output: str) -> None:
+    """Print plain values as JSON or YAML."""
+    if output == "json":
+        print(json.dumps(document, indent=2, ensure_ascii=False))
+    else:
+        from airflow.utils import yaml
+
+        print(yaml.dump(document, sort_keys=False, allow_unicode=True), end="")
+
+
+def plain_values(row: Row) -> dict[str, Any]:
+    """Values as JSON has them: money as exact text, times as ISO 8601, spans in seconds."""
+    return {name: _plain(value) for name, value in row.items()}
+
+
+def _plain(value: Any) -> Any:
+    match value:
+        case Decimal():
+            return format_usd_exact(value)
+        case datetime() | date():
+            return value.isoformat()
+        case timedelta():
+            return round(value.total_seconds(), 3)
+        case tuple() | list():
+            return [_plain(item) for item in value]
+        case Mapping():
+            return plain_values(value)
+        case _:
+            return value
+
+
+def text_of(value: Any) -> str:
+    """A value for a person: money rounded up to the cent, times to the minute."""
+    match value:
+        case None | () | []:
+            return "-"
+        case int():
+            return f"{value:,}"
+        case Decimal():
+            return usd_text(value)
+        case datetime():
+            return f"{value:%Y-%m-%d %H:%M}"
+        case timedelta():
+            return span_text(value.total_seconds())
+        case tuple() | list() | Mapping():
+            return ", ".join(f"{text_of(value[one])} {one}" if isinstance(value, Mapping) else text_of(one) for one in value)
+        case _:
+            # the console would take brackets in a text for its own markup
+            return str(value).replace("[", r"\[")

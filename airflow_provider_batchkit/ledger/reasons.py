@@ -1,0 +1,71 @@
+"""Why rows of a job have no whole answer. Nothing here writes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection, Engine
+
+from airflow_provider_batchkit.ledger.tables import failed
+from airflow_provider_batchkit.model import RequestStatus
+from airflow_provider_batchkit.request.failures import ADVICE, KNOWN_FAILURES, Failure, Failures
+
+_REASONS = 20
+_KEYS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class FailedRows:
+    """Rows of a job that have no whole answer, all for one reason."""
+
+    status: str
+    error_type: str | None
+    #: of errors the API's words, which all of these rows have; of other outcomes one row's
+    message: str | None
+    rows: int
+    #: some of them
+    keys: tuple[str, ...]
+    #: whether asking again may help, and what to do
+    advice: str
+
+
+class Reasons:
+    """The part of the overview that says why rows failed."""
+
+    engine: Engine
+
+    def failed_rows(self, job_id: str, failures: Failures = KNOWN_FAILURES) -> tuple[list[FailedRows], int]:
+        """Why rows of a job have no whole answer, the most frequent first, and how many rows are beside the first 20 reasons."""
+        words = sa.case((failed.c.status == RequestStatus.ERRORED.value, failed.c.error_message), else_=sa.null()).label("words")
+        found = sa.select(failed.c.status, failed.c.error_type, words, failed.c.error_message).where(failed.c.job_id == job_id).subquery()
+        kind = (found.c.status, found.c.error_type, found.c.words)
+        rows = sa.func.count().label("rows")
+        statement = sa.select(*kind, sa.func.min(found.c.error_message).label("message"), rows).group_by(*kind)
+        with self.engine.connect() as connection:
+            total = connection.execute(sa.select(sa.func.count()).where(failed.c.job_id == job_id)).scalar_one()
+            kinds = connection.execute(statement.order_by(rows.desc(), *kind).limit(_REASONS)).all()
+            shown = [self._reason(connection, job_id, one, failures) for one in kinds]
+        return shown, int(total) - sum(one.rows for one in shown)
+
+    @staticmethod
+    def _reason(connection: Connection, job_id: str, one: Any, failures: Failures) -> FailedRows:
+        here = [failed.c.job_id == job_id, failed.c.status == one.status, failed.c.error_type.is_not_distinct_from(one.error_type)]
+        if one.status == RequestStatus.ERRORED.value:
+            here.append(failed.c.error_message.is_not_distinct_from(one.words))
+        keys = connection.execute(sa.select(failed.c.key).where(*here).order_by(failed.c.key).limit(_KEYS)).scalars().all()
+        reason = failures.reason(Failure(one.status, one.error_type, one.words))
+        advice = ADVICE[reason]
+        if one.status == RequestStatus.SUCCEEDED.value:
+            advice = f"answered and billed, but {one.error_type}; a Round that asks for it, with more room, may finish it"
+        return FailedRows(one.status, one.error_type, one.message, int(one.rows), tuple(keys), advice)
+
+    def failed_keys(self, job_id: str, *, limit: int = 1000, after: str | None = None) -> list[dict[str, Any]]:
+        """Rows of a job that have no whole answer, by key: ``key``, ``status``, ``error_type``, ``error_message``."""
+        columns = (failed.c.key, failed.c.status, failed.c.error_type, failed.c.error_message)
+        statement = sa.select(*columns).where(failed.c.job_id == job_id).order_by(failed.c.key).limit(limit)
+        if after is not None:
+            statement = statement.where(failed.c.key > after)
+        with self.engine.connect() as connection:
+            return [dict(row) for row in connection.execute(statement).mappings()]

@@ -1,0 +1,154 @@
+"""What was spent, and what may still be: sums by day, DAG or model, budgets, and how long batches took. Nothing here writes."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from datetime import UTC, date, datetime, timedelta
+from decimal import Decimal
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Engine
+
+from airflow_provider_batchkit.cost.budget import BudgetStatus
+from airflow_provider_batchkit.ledger.budgets import Budgets
+from airflow_provider_batchkit.ledger.overview import usd
+from airflow_provider_batchkit.ledger.rollup import DIALECTS, latency, utc_day
+from airflow_provider_batchkit.ledger.tables import batch, bill, job
+from airflow_provider_batchkit.ledger.tables import budget as budget_table
+
+#: what spending is summed up by
+GROUPS = ("day", "dag", "model")
+
+
+@dataclass(frozen=True, slots=True)
+class Spent:
+    """What landed batches cost. Money is USD; None where a request in it has no known price."""
+
+    #: the UTC day of the batches' creation, the DAG or the model
+    name: str
+    batches: int
+    requests: int
+    #: prompt tokens, cached or not
+    input_tokens: int
+    output_tokens: int
+    batch_cost_usd: Decimal | None
+    standard_cost_usd: Decimal | None
+    #: requests without a known price
+    unpriced_requests: int
+
+    @property
+    def savings_usd(self) -> Decimal | None:
+        """Standard price less batch price."""
+        return None if self.batch_cost_usd is None or self.standard_cost_usd is None else self.standard_cost_usd - self.batch_cost_usd
+
+
+@dataclass(frozen=True, slots=True)
+class Latency:
+    """How long the batches of a DAG took from creation to end, in seconds, on one day (UTC) of their creation."""
+
+    day: date
+    dag_id: str
+    batches: int
+    p50_s: float
+    p95_s: float
+    max_s: float
+
+
+class Spending(Budgets):
+    """The books of one ledger."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+
+    def spent(
+        self,
+        by: str,
+        *,
+        since: datetime | None = None,
+        until: datetime | None = None,
+        dag_ids: Collection[str] | None = None,
+        model: str | None = None,
+    ) -> list[Spent]:
+        """What batches that were created in a span cost: by ``day`` in the order of time, by ``dag`` or ``model`` the dearest first."""
+        group: sa.ColumnElement[Any] = {"dag": job.c.dag_id, "model": bill.c.model}.get(by, self._day(batch.c.created_at))
+        tokens = bill.c.input_tokens + bill.c.cache_write_5m_tokens + bill.c.cache_write_1h_tokens + bill.c.cache_read_tokens
+        unpriced = sa.case((bill.c.batch_cost_picousd.is_(None), bill.c.requests), else_=0)
+        money = (bill.c.batch_cost_picousd, bill.c.standard_cost_picousd)
+        statement = (
+            sa.select(
+                group.label("name"),
+                # a batch of several models has a bill for each
+                sa.func.count(sa.distinct(batch.c.batch_id)).label("batches"),
+                sa.func.sum(bill.c.requests).label("requests"),
+                sa.func.sum(tokens).label("input_tokens"),
+                sa.func.sum(bill.c.output_tokens).label("output_tokens"),
+                *(sa.func.sum(column).label(column.name) for column in money),
+                sa.func.sum(unpriced).label("unpriced"),
+            )
+            .join(batch, (batch.c.job_id == bill.c.job_id) & (batch.c.shard == bill.c.shard))
+            .join(job, job.c.job_id == bill.c.job_id)
+            .group_by(group)
+        )
+        if since is not None:
+            statement = statement.where(batch.c.created_at >= since)
+        if until is not None:
+            statement = statement.where(batch.c.created_at < until)
+        if dag_ids is not None:
+            statement = statement.where(job.c.dag_id.in_(sorted(dag_ids)))
+        if model is not None:
+            statement = statement.where(bill.c.model == model)
+        with self.engine.connect() as connection:
+            rows = connection.execute(statement).all()
+        found = [
+            Spent(
+                str(row.name),
+                int(row.batches),
+                int(row.requests),
+                int(row.input_tokens),
+                int(row.output_tokens),
+                None if row.unpriced else usd(row.batch_cost_picousd),
+                None if row.unpriced else usd(row.standard_cost_picousd),
+                int(row.unpriced),
+            )
+            for row in rows
+        ]
+        if by == "day":
+            return sorted(found, key=lambda one: one.name)
+        return sorted(found, key=lambda one: (-(one.batch_cost_usd or Decimal(0)), one.name))
+
+    def budgets(self, dag_ids: Collection[str] | None = None) -> list[BudgetStatus]:
+        """The books of every budget in its present window; with ``dag_ids`` of those in which one of these DAGs counts."""
+        names = sa.select(budget_table.c.name)
+        if dag_ids is not None:
+            own = (batch.c.budget == budget_table.c.name) & (job.c.job_id == batch.c.job_id) & job.c.dag_id.in_(sorted(dag_ids))
+            names = names.where(sa.exists().where(own))
+        with self.engine.connect() as connection:
+            found = connection.execute(names.order_by(budget_table.c.name)).scalars().all()
+        return [status for name in found if (status := self.budget_status(name)) is not None]
+
+    def latencies(self, *, days: int = 30, dag_ids: Collection[str] | None = None) -> list[Latency]:
+        """How long batches took in the last days; nothing on databases without the roll-up's views."""
+        if self.engine.dialect.name not in DIALECTS:
+            return []
+        view = latency().subquery()
+        first = (datetime.now(UTC) - timedelta(days=days)).date()
+        # SQLite has dates as text
+        since = sa.literal(first.isoformat()) if self.engine.dialect.name == "sqlite" else sa.literal(first, sa.Date())
+        statement = sa.select(view).where(
+            sa.cast(view.c.day, sa.Text()) >= since if self.engine.dialect.name == "sqlite" else view.c.day >= since
+        )
+        if dag_ids is not None:
+            statement = statement.where(view.c.dag_id.in_(sorted(dag_ids)))
+        with self.engine.connect() as connection:
+            rows = connection.execute(statement.order_by(view.c.day.desc(), view.c.dag_id))
+            return [Latency(_date(row.day), row.dag_id, int(row.batches), row.p50_s, row.p95_s, row.max_s) for row in rows]
+
+    def _day(self, column: sa.ColumnElement[Any]) -> sa.ColumnElement[Any]:
+        """The UTC day of a time, as text."""
+        return sa.cast(utc_day(column) if self.engine.dialect.name in DIALECTS else sa.cast(column, sa.Date()), sa.String(10))
+
+
+def _date(value: Any) -> date:
+    return value if isinstance(value, date) else date.fromisoformat(value)
