@@ -16,13 +16,14 @@ Change = Callable[[str, str, int, bytes], bytes]
 class Gateway:
     """Forwards ``<base_url>/…`` to an API; without one it answers 404 and only keeps what it is sent.
 
-    ``calls`` are method and path of what came, ``headers`` their headers with lower-case names.
+    ``calls`` are method and path of what came, ``headers`` their headers with lower-case names, ``bodies`` their bodies.
     """
 
     def __init__(self, target: str | None = None, *, prefix: str = "", change: Change | None = None, repeat_posts: int = 1) -> None:
         """:param repeat_posts: how often it sends each POST on"""
         self.calls: list[tuple[str, str]] = []
         self.headers: list[dict[str, str]] = []
+        self.bodies: list[bytes] = []
         self.change = change
         gateway = self
 
@@ -36,6 +37,7 @@ class Gateway:
                 path, body = self.path.removeprefix(prefix), self._body()
                 gateway.calls.append((self.command, path))
                 gateway.headers.append({name.lower(): value for name, value in self.headers.items()})
+                gateway.bodies.append(body)
                 if target is None or not self.path.startswith(prefix):
                     self._answer(404, b"nothing here", "text/plain")
                     return

@@ -31,6 +31,7 @@ from airflow_provider_batchkit.operators.publish import publish_summary
 from airflow_provider_batchkit.operators.submit import SubmitBatchOperator
 from airflow_provider_batchkit.operators.tasks import Leg, attempt_began, batchkit_errors, wait_for, waited
 from airflow_provider_batchkit.request.failures import ADVICE, Reason
+from airflow_provider_batchkit.request.system import system_problem_of_task
 
 if TYPE_CHECKING:
     from airflow.providers.common.compat.sdk import Context
@@ -89,6 +90,15 @@ class RunBatchOperator(SubmitBatchOperator, LandingOperator):
             self.rounds = parse_rounds(rounds, max_rounds, retry_invalid_output=self.retry_invalid_output)
         except BatchInputError as e:
             raise BatchInputError(f"Task {self.task_id}: {e}") from None
+        for number, one in enumerate(self.rounds, start=1):
+            problem = system_problem_of_task(
+                None if "system" in one.params else self.system,
+                prompt=self.prompt,
+                params={**self.request_params, **one.params},
+                cache_system=self.cache_system,
+            )
+            if problem:
+                raise BatchInputError(f"Task {self.task_id}: round {number}: {problem}.")
         self.poke_interval = poke_interval
         self.timeout = timeout
         self._stopped: str | None = None

@@ -31,8 +31,8 @@ from airflow_provider_batchkit.operators.tasks import (
     wait_for,
     waited,
 )
-from airflow_provider_batchkit.request.build import CACHE_TTL_S, cache_system_problem
 from airflow_provider_batchkit.request.failures import WORTH_ASKING, Failures, Reason
+from airflow_provider_batchkit.request.system import kept_for_s, system_problem_of_task
 from airflow_provider_batchkit.schema import OutputSchema
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class SubmitBatchOperator(OwnsBatches, OnConnection, BatchLineage, BaseOperator)
     :param requests: native ``{"custom_id", "params"}`` mappings, prompt strings, or row mappings; may be another task's output
     :param key: column or columns that identify a row; the result table is keyed by them. Needed with ``sql`` and ``input_path``
     :param prompt: Jinja template of the user message over ``row`` and the task's context. A missing column is an error
-    :param system: template of the system prompt
+    :param system: template of the system prompt; or a list of content blocks as the API takes them, with a template as the text of each
     :param model: model id; else the connection's default
     :param max_tokens: bound on an answer's length, in tokens
     :param params: any further Messages API parameters
@@ -90,7 +90,7 @@ class SubmitBatchOperator(OwnsBatches, OnConnection, BatchLineage, BaseOperator)
         The upper bound is reserved before anything is sent; a task that does not fit fails, or is skipped if the budget says so
     :param cache_system: cache the system prompt for ``"5m"`` or ``"1h"`` after its last use. It is part of what is asked. Pays when it is
         long (at least 512 to 4,096 tokens, by model), the same for all rows, and in the cache before the rows are asked: see
-        ``prime_cache``. A native request's own ``system`` is sent as it is
+        ``prime_cache``. Content blocks may have their own ``cache_control`` instead. A native request's own ``system`` is sent as it is
     :param prime_cache: send the first row alone, wait for its answer without a worker slot, then send the rest, which reads what the first
         has written to the cache. Without it the requests of a batch mostly miss, and caching costs more than it saves
     :param prime_timeout: how long the rest waits for the first row, in seconds from its submit; then it is sent all the same
@@ -132,7 +132,7 @@ class SubmitBatchOperator(OwnsBatches, OnConnection, BatchLineage, BaseOperator)
         requests: Any = None,
         key: str | Sequence[str] | None = None,
         prompt: str | None = None,
-        system: str | None = None,
+        system: str | Sequence[Mapping[str, Any]] | None = None,
         model: str | None = None,
         max_tokens: int | None = None,
         params: Mapping[str, Any] | None = None,
@@ -216,12 +216,11 @@ class SubmitBatchOperator(OwnsBatches, OnConnection, BatchLineage, BaseOperator)
             from airflow_provider_batchkit.source.files import InputOptions
 
             InputOptions.parse(self.input_options)
-        system = None if self.prompt is None else self.system
-        problem = cache_system_problem(self.cache_system, system=system, params=self.request_params)
+        problem = system_problem_of_task(
+            self.system, prompt=self.prompt, params=self.request_params, cache_system=self.cache_system, prime_cache=self.prime_cache
+        )
         if problem:
             raise BatchInputError(f"Task {self.task_id}: {problem}.")
-        if self.prime_cache and self.cache_system is None:
-            raise BatchInputError(f"Task {self.task_id}: prime_cache needs cache_system: without it nothing is written to the cache.")
         if self.on_empty not in ("skip", "succeed", "fail"):
             raise BatchInputError(f"Task {self.task_id}: on_empty must be 'skip', 'succeed' or 'fail', not {self.on_empty!r}.")
 
@@ -343,8 +342,10 @@ class SubmitBatchOperator(OwnsBatches, OnConnection, BatchLineage, BaseOperator)
             lambda: self._killed,
         )
         priming = None
-        if self.prime_cache and self.cache_system is not None:
-            priming = Priming(CACHE_TTL_S[self.cache_system], self.prime_timeout, over=self._leg.about == "primer")
+        if self.prime_cache:
+            ttl_s = kept_for_s(self.system, self.request_params, self.cache_system)
+            assert ttl_s is not None
+            priming = Priming(ttl_s, self.prime_timeout, over=self._leg.about == "primer")
         options = SubmitOptions(
             self.max_requests_per_batch,
             self.max_bytes_per_batch,
@@ -399,7 +400,7 @@ class SubmitBatchOperator(OwnsBatches, OnConnection, BatchLineage, BaseOperator)
         self, context: Context, job_id: str, key: list[str], types: KeyTypes, items: Iterable[Any] | Items, asking: Round
     ) -> Iterator[RequestBlock]:
         from airflow_provider_batchkit.request.build import RequestBuilder, RequestDefaults
-        from airflow_provider_batchkit.request.template import RowTemplate
+        from airflow_provider_batchkit.request.template import RowTemplate, system_template
 
         per_run = dict(context)
         builder = RequestBuilder(
@@ -415,7 +416,7 @@ class SubmitBatchOperator(OwnsBatches, OnConnection, BatchLineage, BaseOperator)
             job_id=job_id,
             key=key,
             prompt=None if self.prompt is None else RowTemplate(self.prompt, name="prompt", context=per_run),
-            system=None if self.system is None else RowTemplate(self.system, name="system", context=per_run),
+            system=None if "system" in asking.params else system_template(self.system, per_run),
             dedupe=self.dedupe,
             overrides=asking.overrides,
         )

@@ -13,7 +13,7 @@ import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import repeat
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 
@@ -21,6 +21,7 @@ from airflow_provider_batchkit.exceptions import BatchInputError, RequestError
 from airflow_provider_batchkit.model import CUSTOM_ID_PATTERN
 from airflow_provider_batchkit.request.block import PreparedRequest, RequestBlock, RequestForm
 from airflow_provider_batchkit.request.params import SDK_NAMES, ParamNames, check_params
+from airflow_provider_batchkit.request.system import SystemBlocks, Template, marked, system_problem
 from airflow_provider_batchkit.source.keys import encode_key, encode_keys
 from airflow_provider_batchkit.source.rows import Items, column_of
 
@@ -36,20 +37,8 @@ _DIGEST_CHARS = 40
 _FIRST_ROWS = 8
 _PIECE_ROWS = 512
 _PIECE_BYTES = 2 << 20
-#: how long a cached prompt lives after its last use, in seconds
-CACHE_TTL_S = {"5m": 300, "1h": 3600}
 #: fewer bytes than this are fewer tokens than any model caches
 _CACHED_BYTES = 512
-
-
-class Template(Protocol):
-    """What turns a row into a text; see :class:`~airflow_provider_batchkit.request.template.RowTemplate`."""
-
-    def render(self, row: Mapping[str, Any]) -> str:
-        """:raises RequestError: when the row does not give one"""
-
-    def render_all(self, rows: Sequence[Mapping[str, Any]]) -> list[str]:
-        """:meth:`render` for each row."""
 
 
 def check_custom_id(custom_id: Any) -> str:
@@ -89,7 +78,8 @@ class RequestDefaults(msgspec.Struct, frozen=True):
     system: Any = None
     #: any further Messages API parameters
     params: dict[str, Any] = {}
-    #: how long the API caches the job's system prompt, ``"5m"`` or ``"1h"``; a system prompt of a request's own is sent as it is
+    #: how long the API caches the job's system prompt, ``"5m"`` or ``"1h"``, unless its blocks say that themselves; a system prompt of a
+    #: request's own is sent as it is
     cache_system: str | None = None
     #: ``output_config.format`` of a schema that all answers are to fit; then no params may name another
     output_format: dict[str, Any] | None = None
@@ -114,52 +104,50 @@ class RequestDefaults(msgspec.Struct, frozen=True):
         return merged
 
     def system_param(self, system: Any) -> Any:
-        """A system prompt of the job as the API takes it: a text that is to be cached becomes a marked content block."""
-        if self.cache_system is None or not isinstance(system, str):
+        """A system prompt of the job as the API takes it: where it is to be cached, content blocks whose last one is marked."""
+        if self.cache_system is None or system_problem(system):
             return system
-        return [{"type": "text", "text": system, "cache_control": {"type": "ephemeral", "ttl": self.cache_system}}]
+        return marked(system, self.cache_system)
 
 
-def cache_system_problem(cache_system: Any, *, system: Any, params: Mapping[str, Any] | None) -> str | None:
-    """Why ``cache_system`` cannot mark a job's system prompt; None when it can, or is not asked to.
-
-    :param system: template of the rows' system prompt
-    """
-    if cache_system is None:
-        return None
-    if cache_system not in CACHE_TTL_S:
-        return f"cache_system must be '5m' or '1h', not {cache_system!r}"
-    if system is None and not isinstance((params or {}).get("system"), str):
-        return (
-            "cache_system marks the system prompt, and there is none that is text: give system together with prompt, or params['system'] "
-            "as text. Content blocks take a cache_control of their own"
-        )
-    return None
+#: the texts of a rendered system prompt: of a text itself, of content blocks each one's
+_SystemTexts = str | tuple[str, ...]
 
 
 class _Frame:
     """The canonical JSON of params that differ from row to row in their texts alone: checked and encoded once, around the texts."""
 
-    def __init__(self, defaults: RequestDefaults, *, system: bool) -> None:
+    def __init__(self, defaults: RequestDefaults, *, system: Template | SystemBlocks | None) -> None:
         """:raises RequestError: when no text could make these params good"""
-        content_mark, system_mark = secrets.token_hex(16), secrets.token_hex(16)
+        content_mark = secrets.token_hex(16)
+        marks = [secrets.token_hex(16) for _ in range(len(system) if isinstance(system, SystemBlocks) else system is not None)]
         own: dict[str, Any] = {"messages": [{"role": "user", "content": content_mark}]}
-        if system:
-            own["system"] = defaults.system_param(system_mark)
+        if system is not None:
+            own["system"] = defaults.system_param(system.with_texts(marks) if isinstance(system, SystemBlocks) else marks[0])
         params = defaults.merged(own)
         check_params(params, defaults.names)
         encoded = encode_params(params)
         self._head, rest = encoded.split(f'"{content_mark}"'.encode())
-        # keys are sorted: the messages come before the system prompt
-        self._middle, self._tail = rest.split(f'"{system_mark}"'.encode()) if system else (b"", rest)
-        self._cached = system and defaults.cache_system is not None
+        #: what comes before each text of the system prompt; keys are sorted: the messages come before it
+        self._gaps: list[bytes] = []
+        for mark in marks:
+            gap, rest = rest.split(f'"{mark}"'.encode())
+            self._gaps.append(gap)
+        self._tail = rest
+        #: so many of these texts are before the last cache marker
+        self._marked = 0
+        for position, block in enumerate(own.get("system", ())):
+            if isinstance(block, Mapping) and block.get("cache_control") is not None:
+                self._marked = position + 1
+        self._has_tools = bool(params.get("tools"))
         self.form = RequestForm()
         #: the system prompt of the last row: most often it is the next one's too
-        self._system: str | None = None
+        self._system: _SystemTexts | None = None
         self._after = self._tail
-        self._systems = 0
+        self._cached: tuple[str, ...] | None = None
+        self._prefixes = 0
 
-    def fill(self, content: str, system: str | None = None) -> bytes:
+    def fill(self, content: str, system: _SystemTexts | None = None) -> bytes:
         """Params with these texts, as :func:`encode_params` would write them."""
         if not content or content.isspace():
             raise RequestError("messages[0] has no content. Nothing was sent.")
@@ -167,7 +155,7 @@ class _Frame:
             self._turn_to(system)
         return b"".join((self._head, encode_params(content), self._after))
 
-    def fill_all(self, contents: Sequence[str], systems: Sequence[str] | None = None) -> list[bytes]:
+    def fill_all(self, contents: Sequence[str], systems: Sequence[_SystemTexts] | None = None) -> list[bytes]:
         """:meth:`fill` for many rows."""
         if all(contents) and not any(map(str.isspace, contents)) and (systems is None or len(set(systems)) == 1):
             if systems is not None and systems[0] != self._system:
@@ -179,15 +167,32 @@ class _Frame:
                 pass  # one of them cannot be encoded: it is looked for
         return [self.fill(content, system) for content, system in zip(contents, systems or repeat(None), strict=False)]
 
-    def _turn_to(self, system: str) -> None:
-        after = self._middle + encode_params(system) + self._tail
+    def _turn_to(self, system: _SystemTexts) -> None:
+        texts = (system,) if isinstance(system, str) else system
+        if not isinstance(system, str):
+            for position, text in enumerate(texts):
+                if not text or text.isspace():
+                    raise RequestError(f"system[{position}] has no text. Nothing was sent.")
+        after = b"".join(gap + encode_params(text) for gap, text in zip(self._gaps, texts, strict=True)) + self._tail
         # a text that cannot be encoded leaves the frame as it was
         self._system, self._after = system, after
-        self._systems += 1
-        if self._cached and self._systems == 1 and len(system.encode()) < _CACHED_BYTES:
-            log.warning("The system prompt has %d characters: too short to be cached by any model. cache_system does nothing.", len(system))
-        elif self._cached and self._systems == 2:
-            log.warning("The system prompt differs between rows. A row can read from the cache only what a row with the same one wrote.")
+        if self._marked and texts[: self._marked] != self._cached:
+            self._see_prefix(texts[: self._marked])
+
+    def _see_prefix(self, cached: tuple[str, ...]) -> None:
+        """Warn of a prefix that is marked for the cache in vain."""
+        self._cached = cached
+        self._prefixes += 1
+        if self._prefixes == 1 and not self._has_tools and sum(len(text.encode()) for text in cached) < _CACHED_BYTES:
+            log.warning(
+                "The %d characters of the system prompt that are marked for the cache are too short to be cached by any model.",
+                sum(map(len, cached)),
+            )
+        elif self._prefixes == 2:
+            log.warning(
+                "What is marked of the system prompt for the cache differs between rows. A row can read from the cache only what a row "
+                "with the same one wrote."
+            )
 
 
 class RequestBuilder:
@@ -200,7 +205,7 @@ class RequestBuilder:
         job_id: str | None = None,
         key: Sequence[str] = (),
         prompt: Template | None = None,
-        system: Template | None = None,
+        system: Template | SystemBlocks | None = None,
         dedupe: bool = True,
         overrides: Mapping[str, Any] | None = None,
     ) -> None:
@@ -208,7 +213,7 @@ class RequestBuilder:
         :param job_id: the journaled job; without one a request is sent under its own ``custom_id`` or position
         :param key: key columns of row mappings; a row without key columns is known by its position
         :param prompt: template of the user message of row mappings
-        :param system: template of the system prompt of row mappings
+        :param system: template of the system prompt of row mappings, or its content blocks with their templates
         :param dedupe: rows that ask the same share one ``custom_id``; otherwise the key is part of it
         :param overrides: parameters that a native request is sent with whatever it has itself
         """
@@ -222,11 +227,11 @@ class RequestBuilder:
 
     @cached_property
     def _text_frame(self) -> _Frame:
-        return _Frame(self._defaults, system=False)
+        return _Frame(self._defaults, system=None)
 
     @cached_property
     def _row_frame(self) -> _Frame:
-        return _Frame(self._defaults, system=self._system is not None)
+        return _Frame(self._defaults, system=self._system)
 
     def build(self, item: Any, position: int) -> PreparedRequest:
         """One request.

@@ -15,6 +15,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import msgspec
 
 from airflow_provider_batchkit.exceptions import BatchInputError, RequestError
+from airflow_provider_batchkit.request.caching import marker_problem
+from airflow_provider_batchkit.request.system import system_problem
 
 #: names that the API takes and the SDK's types do not list: sampling parameters of older models
 _OLDER = frozenset({"temperature", "top_p", "top_k"})
@@ -65,7 +67,8 @@ class ParamNames:
         """
         if isinstance(allowed, str | bytes | Mapping) or not isinstance(allowed, bool | Collection):
             raise BatchInputError(f"allow_unknown_params must be True, or a list of names, not {allowed!r}.")
-        self._all = allowed is True
+        #: whether what is newer than this package is let through
+        self.takes_all = allowed is True
         self._allowed = frozenset() if isinstance(allowed, bool) else frozenset(map(str, allowed))
         self._beta = beta
         #: params that proved good, without their messages and texts
@@ -73,7 +76,7 @@ class ParamNames:
 
     def problem(self, params: Mapping[str, Any]) -> str | None:
         """What is wrong with the names in params, and with the names of models; None when nothing is."""
-        if self._all:
+        if self.takes_all:
             return None
         try:
             seen = tuple(params), _ENCODE.encode([of for name, of in params.items() if _has_names(name, of)])
@@ -212,6 +215,8 @@ def _problem(params: Any, names: ParamNames) -> str | None:
     if not isinstance(params, Mapping):
         return f"params must be a mapping, not {type(params).__name__}"
     problem = names.problem(params) or _problem_of_messages(params.get("messages"))
+    if problem is None and not names.takes_all:
+        problem = system_problem(params.get("system")) or marker_problem(params)
     if problem:
         return problem
     max_tokens = params.get("max_tokens")

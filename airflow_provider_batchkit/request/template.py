@@ -18,6 +18,7 @@ from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedFormatter
 
 from airflow_provider_batchkit.exceptions import BatchInputError, RequestError
+from airflow_provider_batchkit.request.system import SystemBlocks
 from airflow_provider_batchkit.request.texts import NoTextError, json_of, text_of, texts_of
 from airflow_provider_batchkit.source.rows import column_of
 
@@ -190,6 +191,15 @@ def _holds(value: Any, part: Any) -> bool:
         return True
     parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
     return any(_holds(one, part) for one in parts)
+
+
+def system_template(
+    system: str | Sequence[Mapping[str, Any]] | None, context: Mapping[str, Any] | None = None
+) -> RowTemplate | SystemBlocks | None:
+    """The templates of a system prompt: of a text, or of the texts of content blocks."""
+    if system is None or isinstance(system, str):
+        return None if system is None else RowTemplate(system, name="system", context=context)
+    return SystemBlocks.of(system, lambda text, name: RowTemplate(text, name=name, context=context))
 
 
 class _Filler:

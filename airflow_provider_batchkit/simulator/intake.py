@@ -112,29 +112,36 @@ class Intake:
             raise SlipError(400, f"messages: the marker {record.marker} needs a tool with an input_schema, and {record.custom_id} has none")
 
     def _cache(self, record: Record, system: list[SystemBlock]) -> None:
-        marked = [number for number, block in enumerate(system) if block.cache_control is not None]
-        if not marked:
-            return
-        blocks = system[: marked[-1] + 1]
-        control = blocks[-1].cache_control
-        ttl = control.ttl if control is not None else "5m"
-        size = min(record.input_tokens, tokens.tokens_of_bytes(sum(text_bytes(block.text) for block in blocks)))
         minimum = self._settings.cache_min_tokens
-        if size < (tokens.cache_minimum(record.model) if minimum is None else minimum):
-            return
-        text = "\0".join(block.text for block in blocks)
-        record.prefix = prefix = f"{ttl}/{record.model}/{tokens.digest_of(text)}"
-        record.input_tokens -= size
+        if minimum is None:
+            minimum = tokens.cache_minimum(record.model)
+        prefixes = []
+        read, text, text_size = 0, "", 0
+        written = {"5m": 0, "1h": 0}
+        for number, block in enumerate(system):
+            text = f"{text}\0{block.text}" if number else block.text
+            text_size += text_bytes(block.text)
+            size = min(record.input_tokens, tokens.tokens_of_bytes(text_size))
+            if block.cache_control is None or size < minimum:
+                continue
+            ttl = block.cache_control.ttl
+            prefixes.append(prefix := f"{ttl}/{record.model}/{tokens.digest_of(text)}")
+            if self._finds(prefix):
+                # what comes before it is part of it
+                read, written = size, {"5m": 0, "1h": 0}
+            else:
+                written[ttl] = size - read - written["1h" if ttl == "5m" else "5m"]
+        record.prefixes = tuple(prefixes)
+        record.cache_read, record.cache_write_5m, record.cache_write_1h = read, written["5m"], written["1h"]
+        record.input_tokens -= read + written["5m"] + written["1h"]
+
+    def _finds(self, prefix: str) -> bool:
+        """Whether the next request of this call finds a prefix in the cache."""
         before = self._uses.get(prefix, 0)
         self._uses[prefix] = before + 1
         if prefix not in self._warm:
             self._warm[prefix] = self._cached(prefix)
-        if self._warm[prefix] or before >= (self._settings.cache_concurrency or sys.maxsize):
-            record.cache_read = size
-        elif ttl == "1h":
-            record.cache_write_1h = size
-        else:
-            record.cache_write_5m = size
+        return self._warm[prefix] or before >= (self._settings.cache_concurrency or sys.maxsize)
 
     def _count_output(self, record: Record) -> None:
         fixed = self._settings.output_tokens

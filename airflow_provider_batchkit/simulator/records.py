@@ -33,8 +33,8 @@ class Record(msgspec.Struct, gc=False):
     thinks: bool = False
     #: the model that declined before ``model`` answered in its place
     declined: str = ""
-    #: what the request's cached prefix is known by; empty without a marker
-    prefix: str = ""
+    #: what the request's cached prefixes are known by, the shortest first; empty without a marker
+    prefixes: tuple[str, ...] = ()
     #: type and message of the error when its params are bad
     error_type: str = ""
     error: str = ""

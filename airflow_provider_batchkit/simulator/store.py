@@ -382,13 +382,13 @@ class Store:
             line["requests"] += 1
             line["input_tokens"] += record.input_tokens
             line["output_tokens"] += record.output_tokens
-            if record.prefix or record.searches:
+            if record.prefixes or record.searches:
                 line["cache_write_5m_tokens"] += record.cache_write_5m
                 line["cache_write_1h_tokens"] += record.cache_write_1h
                 line["cache_read_tokens"] += record.cache_read
                 line["web_search_requests"] += record.searches
-            if record.prefix:
-                self._cached_until[workspace, record.prefix] = at + _TTL_SECONDS[record.prefix[:2]]
+            for prefix in record.prefixes:
+                self._cached_until[workspace, prefix] = at + _TTL_SECONDS[prefix[:2]]
             if record.marker in answers.ITERATIONS:
                 model, read, written = answers.ITERATIONS[record.marker]
                 line = _line(bill, model or record.model, record.inference_geo)

@@ -2,11 +2,11 @@
 
 - ``input_tokens`` = ceil(UTF-8 bytes of all system and message text / 4) + 8. Only text counts: tools, images and documents are free.
 - ``output_tokens`` = ceil(UTF-8 bytes of the answer / 4), at least 1, at most ``max_tokens``; an answer above that is cut.
-- Caching: the system text up to the last block with ``cache_control`` is the cached prefix, ceil(bytes / 4) tokens of the input. A prefix
-  below the model's minimum (:func:`cache_minimum`) is plain input. Otherwise a request reads it when a request of the same workspace,
-  model, ttl and prefix had ended before this one's batch was accepted, and no longer ago than the ttl; each use counts anew. Else it
-  writes it. The requests of one batch run at the same time and write each for itself; with ``cache_concurrency`` N that many do, and
-  those behind them in the batch read. Markers on messages or at the top level do nothing.
+- Caching: the system text up to each block with ``cache_control`` is a prefix, ceil(bytes / 4) tokens of the input. A prefix below the
+  model's minimum (:func:`cache_minimum`) is plain input. A request finds one when a request of the same workspace, model, ttl and prefix
+  had ended before this one's batch was accepted, and no longer ago than the ttl; each use counts anew. It reads the longest that it
+  finds, and writes what is marked behind that. The requests of one batch run at the same time and write each for itself; with
+  ``cache_concurrency`` N that many do, and those behind them in the batch read. Markers on messages or at the top level do nothing.
 
 The cache is a model of what a cold batch and a primed one pay, not a measurement. It does not claim how many requests of a batch the API
 runs at once, when in its life a batch's requests run (here: reads are decided when it is accepted, and writes can be read once it has

@@ -16,6 +16,7 @@ from .settings import SimulatorSettings
 
 CUSTOM_ID = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 MAX_ID_CHARS = 64
+_MAX_MARKERS = 4
 _Unit = Annotated[float, msgspec.Meta(ge=0, le=1)]
 _BLOCK_TYPES = frozenset(
     (
@@ -221,6 +222,7 @@ def message_params(raw: msgspec.Raw | bytearray, models: Catalogue, *, beta: boo
     if params.speed == "fast":
         raise ApiError(400, "speed: fast mode is not supported here")
     check_turns(params.messages)
+    check_system(params.system, params.tools)
     model = known_model(params.model, models)
     limit = model.get("max_tokens")
     if isinstance(limit, int) and 0 < limit < params.max_tokens:
@@ -248,8 +250,32 @@ def count_params(body: bytearray, models: Catalogue) -> CountParams:
     except msgspec.MsgspecError as error:
         raise ApiError(400, api_message(error, "")) from error
     check_turns(params.messages)
+    check_system(params.system, params.tools)
     known_model(params.model, models)
     return params
+
+
+def check_system(system: str | list[SystemBlock], tools: list[dict[str, Any]]) -> None:
+    """Raises ApiError (400) for a blank block, and for cache markers that are too many or in the wrong order, messages aside.
+
+    The texts are those that users of the API quote in public issues.
+    """
+    if isinstance(system, str):
+        return
+    if any(block.text.isspace() for block in system):
+        raise ApiError(400, "system: text content blocks must contain non-whitespace text")
+    marked = [(f"tools.{n}", (tool["cache_control"] or {}).get("ttl", "5m")) for n, tool in enumerate(tools) if tool.get("cache_control")]
+    marked += [(f"system.{n}", block.cache_control.ttl) for n, block in enumerate(system) if block.cache_control is not None]
+    if len(marked) > _MAX_MARKERS:
+        raise ApiError(400, f"A maximum of {_MAX_MARKERS} blocks with cache_control may be provided. Found {len(marked)}.")
+    ttls = [ttl for _, ttl in marked]
+    late = next((where for n, (where, ttl) in enumerate(marked) if ttl == "1h" and "5m" in ttls[:n]), None)
+    if late is not None:
+        raise ApiError(
+            400,
+            f"{late}.cache_control.ttl: a ttl='1h' cache_control block must not come after a ttl='5m' cache_control block. "
+            "Note that blocks are processed in the following order: `tools`, `system`, `messages`.",
+        )
 
 
 def check_turns(turns: list[Turn]) -> None:

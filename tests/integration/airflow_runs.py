@@ -46,9 +46,12 @@ class Run:
         return XComModel.deserialize_value(type("Stored", (), {"value": value})())
 
 
-def run_dag(airflow_home: Path, *bodies: str) -> Run:
-    """Run a DAG with ``bodies`` inside its ``with DAG`` block once."""
-    dag_id = f"test_{next(_numbers)}"
+def run_dag(airflow_home: Path, *bodies: str, dag_id: str | None = None) -> Run:
+    """Run a DAG with ``bodies`` inside its ``with DAG`` block once.
+
+    :param dag_id: of a DAG that is to run again; a new one by default
+    """
+    dag_id = dag_id or f"test_{next(_numbers)}"
     body = "".join(textwrap.indent(textwrap.dedent(part), "    ") + "\n" for part in bodies)
     return run_source(airflow_home, dag_id, _HEAD.format(dag_id=dag_id, body=body))
 

@@ -37,6 +37,7 @@ MODEL = "claude-haiku-4-5"
 #: the name under which it answers
 ANSWERS = "claude-haiku-4-5-20251001"
 JOB = JobRecord("0123456789abcdef0123", "dag", "run-1", "submit")
+MARKED = {"type": "text", "text": "x", "cache_control": {"type": "ephemeral"}}
 PRIMING = Priming(ttl_s=3600, timeout_s=600)
 #: every request of a cold batch writes its prefix, as most of those that others measured did
 SETTINGS = SimulatorSettings(cache_concurrency=None)
@@ -410,8 +411,12 @@ def test_a_task_whose_primer_takes_too_long_sends_the_rest(airflow_db: Path, api
     ("arguments", "problem"),
     [
         ({"cache_system": "2h"}, "cache_system must be '5m' or '1h', not '2h'"),
-        ({"system": None}, "there is none that is text"),
-        ({"system": None, "params": {"system": [{"type": "text", "text": "x"}]}}, "there is none that is text"),
+        ({"system": None}, "cache_system marks the system prompt, and there is none"),
+        ({"system": None, "params": {"system": []}}, "cache_system marks the system prompt, and there is none"),
+        ({"system": [MARKED]}, r"system\[0\] has a cache_control of its own"),
+        ({"system": None, "params": {"system": [MARKED]}}, r"system\[0\] has a cache_control of its own"),
+        ({"system": None, "params": {"system": "s", "tools": [{"name": "t", "cache_control": {"type": "ephemeral"}}]}}, "must come first"),
+        ({"cache_system": ["1h"]}, "must be '5m' or '1h'"),
         ({"cache_system": None}, "prime_cache needs cache_system"),
     ],
 )
