@@ -40,6 +40,7 @@ from airflow_provider_batchkit.ledger.records import OUR_CUSTOM_ID, BatchRecord
 from airflow_provider_batchkit.ledger.states import BatchState
 from airflow_provider_batchkit.model import ANSWERED, BatchItem, BatchSnapshot, RequestStatus, common_key_type, key_kind
 from airflow_provider_batchkit.progress import Progress
+from airflow_provider_batchkit.request.failed import FailedKinds
 from airflow_provider_batchkit.schema import OutputSchema
 
 log = logging.getLogger(__name__)
@@ -218,7 +219,8 @@ class _Landing:
                 if late is None:
                     for batch in batches:
                         log.info("%s has landed in %s before; nothing is written for it again", batch.batch_id, self.table.name)
-                        report.recall(plan.landed[batch.batch_id], self.ledger.unfinished(batch.record))
+                        unfinished = self.ledger.unfinished(batch.record)
+                        report.recall(plan.landed[batch.batch_id], unfinished, is_foreign=batch.record is None)
                     return plan
                 seen = late
             else:
@@ -330,13 +332,15 @@ class _Landing:
         stage = Stage(connection, self.table, keys, others.ranks, portable=self.portable)
         answers = None if self.table.schema is None else AnswerReader(self.table.schema)
         tally = TallyBuilder(self.price_book, snapshot.created_at)
+        foreign = FailedKinds() if record is None else None
         reconciler = Reconciler(None if keys is None else keys.billed)
         total = snapshot.counts.total
         progress = Progress(log, f"landing {snapshot.batch_id}", total)
         with stage.filling():
             for results in self.read_blocks(snapshot.batch_id, reconciler, total, lambda size: progress.add(0, size)):
-                if record is None:
+                if foreign is not None:
                     _refuse_our_own(snapshot, results)
+                    foreign.add(results.custom_ids, results.statuses, results.error_types, results.error_messages)
                 costs = tally.add_all(results)
                 if answers is None:
                     stage.put(results, costs)
@@ -361,7 +365,9 @@ class _Landing:
         rows = stage.counts.total() if self.include_failed else sum(stage.counts[status.value] for status in ANSWERED)
         first = record is None or record.state is not BatchState.LANDED
         read_s = time.monotonic() - started
-        landed = LandedBatch(snapshot, stage.counts, stage.unfinished, tally.tally(), reconciler.faults, names, rows, first, read_s)
+        landed = LandedBatch(
+            snapshot, stage.counts, stage.unfinished, tally.tally(), reconciler.faults, names, rows, first, read_s, foreign
+        )
         return _Filled(landed, stage.tables, record, others, stage.left_out, last_part)
 
 

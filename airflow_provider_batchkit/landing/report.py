@@ -11,7 +11,8 @@ from typing import Any
 
 from airflow_provider_batchkit.api.results import StreamFaults
 from airflow_provider_batchkit.ledger.landings import Landed
-from airflow_provider_batchkit.model import BatchSnapshot, CostTally
+from airflow_provider_batchkit.model import BatchSnapshot, CostTally, RequestStatus
+from airflow_provider_batchkit.request.failed import FailedKinds
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +38,8 @@ class LandedBatch:
     first: bool
     #: seconds that reading and staging it took
     read_s: float
+    #: of a batch that the ledger does not know: its failed results
+    foreign_failed: FailedKinds | None = None
 
     @property
     def complete(self) -> bool:
@@ -78,6 +81,9 @@ class LandingReport:
     first: list[BatchFigures] = field(default_factory=list)
     #: the batches that are in the table whole: nothing more could be had of them from the API
     complete_ids: list[str] = field(default_factory=list)
+    #: failed results of batches that the ledger does not know, and failed rows of those of them that had landed before
+    foreign_failed: list[FailedKinds] = field(default_factory=list)
+    untold: int = 0
     created_at: datetime | None = None
     ended_at: datetime | None = None
 
@@ -105,8 +111,13 @@ class LandingReport:
             "missing": self.missing,
         }
 
-    def recall(self, landed: Landed, unfinished: Mapping[str, int]) -> None:
-        """Add a batch that has landed in the table before: nothing is written, its counts and its bill are in the ledger."""
+    def recall(self, landed: Landed, unfinished: Mapping[str, int], *, is_foreign: bool) -> None:
+        """Add a batch that has landed in the table before: nothing is written, its counts and its bill are in the ledger.
+
+        :param is_foreign: it was submitted elsewhere, so that the outcomes of its rows are not in the ledger
+        """
+        if is_foreign:
+            self.untold += sum(landed.counts.values()) - landed.counts.get(RequestStatus.SUCCEEDED.value, 0)
         self.unfinished.update(unfinished)
         self.batch_ids.append(landed.batch_id)
         self.rows += landed.rows
@@ -129,6 +140,8 @@ class LandingReport:
         self.missing.extend(batch.missing[: NAMED - len(self.missing)])
         if batch.complete and not batch.faults.foreign:
             self.complete_ids.append(snapshot.batch_id)
+        if batch.foreign_failed is not None:
+            self.foreign_failed.append(batch.foreign_failed)
         if batch.first:
             self.first.append(BatchFigures(snapshot.batch_id, batch.counts, batch.tally, batch.latency_s))
         self.created_at = min(filter(None, (self.created_at, snapshot.created_at)))

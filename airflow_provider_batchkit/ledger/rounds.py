@@ -12,7 +12,7 @@ and billed, on a line that could not be read, so its results are to be fetched a
 from __future__ import annotations
 
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -28,11 +28,11 @@ from airflow_provider_batchkit.ledger.leases import hold_lease
 from airflow_provider_batchkit.ledger.states import HELD, BatchState
 from airflow_provider_batchkit.ledger.tables import batch, failed, job, landing
 from airflow_provider_batchkit.model import CostTally, RequestStatus
-from airflow_provider_batchkit.request.failures import ADVICE, KNOWN_FAILURES, WORTH_ASKING, Failure, Failures, Reason
+from airflow_provider_batchkit.request.failed import KEYS_KEPT, FailedRows, merged
+from airflow_provider_batchkit.request.failures import KNOWN_FAILURES, WORTH_ASKING, Failure, Failures, Reason
 
 _HELD = [state.value for state in HELD]
-_KEYS_AT_A_TIME = 5_000
-_NAMED = 5
+_KEYS_AT_A_TIME, _IDS_AT_A_TIME = 5_000, 500
 
 
 # --- the job's place in its rounds ------------------------------------------------------------------------------------------------
@@ -155,41 +155,19 @@ def _has_outcome(ask: Collection[str]) -> sa.ColumnElement[bool]:
 # --- the end ----------------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class FailedRows:
-    """Rows without an answer that have failed in the same way."""
-
-    status: str
-    error_type: str | None
-    #: a :class:`Reason`
-    reason: str
-    #: the words of one of them
-    message: str | None
-    rows: int
-    #: the first keys, as JSON arrays
-    keys: list[str]
-    #: another round may answer them
-    worth_asking: bool
-
-    def __str__(self) -> str:
-        kind = f"{self.status} ({self.error_type})" if self.error_type else self.status
-        words = f": {self.message.rstrip('.')}" if self.message else ""
-        return f"{self.rows:,} rows {kind}{words}; {ADVICE[Reason(self.reason)]}; first keys: {', '.join(self.keys)}"
-
-
 def failed_rows(
     connection: Connection,
     job_id: str,
-    shard: int | None = None,
+    shards: Collection[int] | None = None,
     *,
     reasons: Collection[Reason] = WORTH_ASKING,
     failures: Failures = KNOWN_FAILURES,
 ) -> list[FailedRows]:
-    """The rows of a job that failed, by status, type and reason; with ``shard`` those whose last outcome is one of this shard.
+    """The rows of a job that failed, by status, type and reason; with ``shards`` those whose last outcome is one of these shards.
 
     :param reasons: for which a further round would ask
     """
-    here = [failed.c.job_id == job_id] if shard is None else [failed.c.job_id == job_id, failed.c.shard == shard]
+    here = [failed.c.job_id == job_id] if shards is None else [failed.c.job_id == job_id, failed.c.shard.in_(shards)]
     groups: dict[tuple[str, str | None, Reason], tuple[str | None, int]] = {}
     for failure, rows in _kinds(connection, *here):
         group = (failure.status, failure.error_type, failures.reason(failure))
@@ -199,11 +177,27 @@ def failed_rows(
     for (status, error_type, reason), (words, rows) in groups.items():
         alike = [failed.c.status == status, failed.c.error_type.is_not_distinct_from(error_type)]
         alone = sum(group[:2] == (status, error_type) for group in groups) == 1
-        candidates = _rows(connection, *here, *alike, ordered=True, limit=_NAMED if alone else None)
+        candidates = _rows(connection, *here, *alike, ordered=True, limit=KEYS_KEPT if alone else None)
         keys = (row.key for row in candidates if failures.reason(Failure(row.status, row.error_type, row.words)) is reason)
-        found.append(FailedRows(status, error_type, reason.value, words, rows, list(islice(keys, _NAMED)), reason in reasons))
+        found.append(FailedRows(status, error_type, reason.value, words, rows, list(islice(keys, KEYS_KEPT)), reason in reasons))
         candidates.close()
     return found
+
+
+def failed_in(engine: Engine, batch_ids: Collection[str], *, failures: Failures = KNOWN_FAILURES) -> list[FailedRows]:
+    """The rows of these landed batches that failed, over all their jobs. Batches that the ledger does not know add none."""
+    shards = defaultdict[str, list[int]](list)
+    ids = list(batch_ids)
+    found: list[FailedRows] = []
+    with engine.connect() as connection:
+        for start in range(0, len(ids), _IDS_AT_A_TIME):
+            known = sa.select(batch.c.job_id, batch.c.shard).where(batch.c.batch_id.in_(ids[start : start + _IDS_AT_A_TIME]))
+            for job_id, shard in connection.execute(known):
+                shards[job_id].append(shard)
+        for job_id, those in shards.items():
+            for start in range(0, len(those), _IDS_AT_A_TIME):
+                found += failed_rows(connection, job_id, those[start : start + _IDS_AT_A_TIME], failures=failures)
+    return merged(found)
 
 
 @dataclass(slots=True)
@@ -217,12 +211,18 @@ class Outcome:
     tally: CostTally = field(default_factory=CostTally)
     #: per round: its batches, rows and requests asked, rows per outcome
     rounds: list[dict[str, Any]] = field(default_factory=list)
-    failed: list[FailedRows] = field(default_factory=list)
+    #: rows without a whole answer, by kind; a truncated answer that succeeded is one of them, too
+    kinds: list[FailedRows] = field(default_factory=list)
     #: the batches that landed whole: nothing more could be had of them from the API
     complete_ids: list[str] = field(default_factory=list)
     #: by the API's clock
     created_at: datetime | None = None
     ended_at: datetime | None = None
+
+    @property
+    def failed(self) -> list[FailedRows]:
+        """The kinds of rows without an answer."""
+        return [kind for kind in self.kinds if kind.status != RequestStatus.SUCCEEDED.value]
 
     @property
     def latency_s(self) -> float | None:
@@ -246,11 +246,9 @@ def outcome(engine: Engine, job_id: str, *, reasons: Collection[Reason] = WORTH_
         found.unfinished = outcomes.count_unfinished(connection, job_id)
         if answered:
             found.counts[RequestStatus.SUCCEEDED.value] = answered
-        kinds = failed_rows(connection, job_id, reasons=reasons, failures=failures)
-        for kind in kinds:
+        found.kinds = failed_rows(connection, job_id, reasons=reasons, failures=failures)
+        for kind in found.kinds:
             found.counts[kind.status] += kind.rows
-        # a truncated answer that succeeded is one of them, too
-        found.failed = [kind for kind in kinds if kind.status != RequestStatus.SUCCEEDED.value]
     return found
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from airflow.providers.common.compat.sdk import AirflowFailException, BaseOperator
 
 from airflow_provider_batchkit.exceptions import BatchInputError, BatchKitError, ErrorRateError
-from airflow_provider_batchkit.hooks.settings import DEFAULT_CONN_ID, settle_times
+from airflow_provider_batchkit.hooks.settings import DEFAULT_CONN_ID, configured_failures, settle_times
 from airflow_provider_batchkit.hooks.sql import sql_engine
 from airflow_provider_batchkit.lineage import BatchLineage
 from airflow_provider_batchkit.links import ConsoleLink, push_console_link
@@ -181,6 +181,7 @@ class FetchBatchOperator(LandingOperator):
             report = self._fetch(context, ledger, batch_ids, self.write_disposition)
             waited(context, self._leg)
             self.log.info("Landed %s rows in %s; outcomes: %s", f"{report.rows:,}", self.table, dict(report.counts))
+            self._say_why(ledger, report)
             self.log.info("Cost of %s:\n%s", ", ".join(batch_ids) or "no batches", format_tally(report.tally))
             summary = report.to_json()
             publish_summary(self, context, summary, report.first)
@@ -188,3 +189,16 @@ class FetchBatchOperator(LandingOperator):
         with batchkit_errors():
             self._check_error_rate(report.counts)
         return summary
+
+    def _say_why(self, ledger: Ledger, report: LandingReport) -> None:
+        """Why rows failed, from the ledger and, for batches that it does not know, from their results."""
+        from airflow_provider_batchkit.ledger.rounds import failed_in
+        from airflow_provider_batchkit.request.failed import failed_text
+
+        failures = configured_failures()
+        kinds = failed_in(ledger.engine, report.batch_ids, failures=failures)
+        for foreign in report.foreign_failed:
+            kinds += foreign.rows(failures)
+        why = failed_text(kinds, report.counts.total(), report.untold)
+        if why:
+            self.log.warning("%s", why)

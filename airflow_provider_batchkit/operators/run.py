@@ -320,15 +320,15 @@ class RunBatchOperator(SubmitBatchOperator, LandingOperator):
         from airflow_provider_batchkit.cost.tally import format_tally
         from airflow_provider_batchkit.jobs.fetch import VANISHED
         from airflow_provider_batchkit.ledger import rounds
+        from airflow_provider_batchkit.request.failed import failed_text
 
         found = rounds.outcome(job.ledger.engine, job.job_id, reasons=self._worth_asking, failures=self._failures)
         self._tell(context, found.batch_ids)
         for round_ in found.rounds:
             self.log.info("Round %(round)d: %(rows)d rows in %(requests)d requests; outcomes: %(counts)s", round_)
-        for failed in found.failed:
-            self.log.warning("No answer: %s", failed)
-        for kind, rows in sorted(found.unfinished.items()):
-            self.log.warning("%s rows have an answer that is %s (error_type)", f"{rows:,}", kind)
+        why = failed_text(found.kinds, found.counts.total())
+        if why:
+            self.log.warning("%s", why)
         self.log.info("Cost of %s:\n%s", ", ".join(found.batch_ids) or "no batches", format_tally(found.tally))
         summary = self._summary(found)
         publish_summary(self, context, summary, ())

@@ -65,10 +65,10 @@ RULES = (
 
 #: what is to be done about failures of each reason
 ADVICE = {
-    Reason.PASSING: "worth asking again",
+    Reason.PASSING: "worth asking again: by a further round (max_rounds of RunBatchOperator), or by a submit with only_failed_of",
     Reason.ACCOUNT: "the account is the reason: mend it in the Claude Console (credit, limits, access), then clear the task",
     Reason.UNFIT: "each is billed; with retry_invalid_output another round asks them again",
-    Reason.PERMANENT: "asking again would not help",
+    Reason.PERMANENT: "asking again would not help: change the request (or name what passes in [batchkit] passing_errors)",
 }
 
 _OVER = {RequestStatus.EXPIRED.value, RequestStatus.CANCELED.value}
