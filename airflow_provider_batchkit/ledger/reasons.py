@@ -10,7 +10,8 @@ from sqlalchemy.engine import Connection, Engine
 
 from airflow_provider_batchkit.ledger.tables import failed
 from airflow_provider_batchkit.model import RequestStatus
-from airflow_provider_batchkit.request.failures import ADVICE, KNOWN_FAILURES, Failure, Failures
+from airflow_provider_batchkit.request.failed import advice_for
+from airflow_provider_batchkit.request.failures import KNOWN_FAILURES, Failure, Failures
 
 _REASONS = 20
 _KEYS = 3
@@ -55,10 +56,7 @@ class Reasons:
         if one.status == RequestStatus.ERRORED.value:
             here.append(failed.c.error_message.is_not_distinct_from(one.words))
         keys = connection.execute(sa.select(failed.c.key).where(*here).order_by(failed.c.key).limit(_KEYS)).scalars().all()
-        reason = failures.reason(Failure(one.status, one.error_type, one.words))
-        advice = ADVICE[reason]
-        if one.status == RequestStatus.SUCCEEDED.value:
-            advice = f"answered and billed, but {one.error_type}; a Round that asks for it, with more room, may finish it"
+        advice = advice_for(one.status, one.error_type, failures.reason(Failure(one.status, one.error_type, one.words)))
         return FailedRows(one.status, one.error_type, one.message, int(one.rows), tuple(keys), advice)
 
     def failed_keys(self, job_id: str, *, limit: int = 1000, after: str | None = None) -> list[dict[str, Any]]:

@@ -23,7 +23,7 @@ _KINDS_KEPT = 1_000
 _SUCCEEDED = RequestStatus.SUCCEEDED.value
 #: what is to be done about outcomes whose reason alone does not say it
 _ADVICE_FOR = {
-    RequestStatus.MISSING.value: "the answers may be there and billed: clear this task to read the results again, which costs nothing",
+    RequestStatus.MISSING.value: "the answers may be there and billed: clear the task that landed the others to read the results again, which costs nothing",
     TRUNCATED: "each is billed; a larger max_tokens leaves them room, also in a further round: Round(ask=['truncated'], max_tokens=…)",
     PAUSED: "each is billed; a further round asks them again: Round(ask=['paused'])",
     REFUSED: "the model declined; a further round may ask another one: Round(ask=['refused'], model=…)",
@@ -49,13 +49,18 @@ class FailedRows:
     @property
     def advice(self) -> str:
         """What is to be done about them."""
-        return _ADVICE_FOR.get(self.status) or _ADVICE_FOR.get(self.error_type or "") or ADVICE[Reason(self.reason)]
+        return advice_for(self.status, self.error_type, Reason(self.reason))
 
     def __str__(self) -> str:
         kind = f"{self.status} ({self.error_type})" if self.error_type not in (None, self.status) else self.status
         words = f": {_short(self.message, _MESSAGE_CHARS).rstrip('.')}" if self.message else ""
         keys = ", ".join(_short(key, _KEY_CHARS) for key in self.keys[:KEYS_SAID])
         return f"{self.rows:,} rows {kind}{words}; {self.advice}; first keys: {keys}"
+
+
+def advice_for(status: str, error_type: str | None, reason: Reason) -> str:
+    """What is to be done about rows with this outcome, and by which parameter."""
+    return _ADVICE_FOR.get(status) or _ADVICE_FOR.get(error_type or "") or ADVICE[reason]
 
 
 def _short(text: str, most: int) -> str:

@@ -139,7 +139,8 @@ def test_failed_says_why_with_keys_and_what_helps(warehouse: Warehouse, sim: Sim
     first, second = read(capsys, "failed", job)
     assert (first["rows"], first["status"], first["keys"]) == (4, "errored", ["[10]", "[11]", "[12]"])
     assert first["message"] and "asking again" in first["what_helps"]
-    assert (second["rows"], second["status"], second["what_helps"]) == (1, "expired", "worth asking again")
+    helps = "worth asking again: by a further round (max_rounds of RunBatchOperator), or by a submit with only_failed_of"
+    assert (second["rows"], second["status"], second["what_helps"]) == (1, "expired", helps)
     assert [one["key"] for one in read(capsys, "failed", job, "--rows", "--limit", "2")] == ["[10]", "[11]"]
     assert main(["failed", "nojob", "--conn-id", "warehouse"]) == 1
     assert "has no job nojob" in capsys.readouterr().err

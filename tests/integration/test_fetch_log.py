@@ -96,7 +96,7 @@ def test_missing_rows_are_to_be_read_again_and_not_to_be_asked_again(
     api.faults.clear()
     assert "1 of 3 rows have no answer" in block
     line = line_with(block, "1 rows missing")
-    assert "may be there and billed: clear this task to read the results again" in line and "asking again" not in line
+    assert "may be there and billed: clear the task that landed the others to read the results again" in line and "asking again" not in line
     assert why(fetch(ids), caplog) == ""
 
 
