@@ -16,6 +16,7 @@ from airflow.providers.anthropic.exceptions import AnthropicError
 from airflow.providers.anthropic.hooks.anthropic import FIRST_PARTY_PLATFORMS, AnthropicHook
 from airflow.providers.common.compat.sdk import Connection
 
+from airflow_provider_batchkit.hooks.request_lines import lower_request_lines
 from airflow_provider_batchkit.hooks.settings import absence_seconds, allowed_params, configured_prices
 
 if TYPE_CHECKING:
@@ -61,7 +62,9 @@ class BatchKitHook(AnthropicHook):
         from airflow_provider_batchkit.kit import BatchKit
 
         _refuse_other_platforms(self.platform)
-        kit = BatchKit(cast("Anthropic", self.conn), price_book=configured_prices(), allow_unknown_params=allowed_params())
+        client = cast("Anthropic", self.conn)
+        lower_request_lines(client.base_url)
+        kit = BatchKit(client, price_book=configured_prices(), allow_unknown_params=allowed_params())
         kit.absence_s = absence_seconds()
         return kit
 
@@ -72,7 +75,9 @@ class BatchKitHook(AnthropicHook):
         """
         connection = await self._read_connection_async()
         # Making a client reads the CA certificates for 30 ms and may read credential files, so it is not done on the event loop.
-        return await asyncio.to_thread(_async_client, connection)
+        client = await asyncio.to_thread(_async_client, connection)
+        lower_request_lines(client.base_url)
+        return client
 
     async def _read_connection_async(self) -> _ConnectionValues:
         if hasattr(Connection, "aextra_dejson"):

@@ -23,7 +23,9 @@ _KINDS_KEPT = 1_000
 _SUCCEEDED = RequestStatus.SUCCEEDED.value
 #: what is to be done about outcomes whose reason alone does not say it
 _ADVICE_FOR = {
-    RequestStatus.MISSING.value: "the answers may be there and billed: clear the task that landed the others to read the results again, which costs nothing",
+    RequestStatus.MISSING.value: (
+        "the answers may be there and billed: clear the task that landed the others to read the results again, which costs nothing"
+    ),
     TRUNCATED: "each is billed; a larger max_tokens leaves them room, also in a further round: Round(ask=['truncated'], max_tokens=…)",
     PAUSED: "each is billed; a further round asks them again: Round(ask=['paused'])",
     REFUSED: "the model declined; a further round may ask another one: Round(ask=['refused'], model=…)",
