@@ -30,7 +30,8 @@ def get_provider_info() -> dict[str, Any]:
         "cli": [f"{package}.commands.registry.airflow_commands"],
         "config": {
             "batchkit": {
-                "description": "Message batches: prices, checks, failures that pass, times to look for batches, the Console's address.",
+                "description": "Message batches: prices, checks, failures that pass, the ledger's place, times to look for batches, the "
+                "Console's address.",
                 "options": _OPTIONS,
             }
         },
@@ -82,6 +83,22 @@ _OPTIONS: dict[str, Any] = {
         "type": "float",
         "example": None,
         "default": "900",
+    },
+    "ledger_conn_id": {
+        "description": "SQLite or PostgreSQL connection of the ledger, for tasks that name none. Without it the ledger lies beside each "
+        "task's results, in its sql_conn_id.",
+        "version_added": "0.1.0",
+        "type": "string",
+        "example": "batchkit_ledger",
+        "default": None,
+    },
+    "ledger_schema": {
+        "description": "Schema of the ledger's tables in PostgreSQL, which must exist; that in which the connection creates tables when it "
+        "is not set.",
+        "version_added": "0.1.0",
+        "type": "string",
+        "example": "batchkit",
+        "default": None,
     },
     "console_url": {
         "description": "The Claude Console's page of batches that tasks link to. Put your workspace's id in the place of default.",

@@ -22,19 +22,17 @@ def open_ledger(conn_id: str | None, *, migrate: bool = False) -> Iterator[Ledge
     """
     from sqlalchemy.exc import DBAPIError
 
-    from airflow_provider_batchkit.hooks.sql import sql_engine
-    from airflow_provider_batchkit.ledger import Ledger
+    from airflow_provider_batchkit.hooks.ledger import ledger_at, ledger_place
     from airflow_provider_batchkit.ledger.tables import VERSION
 
     name = ledger_conn_id(conn_id)
     find_connection(name)
     try:
-        with sql_engine(name) as engine:
-            ledger = Ledger(engine)
+        with ledger_at(ledger_place(name, name)) as ledger:
             if not ledger.exists():
                 raise BatchInputError(
-                    f"The connection {name!r} has no ledger: no task has submitted through it yet. Name the sql_conn_id of the tasks with "
-                    "--conn-id. Nothing was changed."
+                    f"The connection {name!r} has no ledger: no task has submitted through it yet. Name the ledger_conn_id of "
+                    "the tasks, or else their sql_conn_id, with --conn-id. Nothing was changed."
                 )
             if migrate:
                 ledger.ensure()
@@ -67,8 +65,8 @@ def ledger_conn_id(given: str | None) -> str:
     found = given or conf.get("batchkit", "ledger_conn_id", fallback=None)
     if not found:
         raise BatchInputError(
-            "Which ledger? Name its connection with --conn-id, the sql_conn_id of the tasks, or set ledger_conn_id in the section "
-            "[batchkit] of Airflow's configuration."
+            "Which ledger? Name its connection with --conn-id, the ledger_conn_id of the tasks or else their sql_conn_id, or set "
+            "ledger_conn_id in the section [batchkit] of Airflow's configuration."
         )
     return str(found)
 

@@ -59,7 +59,7 @@ _LEDGER = Argument(
     "--sql-conn-id",
     dest="conn_id",
     metavar="CONN",
-    help="Airflow connection of the ledger: the sql_conn_id of the tasks",
+    help="Airflow connection of the ledger: the ledger_conn_id of the tasks, or else their sql_conn_id",
 )
 _OUTPUT = Argument("-o", "--output", choices=("table", "json", "yaml", "plain"), default="table", help="output format")
 _YES = Argument("-y", "--yes", action="store_true", help="do not ask")

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 #: what to install for a connection type whose hook is missing
 _EXTRAS = {"postgres": "postgres", "sqlite": "sqlite"}
+#: the databases that this package knows, by the class of their hook; a hook of a user's own may derive from it
+KINDS = {"PostgresHook": "postgres", "SqliteHook": "sqlite"}
 
 
 @contextmanager
@@ -27,19 +29,33 @@ def sql_engine(conn_id: str) -> Iterator[Engine]:
 
     :raises BatchInputError: when the connection is not of a SQL database, or the provider of its type is not installed
     """
-    from airflow.providers.common.sql.hooks.sql import DbApiHook
     from sqlalchemy.pool import QueuePool
 
     from airflow_provider_batchkit.ledger import prepare_engine
 
-    hook = _hook_of(BaseHook.get_connection(conn_id))
-    if not isinstance(hook, DbApiHook):
-        raise BatchInputError(f"The connection {conn_id!r} is a {type(hook).__name__}, not a SQL database. Nothing was sent.")
+    hook, _ = hook_named(conn_id)
     engine = prepare_engine(hook.get_sqlalchemy_engine({"poolclass": QueuePool, "pool_size": 1, "pool_pre_ping": True}))
     try:
         yield engine
     finally:
         engine.dispose()
+
+
+def hook_named(conn_id: str) -> tuple[Any, str | None]:
+    """The hook of a SQL connection, and the kind of its database where this package knows one: see :data:`KINDS`.
+
+    :raises BatchInputError: when the connection is not of a SQL database, or the provider of its type is not installed
+    """
+    from airflow.providers.common.sql.hooks.sql import DbApiHook
+
+    connection = BaseHook.get_connection(conn_id)
+    hook = _hook_of(connection)
+    if not isinstance(hook, DbApiHook):
+        raise BatchInputError(f"The connection {conn_id!r} is a {type(hook).__name__}, not a SQL database. Nothing was sent.")
+    kind = next((KINDS[cls.__name__] for cls in type(hook).__mro__ if cls.__name__ in KINDS), None)
+    if kind == "postgres" and connection.extra_dejson.get("redshift"):
+        kind = None  # PostgresHook reaches Redshift too, which is another database
+    return hook, kind
 
 
 def _hook_of(connection: Connection) -> Any:

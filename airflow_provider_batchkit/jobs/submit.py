@@ -378,7 +378,7 @@ def _asked_record(ledger: Ledger, batch_id: str, dag_id: str, run_id: str, *, go
     if record is None:
         raise BatchInputError(
             f"The ledger does not know the batch {batch_id}, so it cannot tell which of its rows to ask again. It must be one that this "
-            "provider submitted with the same sql_conn_id. Nothing was sent."
+            "provider submitted with the same ledger. Nothing was sent."
         )
     if record.state is BatchState.GONE and not gone:
         raise BatchInputError(

@@ -411,9 +411,9 @@ def _refuse_our_own(snapshot: BatchSnapshot, results: ResultBlock) -> None:
     if ours is not None:
         raise WrongBatchError(
             f"{snapshot.batch_id} was sent by this provider for job {ours.partition('-')[0]} ({ours} is one of its results), and no row of "
-            "the ledger beside this table has it. Nothing was written. Fetch it with the sql_conn_id that submitted it; when that is this "
-            "one, clear the submit task, which settles what is in doubt and gives the ids of its own batches. Its answers, without their "
-            f"rows' keys, can be read with BatchKit().retrieve({snapshot.batch_id!r})."
+            "this ledger has it. Nothing was written. Fetch it with the ledger_conn_id, or else the sql_conn_id, that submitted it; when "
+            "that is this one, clear the submit task, which settles what is in doubt and gives the ids of its own batches. Its answers, "
+            f"without their rows' keys, can be read with BatchKit().retrieve({snapshot.batch_id!r})."
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -62,6 +62,19 @@ def prepare_engine(engine: Engine) -> Engine:
     event.listen(engine, "begin", on_begin)
     engine.dispose()
     return engine
+
+
+def add_schema(engine: Engine, schema: str) -> None:
+    """Have PostgreSQL find the tables of a schema beside those of the connection's own ones, which come first."""
+
+    def on_connect(dbapi_connection: Any, _record: Any) -> None:
+        with closing(dbapi_connection.cursor()) as cursor:
+            # the names are quoted in the setting already
+            cursor.execute("SELECT set_config('search_path', current_setting('search_path') || ', ' || quote_ident(%s), false)", (schema,))
+        dbapi_connection.commit()
+
+    event.listen(engine, "connect", on_connect)
+    engine.dispose()
 
 
 def _speak_utf8(dbapi_connection: Any, _record: Any) -> None:

@@ -16,7 +16,7 @@ from airflow_provider_batchkit.exceptions import BatchInputError, LandedMeanwhil
 from airflow_provider_batchkit.ledger import budgets, journal, outcomes, rounds
 from airflow_provider_batchkit.ledger.account import Account, bill_columns, write_bill
 from airflow_provider_batchkit.ledger.bulk import can_store, storage_codec
-from airflow_provider_batchkit.ledger.engine import clock, prepare_engine, write_transaction
+from airflow_provider_batchkit.ledger.engine import add_schema, clock, prepare_engine, write_transaction
 from airflow_provider_batchkit.ledger.history import History
 from airflow_provider_batchkit.ledger.leases import hold_lease, lease_lost, refuse_older
 from airflow_provider_batchkit.ledger.migrate import OLDEST, migrate
@@ -30,12 +30,22 @@ from airflow_provider_batchkit.model import CostTally
 from airflow_provider_batchkit.request.dedupe import Known
 from airflow_provider_batchkit.request.shards import IndexEntry, Shard, index_parts
 
+#: where statements find the ledger
+_LEDGER_SCHEMA = sa.text(
+    "SELECT n.nspname FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace"
+    " WHERE c.oid = to_regclass('batchkit_version')"
+)
+
 
 class Ledger(BatchMoves, Account, budgets.Budgets, History, Outputs):
     """The door to the ``batchkit_*`` tables of one database."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, schema: str | None = None) -> None:
+        """:param schema: of PostgreSQL, for a ledger that does not lie where the connection creates its tables"""
         self.engine = prepare_engine(engine)
+        self._schema = schema
+        if schema is not None:
+            add_schema(self.engine, schema)
 
     def ensure(self) -> None:
         """Create the tables and the roll-up's views where they are missing; migrate them where they are of an older version. Safe when
@@ -46,6 +56,8 @@ class Ledger(BatchMoves, Account, budgets.Budgets, History, Outputs):
         for attempt in (1, 2, 3):
             try:
                 with write_transaction(self.engine) as connection:
+                    if self._schema is not None:
+                        _enter(connection, self._schema)
                     found = _version(connection)
                     if found is not None and OLDEST <= found < VERSION:
                         migrate(connection, found)
@@ -75,6 +87,14 @@ class Ledger(BatchMoves, Account, budgets.Budgets, History, Outputs):
         """The version of the tables; None where they are missing."""
         with self.engine.connect() as connection:
             return _version(connection)
+
+    def knows_task(self, dag_id: str, task_id: str) -> int:
+        """How many jobs of a task the ledger has."""
+        if not self.exists():
+            return 0
+        jobs = sa.select(sa.func.count()).select_from(job).where(job.c.dag_id == dag_id, job.c.task_id == task_id)
+        with self.engine.connect() as connection:
+            return int(connection.execute(jobs).scalar_one())
 
     def now(self) -> datetime:
         """The time by the database's clock."""
@@ -321,6 +341,24 @@ class Ledger(BatchMoves, Account, budgets.Budgets, History, Outputs):
         more = {**bill_columns(tally), **budgets.settled(connection, record.job_id, record.shard, tally)}
         self._move(connection, record.job_id, record.shard, BatchState.LANDED, unseen_since=None, unseen_at=None, **values, **more)
         write_bill(connection, record.job_id, record.shard, tally)
+
+
+def _enter(connection: Connection, schema: str) -> None:
+    """Create what this transaction creates in a schema.
+
+    :raises LedgerError: when there is no such schema, or another ledger would hide the one in it
+    """
+    if schema not in sa.inspect(connection).get_schema_names():
+        raise LedgerError(f"[batchkit] ledger_schema is {schema!r}, and the database has no such schema. Create it. Nothing was sent.")
+    other = connection.execute(_LEDGER_SCHEMA).scalar()
+    if other not in (None, schema):
+        raise LedgerError(
+            f"[batchkit] ledger_schema is {schema!r}, and the schema {other!r} of the same connection has a ledger, too. Move that one "
+            f"(ALTER TABLE {other}.batchkit_… SET SCHEMA {schema} for each of its tables and views), or rename its tables. Nothing was "
+            "sent."
+        )
+    quoted = connection.dialect.identifier_preparer.quote_identifier(schema)
+    connection.exec_driver_sql(f"SET LOCAL search_path TO {quoted}")
 
 
 def _version(connection: Connection) -> int | None:

@@ -67,7 +67,7 @@ class BatchRecord:
     def settle_command(self) -> str:
         """What a person types to decide what nothing proves."""
         command = f"python -m airflow_provider_batchkit settle {self.job_id} {self.shard} --sql-conn-id CONN"
-        return f"`{command} --void` (its rows are asked again) or `{command} --is BATCH` (CONN is the task's sql_conn_id)"
+        return f"`{command} --void` (its rows are asked again) or `{command} --is BATCH` (CONN is the connection of the task's ledger)"
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from airflow.providers.common.compat.sdk import AirflowFailException, BaseOperator
 
 from airflow_provider_batchkit.exceptions import BatchInputError, BatchKitError, ErrorRateError
+from airflow_provider_batchkit.hooks.ledger import check_results_beside, ledger_of
 from airflow_provider_batchkit.hooks.settings import DEFAULT_CONN_ID, configured_failures, settle_times
-from airflow_provider_batchkit.hooks.sql import sql_engine
 from airflow_provider_batchkit.lineage import BatchLineage
 from airflow_provider_batchkit.links import ConsoleLink, push_console_link
 from airflow_provider_batchkit.model import RequestStatus
@@ -73,6 +73,7 @@ class LandingOperator(OnConnection, BatchLineage, BaseOperator):
         from airflow_provider_batchkit.jobs.fetch import fetch_job
         from airflow_provider_batchkit.landing import WriteDisposition
 
+        check_results_beside(self)
         ti = context["ti"]
         try:
             return fetch_job(
@@ -131,7 +132,9 @@ class FetchBatchOperator(LandingOperator):
     :param batch_id: a batch id or a list of them, usually the output of submit (templated)
     :param table: result table, ``table`` or ``schema.table`` (templated); created when it does not exist, keyed by the source's key
     :param anthropic_conn_id: connection of type ``anthropic``
-    :param sql_conn_id: SQL connection of the table and the ledger
+    :param sql_conn_id: SQL connection of the table
+    :param ledger_conn_id: SQLite or PostgreSQL connection of the ledger, that of the submit: ``[batchkit] ledger_conn_id`` of Airflow's
+        configuration by default, else ``sql_conn_id`` (templated)
     :param write_disposition: ``"merge"`` by key, ``"append"``, or ``"replace"`` the table's content: all batches together, and only
         when every request has a readable result and some have an answer; otherwise the old rows stay and the task fails
     :param include_failed: also write a row for each request that was not answered
@@ -140,7 +143,7 @@ class FetchBatchOperator(LandingOperator):
     :param rewrite: write also what has landed in the table before, over whatever is there now
     """
 
-    template_fields: Sequence[str] = ("batch_id", "table", "anthropic_conn_id", "sql_conn_id")
+    template_fields: Sequence[str] = ("batch_id", "table", "anthropic_conn_id", "sql_conn_id", "ledger_conn_id")
     ui_color = "#d2e3e8"
     operator_extra_links = (ConsoleLink(),)
 
@@ -151,6 +154,7 @@ class FetchBatchOperator(LandingOperator):
         table: str,
         anthropic_conn_id: str = DEFAULT_CONN_ID,
         sql_conn_id: str,
+        ledger_conn_id: str | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -158,6 +162,7 @@ class FetchBatchOperator(LandingOperator):
         self.table = table
         self.anthropic_conn_id = anthropic_conn_id
         self.sql_conn_id = sql_conn_id
+        self.ledger_conn_id = ledger_conn_id
 
     def execute(self, context: Context) -> dict[str, Any]:
         self._leg = Leg.first()
@@ -171,13 +176,11 @@ class FetchBatchOperator(LandingOperator):
 
     def _go_on(self, context: Context) -> dict[str, Any]:
         from airflow_provider_batchkit.cost.tally import format_tally
-        from airflow_provider_batchkit.ledger import Ledger
 
         batch_ids = as_batch_ids(self.batch_id)
         self._refuse_mapped_replace(context)
         push_console_link(context, batch_ids)
-        with batchkit_errors(), sql_engine(self.sql_conn_id) as engine:
-            ledger = Ledger(engine)
+        with batchkit_errors(), ledger_of(self) as ledger:
             report = self._fetch(context, ledger, batch_ids, self.write_disposition)
             waited(context, self._leg)
             self.log.info("Landed %s rows in %s; outcomes: %s", f"{report.rows:,}", self.table, dict(report.counts))

@@ -15,7 +15,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from airflow_provider_batchkit.api.cancel import TOTAL_S
-from airflow_provider_batchkit.hooks.sql import sql_engine
+from airflow_provider_batchkit.hooks.ledger import Place, ledger_at, ledger_place
 from airflow_provider_batchkit.operators.tasks import job_of
 
 if TYPE_CHECKING:
@@ -79,6 +79,7 @@ class OwnsBatches:
 
     cancel_on_kill: bool
     sql_conn_id: str
+    ledger_conn_id: str | None
     _job_id: str | None = None
     #: What is being sent is to stop, since what was sent is canceled.
     _killed = False
@@ -93,17 +94,17 @@ class OwnsBatches:
     def on_kill(self) -> None:
         if self.cancel_on_kill and self._job_id is not None:
             self._killed = True
-            cancel_batches_of(self, running_batches(self.sql_conn_id, self._job_id))
+            cancel_batches_of(self, running_batches(ledger_place(self.ledger_conn_id, self.sql_conn_id), self._job_id))
 
 
-def running_batches(sql_conn_id: str, job_id: str) -> Callable[[], list[str]]:
+def running_batches(place: Place, job_id: str) -> Callable[[], list[str]]:
     """For :func:`cancel_batches_of`: reads the batches of a job that run from its ledger."""
 
     def read() -> list[str]:
-        from airflow_provider_batchkit.ledger import BatchState, Ledger
+        from airflow_provider_batchkit.ledger import BatchState
 
-        with sql_engine(sql_conn_id) as engine:
-            batches = Ledger(engine).batches(job_id)
+        with ledger_at(place) as ledger:
+            batches = ledger.batches(job_id)
         sending = [b.shard for b in batches if b.state is BatchState.SENDING]
         if sending:
             log.warning(

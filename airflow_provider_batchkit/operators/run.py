@@ -21,7 +21,7 @@ from airflow_provider_batchkit.exceptions import (
     PollError,
     ReplaceRefusedError,
 )
-from airflow_provider_batchkit.hooks.sql import sql_engine
+from airflow_provider_batchkit.hooks.ledger import ledger_of
 from airflow_provider_batchkit.jobs.rounds import Round, parse_rounds
 from airflow_provider_batchkit.links import push_console_link
 from airflow_provider_batchkit.model import ANSWERED
@@ -149,10 +149,7 @@ class RunBatchOperator(SubmitBatchOperator, LandingOperator):
 
     @contextmanager
     def _opened(self, context: Context) -> Iterator[_Job]:
-        from airflow_provider_batchkit.ledger import Ledger
-
-        with sql_engine(self.sql_conn_id) as engine:
-            ledger = Ledger(engine)
+        with ledger_of(self, context) as ledger:
             ledger.ensure()
             job = _Job(ledger, self._identify(context, ledger).job_id)
             self._landed_before = job.landed()

@@ -51,7 +51,8 @@ def batch_stage(
     - to ``wait``, all of :class:`BatchSensor` and of any sensor: ``deferrable``, ``poke_interval``, ``timeout`` …
     - to ``fetch``, all of :class:`FetchBatchOperator`: ``write_disposition``, ``include_failed``, ``fail_on_error_rate`` …
 
-    So ``sql_conn_id``, ``anthropic_conn_id`` and ``cancel_on_kill`` are given once. ``stage_a >> stage_b`` runs one after the other.
+    So ``sql_conn_id``, ``ledger_conn_id``, ``anthropic_conn_id`` and ``cancel_on_kill`` are given once. ``stage_a >> stage_b`` runs one
+    after the other.
 
     :param group_id: id of the group; its tasks are ``<group_id>.submit``, ``.wait`` and ``.fetch``
     :param table: result table of ``fetch``

@@ -12,8 +12,8 @@ from airflow.providers.common.compat.sdk import AirflowSkipException, BaseOperat
 
 from airflow_provider_batchkit.cost.budget import Budget
 from airflow_provider_batchkit.exceptions import BatchInputError, BatchKitError, BudgetExceededError
+from airflow_provider_batchkit.hooks.ledger import check_results_beside, ledger_of
 from airflow_provider_batchkit.hooks.settings import DEFAULT_CONN_ID, configured_failures, settle_times
-from airflow_provider_batchkit.hooks.sql import sql_engine
 from airflow_provider_batchkit.jobs.rounds import Round
 from airflow_provider_batchkit.lineage import BatchLineage
 from airflow_provider_batchkit.links import ConsoleLink, push_console_link
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 class SubmitBatchOperator(OwnsBatches, OnConnection, BatchLineage, BaseOperator):
     """Ask Claude about every row of a source, as message batches at half price. Returns the list of batch ids.
 
-    Every request is journaled in the ``batchkit_*`` tables of ``sql_conn_id`` before it is sent, so a retry, a cleared task or a killed
+    Every request is journaled in the ``batchkit_*`` tables of the ledger before it is sent, so a retry, a cleared task or a killed
     worker never pays for a row twice. What a killed attempt may have sent is settled by proof before anything is sent again: that costs
     time, which the task spends without a worker slot. The XCom key ``waits_for`` says what it waits for, and until when at the latest.
 
@@ -68,7 +68,9 @@ class SubmitBatchOperator(OwnsBatches, OnConnection, BatchLineage, BaseOperator)
     :param output_schema: what each answer must be: a JSON Schema (a mapping) of an object, or a Pydantic model class. Its properties become
         typed columns of the result table, nested ones as JSON; an answer that does not fit lands as ``invalid_output`` with its raw text
     :param anthropic_conn_id: connection of type ``anthropic``
-    :param sql_conn_id: SQL connection of the ledger, and of the source unless ``source_conn_id`` names another
+    :param sql_conn_id: SQL connection of the results, and of the source unless ``source_conn_id`` names another
+    :param ledger_conn_id: SQLite or PostgreSQL connection of the ledger: ``[batchkit] ledger_conn_id`` of Airflow's configuration by
+        default, else ``sql_conn_id`` (templated)
     :param source_conn_id: SQL connection to read ``sql`` from
     :param parameters: parameters of ``sql``, in the driver's own style
     :param input_conn_id: connection to read ``input_path`` with, e.g. one of type ``aws``; a local path needs none
@@ -114,6 +116,7 @@ class SubmitBatchOperator(OwnsBatches, OnConnection, BatchLineage, BaseOperator)
         "model",
         "anthropic_conn_id",
         "sql_conn_id",
+        "ledger_conn_id",
         "source_conn_id",
         "input_conn_id",
         "only_failed_of",
@@ -139,6 +142,7 @@ class SubmitBatchOperator(OwnsBatches, OnConnection, BatchLineage, BaseOperator)
         output_schema: Any = None,
         anthropic_conn_id: str = DEFAULT_CONN_ID,
         sql_conn_id: str,
+        ledger_conn_id: str | None = None,
         source_conn_id: str | None = None,
         parameters: Any = None,
         input_conn_id: str | None = None,
@@ -177,6 +181,7 @@ class SubmitBatchOperator(OwnsBatches, OnConnection, BatchLineage, BaseOperator)
         self.output_schema = None if output_schema is None else OutputSchema.parse(output_schema)
         self.anthropic_conn_id = anthropic_conn_id
         self.sql_conn_id = sql_conn_id
+        self.ledger_conn_id = ledger_conn_id
         self.source_conn_id = source_conn_id
         self.parameters = parameters
         self.input_conn_id = input_conn_id
@@ -262,11 +267,9 @@ class SubmitBatchOperator(OwnsBatches, OnConnection, BatchLineage, BaseOperator)
 
     def _ask(self, context: Context, round_number: int = 1) -> SubmitReport:
         """Submit a round of the job, and tell of it."""
-        from airflow_provider_batchkit.ledger import Ledger
-
         try:
-            with sql_engine(self.sql_conn_id) as engine:
-                report = self._submit(context, Ledger(engine), round_number)
+            with ledger_of(self, context) as ledger:
+                report = self._submit(context, ledger, round_number)
         except BatchKitError as e:
             push_console_link(context, e.submitted)
             # what an earlier attempt sent is paid for and must be fetched, so it is no reason to skip
@@ -386,6 +389,8 @@ class SubmitBatchOperator(OwnsBatches, OnConnection, BatchLineage, BaseOperator)
         if types.rows_seen:
             columns = types.result(ledger.key_columns(job_id))
             table = ResultTable(self.table or "results", columns, self.output_schema)
+            if self.table is not None:
+                check_results_beside(self)
             if self.table is None:
                 table.check_names(ledger.engine.dialect)
             else:

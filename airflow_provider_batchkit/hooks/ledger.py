@@ -1,0 +1,131 @@
+"""Where the ledger of a task lies: in SQLite or PostgreSQL, beside the results or in a database of its own.
+
+Operators import this module when a DAG file is parsed, so SQLAlchemy and the hooks are imported where a ledger is opened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from airflow.providers.common.compat.sdk import conf
+
+from airflow_provider_batchkit.exceptions import BatchInputError
+from airflow_provider_batchkit.hooks.sql import hook_named, sql_engine
+
+if TYPE_CHECKING:
+    from airflow_provider_batchkit.ledger import Ledger
+
+#: executors whose tasks run on the scheduler's machine
+_ONE_MACHINE = frozenset({"LocalExecutor", "SequentialExecutor", "DebugExecutor"})
+_HOW = (
+    "The ledger needs a small transactional database, SQLite or PostgreSQL: name its connection in the task's ledger_conn_id, or for all "
+    "tasks in [batchkit] ledger_conn_id of Airflow's configuration. Nothing was read or sent."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a ledger lies."""
+
+    conn_id: str
+    #: in PostgreSQL; None for the connection's own
+    schema: str | None = None
+
+    def __str__(self) -> str:
+        return f"the connection {self.conn_id!r}" + (f", schema {self.schema!r}" if self.schema else "")
+
+
+def ledger_place(ledger_conn_id: str | None, sql_conn_id: str) -> Place:
+    """Where a task's ledger lies: as the task says, else as Airflow's configuration says, else beside its results."""
+    named = ledger_conn_id or conf.get("batchkit", "ledger_conn_id", fallback=None) or sql_conn_id
+    return Place(named, conf.get("batchkit", "ledger_schema", fallback=None) or None)
+
+
+@contextmanager
+def ledger_at(place: Place, executor: str | None = None) -> Iterator[Ledger]:
+    """The ledger at a place; its connections are closed at the end.
+
+    :param executor: the task's own, where it has one
+    :raises BatchInputError: when no ledger can lie there, before anything is read
+    """
+    from airflow_provider_batchkit.ledger import Ledger
+
+    hook, kind = hook_named(place.conn_id)
+    if kind is None:
+        raise BatchInputError(f"No ledger can be kept in {place}, which is a {type(hook).__name__}. {_HOW}")
+    if kind == "sqlite":
+        _refuse_many_machines(place, executor)
+        if place.schema is not None:
+            raise BatchInputError(
+                f"[batchkit] ledger_schema is {place.schema!r}, and the ledger is in {place.conn_id!r}, a SQLite file, which has no "
+                "schemas. Take the setting away, or keep the ledger in PostgreSQL. Nothing was read or sent."
+            )
+    with sql_engine(place.conn_id) as engine:
+        yield Ledger(engine, place.schema)
+
+
+@contextmanager
+def ledger_of(task: Any, context: Any = None) -> Iterator[Ledger]:
+    """The ledger of a task with ``sql_conn_id`` and ``ledger_conn_id``.
+
+    :param context: of the running task, where it may have a job: a ledger that does not know the task is not taken for a new one before
+        the task has been looked for where its ledger lay without the setting
+    :raises BatchInputError: when no ledger can lie there, or the task's own lies elsewhere
+    """
+    place, before = ledger_place(task.ledger_conn_id, task.sql_conn_id), Place(task.sql_conn_id)
+    with ledger_at(place, getattr(task, "executor", None)) as ledger:
+        if context is not None and place != before:
+            _refuse_left_behind(ledger, place, before, context["ti"])
+        yield ledger
+
+
+def check_results_beside(task: Any) -> None:
+    """:raises BatchInputError: when a task's results are to land in another database than its ledger's"""
+    place = ledger_place(task.ledger_conn_id, task.sql_conn_id)
+    if place.conn_id != task.sql_conn_id:
+        raise BatchInputError(
+            f"The ledger lies in {place}, and the results are to land in {task.sql_conn_id!r}: they can land in the ledger's database "
+            "only. Nothing was sent or written."
+        )
+
+
+def _refuse_left_behind(ledger: Ledger, place: Place, before: Place, ti: Any) -> None:
+    """:raises BatchInputError: when the task's jobs are in the ledger where it lay before, and not in the one that is set now"""
+    from airflow_provider_batchkit.ledger import Ledger
+
+    if ledger.knows_task(ti.dag_id, ti.task_id):
+        return
+    _, kind = hook_named(before.conn_id)
+    if kind is None:
+        return
+    with sql_engine(before.conn_id) as engine:
+        jobs = Ledger(engine).knows_task(ti.dag_id, ti.task_id)
+    if not jobs:
+        return
+    move = (
+        f"ALTER TABLE batchkit_… SET SCHEMA {place.schema} for each of its tables and views"
+        if place.conn_id == before.conn_id
+        else "for PostgreSQL pg_dump -t 'batchkit_*' and psql, for SQLite the .dump of its batchkit_ tables, with no task running"
+    )
+    raise BatchInputError(
+        f"{place} is to hold the ledger, and it knows no job of {ti.dag_id}.{ti.task_id}; {before} has {jobs:,} of them. A ledger that is "
+        f"left behind buys its rows again, so nothing was read or sent. Move its tables ({move}), or take ledger_conn_id and "
+        "[batchkit] ledger_schema back. For a new beginning, which may pay again for what the old ledger holds, rename the old "
+        "batchkit_job."
+    )
+
+
+def _refuse_many_machines(place: Place, executor: str | None) -> None:
+    """:raises BatchInputError: when tasks run on several machines, each of which would have a SQLite file of its own"""
+    # "LocalExecutor", "alias:module.Class", or several with commas, the first of which is the default
+    name = executor or conf.get("core", "executor", fallback="LocalExecutor").split(",")[0].split("=")[-1]
+    known = name.rpartition(":")[2].rpartition(".")[2].strip()
+    if known not in _ONE_MACHINE and known.endswith("Executor"):
+        raise BatchInputError(
+            f"The ledger would lie in {place}, a SQLite file, and the {known} runs tasks on several machines, each with a file of its own: "
+            "what one has sent, the others would buy again. Keep the ledger in PostgreSQL, with ledger_conn_id or [batchkit] "
+            "ledger_conn_id. Nothing was read or sent."
+        )
