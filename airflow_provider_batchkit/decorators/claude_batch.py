@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 from airflow.providers.common.compat.sdk import DecoratedOperator, task_decorator_factory
 
 from airflow_provider_batchkit.exceptions import BatchInputError
+from airflow_provider_batchkit.operators.resumable import Leg
 from airflow_provider_batchkit.operators.submit import SubmitBatchOperator
 from airflow_provider_batchkit.operators.tasks import batchkit_errors
 
 if TYPE_CHECKING:
-    from airflow.providers.common.compat.sdk import Context, TaskDecorator
+    from airflow.providers.common.compat.sdk import TaskDecorator
 
 #: where a submit's rows come from; here they come from the function
 _SOURCES = ("sql", "input_path", "requests")
@@ -62,18 +63,18 @@ class ClaudeBatchDecoratedOperator(DecoratedOperator, SubmitBatchOperator):
             raise BatchInputError(f"@task.claude_batch {name}: the function must not be async. Return a list or a generator.")
         super().__init__(python_callable=python_callable, op_args=op_args, op_kwargs=op_kwargs, requests=(), **kwargs)
 
-    def _go_on(self, context: Context) -> Any:
+    def _go_on(self, leg: Leg) -> Any:
         try:
             from airflow.sdk.bases.decorator import determine_kwargs
         except ImportError:  # Airflow 3.1, where this is one of the parts that a parse does not load
             from airflow.utils.operator_helpers import determine_kwargs  # type: ignore[attr-defined]
         # in every leg: the function is the source, and is read anew as a query is
-        arguments = determine_kwargs(self.python_callable, self.op_args, {**context, **self.op_kwargs})
+        arguments = determine_kwargs(self.python_callable, self.op_args, {**leg.context, **self.op_kwargs})
         returned = self.python_callable(*self.op_args, **arguments)
         with batchkit_errors():
             _check(self.python_callable.__name__, returned)
         self.requests = returned
-        return super()._go_on(context)
+        return super()._go_on(leg)
 
 
 def _check(name: str, returned: Any) -> None:

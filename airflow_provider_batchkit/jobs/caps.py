@@ -59,11 +59,6 @@ class Spending:
             output_per_request=self._ledger.output_per_request(self._job.dag_id, self._job.task_id),
         )
 
-    @property
-    def budget(self) -> Budget | None:
-        """Where the job's batches count."""
-        return self._limits.budget
-
     def bound(self, shard: Shard) -> Bound:
         """The most that a shard can cost. The bounds of a shard's halves add up to no more than its own."""
         return bound_of(shard.exposure, self._kit.price_book, self._at)

@@ -17,7 +17,6 @@ from airflow_provider_batchkit.api.polling import ENDED, PollState
 from airflow_provider_batchkit.jobs.waiting import WaitFor
 from airflow_provider_batchkit.kit import BatchKit
 from airflow_provider_batchkit.ledger import BatchRecord, BatchState
-from airflow_provider_batchkit.model import BatchSnapshot
 
 log = logging.getLogger(__name__)
 
@@ -38,12 +37,15 @@ class Priming:
 
         :param batches: the job's, by shard
         """
-        primer = _primer_of(batches)
-        if primer is None:
+        live = [b for b in batches if b.state in (BatchState.SUBMITTED, BatchState.LANDED)]
+        if len(live) != 1 or live[0].requests != 1:
             return None
+        (primer,) = live
         assert primer.batch_id is not None
-        found = _look(kit, primer.batch_id)
-        now = datetime.now(UTC)
+        state = PollState([primer.batch_id], interval=0.0)
+        kit.look(state)
+        # None when looking failed
+        found, now = state.seen.get(primer.batch_id), datetime.now(UTC)
         if found is None or found.processing_status != ENDED:
             until = primer.intended_at + timedelta(seconds=self.timeout_s)
             if not self.over and now < until:
@@ -66,16 +68,3 @@ class Priming:
         else:
             log.info("The primer %s has ended; the rest follows while its system prompt is cached", primer.batch_id)
         return None
-
-
-def _primer_of(batches: Sequence[BatchRecord]) -> BatchRecord | None:
-    """The job's primer while it is the job's only batch."""
-    live = [b for b in batches if b.state in (BatchState.SUBMITTED, BatchState.LANDED)]
-    return live[0] if len(live) == 1 and live[0].requests == 1 else None
-
-
-def _look(kit: BatchKit, batch_id: str) -> BatchSnapshot | None:
-    """The primer as the API shows it; None when looking failed."""
-    state = PollState([batch_id], interval=0.0)
-    kit.look(state)
-    return state.seen.get(batch_id)

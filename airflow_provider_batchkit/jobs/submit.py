@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime, timedelta
@@ -36,11 +36,10 @@ from airflow_provider_batchkit.jobs.settle import DEFAULT_TIMES, PATIENCE_S, Set
 from airflow_provider_batchkit.jobs.waiting import WaitFor
 from airflow_provider_batchkit.kit import BatchKit
 from airflow_provider_batchkit.ledger import BatchRecord, BatchState, Intent, JobRecord, Ledger
-from airflow_provider_batchkit.ledger.rounds import failed_keys, note_sent
+from airflow_provider_batchkit.ledger.rounds import WORTH_A_ROUND, Wanted
 from airflow_provider_batchkit.model import MAX_BYTES_PER_BATCH, MAX_REQUESTS_PER_BATCH, BatchSnapshot
 from airflow_provider_batchkit.request.block import RequestBlock
 from airflow_provider_batchkit.request.dedupe import RowCounts, dedupe
-from airflow_provider_batchkit.request.failures import KNOWN_FAILURES, WORTH_ASKING, Failures, Reason
 from airflow_provider_batchkit.request.scratch import scratch_folder
 from airflow_provider_batchkit.request.shards import Shard, ShardWriter, remove_shard_files, split_shard
 
@@ -66,6 +65,13 @@ class SubmitReport(RowCounts):
     estimate: Estimate | None = None
     #: what the rest of the job waits for: submit again then
     waits_for: WaitFor | None = None
+
+    def __str__(self) -> str:
+        return (
+            f"{self.rows:,} rows: {self.asked:,} asked now, {self.copies:,} share a request, {self.known:,} were asked before, "
+            f"{self.unchanged:,} are answered and unchanged, {self.passed_over:,} are not to be asked; "
+            f"{len(self.batch_ids)} batches: {', '.join(self.batch_ids)}"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +172,7 @@ def submit_job(
                 e.submitted = attempt.batch_ids()
                 raise
     if report.waits_for is None:
-        note_sent(ledger.engine, job.job_id, lease, options.round_number)
+        ledger.note_sent(job.job_id, lease, options.round_number)
     report.batch_ids = attempt.batch_ids()
     return report
 
@@ -287,7 +293,7 @@ class _Sender:
         return None
 
     def _intend(self, piece: Shard, spending: Spending) -> None:
-        intent = Intent(self._attempt.anthropic_conn_id, spending.bound(piece), spending.budget, self._options.round_number)
+        intent = Intent(self._attempt.anthropic_conn_id, spending.bound(piece), self._options.limits.budget, self._options.round_number)
         self._ledger.intend(self._job_id, self._lease, piece, intent)
 
     def _post(self, piece: Shard) -> BatchSnapshot:
@@ -346,30 +352,19 @@ class _Sender:
 
 
 def failed_keys_of(
-    ledger: Ledger,
-    batch_ids: Iterable[str],
-    *,
-    dag_id: str,
-    run_id: str,
-    reasons: Collection[Reason] = WORTH_ASKING,
-    failures: Failures = KNOWN_FAILURES,
-    gone: bool = False,
+    ledger: Ledger, batch_ids: Iterable[str], *, dag_id: str, run_id: str, which: Wanted = WORTH_A_ROUND, gone: bool = False
 ) -> Iterator[str]:
     """Keys of the rows that failed in these batches in a way that is worth asking again.
 
     :param dag_id: of the asking task, with ``run_id``: an older version of the ledger may know a batch by another id there
-    :param reasons: which ways are
-    :param failures: says which way a row failed
+    :param which: which ways are
     :param gone: count all rows of batches among them that were deleted or archived before they landed
     :raises BatchInputError: for a batch that has not landed, or that the ledger does not have
     """
     ledger.ensure()
     records = [_asked_record(ledger, batch_id, dag_id, run_id, gone=gone) for batch_id in batch_ids]
     return chain.from_iterable(
-        ledger.keys_of(r)
-        if r.state is BatchState.GONE
-        else failed_keys(ledger.engine, r.job_id, r.shard, reasons=reasons, failures=failures)
-        for r in records
+        ledger.keys_of(r) if r.state is BatchState.GONE else ledger.failed_keys(r.job_id, which, r.shard) for r in records
     )
 
 

@@ -1,16 +1,28 @@
-"""What a job waits for when it can do nothing more now. No clock, no I/O."""
+"""What a step of a task gives: its result, or what it waits for because nothing more can be done now. No clock, no I/O."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Literal
+from typing import Generic, Literal, TypeVar
+
+Result_co = TypeVar("Result_co", covariant=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Done(Generic[Result_co]):
+    """Nothing is left to do."""
+
+    result: Result_co
 
 
 @dataclass(frozen=True, slots=True)
 class WaitFor:
-    """A job goes on when one of these batches has ended, or at a time, whichever comes first. Times are aware and UTC."""
+    """A task goes on when one of these batches has ended, or at a time, whichever comes first. Times are aware and UTC.
+
+    A wait for a ``round`` is one for the end of all its batches.
+    """
 
     #: batches whose end is worth another look; none where only time helps
     batch_ids: tuple[str, ...]
@@ -20,14 +32,15 @@ class WaitFor:
     latest: datetime
     #: one sentence for the log
     why: str
-    about: Literal["doubt", "primer", "throttle", "unseen"] = "doubt"
+    about: Literal["doubt", "primer", "throttle", "round", "unseen"] = "doubt"
     #: What the API does not show → since when, where the ledger does not keep it. Whoever waits gives it to the next look.
     unseen: Mapping[str, datetime] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, object]:
         """For XCom."""
+        until = self.latest.isoformat(timespec="seconds")
         unseen = {what: since.isoformat() for what, since in self.unseen.items()}
-        return {"batch_ids": list(self.batch_ids), "until": self.latest.isoformat(timespec="seconds"), "why": self.why, "unseen": unseen}
+        return {"batch_ids": list(self.batch_ids), "until": until, "why": self.why, "about": self.about, "unseen": unseen}
 
 
 def together(waits: Iterable[WaitFor]) -> WaitFor | None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from airflow_provider_batchkit.landing.land import Batch, land_batches
+from airflow_provider_batchkit.landing.land import Batch, check_table, land_batches
 from airflow_provider_batchkit.landing.report import BatchFigures, LandingReport
 from airflow_provider_batchkit.landing.table import ResultTable, WriteDisposition
 
-__all__ = ["Batch", "BatchFigures", "LandingReport", "ResultTable", "WriteDisposition", "land_batches"]
+__all__ = ["Batch", "BatchFigures", "LandingReport", "ResultTable", "WriteDisposition", "check_table", "land_batches"]

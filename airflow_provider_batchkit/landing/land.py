@@ -121,6 +121,15 @@ def land_batches(
     return report
 
 
+def check_table(ledger: Ledger, table_name: str | None, key_columns: Sequence[tuple[str, str]], schema: OutputSchema | None) -> None:
+    """:raises TableError: for a key or a schema that the result table could not hold; without a name, that no table could"""
+    table = ResultTable(table_name or "results", key_columns, schema)
+    if table_name is None:
+        table.check_names(ledger.engine.dialect)
+    else:
+        table.check(ledger.engine)
+
+
 @dataclass(frozen=True, slots=True)
 class _Plan:
     """What of a fetch's batches is to be written to the table: those that have not landed there under ``number``.

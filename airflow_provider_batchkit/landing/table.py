@@ -192,11 +192,6 @@ class ResultTable:
                 "rename a property of output_schema, or name another table. Nothing was sent or written."
             )
 
-    def exists(self, engine: Engine) -> bool:
-        """Whether there is a table of this name, whatever its columns are."""
-        with engine.connect() as connection:
-            return ExistingTable(connection, self.table).exists
-
     def check(self, engine: Engine) -> bool:
         """Whether the table exists. Finds all that can be known before anything is sent or written.
 

@@ -24,6 +24,7 @@ from airflow_provider_batchkit.ledger.moves import BatchMoves
 from airflow_provider_batchkit.ledger.outputs import Outputs
 from airflow_provider_batchkit.ledger.records import BatchRecord, Intent, JobRecord, make_job_id, record_of
 from airflow_provider_batchkit.ledger.rollup import create_views
+from airflow_provider_batchkit.ledger.rounds import Rounds
 from airflow_provider_batchkit.ledger.states import BatchState
 from airflow_provider_batchkit.ledger.tables import VERSION, batch, former_id, job, landing, metadata, version
 from airflow_provider_batchkit.model import CostTally
@@ -37,7 +38,7 @@ _LEDGER_SCHEMA = sa.text(
 )
 
 
-class Ledger(BatchMoves, Account, budgets.Budgets, History, Outputs):
+class Ledger(BatchMoves, Rounds, Account, budgets.Budgets, History, Outputs):
     """The door to the ``batchkit_*`` tables of one database."""
 
     def __init__(self, engine: Engine, schema: str | None = None) -> None:

@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
@@ -27,177 +27,32 @@ from airflow_provider_batchkit.ledger.engine import write_transaction
 from airflow_provider_batchkit.ledger.leases import hold_lease
 from airflow_provider_batchkit.ledger.states import HELD, BatchState
 from airflow_provider_batchkit.ledger.tables import batch, failed, job, landing
-from airflow_provider_batchkit.model import CostTally, RequestStatus
+from airflow_provider_batchkit.model import ANSWERED, CostTally, RequestStatus
 from airflow_provider_batchkit.request.failed import KEYS_KEPT, FailedRows, merged
 from airflow_provider_batchkit.request.failures import KNOWN_FAILURES, WORTH_ASKING, Failure, Failures, Reason
 
+T = TypeVar("T")
 _HELD = [state.value for state in HELD]
 _KEYS_AT_A_TIME, _IDS_AT_A_TIME = 5_000, 500
 
 
-# --- the job's place in its rounds ------------------------------------------------------------------------------------------------
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """Rows that a round asks again, by their last outcome."""
+
+    #: their error types or statuses; None for the rows that failed for one of ``reasons``
+    outcomes: Collection[str] | None = None
+    reasons: Collection[Reason] = WORTH_ASKING
+    #: tells the reason of a failure
+    failures: Failures = KNOWN_FAILURES
+
+    def __contains__(self, failure: Failure) -> bool:
+        if self.outcomes is None:
+            return self.failures.reason(failure) in self.reasons
+        return failure.error_type in self.outcomes or failure.status in self.outcomes
 
 
-def sent(engine: Engine, job_id: str) -> int:
-    """How many rounds of a job have been sent whole; 0 also for a job that nobody has begun."""
-    with engine.connect() as connection:
-        return int(connection.execute(sa.select(job.c.rounds_sent).where(job.c.job_id == job_id)).scalar() or 0)
-
-
-def note_sent(engine: Engine, job_id: str, lease: int, round_number: int) -> None:
-    """Every request of the round is in a batch that the API has.
-
-    :raises LeaseLostError: when another attempt of the job has begun
-    """
-    with write_transaction(engine) as connection:
-        hold_lease(connection, job_id, lease)
-        behind = (job.c.job_id == job_id) & (job.c.rounds_sent < round_number)
-        connection.execute(sa.update(job).where(behind).values(rounds_sent=round_number))
-
-
-def reopen(connection: Connection, job_id: str, shard: int) -> None:
-    """A shard proved never to have been accepted: its round is not sent whole any more."""
-    number = sa.select(batch.c.round).where(batch.c.job_id == job_id, batch.c.shard == shard).scalar_subquery()
-    connection.execute(sa.update(job).where(job.c.job_id == job_id, job.c.rounds_sent >= number).values(rounds_sent=number - 1))
-
-
-def shards(connection: Connection, job_id: str, round_number: int) -> list[tuple[int, BatchState]]:
-    """Numbers and states of the shards whose requests are journaled, of this round and later ones."""
-    statement = sa.select(batch.c.shard, batch.c.state).where(
-        batch.c.job_id == job_id, batch.c.round >= round_number, batch.c.state.in_(_HELD)
-    )
-    return [(shard, BatchState(state)) for shard, state in connection.execute(statement.order_by(batch.c.shard))]
-
-
-# --- rows to ask again ------------------------------------------------------------------------------------------------------------
-
-
-def count_failed(engine: Engine, job_id: str, *, reasons: Collection[Reason] = WORTH_ASKING, failures: Failures = KNOWN_FAILURES) -> int:
-    """How many rows of a job have failed for one of these reasons, by their last outcome."""
-    with engine.connect() as connection:
-        return sum(rows for failure, rows in _kinds(connection, failed.c.job_id == job_id) if failures.reason(failure) in reasons)
-
-
-def failed_keys(
-    engine: Engine,
-    job_id: str,
-    shard: int | None = None,
-    *,
-    reasons: Collection[Reason] = WORTH_ASKING,
-    failures: Failures = KNOWN_FAILURES,
-) -> Iterator[str]:
-    """Keys of the rows that :func:`count_failed` counts; with ``shard`` only where their last outcome is one of this shard."""
-    here = [failed.c.job_id == job_id] if shard is None else [failed.c.job_id == job_id, failed.c.shard == shard]
-    with engine.connect() as connection:
-        for row in _rows(connection, *here):
-            if failures.reason(Failure(row.status, row.error_type, row.words)) in reasons:
-                yield row.key
-
-
-def stopped_by_account(engine: Engine, job_id: str, shards: Collection[int], failures: Failures = KNOWN_FAILURES) -> str | None:
-    """How many rows of these shards failed for the account's sake, and with which words; None for no row."""
-    with engine.connect() as connection:
-        kinds = list(_kinds(connection, failed.c.job_id == job_id, failed.c.shard.in_(shards)))
-    account = [(failure, rows) for failure, rows in kinds if failures.reason(failure) is Reason.ACCOUNT]
-    if not account:
-        return None
-    failure = max(account, key=lambda kind: kind[1])[0]
-    return f"{sum(rows for _, rows in account):,} rows failed with {failure.error_type}: {failure.error_message}"
-
-
-#: the text of an error, where it tells the reason: what does not fit a schema says it in other words for each row
-_WORDS = sa.case((failed.c.status == RequestStatus.ERRORED.value, failed.c.error_message), else_=sa.null()).label("words")
-
-
-def _kinds(connection: Connection, *here: sa.ColumnElement[bool]) -> Iterator[tuple[Failure, int]]:
-    """Failures that differ, with their rows."""
-    found = sa.select(failed.c.status, failed.c.error_type, _WORDS).where(*here).subquery()
-    kind = (found.c.status, found.c.error_type, found.c.words)
-    statement = sa.select(*kind, sa.func.count()).group_by(*kind).order_by(*kind)
-    for *failure, rows in connection.execution_options(yield_per=_KEYS_AT_A_TIME).execute(statement):
-        yield Failure(*failure), rows
-
-
-def _rows(connection: Connection, *here: sa.ColumnElement[bool], limit: int | None = None, ordered: bool = False) -> sa.CursorResult[Any]:
-    """Keys of failed rows, each with what :class:`Failure` says of it."""
-    statement = sa.select(failed.c.key, failed.c.status, failed.c.error_type, _WORDS).where(*here).limit(limit)
-    if ordered:
-        statement = statement.order_by(failed.c.key)
-    return connection.execution_options(yield_per=_KEYS_AT_A_TIME).execute(statement)
-
-
-def torn(engine: Engine, job_id: str) -> list[str]:
-    """Landed batches of later rounds whose results lack lines: answers to rows that the ledger knows by an earlier outcome may be there."""
-    whole = sa.exists().where(landing.c.batch_id == batch.c.batch_id, landing.c.complete)
-    here = (batch.c.job_id == job_id) & (batch.c.round > 1) & (batch.c.state == BatchState.LANDED.value)
-    with engine.connect() as connection:
-        return list(connection.execute(sa.select(batch.c.batch_id).where(here, ~whole).order_by(batch.c.shard)).scalars())
-
-
-def count_with(engine: Engine, job_id: str, ask: Collection[str]) -> int:
-    """How many rows of a job have one of these outcomes: error types, or statuses."""
-    statement = sa.select(sa.func.count()).select_from(failed).where(failed.c.job_id == job_id, _has_outcome(ask))
-    with engine.connect() as connection:
-        return int(connection.execute(statement).scalar_one())
-
-
-def keys_with(engine: Engine, job_id: str, ask: Collection[str]) -> Iterator[str]:
-    """Keys of the rows that :func:`count_with` counts."""
-    with engine.connect() as connection:
-        connection = connection.execution_options(yield_per=_KEYS_AT_A_TIME)
-        yield from connection.execute(sa.select(failed.c.key).where(failed.c.job_id == job_id, _has_outcome(ask))).scalars()
-
-
-def _has_outcome(ask: Collection[str]) -> sa.ColumnElement[bool]:
-    return sa.or_(failed.c.error_type.in_(list(ask)), failed.c.status.in_(list(ask)))
-
-
-# --- the end ----------------------------------------------------------------------------------------------------------------------
-
-
-def failed_rows(
-    connection: Connection,
-    job_id: str,
-    shards: Collection[int] | None = None,
-    *,
-    reasons: Collection[Reason] = WORTH_ASKING,
-    failures: Failures = KNOWN_FAILURES,
-) -> list[FailedRows]:
-    """The rows of a job that failed, by status, type and reason; with ``shards`` those whose last outcome is one of these shards.
-
-    :param reasons: for which a further round would ask
-    """
-    here = [failed.c.job_id == job_id] if shards is None else [failed.c.job_id == job_id, failed.c.shard.in_(shards)]
-    groups: dict[tuple[str, str | None, Reason], tuple[str | None, int]] = {}
-    for failure, rows in _kinds(connection, *here):
-        group = (failure.status, failure.error_type, failures.reason(failure))
-        words, before = groups.get(group, (failure.error_message, 0))
-        groups[group] = words, before + rows
-    found = []
-    for (status, error_type, reason), (words, rows) in groups.items():
-        alike = [failed.c.status == status, failed.c.error_type.is_not_distinct_from(error_type)]
-        alone = sum(group[:2] == (status, error_type) for group in groups) == 1
-        candidates = _rows(connection, *here, *alike, ordered=True, limit=KEYS_KEPT if alone else None)
-        keys = (row.key for row in candidates if failures.reason(Failure(row.status, row.error_type, row.words)) is reason)
-        found.append(FailedRows(status, error_type, reason.value, words, rows, list(islice(keys, KEYS_KEPT)), reason in reasons))
-        candidates.close()
-    return found
-
-
-def failed_in(engine: Engine, batch_ids: Collection[str], *, failures: Failures = KNOWN_FAILURES) -> list[FailedRows]:
-    """The rows of these landed batches that failed, over all their jobs. Batches that the ledger does not know add none."""
-    shards = defaultdict[str, list[int]](list)
-    ids = list(batch_ids)
-    found: list[FailedRows] = []
-    with engine.connect() as connection:
-        for start in range(0, len(ids), _IDS_AT_A_TIME):
-            known = sa.select(batch.c.job_id, batch.c.shard).where(batch.c.batch_id.in_(ids[start : start + _IDS_AT_A_TIME]))
-            for job_id, shard in connection.execute(known):
-                shards[job_id].append(shard)
-        for job_id, those in shards.items():
-            for start in range(0, len(those), _IDS_AT_A_TIME):
-                found += failed_rows(connection, job_id, those[start : start + _IDS_AT_A_TIME], failures=failures)
-    return merged(found)
+WORTH_A_ROUND = Wanted()
 
 
 @dataclass(slots=True)
@@ -225,31 +80,157 @@ class Outcome:
         return [kind for kind in self.kinds if kind.status != RequestStatus.SUCCEEDED.value]
 
     @property
+    def answered(self) -> int:
+        """Rows that have an answer."""
+        return sum(self.counts[status.value] for status in ANSWERED)
+
+    @property
     def latency_s(self) -> float | None:
         """Seconds from the first batch's creation to the last one's end."""
         return None if self.created_at is None or self.ended_at is None else (self.ended_at - self.created_at).total_seconds()
 
 
-def outcome(engine: Engine, job_id: str, *, reasons: Collection[Reason] = WORTH_ASKING, failures: Failures = KNOWN_FAILURES) -> Outcome:
-    """What has landed of a job.
+class Rounds:
+    """The part of the ledger that knows a job's rounds."""
 
-    :param reasons: for which a further round would ask
+    engine: Engine
+
+    def rounds_sent(self, job_id: str) -> int:
+        """How many rounds of a job have been sent whole; 0 also for a job that nobody has begun."""
+        with self.engine.connect() as connection:
+            return int(connection.execute(sa.select(job.c.rounds_sent).where(job.c.job_id == job_id)).scalar() or 0)
+
+    def note_sent(self, job_id: str, lease: int, round_number: int) -> None:
+        """Every request of the round is in a batch that the API has.
+
+        :raises LeaseLostError: when another attempt of the job has begun
+        """
+        with write_transaction(self.engine) as connection:
+            hold_lease(connection, job_id, lease)
+            behind = (job.c.job_id == job_id) & (job.c.rounds_sent < round_number)
+            connection.execute(sa.update(job).where(behind).values(rounds_sent=round_number))
+
+    def count_failed(self, job_id: str, which: Wanted = WORTH_A_ROUND) -> int:
+        """How many rows of a job are wanted, by their last outcome."""
+        with self.engine.connect() as connection:
+            return sum(rows for failure, rows in _kinds(connection, failed.c.job_id == job_id) if failure in which)
+
+    def failed_keys(self, job_id: str, which: Wanted = WORTH_A_ROUND, shard: int | None = None) -> Iterator[str]:
+        """Keys of the rows that :meth:`count_failed` counts; with ``shard`` only where their last outcome is one of this shard."""
+        here = [failed.c.job_id == job_id] if shard is None else [failed.c.job_id == job_id, failed.c.shard == shard]
+        with self.engine.connect() as connection:
+            for row in _rows(connection, *here):
+                if Failure(row.status, row.error_type, row.words) in which:
+                    yield row.key
+
+    def stopped_by_account(self, job_id: str, shards: Collection[int], failures: Failures = KNOWN_FAILURES) -> str | None:
+        """How many rows of these shards failed for the account's sake, and with which words; None for no row."""
+        with self.engine.connect() as connection:
+            kinds = list(_kinds(connection, failed.c.job_id == job_id, failed.c.shard.in_(shards)))
+        account = [(failure, rows) for failure, rows in kinds if failures.reason(failure) is Reason.ACCOUNT]
+        if not account:
+            return None
+        failure = max(account, key=lambda kind: kind[1])[0]
+        return f"{sum(rows for _, rows in account):,} rows failed with {failure.error_type}: {failure.error_message}"
+
+    def torn(self, job_id: str) -> list[str]:
+        """Landed batches of later rounds whose results lack lines. Answers to rows with an earlier outcome may be in what they lack."""
+        whole = sa.exists().where(landing.c.batch_id == batch.c.batch_id, landing.c.complete)
+        here = (batch.c.job_id == job_id) & (batch.c.round > 1) & (batch.c.state == BatchState.LANDED.value)
+        with self.engine.connect() as connection:
+            return list(connection.execute(sa.select(batch.c.batch_id).where(here, ~whole).order_by(batch.c.shard)).scalars())
+
+    def outcome(self, job_id: str, which: Wanted = WORTH_A_ROUND) -> Outcome:
+        """What has landed of a job.
+
+        :param which: what a further round would ask, by its reasons
+        """
+        found = Outcome()
+        landed = sa.select(batch).where(batch.c.job_id == job_id, batch.c.state == BatchState.LANDED.value).order_by(batch.c.shard)
+        with self.engine.connect() as connection:
+            for row in connection.execute(landed):
+                _include(found, row)
+            whole = sa.select(landing.c.batch_id).where(landing.c.batch_id.in_(found.batch_ids), landing.c.complete)
+            found.complete_ids = list(connection.execute(whole.distinct()).scalars())
+            answered = outcomes.count_succeeded(connection, job_id)
+            found.unfinished = outcomes.count_unfinished(connection, job_id)
+            if answered:
+                found.counts[RequestStatus.SUCCEEDED.value] = answered
+            found.kinds = list(_failed_rows(connection, which, failed.c.job_id == job_id))
+            for kind in found.kinds:
+                found.counts[kind.status] += kind.rows
+        return found
+
+    def failed_in(self, batch_ids: Collection[str], failures: Failures = KNOWN_FAILURES) -> list[FailedRows]:
+        """The rows of these landed batches that failed, over all their jobs. Batches that the ledger does not know add none."""
+        shards = defaultdict[str, list[int]](list)
+        found: list[FailedRows] = []
+        with self.engine.connect() as connection:
+            for ids in _pieces(list(batch_ids)):
+                for job_id, shard in connection.execute(sa.select(batch.c.job_id, batch.c.shard).where(batch.c.batch_id.in_(ids))):
+                    shards[job_id].append(shard)
+            for job_id, those in shards.items():
+                for some in _pieces(those):
+                    found += _failed_rows(connection, Wanted(failures=failures), failed.c.job_id == job_id, failed.c.shard.in_(some))
+        return merged(found)
+
+
+def reopen(connection: Connection, job_id: str, shard: int) -> None:
+    """A shard proved never to have been accepted: its round is not sent whole any more."""
+    number = sa.select(batch.c.round).where(batch.c.job_id == job_id, batch.c.shard == shard).scalar_subquery()
+    connection.execute(sa.update(job).where(job.c.job_id == job_id, job.c.rounds_sent >= number).values(rounds_sent=number - 1))
+
+
+def shards(connection: Connection, job_id: str, round_number: int) -> list[tuple[int, BatchState]]:
+    """Numbers and states of the shards whose requests are journaled, of this round and later ones."""
+    statement = sa.select(batch.c.shard, batch.c.state).where(
+        batch.c.job_id == job_id, batch.c.round >= round_number, batch.c.state.in_(_HELD)
+    )
+    return [(shard, BatchState(state)) for shard, state in connection.execute(statement.order_by(batch.c.shard))]
+
+
+#: the text of an error, where it tells the reason: what does not fit a schema says it in other words for each row
+_WORDS = sa.case((failed.c.status == RequestStatus.ERRORED.value, failed.c.error_message), else_=sa.null()).label("words")
+
+
+def _kinds(connection: Connection, *here: sa.ColumnElement[bool]) -> Iterator[tuple[Failure, int]]:
+    """Failures that differ, with their rows."""
+    found = sa.select(failed.c.status, failed.c.error_type, _WORDS).where(*here).subquery()
+    kind = (found.c.status, found.c.error_type, found.c.words)
+    statement = sa.select(*kind, sa.func.count()).group_by(*kind).order_by(*kind)
+    for *failure, rows in connection.execution_options(yield_per=_KEYS_AT_A_TIME).execute(statement):
+        yield Failure(*failure), rows
+
+
+def _rows(connection: Connection, *here: sa.ColumnElement[bool], limit: int | None = None, ordered: bool = False) -> sa.CursorResult[Any]:
+    """Keys of failed rows, each with what :class:`Failure` says of it."""
+    statement = sa.select(failed.c.key, failed.c.status, failed.c.error_type, _WORDS).where(*here).limit(limit)
+    if ordered:
+        statement = statement.order_by(failed.c.key)
+    return connection.execution_options(yield_per=_KEYS_AT_A_TIME).execute(statement)
+
+
+def _pieces(values: Sequence[T]) -> Iterator[Sequence[T]]:
+    return (values[start : start + _IDS_AT_A_TIME] for start in range(0, len(values), _IDS_AT_A_TIME))
+
+
+def _failed_rows(connection: Connection, which: Wanted, *here: sa.ColumnElement[bool]) -> Iterator[FailedRows]:
+    """Failed rows by status, type and reason.
+
+    :param which: the rows that a further round would ask, by their reasons
     """
-    found = Outcome()
-    landed = sa.select(batch).where(batch.c.job_id == job_id, batch.c.state == BatchState.LANDED.value).order_by(batch.c.shard)
-    with engine.connect() as connection:
-        for row in connection.execute(landed):
-            _include(found, row)
-        whole = sa.select(landing.c.batch_id).where(landing.c.batch_id.in_(found.batch_ids), landing.c.complete)
-        found.complete_ids = list(connection.execute(whole.distinct()).scalars())
-        answered = outcomes.count_succeeded(connection, job_id)
-        found.unfinished = outcomes.count_unfinished(connection, job_id)
-        if answered:
-            found.counts[RequestStatus.SUCCEEDED.value] = answered
-        found.kinds = failed_rows(connection, job_id, reasons=reasons, failures=failures)
-        for kind in found.kinds:
-            found.counts[kind.status] += kind.rows
-    return found
+    groups: dict[tuple[str, str | None, Reason], tuple[str | None, int]] = {}
+    for failure, rows in _kinds(connection, *here):
+        group = (failure.status, failure.error_type, which.failures.reason(failure))
+        words, before = groups.get(group, (failure.error_message, 0))
+        groups[group] = words, before + rows
+    for (status, error_type, reason), (words, rows) in groups.items():
+        alike = [failed.c.status == status, failed.c.error_type.is_not_distinct_from(error_type)]
+        alone = sum(group[:2] == (status, error_type) for group in groups) == 1
+        candidates = _rows(connection, *here, *alike, ordered=True, limit=KEYS_KEPT if alone else None)
+        keys = (row.key for row in candidates if which.failures.reason(Failure(row.status, row.error_type, row.words)) is reason)
+        yield FailedRows(status, error_type, reason.value, words, rows, list(islice(keys, KEYS_KEPT)), reason in which.reasons)
+        candidates.close()
 
 
 def _include(found: Outcome, row: sa.Row[Any]) -> None:

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from airflow.providers.common.compat.sdk import AirflowFailException, BaseOperator
+from airflow.providers.common.compat.sdk import AirflowFailException
 
-from airflow_provider_batchkit.exceptions import BatchInputError, BatchKitError, ErrorRateError
-from airflow_provider_batchkit.hooks.ledger import check_results_beside, ledger_of
+from airflow_provider_batchkit.exceptions import BatchInputError, ErrorRateError
+from airflow_provider_batchkit.hooks.ledger import check_results_beside
 from airflow_provider_batchkit.hooks.settings import DEFAULT_CONN_ID, configured_failures, settle_times
-from airflow_provider_batchkit.lineage import BatchLineage
+from airflow_provider_batchkit.jobs.waiting import Done, WaitFor
 from airflow_provider_batchkit.links import ConsoleLink, push_console_link
 from airflow_provider_batchkit.model import RequestStatus
-from airflow_provider_batchkit.operators.metrics import count_landed
 from airflow_provider_batchkit.operators.publish import publish_summary
-from airflow_provider_batchkit.operators.tasks import Leg, OnConnection, as_batch_ids, batchkit_errors, unseen_of, wait_for, waited
+from airflow_provider_batchkit.operators.resumable import Leg, ResumableOperator
+from airflow_provider_batchkit.operators.tasks import as_batch_ids
 
 if TYPE_CHECKING:
     from airflow.providers.common.compat.sdk import Context
 
+    from airflow_provider_batchkit.jobs.advance import Landing
     from airflow_provider_batchkit.landing import LandingReport
     from airflow_provider_batchkit.ledger import Ledger
 
@@ -33,11 +34,10 @@ def refuse_replace(what: str, write_disposition: str) -> None:
         )
 
 
-class LandingOperator(OnConnection, BatchLineage, BaseOperator):
+class LandingOperator(ResumableOperator):
     """The parameters of every task that writes results to a table, checked, and what it does with them."""
 
     table: Any
-    _leg: Leg
 
     def __init__(
         self,
@@ -68,34 +68,26 @@ class LandingOperator(OnConnection, BatchLineage, BaseOperator):
                 "write_disposition='replace' in a mapped task: each would replace the others' rows. Nothing was written."
             )
 
-    def _fetch(self, context: Context, ledger: Ledger, batch_ids: Sequence[str], disposition: str, **options: Any) -> LandingReport:
-        """Land batches, or wait without a worker slot for what the API does not show at the moment."""
+    def _landing(self, leg: Leg, ledger: Ledger) -> Landing:
+        from airflow_provider_batchkit.jobs.advance import Landing
         from airflow_provider_batchkit.jobs.fetch import fetch_job
         from airflow_provider_batchkit.landing import WriteDisposition
 
         check_results_beside(self)
-        ti = context["ti"]
-        try:
-            return fetch_job(
-                self.hook.kit,
-                ledger,
-                batch_ids,
-                self.table,
-                dag_id=ti.dag_id,
-                run_id=ti.run_id,
-                times=settle_times(),
-                unseen=unseen_of(context, self._leg),
-                disposition=WriteDisposition.parse(disposition),
-                include_failed=self.include_failed,
-                rewrite=self.rewrite,
-                **options,
-            )
-        except BatchKitError as e:
-            count_landed(ti, e.landed)
-            if e.wait is None or e.wait.latest < datetime.now(UTC):
-                raise
-            self.log.warning("%s", e)
-            wait_for(self, context, e.wait, self._leg)
+        ti = leg.context["ti"]
+        fetch = partial(
+            fetch_job,
+            self.hook.kit,
+            ledger,
+            table=self.table,
+            dag_id=ti.dag_id,
+            run_id=ti.run_id,
+            times=settle_times(),
+            unseen=leg.unseen,
+            include_failed=self.include_failed,
+            rewrite=self.rewrite,
+        )
+        return Landing(self.table, WriteDisposition.parse(self.write_disposition), lambda ids, how: fetch(ids, disposition=how), leg)
 
     def _delete(self, ledger: Ledger, batch_ids: Sequence[str], complete: Sequence[str]) -> None:
         """Delete the batches that have landed whole, where that is wanted."""
@@ -164,42 +156,26 @@ class FetchBatchOperator(LandingOperator):
         self.sql_conn_id = sql_conn_id
         self.ledger_conn_id = ledger_conn_id
 
-    def execute(self, context: Context) -> dict[str, Any]:
-        self._leg = Leg.first()
-        return self._go_on(context)
-
-    def resume(self, context: Context, event: Any = None, since: str = "", asked: int = 0, about: str = "unseen") -> dict[str, Any]:
-        """The wait for what the API did not show is over."""
-        with batchkit_errors():
-            self._leg = Leg.after(event, since=since, asked=asked, about=about)
-        return self._go_on(context)
-
-    def _go_on(self, context: Context) -> dict[str, Any]:
-        from airflow_provider_batchkit.cost.tally import format_tally
-
+    def _advance(self, leg: Leg, ledger: Ledger) -> Done[LandingReport] | WaitFor:
         batch_ids = as_batch_ids(self.batch_id)
-        self._refuse_mapped_replace(context)
-        push_console_link(context, batch_ids)
-        with batchkit_errors(), ledger_of(self) as ledger:
-            report = self._fetch(context, ledger, batch_ids, self.write_disposition)
-            waited(context, self._leg)
-            self.log.info("Landed %s rows in %s; outcomes: %s", f"{report.rows:,}", self.table, dict(report.counts))
-            self._say_why(ledger, report)
-            self.log.info("Cost of %s:\n%s", ", ".join(batch_ids) or "no batches", format_tally(report.tally))
-            summary = report.to_json()
-            publish_summary(self, context, summary, report.first)
-            self._delete(ledger, report.batch_ids, report.complete_ids)
-        with batchkit_errors():
-            self._check_error_rate(report.counts)
+        self._refuse_mapped_replace(leg.context)
+        push_console_link(leg.context, batch_ids)
+        return self._landing(leg, ledger).land(batch_ids)
+
+    def _finish(self, leg: Leg, ledger: Ledger, result: LandingReport) -> dict[str, Any]:
+        self._say_why(ledger, result)
+        summary = result.to_json()
+        publish_summary(self, leg.context, summary, result.tally)
+        self._delete(ledger, result.batch_ids, result.complete_ids)
+        self._check_error_rate(result.counts)
         return summary
 
     def _say_why(self, ledger: Ledger, report: LandingReport) -> None:
         """Why rows failed, from the ledger and, for batches that it does not know, from their results."""
-        from airflow_provider_batchkit.ledger.rounds import failed_in
         from airflow_provider_batchkit.request.failed import failed_text
 
         failures = configured_failures()
-        kinds = failed_in(ledger.engine, report.batch_ids, failures=failures)
+        kinds = ledger.failed_in(report.batch_ids, failures)
         for foreign in report.foreign_failed:
             kinds += foreign.rows(failures)
         why = failed_text(kinds, report.counts.total(), report.untold)

@@ -1,4 +1,4 @@
-"""Where a task's summary goes besides its return value: the Storage tab, the outlets' asset events, the metrics, the lineage."""
+"""Where a task's summary goes besides its return value: the Storage tab, the outlets' asset events, the lineage."""
 
 from __future__ import annotations
 
@@ -8,14 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from airflow.providers.common.compat.sdk import Asset
 
-from airflow_provider_batchkit.cost.tally import summary_line
+from airflow_provider_batchkit.cost.tally import format_tally, summary_line
 from airflow_provider_batchkit.model import CostTally
-from airflow_provider_batchkit.operators.metrics import count_landed
 
 if TYPE_CHECKING:
     from airflow.providers.common.compat.sdk import Context
 
-    from airflow_provider_batchkit.landing import BatchFigures
 
 log = logging.getLogger(__name__)
 
@@ -23,17 +21,17 @@ log = logging.getLogger(__name__)
 PUBLISHED = ("batch_ids", "table", "rows", "counts", "cost_tally", "latency_s")
 
 
-def publish_summary(task: Any, context: Context, summary: Mapping[str, Any], batches: Iterable[BatchFigures]) -> None:
+def publish_summary(task: Any, context: Context, summary: Mapping[str, Any], tally: CostTally) -> None:
     """Publish what landed. To be called in the task's last leg: what an earlier leg says of its assets is lost.
 
     :param task: the operator; its OpenLineage events tell what is published, too
     :param summary: what the task returns
-    :param batches: those that landed for the first time; they alone are counted
+    :param tally: its bill, for the log
     """
+    log.info("Cost of %s:\n%s", ", ".join(summary["batch_ids"]) or "no batches", format_tally(tally))
     published = {name: summary[name] for name in PUBLISHED if summary[name] is not None}
     _store(context, published)
     _describe_assets(context, task.outlets, published)
-    count_landed(context["ti"], batches)
     task.lineage_summary = published
 
 

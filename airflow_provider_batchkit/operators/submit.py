@@ -2,50 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from decimal import Decimal
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from airflow.providers.common.compat.sdk import AirflowSkipException, BaseOperator, XComArg, literal
+from airflow.providers.common.compat.sdk import AirflowSkipException, XComArg, literal
 
 from airflow_provider_batchkit.cost.budget import Budget
-from airflow_provider_batchkit.exceptions import BatchInputError, BatchKitError, BudgetExceededError
+from airflow_provider_batchkit.exceptions import BatchInputError
 from airflow_provider_batchkit.hooks.ledger import check_results_beside, ledger_of
 from airflow_provider_batchkit.hooks.settings import DEFAULT_CONN_ID, configured_failures, settle_times
 from airflow_provider_batchkit.jobs.rounds import Round
-from airflow_provider_batchkit.lineage import BatchLineage
-from airflow_provider_batchkit.links import ConsoleLink, push_console_link
+from airflow_provider_batchkit.jobs.waiting import Done, WaitFor
+from airflow_provider_batchkit.links import ConsoleLink
 from airflow_provider_batchkit.model import MAX_BYTES_PER_BATCH, MAX_REQUESTS_PER_BATCH, parse_usd
 from airflow_provider_batchkit.operators.items import items_of
 from airflow_provider_batchkit.operators.kill import OwnsBatches
-from airflow_provider_batchkit.operators.metrics import count_submitted
-from airflow_provider_batchkit.operators.tasks import (
-    Leg,
-    OnConnection,
-    as_batch_ids,
-    attempt_id_of,
-    batchkit_errors,
-    own_params,
-    wait_for,
-    waited,
-)
-from airflow_provider_batchkit.request.failures import WORTH_ASKING, Failures, Reason
+from airflow_provider_batchkit.operators.resumable import Leg, ResumableOperator
+from airflow_provider_batchkit.operators.tasks import as_batch_ids, attempt_id_of, own_params
+from airflow_provider_batchkit.request.failures import KNOWN_FAILURES, WORTH_ASKING, Reason
 from airflow_provider_batchkit.request.system import kept_for_s, system_problem_of_task
 from airflow_provider_batchkit.schema import OutputSchema
 
 if TYPE_CHECKING:
     from airflow.providers.common.compat.sdk import Context
 
-    from airflow_provider_batchkit.jobs.submit import SubmitReport
+    from airflow_provider_batchkit.jobs.advance import Asking
+    from airflow_provider_batchkit.jobs.submit import Attempt, SubmitReport
     from airflow_provider_batchkit.ledger import Ledger
-    from airflow_provider_batchkit.request.block import RequestBlock
-    from airflow_provider_batchkit.source.rows import Items
-    from airflow_provider_batchkit.source.types import KeyTypes
+    from airflow_provider_batchkit.request.build import RequestBuilder
 
 
-class SubmitBatchOperator(OwnsBatches, OnConnection, BatchLineage, BaseOperator):
+class SubmitBatchOperator(OwnsBatches, ResumableOperator):
     """Ask Claude about every row of a source, as message batches at half price. Returns the list of batch ids.
 
     Every request is journaled in the ``batchkit_*`` tables of the ledger before it is sent, so a retry, a cleared task or a killed
@@ -125,6 +114,8 @@ class SubmitBatchOperator(OwnsBatches, OnConnection, BatchLineage, BaseOperator)
     template_ext: Sequence[str] = (".sql",)
     template_fields_renderers = {"sql": "sql", "requests": "json"}  # noqa: RUF012 - Airflow's own attribute
     ui_color = "#e8ded2"
+    #: of a task that lands its answers itself
+    rounds: Sequence[Round] = ()
     operator_extra_links = (ConsoleLink(),)
 
     def __init__(
@@ -193,7 +184,6 @@ class SubmitBatchOperator(OwnsBatches, OnConnection, BatchLineage, BaseOperator)
         self.skip_unchanged = skip_unchanged
         self.settle_seconds = settle_seconds
         self.cancel_on_kill = cancel_on_kill
-        self._leg = Leg.first()
         self.only_failed_of = only_failed_of
         # a task's output may turn out to be None, which must not mean "ask all rows"
         self._asks_again = only_failed_of is not None
@@ -229,126 +219,49 @@ class SubmitBatchOperator(OwnsBatches, OnConnection, BatchLineage, BaseOperator)
         if self.on_empty not in ("skip", "succeed", "fail"):
             raise BatchInputError(f"Task {self.task_id}: on_empty must be 'skip', 'succeed' or 'fail', not {self.on_empty!r}.")
 
-    def execute(self, context: Context) -> Any:
-        self._leg = Leg.first()
-        return self._go_on(context)
-
-    def resume(self, context: Context, event: Any = None, since: str = "", asked: int = 0, about: str = "doubt") -> Any:
-        """The wait is over, however it ended: the ledger says what is to be done next.
-
-        :param since: when the attempt's first leg began
-        :param asked: requests that earlier legs have sent
-        :param about: what was waited for
-        """
-        with batchkit_errors():
-            self._leg = Leg.after(event, since=since, asked=asked, about=about)
-        if self._leg.broken:
-            self.log.warning("%s", event["message"])
-        return self._go_on(context)
-
     def primer_over(self, context: Context, event: Any = None, asked_before: int = 0) -> Any:
         """What a task calls that an older version of this package has deferred."""
         return self.resume(context, event, asked=asked_before, about="primer")
 
-    def _go_on(self, context: Context) -> Any:
-        with batchkit_errors():
-            report = self._ask(context)
-        if report.waits_for is not None:
-            wait_for(self, context, report.waits_for, self._leg, asked=report.asked)
-        waited(context, self._leg)
-        if not report.batch_ids:
-            return self._nothing_to_ask(report)
-        self.lineage_summary = {
-            "batch_ids": report.batch_ids,
-            "source_rows": report.rows,
-            "submitted_requests": self._leg.asked + report.asked,
-        }
-        return report.batch_ids
+    def _open_ledger(self, leg: Leg) -> AbstractContextManager[Ledger]:
+        return ledger_of(self, leg.context)
 
-    def _ask(self, context: Context, round_number: int = 1) -> SubmitReport:
-        """Submit a round of the job, and tell of it."""
-        try:
-            with ledger_of(self, context) as ledger:
-                report = self._submit(context, ledger, round_number)
-        except BatchKitError as e:
-            push_console_link(context, e.submitted)
-            # what an earlier attempt sent is paid for and must be fetched, so it is no reason to skip
-            if isinstance(e, BudgetExceededError) and self.budget and self.budget.on_exceeded == "skip" and not e.submitted:
-                raise AirflowSkipException(str(e)) from e
-            raise
-        if self.is_dry_run and report.rows:
-            self._end_dry_run(context, report)
-        if not report.batch_ids or (report.waits_for is not None and not report.rows):
-            # the source has not been read: there is nothing to tell but the wait
-            return report
-        push_console_link(context, report.batch_ids)
-        count_submitted(context["ti"], report.asked)
-        context["ti"].xcom_push(key="batch_id", value=report.batch_ids[0])
-        self.log.info(
-            "%s rows: %s asked now, %s share a request, %s were asked before, %s are answered and unchanged, %s are not to be asked; "
-            "%d batches: %s",
-            f"{report.rows:,}",
-            f"{report.asked:,}",
-            f"{report.copies:,}",
-            f"{report.known:,}",
-            f"{report.unchanged:,}",
-            f"{report.passed_over:,}",
-            len(report.batch_ids),
-            ", ".join(report.batch_ids),
-        )
-        return report
+    def _advance(self, leg: Leg, ledger: Ledger) -> Done[Any] | WaitFor:
+        from airflow_provider_batchkit.jobs.advance import ask
 
-    def _only(self, context: Context, ledger: Ledger, job_id: str, round_number: int) -> Iterable[str] | None:
-        """Keys of the rows to ask in a round; None for all."""
-        from airflow_provider_batchkit.jobs.submit import failed_keys_of
+        if self.table is not None and not self.is_dry_run:
+            check_results_beside(self)
+        attempt = self._attempt(leg, ledger)
+        return ask(attempt, self._asking(leg, attempt.job_id), leg, rehearse=self.is_dry_run)
 
-        if not self._asks_again:
-            return None
-        ti, batch_ids = context["ti"], as_batch_ids(self.only_failed_of)
-        return failed_keys_of(
-            ledger,
-            batch_ids,
-            dag_id=ti.dag_id,
-            run_id=ti.run_id,
-            reasons=self._worth_asking,
-            failures=self._failures,
-            gone=self.retry_gone,
-        )
+    def _finish(self, leg: Leg, ledger: Ledger, result: Any) -> Any:
+        if self.is_dry_run and result.rows:
+            self._end_dry_run(leg, result)
+        if not result.batch_ids:
+            return self._nothing_to_ask(result)
+        self.lineage_summary = {"batch_ids": result.batch_ids, "source_rows": result.rows, "submitted_requests": leg.sent}
+        return result.batch_ids
 
-    @cached_property
-    def _failures(self) -> Failures:
-        return configured_failures()
-
-    @property
-    def _worth_asking(self) -> frozenset[Reason]:
-        """Reasons for which a row is asked again."""
-        return WORTH_ASKING | {Reason.UNFIT} if self.retry_invalid_output else WORTH_ASKING
-
-    def _submit(self, context: Context, ledger: Ledger, round_number: int) -> SubmitReport:
-        from airflow_provider_batchkit.jobs.caps import Limits
-        from airflow_provider_batchkit.jobs.prime import Priming
-        from airflow_provider_batchkit.jobs.submit import Attempt, SubmitOptions, rehearse_job, submit_job
-        from airflow_provider_batchkit.source.files import FileRows
-        from airflow_provider_batchkit.source.types import KeyTypes
+    def _attempt(self, leg: Leg, ledger: Ledger) -> Attempt:
+        from airflow_provider_batchkit.jobs.submit import Attempt
 
         if not self.is_dry_run or ledger.exists():
             ledger.ensure()
-        job = self._identify(context, ledger)
-        attempt = Attempt(
-            self.hook.kit,
-            ledger,
-            job,
-            attempt_id_of(context["ti"]),
-            self._leg.since,
-            self.anthropic_conn_id,
-            self._leg.waited_for,
-            lambda: self._killed,
-        )
+        kit, job, attempt_id = self.hook.kit, self._identify(leg.context, ledger), attempt_id_of(leg.context["ti"])
+        return Attempt(kit, ledger, job, attempt_id, leg.since, self.anthropic_conn_id, leg.waited_for, lambda: self._killed)
+
+    def _asking(self, leg: Leg, job_id: str) -> Asking:
+        from airflow_provider_batchkit.jobs.advance import Asking
+        from airflow_provider_batchkit.jobs.caps import Limits
+        from airflow_provider_batchkit.jobs.prime import Priming
+        from airflow_provider_batchkit.jobs.submit import SubmitOptions
+        from airflow_provider_batchkit.ledger.rounds import Wanted
+
         priming = None
         if self.prime_cache:
             ttl_s = kept_for_s(self.system, self.request_params, self.cache_system)
             assert ttl_s is not None
-            priming = Priming(ttl_s, self.prime_timeout, over=self._leg.about == "primer")
+            priming = Priming(ttl_s, self.prime_timeout, over=leg.about == "primer")
         options = SubmitOptions(
             self.max_requests_per_batch,
             self.max_bytes_per_batch,
@@ -357,63 +270,33 @@ class SubmitBatchOperator(OwnsBatches, OnConnection, BatchLineage, BaseOperator)
             settle_times(self.settle_seconds),
             Limits(self.max_cost_usd, self.budget),
             priming,
-            round_number,
-            None if self.output_schema is None else self.output_schema.text,
+            output_schema=None if self.output_schema is None else self.output_schema.text,
         )
-        only = self._only(context, ledger, job.job_id, round_number)
         key = [self.key] if isinstance(self.key, str) else list(self.key or ())
-        types = KeyTypes(key)
-        items = items_of(self)
-        requests = self._requests(context, job.job_id, key, types, items, self._asking(round_number))
-        with items.naming_places() if isinstance(items, FileRows) else nullcontext():
-            if self.is_dry_run:
-                return rehearse_job(attempt, requests, options, only=only)
-            return submit_job(attempt, requests, options, only=only, before_send=lambda: self._note_key(ledger, job.job_id, types))
+        reasons = WORTH_ASKING | {Reason.UNFIT} if self.retry_invalid_output else WORTH_ASKING
+        failures = configured_failures() if self._asks_again or self.rounds else KNOWN_FAILURES
+        return Asking(
+            options,
+            key,
+            lambda: items_of(self),
+            lambda round_: self._builder(leg.context, job_id, key, round_),
+            only_failed_of=as_batch_ids(self.only_failed_of) if self._asks_again else None,
+            rounds=self.rounds or (Round(),),
+            which=Wanted(None, reasons, failures),
+            retry_gone=self.retry_gone,
+        )
 
-    def _end_dry_run(self, context: Context, report: SubmitReport) -> None:
-        """:raises AirflowSkipException: always; there is no batch to wait for"""
-        assert report.estimate is not None
-        found = report.estimate
-        summary = {"rows": report.rows, "batches": report.batches, **found.to_json()}
-        context["ti"].xcom_push(key="estimate", value=summary)
-        if self.max_cost_usd is not None and (found.upper_usd is None or found.upper_usd > self.max_cost_usd):
-            self.log.warning("max_cost_usd=%s would stop this task", self.max_cost_usd)
-        self.log.info("Dry run: %s rows, %s batches, %s bytes", f"{report.rows:,}", report.batches, f"{found.bytes:,}")
-        self.log.info("Estimate for %s", found)
-        raise AirflowSkipException("Dry run: nothing was sent.")
-
-    def _note_key(self, ledger: Ledger, job_id: str, types: KeyTypes) -> None:
-        """Journal the key's columns and types for the result table, and refuse now what no table could hold later."""
-        from airflow_provider_batchkit.landing import ResultTable
-
-        if types.rows_seen:
-            columns = types.result(ledger.key_columns(job_id))
-            table = ResultTable(self.table or "results", columns, self.output_schema)
-            if self.table is not None:
-                check_results_beside(self)
-            if self.table is None:
-                table.check_names(ledger.engine.dialect)
-            else:
-                table.check(ledger.engine)
-            ledger.set_key_columns(job_id, columns, types.characters)
-
-    def _asking(self, round_number: int) -> Round:
-        """How a round asks."""
-        return Round()
-
-    def _requests(
-        self, context: Context, job_id: str, key: list[str], types: KeyTypes, items: Iterable[Any] | Items, asking: Round
-    ) -> Iterator[RequestBlock]:
+    def _builder(self, context: Context, job_id: str, key: list[str], round_: Round) -> RequestBuilder:
         from airflow_provider_batchkit.request.build import RequestBuilder, RequestDefaults
         from airflow_provider_batchkit.request.template import RowTemplate, system_template
 
         per_run = dict(context)
-        builder = RequestBuilder(
+        return RequestBuilder(
             RequestDefaults(
-                asking.model or self.model or self.hook.default_model,
-                asking.max_tokens or self.max_tokens,
+                round_.model or self.model or self.hook.default_model,
+                round_.max_tokens or self.max_tokens,
                 None,
-                {**self.request_params, **asking.params},
+                {**self.request_params, **round_.params},
                 self.cache_system,
                 None if self.output_schema is None else self.output_schema.format,
                 self.hook.kit.param_names,
@@ -421,11 +304,22 @@ class SubmitBatchOperator(OwnsBatches, OnConnection, BatchLineage, BaseOperator)
             job_id=job_id,
             key=key,
             prompt=None if self.prompt is None else RowTemplate(self.prompt, name="prompt", context=per_run),
-            system=None if "system" in asking.params else system_template(self.system, per_run),
+            system=None if "system" in round_.params else system_template(self.system, per_run),
             dedupe=self.dedupe,
-            overrides=asking.overrides,
+            overrides=round_.overrides,
         )
-        return builder.pieces(items, types.see)
+
+    def _end_dry_run(self, leg: Leg, report: SubmitReport) -> None:
+        """:raises AirflowSkipException: always; there is no batch to wait for"""
+        found = report.estimate
+        assert found is not None
+        summary = {"rows": report.rows, "batches": report.batches, **found.to_json()}
+        leg.context["ti"].xcom_push(key="estimate", value=summary)
+        if self.max_cost_usd is not None and (found.upper_usd is None or found.upper_usd > self.max_cost_usd):
+            self.log.warning("max_cost_usd=%s would stop this task", self.max_cost_usd)
+        self.log.info("Dry run: %s rows, %s batches, %s bytes", f"{report.rows:,}", report.batches, f"{found.bytes:,}")
+        self.log.info("Estimate for %s", found)
+        raise AirflowSkipException("Dry run: nothing was sent.")
 
     def _nothing_to_ask(self, report: SubmitReport) -> list[str]:
         if report.unchanged:

@@ -7,16 +7,12 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NoReturn, cast
+from typing import TYPE_CHECKING, Any
 
 from airflow.providers.common.compat.sdk import AirflowException, AirflowFailException
 
-from airflow_provider_batchkit.api.polling import validate_event
 from airflow_provider_batchkit.exceptions import BatchInputError, BatchKitError
-from airflow_provider_batchkit.jobs.waiting import WaitFor
 
 if TYPE_CHECKING:
     from airflow.providers.common.compat.sdk import Context
@@ -63,113 +59,10 @@ def attempt_id_of(ti: Any) -> str:
     return f"{milliseconds[:8]}-{milliseconds[8:]}-7{uuid.uuid4().hex[:3]}-{str(uuid.uuid4())[19:]}"
 
 
-def attempt_began(ti: Any) -> datetime:
-    """When the attempt of a task instance was made; now, for one that has no id."""
-    found = getattr(ti, "id", None)
-    if found is None:
-        return datetime.now(UTC)
-    return datetime.fromtimestamp(uuid.UUID(str(found)).int / (1 << 80) / 1000, UTC)
-
-
 def job_of(context: Context, ledger: Ledger) -> JobRecord:
     """The job of a task instance in a ledger: the same on every attempt."""
     ti = context["ti"]
     return ledger.identify(ti.dag_id, ti.run_id, ti.task_id, map_index_of(ti))
-
-
-@dataclass(frozen=True, slots=True)
-class Leg:
-    """A task's work between two waits, which Airflow calls deferrals."""
-
-    #: when the attempt's first leg began; aware
-    since: datetime
-    #: requests that earlier legs have sent
-    asked: int = 0
-    #: what the leg before waited for; None in the first leg
-    about: str | None = None
-    #: the candidates that the leg before waited for
-    waited_for: tuple[str, ...] = ()
-    #: looking failed while the leg before waited
-    broken: bool = False
-
-    @classmethod
-    def first(cls) -> Leg:
-        """The first leg of an attempt."""
-        return cls(datetime.now(UTC))
-
-    @classmethod
-    def after(cls, event: Any, *, since: str, asked: int, about: str) -> Leg:
-        """The leg that a trigger's event begins.
-
-        :param since: empty under ``dag.test()``, which drops what a deferral passes on
-        :raises PollError: for an event that the trigger does not send
-        """
-        known = validate_event(event)
-        broken = known["status"] == "error"
-        waited_for = tuple(cast("Sequence[str]", known.get("batch_ids", ())))
-        began = datetime.fromisoformat(since) if since else datetime.now(UTC)
-        return cls(began, asked, about, waited_for if about == "doubt" else (), broken)
-
-
-#: how much later than the trigger's own deadline Airflow ends a deferral that never came back
-_GRACE = timedelta(minutes=5)
-#: between two legs, however short the wait is
-_LEAST_PAUSE = timedelta(seconds=5)
-#: between two looks of a task whose trigger cannot look
-_BROKEN_PAUSE = timedelta(minutes=1)
-
-
-def wait_for(task: Any, context: Context, wait: WaitFor, leg: Leg, *, asked: int = 0) -> NoReturn:
-    """Defer a task until what it waits for, and tell of it in the log and under the XCom key ``waits_for``.
-
-    :param task: an operator with ``anthropic_conn_id`` and a method ``resume``
-    :param asked: requests that this leg has sent
-    :raises TaskDeferred: always
-    """
-    from airflow_provider_batchkit.triggers.batch import BatchTrigger
-
-    now = datetime.now(UTC)
-    task.log.info("%s", wait.why)
-    context["ti"].xcom_push(key="waits_for", value=wait.to_json())
-    # the ledger's clock may be behind this one: a leg must not be followed by the next one at once
-    batch_ids, until = list(wait.batch_ids), max(wait.until, now + _LEAST_PAUSE)
-    if leg.broken:
-        # the trigger would come back at once
-        batch_ids, until = [], min(until, now + _BROKEN_PAUSE)
-    task.defer(
-        trigger=BatchTrigger(
-            batch_ids=batch_ids,
-            anthropic_conn_id=task.anthropic_conn_id,
-            poke_interval=float(getattr(task, "poke_interval", _BROKEN_PAUSE.total_seconds())),
-            deadline=until.timestamp(),
-            # candidates of a doubt may be somebody else's
-            cancel_on_kill=getattr(task, "cancel_on_kill", False) and wait.about == "primer",
-            first=len(batch_ids) > 1,
-        ),
-        method_name="resume",
-        kwargs={"since": leg.since.isoformat(), "asked": leg.asked + asked, "about": wait.about},
-        timeout=until - now + _GRACE,
-    )
-    raise AssertionError("defer raises")
-
-
-def unseen_of(context: Context, leg: Leg) -> dict[str, datetime]:
-    """What the leg before did not find, with since when; see :attr:`.WaitFor.unseen`. A retry begins anew, as its XComs do.
-
-    They are read back from XCom, since ``dag.test()`` drops what a deferral passes on. A task instance of a user's own tests may have none.
-    """
-    ti = context["ti"]
-    if leg.about is None or not hasattr(ti, "xcom_pull"):
-        return {}
-    told = ti.xcom_pull(task_ids=ti.task_id, key="waits_for", map_indexes=map_index_of(ti))
-    unseen = told.get("unseen", {}) if isinstance(told, Mapping) else {}
-    return {what: datetime.fromisoformat(since) for what, since in unseen.items()}
-
-
-def waited(context: Context, leg: Leg) -> None:
-    """The task waits no more: nobody is to read that it does."""
-    if leg.about is not None:
-        context["ti"].xcom_push(key="waits_for", value=None)
 
 
 def own_params(params: Any, dag: Any) -> dict[str, Any]:

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from airflow_provider_batchkit.exceptions import BatchInputError
-from airflow_provider_batchkit.ledger.rounds import count_failed, failed_keys, outcome
+from airflow_provider_batchkit.ledger import Ledger
+from airflow_provider_batchkit.ledger.rounds import Wanted
 from airflow_provider_batchkit.request.failures import Failure, Failures, Reason
 from airflow_provider_batchkit.simulator import SimulatorProcess
 from tests.databases import Database, rows
@@ -76,11 +77,12 @@ def test_many_failed_rows_are_judged_by_their_kinds(home: Path, database: Databa
     names = ["credit", "errored", "overloaded", "expired", "api-error"]
     fill(database, {i: f"n{i}" + (f" [[sim:{names[i % 6]}]]" if i % 6 < 5 else "") for i in range(300)})
     Legs(max_rounds=1).run()
-    engine = database.engine()
+    ledger = Ledger(database.engine())
     ((job_id,),) = rows(database, "SELECT job_id FROM batchkit_job")
     for reason, many in ((Reason.ACCOUNT, 50), (Reason.PASSING, 150), (Reason.PERMANENT, 50)):
-        assert count_failed(engine, job_id, reasons={reason}) == many == len(set(failed_keys(engine, job_id, reasons={reason})))
-    found = outcome(engine, job_id)
+        which = Wanted(reasons={reason})
+        assert ledger.count_failed(job_id, which) == many == len(set(ledger.failed_keys(job_id, which)))
+    found = ledger.outcome(job_id)
     assert sum(kind.rows for kind in found.failed) == 250 and all(len(kind.keys) == 5 for kind in found.failed)
     (account,) = [kind for kind in found.failed if kind.reason == "account"]
     assert all(json.loads(key)[0] % 6 == 0 for key in account.keys)

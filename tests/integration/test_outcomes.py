@@ -15,7 +15,6 @@ from airflow_provider_batchkit.exceptions import ReplaceRefusedError
 from airflow_provider_batchkit.landing.stage import StageTables
 from airflow_provider_batchkit.landing.write import settle_outcomes
 from airflow_provider_batchkit.ledger import BatchRecord, outcomes
-from airflow_provider_batchkit.ledger.rounds import failed_keys, outcome
 from airflow_provider_batchkit.simulator import Simulator
 from tests.databases import Database
 from tests.warehouse import Warehouse, kit_for
@@ -94,7 +93,7 @@ def test_rounds_that_land_again_in_any_order_change_no_outcome(warehouse: Wareho
     warehouse.fetch(batches)
     for number in (2, 3):
         job_id = warehouse.rows("SELECT job_id FROM batchkit_job")[0]["job_id"]
-        asked = warehouse.submit(rows, round_number=number, only=list(failed_keys(warehouse.engine, job_id)))
+        asked = warehouse.submit(rows, round_number=number, only=list(warehouse.ledger.failed_keys(job_id)))
         batches += [batch for batch in asked.batch_ids if batch not in batches]
         warehouse.fetch(batches[-1:])
     before = warehouse.rows("SELECT key, status, shard FROM batchkit_request ORDER BY key")
@@ -108,7 +107,7 @@ def test_rounds_that_land_again_in_any_order_change_no_outcome(warehouse: Wareho
     with refused:
         warehouse.fetch([batches[place] for place in order], disposition=disposition, rewrite=True)
     assert warehouse.rows("SELECT key, status, shard FROM batchkit_request ORDER BY key") == before
-    assert outcome(warehouse.engine, job_id).counts == {"succeeded": 1, "errored": 1, "expired": 1}
+    assert warehouse.ledger.outcome(job_id).counts == {"succeeded": 1, "errored": 1, "expired": 1}
 
 
 def test_rows_that_share_requests_are_kept_together(warehouse: Warehouse) -> None:

@@ -160,7 +160,7 @@ def test_a_primed_run_sends_the_rest_when_its_first_row_has_ended(home: Path, da
     assert legs.run().trigger.batch_ids == primer.trigger.batch_ids
     api.end(primer.trigger.batch_ids[0])
     rest = legs.go_on(primer)
-    assert (rest.method_name, api.stats()["requests_accepted"] - before) == ("execute_complete", 4)
+    assert (rest.kwargs["about"], api.stats()["requests_accepted"] - before) == ("round", 4)
     for batch_id in rest.trigger.batch_ids:
         api.end(batch_id)
     summary = legs.resume()
@@ -585,7 +585,7 @@ def test_one_passing_404_costs_no_try(home: Path, database: Database, api: Simul
     api.faults.add("status", endpoint="retrieve", status=404)
     deferred = Legs().run()
     api.set(clock="instant")
-    assert deferred.method_name == "execute_complete"
+    assert (deferred.method_name, deferred.kwargs["about"]) == ("resume", "round")
     assert len(deferred.trigger.batch_ids) == 1
 
 
@@ -601,7 +601,7 @@ def test_a_gone_batch_beside_a_running_one_costs_no_try(home: Path, database: Da
     api.end(ids[0])
     BatchKitHook().kit.delete(ids[0])
     deferred = legs.run()
-    assert (deferred.method_name, deferred.trigger.batch_ids) == ("execute_complete", [ids[1]])
+    assert (deferred.kwargs["about"], deferred.trigger.batch_ids) == ("round", [ids[1]])
     api.end(ids[1])
     api.set(clock="instant")
     with worth_a_retry("1 batches are gone"):

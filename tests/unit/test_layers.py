@@ -160,6 +160,18 @@ def test_the_client_side_imports_nothing_of_the_simulator() -> None:
     assert found == []
 
 
+def test_the_ledgers_engine_is_used_by_the_ledger_and_the_landing_alone() -> None:
+    """Others call a method of ``Ledger``. The commands hand the engine to the reading side, whose statements are in ``ledger`` as well."""
+    found = [
+        f"{module}:{node.lineno}"
+        for module in SOURCES
+        if part(module) not in {"ledger", "landing", "commands"}
+        for node in ast.walk(ast.parse(SOURCES[module].read_text()))
+        if isinstance(node, ast.Attribute) and node.attr == "engine"
+    ]
+    assert found == []
+
+
 def distribution_of(target: str) -> str:
     """The distribution that an imported module comes from, for the names that this package imports; "" for the standard library."""
     root, *below = target.split(".")

@@ -1,0 +1,145 @@
+"""One resumable step of a task: what can be done now is done, and what cannot is given as a :class:`WaitFor`.
+
+Where a job is stands in the ledger alone. A step may be called again at any time: after a wait, however it ended, by a retry, or when
+the task was cleared. It holds a worker for a minute at most where there is only something to wait for.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from itertools import chain
+from typing import Any, Protocol
+
+from airflow_provider_batchkit.exceptions import BatchKitError
+from airflow_provider_batchkit.jobs.rounds import Round
+from airflow_provider_batchkit.jobs.submit import Attempt, SubmitOptions, SubmitReport, failed_keys_of, rehearse_job, submit_job
+from airflow_provider_batchkit.jobs.waiting import Done, WaitFor
+from airflow_provider_batchkit.landing import BatchFigures, LandingReport, WriteDisposition, check_table
+from airflow_provider_batchkit.ledger import BatchRecord, BatchState, Ledger
+from airflow_provider_batchkit.ledger.rounds import WORTH_A_ROUND, Wanted
+from airflow_provider_batchkit.request.build import RequestBuilder
+from airflow_provider_batchkit.request.failures import Reason
+from airflow_provider_batchkit.schema import OutputSchema
+from airflow_provider_batchkit.source.files import FileRows
+from airflow_provider_batchkit.source.rows import Items
+from airflow_provider_batchkit.source.types import KeyTypes
+
+log = logging.getLogger(__name__)
+
+
+class Listener(Protocol):
+    """Hears at once what a step has done, since a later part of the step may fail."""
+
+    # requests were sent, or had been sent before
+    def asked(self, report: SubmitReport) -> None: ...
+
+    # batches of the job that run or have landed
+    def running(self, batch_ids: Sequence[str]) -> None: ...
+
+    # batches that had not landed before
+    def landed(self, batches: Iterable[BatchFigures]) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Asking:
+    """What a job asks, and how."""
+
+    options: SubmitOptions
+    #: columns that identify a row
+    key: Sequence[str]
+    #: opens the source. Each asking reads it anew
+    open_source: Callable[[], Iterable[Any] | Items]
+    #: builds the requests of a round
+    builder: Callable[[Round], RequestBuilder]
+    #: landed batches: the first round asks only what failed in them
+    only_failed_of: Sequence[str] | None = None
+    rounds: Sequence[Round] = (Round(),)
+    #: failed rows that are asked again where a round does not say which
+    which: Wanted = WORTH_A_ROUND
+    #: ask the rows of batches again that were deleted or archived before they landed
+    retry_gone: bool = False
+
+    def round(self, number: int) -> Round:
+        """A round. One beyond the last makes up for a round that the account has stopped, and asks as the first."""
+        return self.rounds[number - 1] if number <= len(self.rounds) else self.rounds[0]
+
+    def wanted(self, number: int) -> Wanted:
+        """The failed rows that a later round asks."""
+        if number > len(self.rounds):
+            return replace(self.which, reasons={Reason.ACCOUNT})
+        return replace(self.which, outcomes=self.rounds[number - 1].ask)
+
+
+def ask(
+    attempt: Attempt, asking: Asking, listener: Listener, round_number: int = 1, *, rehearse: bool = False
+) -> Done[SubmitReport] | WaitFor:
+    """A step of a task that sends what a round of its job has not sent yet, or that only finds out what it would send."""
+    only = _only(attempt, asking, round_number)
+    types, source = KeyTypes(asking.key), asking.open_source()
+    requests = asking.builder(asking.round(round_number)).pieces(source, types.see)
+    options = replace(asking.options, round_number=round_number)
+    with source.naming_places() if isinstance(source, FileRows) else nullcontext():
+        if rehearse:
+            return Done(rehearse_job(attempt, requests, options, only=only))
+        report = submit_job(attempt, requests, options, only=only, before_send=lambda: _note_key(attempt, options, types))
+    if report.batch_ids and (report.waits_for is None or report.rows):
+        # else the source has not been read: there is nothing to tell but the wait
+        listener.asked(report)
+        log.info("%s", report)
+    return report.waits_for or Done(report)
+
+
+def _only(attempt: Attempt, asking: Asking, round_number: int) -> Iterable[str] | None:
+    """Keys of the rows that a round asks; None for all."""
+    ledger, job = attempt.ledger, attempt.job
+    if round_number > 1:
+        gone = gone_batches(ledger, job.job_id) if asking.retry_gone else []
+        return chain(ledger.failed_keys(job.job_id, asking.wanted(round_number)), *map(ledger.unasked, gone))
+    if asking.only_failed_of is None:
+        return None
+    batch_ids, which = asking.only_failed_of, asking.which
+    return failed_keys_of(ledger, batch_ids, dag_id=job.dag_id, run_id=job.run_id, which=which, gone=asking.retry_gone)
+
+
+def gone_batches(ledger: Ledger, job_id: str) -> list[BatchRecord]:
+    """The batches that are gone and have rows that no later round has asked."""
+    return [b for b in ledger.batches(job_id) if b.state is BatchState.GONE and any(True for _ in ledger.unasked(b))]
+
+
+def _note_key(attempt: Attempt, options: SubmitOptions, types: KeyTypes) -> None:
+    """Journal the key's columns and types for the result table, and refuse now what no table could hold later."""
+    if types.rows_seen:
+        ledger, job_id, schema = attempt.ledger, attempt.job_id, options.output_schema
+        columns = types.result(ledger.key_columns(job_id))
+        check_table(ledger, options.table, columns, None if schema is None else OutputSchema(schema))
+        ledger.set_key_columns(job_id, columns, types.characters)
+
+
+@dataclass(frozen=True, slots=True)
+class Landing:
+    """Where a task's batches land, and how."""
+
+    table: str
+    disposition: WriteDisposition
+    #: :func:`~airflow_provider_batchkit.jobs.fetch.fetch_job` with the task's options
+    fetch: Callable[[Sequence[str], WriteDisposition], LandingReport]
+    listener: Listener
+
+    def land(self, batch_ids: Sequence[str], disposition: WriteDisposition | None = None) -> Done[LandingReport] | WaitFor:
+        """A step of a task that lands batches. ``disposition`` is one in place of the task's."""
+        try:
+            report = self.fetch(batch_ids, disposition or self.disposition)
+        except BatchKitError as e:
+            self.listener.landed(e.landed)
+            wait: WaitFor | None = e.wait
+            if wait is None or wait.latest < datetime.now(UTC):
+                raise
+            log.warning("%s", e)
+            return wait
+        self.listener.landed(report.first)
+        log.info("Landed %s rows in %s; outcomes: %s", f"{report.rows:,}", self.table, dict(report.counts))
+        return Done(report)

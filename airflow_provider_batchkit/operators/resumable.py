@@ -1,0 +1,177 @@
+"""Tasks that go on in legs: each leg calls one step of the job, and defers for what the step says must be waited for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
+
+from airflow.providers.common.compat.sdk import AirflowSkipException, BaseOperator
+
+from airflow_provider_batchkit.api.polling import validate_event
+from airflow_provider_batchkit.cost.budget import Budget
+from airflow_provider_batchkit.exceptions import BatchKitError, BatchWaitTimeout, BudgetExceededError, PollError
+from airflow_provider_batchkit.hooks.ledger import ledger_of
+from airflow_provider_batchkit.jobs.waiting import Done, WaitFor
+from airflow_provider_batchkit.lineage import BatchLineage
+from airflow_provider_batchkit.links import push_console_link
+from airflow_provider_batchkit.operators.metrics import count_landed, count_submitted
+from airflow_provider_batchkit.operators.tasks import OnConnection, batchkit_errors, map_index_of
+
+if TYPE_CHECKING:
+    from airflow.providers.common.compat.sdk import Context
+
+    from airflow_provider_batchkit.jobs.submit import SubmitReport
+    from airflow_provider_batchkit.landing import BatchFigures
+    from airflow_provider_batchkit.ledger import Ledger
+
+#: how much later than the trigger's own deadline Airflow ends a deferral that never came back
+_GRACE = timedelta(minutes=5)
+#: between two legs, however short the wait is
+_LEAST_PAUSE = timedelta(seconds=5)
+#: between two looks of a task whose trigger cannot look
+_BROKEN_PAUSE = timedelta(minutes=1)
+
+
+@dataclass(slots=True)
+class Leg:
+    """A task's work between two waits, which Airflow calls deferrals. It tells Airflow what the step does."""
+
+    context: Context
+    #: when the attempt began, or the leg after its last round; aware
+    since: datetime = field(default_factory=lambda: datetime.now(UTC))
+    #: requests that the attempt has sent since then
+    sent: int = 0
+    #: what the leg before waited for; None in the first leg
+    about: str | None = None
+    #: the candidates that the leg before waited for
+    waited_for: tuple[str, ...] = ()
+    #: looking failed while the leg before waited
+    broken: bool = False
+    #: what the leg before did not find, with since when; see :attr:`.WaitFor.unseen`
+    unseen: dict[str, datetime] = field(default_factory=dict)
+
+    @classmethod
+    def after(cls, context: Context, event: Any, since: str, sent: int, about: str) -> Leg:
+        """The leg that a trigger's event begins. The task does not wait any more, and ``waits_for`` says so.
+
+        ``dag.test()`` drops what a deferral passes on, so what the leg before pushed is read back. A retry begins anew, as its XComs do.
+
+        :raises BatchWaitTimeout: the batches of a round have not ended in time
+        :raises PollError: for an event that the trigger does not send, and when a round's batches could not be looked at
+        """
+        known, ti = validate_event(event), context["ti"]
+        # a task instance of a user's own tests may have no XComs to read
+        pull = getattr(ti, "xcom_pull", lambda **_: None)
+        pushed = pull(task_ids=ti.task_id, key="waits_for", map_indexes=map_index_of(ti)) or {}
+        ti.xcom_push(key="waits_for", value=None)
+        about = about or str(pushed.get("about", "doubt"))
+        if about == "round":
+            if known["status"] != "ended":
+                raise (BatchWaitTimeout if known["status"] == "timeout" else PollError)(str(known["message"]))
+            return cls(context, about=about)
+        unseen = {what: datetime.fromisoformat(when) for what, when in pushed.get("unseen", {}).items()}
+        candidates = tuple(known.get("batch_ids", ())) if about == "doubt" else ()  # type: ignore[arg-type]
+        began = datetime.fromisoformat(since) if since else datetime.now(UTC)
+        return cls(context, began, sent, about, candidates, known["status"] == "error", unseen)
+
+    def asked(self, report: SubmitReport) -> None:
+        self.sent += report.asked
+        count_submitted(self.context["ti"], report.asked)
+        push_console_link(self.context, report.batch_ids)
+        self.context["ti"].xcom_push(key="batch_id", value=report.batch_ids[0])
+
+    def running(self, batch_ids: Sequence[str]) -> None:
+        push_console_link(self.context, batch_ids)
+        self.context["ti"].xcom_push(key="batch_ids", value=list(batch_ids))
+        if batch_ids:
+            self.context["ti"].xcom_push(key="batch_id", value=batch_ids[0])
+
+    def landed(self, batches: Iterable[BatchFigures]) -> None:
+        count_landed(self.context["ti"], batches)
+
+
+class ResumableOperator(OnConnection, BatchLineage, BaseOperator):
+    """A task that does what can be done now, and waits for the rest without a worker slot."""
+
+    sql_conn_id: str
+    ledger_conn_id: str | None
+    budget: Budget | None = None
+
+    # an inherited one leaves a mapped task without inlets
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+
+    def execute(self, context: Context) -> Any:
+        return self._go_on(Leg(context))
+
+    def resume(self, context: Context, event: Any = None, since: str = "", asked: int = 0, about: str = "") -> Any:
+        """The wait is over, however it ended: the ledger says what is to be done next.
+
+        :param since: when the attempt's first leg began
+        :param asked: requests that earlier legs have sent
+        :param about: what was waited for
+        """
+        with batchkit_errors():
+            leg = Leg.after(context, event, since, asked, about)
+        if leg.broken:
+            self.log.warning("%s", event["message"])
+        return self._go_on(leg)
+
+    def _go_on(self, leg: Leg) -> Any:
+        with batchkit_errors(), self._open_ledger(leg) as ledger:
+            try:
+                found = self._advance(leg, ledger)
+            except BatchKitError as e:
+                push_console_link(leg.context, e.submitted)
+                # what an earlier attempt sent is paid for and must be fetched, so it is no reason to skip
+                if isinstance(e, BudgetExceededError) and self.budget and self.budget.on_exceeded == "skip" and not e.submitted:
+                    raise AirflowSkipException(str(e)) from e
+                raise
+            if isinstance(found, Done):
+                return self._finish(leg, ledger, found.result)
+        self._wait(leg, found)
+        return None
+
+    def _open_ledger(self, leg: Leg) -> AbstractContextManager[Ledger]:
+        return ledger_of(self)
+
+    def _advance(self, leg: Leg, ledger: Ledger) -> Done[Any] | WaitFor:
+        """The task's step."""
+        raise NotImplementedError
+
+    def _finish(self, leg: Leg, ledger: Ledger, result: Any) -> Any:
+        """What the task returns, from the result of its last step."""
+        raise NotImplementedError
+
+    def _wait(self, leg: Leg, wait: WaitFor) -> None:
+        """Defer, and tell of it in the log and under the XCom key ``waits_for``.
+
+        :raises TaskDeferred: always
+        """
+        from airflow_provider_batchkit.triggers.batch import BatchTrigger
+
+        now = datetime.now(UTC)
+        self.log.info("%s", wait.why)
+        leg.context["ti"].xcom_push(key="waits_for", value=wait.to_json())
+        # the ledger's clock may be behind this one: a leg must not be followed by the next one at once
+        batch_ids, until = list(wait.batch_ids), max(wait.until, now + _LEAST_PAUSE)
+        if leg.broken and wait.about != "round":
+            # the trigger would come back at once
+            batch_ids, until = [], min(until, now + _BROKEN_PAUSE)
+        self.defer(
+            trigger=BatchTrigger(
+                batch_ids=batch_ids,
+                anthropic_conn_id=self.anthropic_conn_id,
+                poke_interval=float(getattr(self, "poke_interval", _BROKEN_PAUSE.total_seconds())),
+                deadline=until.timestamp(),
+                # candidates of a doubt may be somebody else's
+                cancel_on_kill=getattr(self, "cancel_on_kill", False) and wait.about in ("primer", "round"),
+                first=len(batch_ids) > 1 and wait.about != "round",
+            ),
+            method_name="resume",
+            kwargs={"since": leg.since.isoformat(), "asked": leg.sent, "about": wait.about},
+            timeout=until - now + _GRACE,
+        )
