@@ -216,7 +216,8 @@ def read_together(whole: bytes, lines: Sequence[bytes]) -> tuple[Sequence[Line[A
 def read_alone(line: bytes) -> ReadLine:
     """A line, with what is odd in it.
 
-    :raises UnreadableLineError: for what is no JSON object, or lacks its ``custom_id``, the type of its result or the message of an answer
+    :raises UnreadableLineError: for what is no JSON object, or lacks its ``custom_id``, or has neither a type of result, a message nor an
+        error, or lacks the message of an answer
     """
     try:
         read = ReadLine(_decode_line(line), line)
@@ -250,8 +251,13 @@ def _read_leniently(line: bytes) -> ReadLine:
     if not isinstance(value, dict) or not isinstance(value.get("custom_id"), str):
         raise UnreadableLineError("not an object with a custom_id")
     result = value.get("result")
-    if not isinstance(result, dict) or not isinstance(result.get("type"), str):
+    if not isinstance(result, dict):
         raise UnreadableLineError("no result with a type")
+    if not isinstance(result.get("type"), str):
+        if not result.get("message") and not result.get("error"):
+            raise UnreadableLineError("no result with a type")
+        # what it holds lands as that of an unknown type does
+        result["type"] = ""
     _lift(result, odd)
     try:
         return ReadLine(_decode_line(msgspec.json.encode(_clean(value, Line[Block], "", odd))), whole, odd)

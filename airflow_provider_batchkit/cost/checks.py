@@ -6,9 +6,11 @@ POST. A check that fails for any other reason (429, 5xx, no network, a key or a 
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Protocol
 
 from airflow_provider_batchkit.exceptions import RequestError
@@ -81,15 +83,22 @@ def check_shards(api: FreeCalls, shards: Sequence[Shard], samples: Callable[[int
 def check(api: FreeCalls, exposure: Exposure, samples: Callable[[int], Iterable[Sample]]) -> Counted:
     """:func:`check_shards` for requests of this exposure."""
     models = sorted(exposure.most_output)[:_MODELS]
+    infos: dict[str, Mapping[str, Any]] = {}
+    calls = 0
     for model in models:
         max_tokens, key = exposure.most_output[model]
+        calls += 1
         try:
-            info = api.model_info(model)
+            infos[model] = info = api.model_info(model)
         except Exception as e:  # noqa: BLE001 - a check that cannot be made is a line in the log, never a failed task
             log.info("The limits of %s could not be looked up (%s: %s); they are not checked.", model, type(e).__name__, e)
+            if len(models) > 1:
+                # the sample may have no request to it; with a single model, each has
+                calls += 1
+                _count(api, [Sample(key, _asking(model))])
             break
         _check_model(model, info, max_tokens, key, betas=api.sends_betas)
-    return _count(api, samples(min(_SAMPLES, _CALLS - len(models))))
+    return _count(api, samples(min(_SAMPLES, _CALLS - calls)), infos)
 
 
 def _check_model(model: str, info: Mapping[str, Any], max_tokens: int, key: str, *, betas: bool) -> None:
@@ -110,11 +119,31 @@ def _check_model(model: str, info: Mapping[str, Any], max_tokens: int, key: str,
         log.warning("%s, unless the anthropic-beta header of the connection allows more.", problem)
 
 
-def _count(api: FreeCalls, samples: Iterable[Sample]) -> Counted:
+def _asking(model: str) -> bytes:
+    """A request to a model, as it is uploaded, that only its name can make bad."""
+    params = {"model": model, "max_tokens": 1, "messages": [{"role": "user", "content": "?"}]}
+    return json.dumps({"custom_id": "check", "params": params}).encode()
+
+
+def _check_thinking(params: Mapping[str, Any], info: Mapping[str, Any], key: str, *, betas: bool) -> None:
+    """Hold a request's thinking against what the API tells of its model: a type that is not supported is a 400, says the SDK."""
+    match params.get("thinking"), info.get("capabilities"):
+        case {"type": str(kind)}, {"thinking": {"types": Mapping() as types}}:
+            match types.get(kind):
+                case {"supported": False}:
+                    taken = [name for name, told in types.items() if isinstance(told, Mapping) and told.get("supported")]
+                    problem = f"key {key}: {params['model']} does not take thinking of type {kind!r}; it takes {', '.join(taken) or 'none'}"
+                    if not betas:
+                        raise RequestError(f"{problem}. Nothing was sent.")
+                    log.warning("%s, unless the anthropic-beta header of the connection allows it.", problem)
+
+
+def _count(api: FreeCalls, samples: Iterable[Sample], infos: Mapping[str, Mapping[str, Any]] = MappingProxyType({})) -> Counted:
     counts: dict[str, tuple[int, int]] = {}
     counted = 0
     for key, body in samples:
         params = params_of(body)
+        _check_thinking(params, infos.get(params["model"], {}), key, betas=api.sends_betas)
         try:
             tokens = api.count_tokens({name: params[name] for name in _COUNTED if name in params})
         except RequestError as e:

@@ -265,6 +265,18 @@ def test_a_result_of_an_unknown_type_is_an_outcome_that_shows_it() -> None:
     assert "result.type" in odd_members(faults)
 
 
+@pytest.mark.parametrize("kind", [None, 5, ["succeeded"], {}])
+def test_a_result_whose_type_is_no_text_lands_with_what_it_holds(kind: Any) -> None:
+    """An answer that was paid for is not lost with its type; a result that holds nothing cannot be read."""
+    paid, failed, empty = answer(), {"custom_id": "b", "result": {"type": kind, "error": {"error": {"type": "api_error"}}}}, answer()
+    paid["result"]["type"] = kind
+    empty["result"] = {"type": kind}
+    block, faults = read(paid, failed, empty)
+    assert (block.statuses, block.texts, block.billed) == (["invalid_output", "errored"], ["hi", None], [True, False])
+    assert block.error_types == ["unknown_result", "api_error"]
+    assert "result.type" in odd_members(faults)
+
+
 def test_the_best_outcome_comes_first() -> None:
     """Whole answers before unfinished ones, these before failures."""
     order = [

@@ -104,6 +104,32 @@ def test_a_model_that_cannot_be_looked_up_changes_nothing(
     assert caplog.text.count("could not be looked up") == 1
 
 
+def test_a_model_that_no_request_of_the_sample_names_is_checked_too(sim: Simulator, kit: BatchKit) -> None:
+    """One request of forty names a model that does not exist, and the sample passes it by: its row is named all the same."""
+    requests = [
+        {
+            "custom_id": f"row-{i}",
+            "params": {"messages": [{"role": "user", "content": "x"}], **({"model": "claude-nobody-1"} if i == 39 else {})},
+        }
+        for i in range(40)
+    ]
+    refused(kit, r'key \["row-39"\]: the API refuses it: model: claude-nobody-1\. Nothing was sent', requests)
+    assert sent(sim) == 0
+    sim.faults.add("status", endpoint="count_tokens", status=500, times=None)
+    assert kit.submit(requests, model=HAIKU, max_tokens=10)
+
+
+def test_a_kind_of_thinking_that_the_model_does_not_take_is_refused(sim: Simulator, caplog: pytest.LogCaptureFixture) -> None:
+    """The API tells it of each model; the batch would fail row by row. A beta header may allow it."""
+    thinking = {"thinking": {"type": "enabled", "budget_tokens": 1_024}}
+    how: dict[str, Any] = {"model": "claude-opus-5", "max_tokens": 2_000, "params": thinking}
+    refused(kit_for(sim.base_url), r'key \["0"\]: claude-opus-5 does not take thinking of type .enabled.; it takes adaptive', **how)
+    assert sent(sim) == 0
+    assert kit_for(sim.base_url, default_headers={"anthropic-beta": "x"}).submit(["x"], **how)
+    assert "unless the anthropic-beta header of the connection allows it" in caplog.text
+    assert kit_for(sim.base_url).submit(["x"], **{**how, "model": HAIKU})
+
+
 def test_max_tokens_above_the_models_limit_is_refused(sim: Simulator, kit: BatchKit) -> None:
     """Of any request, with both numbers and the row that has it; the limit itself is fine."""
     limit = MODELS[HAIKU]["max_tokens"]
