@@ -151,7 +151,6 @@ def test_tools_schemas_and_images_bring_tokens_of_their_own() -> None:
         ({"messages": user([{"type": "compaction", "content": "so far"}])}, "a block of type compaction"),
         ({"messages": user({"type": "text", "text": "x"})}, "blocks or tools of an unknown form"),
         ({"tools": {"type": "custom"}}, "blocks or tools of an unknown form"),
-        ({"system": {"type": "text"}}, "blocks or tools of an unknown form"),
         ({"messages": user([{"type": "document"}])}, "blocks or tools of an unknown form"),
         ({"messages": user([{"type": "image_or_so", "source": None}])}, "blocks or tools of an unknown form"),
     ],
