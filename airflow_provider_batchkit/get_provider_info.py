@@ -100,6 +100,22 @@ _OPTIONS: dict[str, Any] = {
         "example": "batchkit",
         "default": None,
     },
+    "page_ledger_conn_ids": {
+        "description": "Connections of the ledgers that the Batches page shows, with commas between; that of ledger_conn_id when it is not "
+        "set. Without ledger_conn_id, a task's ledger lies in its sql_conn_id.",
+        "version_added": "0.1.0",
+        "type": "string",
+        "example": "warehouse, marketing",
+        "default": None,
+    },
+    "show_content": {
+        "description": "Show words that may quote a prompt or an answer, such as why an answer did not fit its schema. Keys of rows, and "
+        "the API's own error messages, are shown anyway.",
+        "version_added": "0.1.0",
+        "type": "boolean",
+        "example": None,
+        "default": "False",
+    },
     "console_url": {
         "description": "The Claude Console's page of batches that tasks link to. Put your workspace's id in the place of default.",
         "version_added": "0.1.0",

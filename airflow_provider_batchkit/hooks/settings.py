@@ -63,6 +63,12 @@ def absence_seconds() -> float:
     return found
 
 
+def show_content() -> bool:
+    """Whether people may read prompts and answers, or words that quote them, where the package shows something."""
+    found: bool = conf.getboolean("batchkit", "show_content", fallback=False)
+    return found
+
+
 def settle_times(settle_seconds: float | None = None) -> SettleTimes:
     """How long a batch that a killed attempt may have sent is looked for, in this deployment.
 

@@ -75,10 +75,12 @@ class Filter:
 
 def _in_state(state: str) -> sa.ColumnElement[bool]:
     """Jobs that have a batch in this state."""
-    own = batch.c.job_id == job.c.job_id
+    # under a name of its own: the statement around it may read the table, too
+    own = batch.alias("own")
+    here = own.c.job_id == job.c.job_id
     if state == DOUBT:
-        return sa.exists().where(own, batch.c.state == BatchState.SENDING.value, batch.c.doubt_at.is_not(None))
-    return sa.exists().where(own, batch.c.state.in_(OPEN if state == "open" else [state]))
+        return sa.exists().where(here, own.c.state == BatchState.SENDING.value, own.c.doubt_at.is_not(None))
+    return sa.exists().where(here, own.c.state.in_(OPEN if state == "open" else [state]))
 
 
 @dataclass(frozen=True, slots=True)

@@ -84,6 +84,8 @@ def test_what_is_in_flight_shows_its_age_its_progress_and_the_time_left(warehous
     assert (line["api_status"], line["done"]) == ("in_progress", 0)
     assert line["age"] + line["left"] == pytest.approx(86_400, abs=5)
     assert batch_id in run(capsys, "batches", "--open", "--output", "plain")
+    for state, ids in (("open", [batch_id]), ("submitted", [batch_id]), ("doubt", [])):
+        assert [one["batch"] for one in read(capsys, "batches", "--state", state)] == ids
     sim.end(batch_id)
     assert [(one["api_status"], one["done"]) for one in read(capsys, "batches", "--open")] == [("ended", 5)]
     warehouse.fetch([batch_id], run_id="running")

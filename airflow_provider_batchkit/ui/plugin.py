@@ -1,0 +1,61 @@
+"""The plugin, which Airflow loads in every one of its processes. So nothing is imported here that such a process has not loaded anyway:
+FastAPI and everything behind the routes come with the first request.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+from urllib.parse import urlsplit
+
+from airflow.plugins_manager import AirflowPlugin
+from airflow.providers.common.compat.sdk import conf
+
+#: where the app lies below Airflow's base URL
+PREFIX = "/batchkit"
+_PLACES = ("nav", "dag", "dag_run", "task_instance")
+
+
+class LazyApp:
+    """An ASGI app that is made when it is first called."""
+
+    def __init__(self) -> None:
+        self._app: Any = None
+        self._lock = threading.Lock()
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if self._app is None:
+            with self._lock:
+                if self._app is None:
+                    from airflow_provider_batchkit.ui.app import create_app
+
+                    self._app = create_app()
+        await self._app(scope, receive, send)
+
+
+def base_path() -> str:
+    """The path of Airflow's base URL, without a slash at its end. A relative address of the bundle does not work before Airflow 3.3."""
+    return urlsplit(conf.get("api", "base_url", fallback="") or "").path.rstrip("/")
+
+
+def _place(destination: str) -> dict[str, Any]:
+    route = "batches" if destination == "nav" else f"batches-of-{destination.replace('_', '-')}"
+    icon = f"{base_path()}{PREFIX}/icon"
+    return {
+        "name": "Batches",
+        "bundle_url": f"{base_path()}{PREFIX}/page.js",
+        "destination": destination,
+        "url_route": route,
+        "icon": f"{icon}.svg",
+        "icon_dark_mode": f"{icon}-dark.svg",
+        # Airflow 3.3 and later; before, the entry stands under "Plugins"
+        **({"nav_top_level": True} if destination == "nav" else {}),
+    }
+
+
+class BatchKitPlugin(AirflowPlugin):
+    """The Batches page in the navigation, and as a tab of DAGs, runs and task instances."""
+
+    name = "batchkit"
+    fastapi_apps = [{"app": LazyApp(), "url_prefix": PREFIX, "name": "BatchKit"}]  # noqa: RUF012 Airflow's own form of it
+    react_apps = [_place(destination) for destination in _PLACES]  # noqa: RUF012
