@@ -1,13 +1,16 @@
-"""Pictures of Airflow's pages, for a person to look at. Not a part of the suite.
+"""Airflow's pages in a real browser: for tests, and as pictures for a person to look at.
 
 Needs Debian's chromium (``apt-get install chromium``) and ``pip install playwright``, which is not in any extra.
 """
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 #: Without a sandbox because it may run as root; the rest keeps Chromium from calling home.
 CHROMIUM_FLAGS = [
@@ -26,6 +29,43 @@ def chromium() -> str | None:
     return shutil.which("chromium")
 
 
+@contextlib.contextmanager
+def logged_in(base: str, user: str, password: str, *, size: tuple[int, int] = (1400, 900), dark: bool = False) -> Iterator[Any]:
+    """A page of a browser in which a user has logged in through Airflow's form. ``base`` is Airflow's address, also with a path.
+
+    What the page's scripts throw is raised at the end.
+    """
+    from playwright.sync_api import sync_playwright
+
+    executable = chromium()
+    if executable is None:
+        raise RuntimeError("there is no chromium on PATH: apt-get update && apt-get install -y chromium")
+    with sync_playwright() as playwright, tempfile.TemporaryDirectory(prefix="batchkit-chromium-") as profile:
+        context = playwright.chromium.launch_persistent_context(
+            profile,
+            executable_path=executable,
+            headless=True,
+            args=CHROMIUM_FLAGS,
+            viewport={"width": size[0], "height": size[1]},
+            color_scheme="dark" if dark else "light",
+        )
+        errors: list[str] = []
+        try:
+            # Airflow's own setting, which wins over the system's
+            context.add_init_script(f"localStorage.setItem('theme', '{'dark' if dark else 'light'}')")
+            page = context.new_page()
+            page.on("pageerror", lambda error: errors.append(str(error)))
+            page.goto(f"{base}/auth/login/")
+            page.locator("input[name=username]").fill(user)
+            page.locator("input[name=password]").fill(password)
+            page.get_by_role("button").filter(has_text="Sign in").click()
+            page.wait_for_url(lambda address: "/auth/login" not in address, timeout=60_000)
+            yield page
+        finally:
+            context.close()
+        assert errors == [], errors
+
+
 def screenshot(
     path: Path | str,
     url: str,
@@ -41,30 +81,13 @@ def screenshot(
     ``wait_for`` is a text that must appear before the picture is taken, at most 30 seconds after the page was opened;
     ``settle_seconds`` is waited on top of it, for what the page still loads.
     """
-    from playwright.sync_api import sync_playwright
-
-    executable = chromium()
-    if executable is None:
-        raise RuntimeError("there is no chromium on PATH: apt-get update && apt-get install -y chromium")
     base = "/".join(url.split("/", 3)[:3])
-    with sync_playwright() as playwright, tempfile.TemporaryDirectory(prefix="batchkit-chromium-") as profile:
-        context = playwright.chromium.launch_persistent_context(
-            profile, executable_path=executable, headless=True, args=CHROMIUM_FLAGS, viewport={"width": size[0], "height": size[1]}
-        )
+    with logged_in(base, user, password, size=size) as page:
+        page.goto(url)
         try:
-            page = context.new_page()
-            page.goto(f"{base}/auth/login/")
-            page.locator("input[name=username]").fill(user)
-            page.locator("input[name=password]").fill(password)
-            page.get_by_role("button").filter(has_text="Sign in").click()
-            page.wait_for_url(lambda address: "/auth/login" not in address, timeout=30_000)
-            page.goto(url)
-            try:
-                if wait_for is not None:
-                    page.get_by_text(wait_for).first.wait_for(timeout=30_000)
-                page.wait_for_timeout(settle_seconds * 1000)
-            finally:
-                page.screenshot(path=str(path))  # also of the page that never showed it
-            return str(page.locator("body").inner_text())
+            if wait_for is not None:
+                page.get_by_text(wait_for).first.wait_for(timeout=30_000)
+            page.wait_for_timeout(settle_seconds * 1000)
         finally:
-            context.close()
+            page.screenshot(path=str(path))  # also of the page that never showed it
+        return str(page.locator("body").inner_text())
