@@ -232,6 +232,11 @@ class PollState:
             total = total + snapshot.counts
         return total
 
+    def outcomes(self) -> dict[str, int]:
+        """Requests that have ended, per status."""
+        counts = self.counts()
+        return {status: getattr(counts, status) for status in ("succeeded", "errored", "canceled", "expired")}
+
     def _next_interval(self, now: float, open_ids: Sequence[str]) -> float:
         if self._failures:
             return backoff(self.interval, self._failures, self._retry_after)

@@ -75,9 +75,8 @@ class Spending:
         if budget is None:
             yield
             return
-        asked = Bound(found.upper_usd, found.upper_tokens, found.why_unbounded)
-        _refuse_unbounded(f"The budget {budget.name!r}", asked)
-        self._ledger.reserve(self._job.job_id, self._lease, budget, asked)
+        _refuse_unbounded(f"The budget {budget.name!r}", found)
+        self._ledger.reserve(self._job.job_id, self._lease, budget, Bound(found.upper_usd, found.upper_tokens, found.why_unbounded))
         try:
             yield
         finally:
@@ -85,7 +84,7 @@ class Spending:
 
     def _refuse_above(self, limit: Decimal, found: Estimate) -> None:
         """Hold the upper bound, and what the job's batches of earlier attempts cost or may cost, against ``max_cost_usd``."""
-        _refuse_unbounded(f"max_cost_usd={usd_text(limit)}", Bound(found.upper_usd, found.upper_tokens, found.why_unbounded))
+        _refuse_unbounded(f"max_cost_usd={usd_text(limit)}", found)
         assert found.upper_usd is not None
         committed, unknown = self._ledger.committed_usd(self._job.job_id)
         if unknown:
@@ -102,9 +101,9 @@ class Spending:
             )
 
 
-def _refuse_unbounded(cap: str, most: Bound) -> None:
-    if most.usd is None:
+def _refuse_unbounded(cap: str, found: Estimate) -> None:
+    if found.upper_usd is None:
         raise CostLimitError(
-            f"{cap} cannot be kept: {most.why}. Nothing was sent by this attempt. Send requests that nothing bounds from a task without a "
-            "cap; give a model without a price a price override."
+            f"{cap} cannot be kept: {found.why_unbounded}. Nothing was sent by this attempt. Send requests that nothing bounds from a task "
+            "without a cap; give a model without a price a price override."
         )

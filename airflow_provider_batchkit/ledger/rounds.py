@@ -4,9 +4,8 @@ A round asks again what failed in the rounds before it, under the same ids in ba
 round before it has landed, so a key is in flight in one batch at most. ``batchkit_succeeded`` and ``batchkit_failed`` hold a
 key's outcome in the last round that asked it; ``batchkit_batch`` holds each round's batches with their own bills.
 
-Asked again is what failed for a reason that passes (:mod:`~airflow_provider_batchkit.request.failures` says which), which is not billed.
-A row that is ``missing`` is not: its answer may be there
-and billed, on a line that could not be read, so its results are to be fetched again, which costs nothing.
+A row is asked again when it failed for a reason that passes, as :mod:`~airflow_provider_batchkit.request.failures` judges it. A row that
+is ``missing`` is not asked again: its answer may be there and billed, and reading the results again costs nothing.
 """
 
 from __future__ import annotations

@@ -94,24 +94,21 @@ class OwnsBatches:
     def on_kill(self) -> None:
         if self.cancel_on_kill and self._job_id is not None:
             self._killed = True
-            cancel_batches_of(self, running_batches(ledger_place(self.ledger_conn_id, self.sql_conn_id), self._job_id))
+            place, job_id = ledger_place(self.ledger_conn_id, self.sql_conn_id), self._job_id
+            cancel_batches_of(self, lambda: _running_batches(place, job_id))
 
 
-def running_batches(place: Place, job_id: str) -> Callable[[], list[str]]:
-    """For :func:`cancel_batches_of`: reads the batches of a job that run from its ledger."""
+def _running_batches(place: Place, job_id: str) -> list[str]:
+    """The batches of a job that run, by its ledger."""
+    from airflow_provider_batchkit.ledger import BatchState
 
-    def read() -> list[str]:
-        from airflow_provider_batchkit.ledger import BatchState
-
-        with ledger_at(place) as ledger:
-            batches = ledger.batches(job_id)
-        sending = [b.shard for b in batches if b.state is BatchState.SENDING]
-        if sending:
-            log.warning(
-                "Shard %s was being sent when the task was killed, and its batch has no id yet. If the API accepts it, it runs and is "
-                "billed; the next attempt looks for it.",
-                ", ".join(map(str, sending)),
-            )
-        return [b.batch_id for b in batches if b.batch_id and b.state is BatchState.SUBMITTED]
-
-    return read
+    with ledger_at(place) as ledger:
+        batches = ledger.batches(job_id)
+    sending = [b.shard for b in batches if b.state is BatchState.SENDING]
+    if sending:
+        log.warning(
+            "Shard %s was being sent when the task was killed, and its batch has no id yet. If the API accepts it, it runs and is "
+            "billed; the next attempt looks for it.",
+            ", ".join(map(str, sending)),
+        )
+    return [b.batch_id for b in batches if b.batch_id and b.state is BatchState.SUBMITTED]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
@@ -99,6 +98,8 @@ class ResumableOperator(OnConnection, BatchLineage, BaseOperator):
     sql_conn_id: str
     ledger_conn_id: str | None
     budget: Budget | None = None
+    #: the ledger has a job of this very task
+    _has_job = False
 
     # an inherited one leaves a mapped task without inlets
     def __init__(self, **kwargs: Any) -> None:
@@ -108,12 +109,7 @@ class ResumableOperator(OnConnection, BatchLineage, BaseOperator):
         return self._go_on(Leg(context))
 
     def resume(self, context: Context, event: Any = None, since: str = "", asked: int = 0, about: str = "") -> Any:
-        """The wait is over, however it ended: the ledger says what is to be done next.
-
-        :param since: when the attempt's first leg began
-        :param asked: requests that earlier legs have sent
-        :param about: what was waited for
-        """
+        """The wait is over, however it ended: the ledger says what is to be done next. The rest is what :meth:`_wait` passes on."""
         with batchkit_errors():
             leg = Leg.after(context, event, since, asked, about)
         if leg.broken:
@@ -121,7 +117,7 @@ class ResumableOperator(OnConnection, BatchLineage, BaseOperator):
         return self._go_on(leg)
 
     def _go_on(self, leg: Leg) -> Any:
-        with batchkit_errors(), self._open_ledger(leg) as ledger:
+        with batchkit_errors(), ledger_of(self, leg.context if self._has_job else None) as ledger:
             try:
                 found = self._advance(leg, ledger)
             except BatchKitError as e:
@@ -135,9 +131,6 @@ class ResumableOperator(OnConnection, BatchLineage, BaseOperator):
         self._wait(leg, found)
         return None
 
-    def _open_ledger(self, leg: Leg) -> AbstractContextManager[Ledger]:
-        return ledger_of(self)
-
     def _advance(self, leg: Leg, ledger: Ledger) -> Done[Any] | WaitFor:
         """The task's step."""
         raise NotImplementedError
@@ -147,10 +140,7 @@ class ResumableOperator(OnConnection, BatchLineage, BaseOperator):
         raise NotImplementedError
 
     def _wait(self, leg: Leg, wait: WaitFor) -> None:
-        """Defer, and tell of it in the log and under the XCom key ``waits_for``.
-
-        :raises TaskDeferred: always
-        """
+        """Defer, and tell of it in the log and under the XCom key ``waits_for``."""
         from airflow_provider_batchkit.triggers.batch import BatchTrigger
 
         now = datetime.now(UTC)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +10,7 @@ from airflow.providers.common.compat.sdk import AirflowSkipException, XComArg, l
 
 from airflow_provider_batchkit.cost.budget import Budget
 from airflow_provider_batchkit.exceptions import BatchInputError
-from airflow_provider_batchkit.hooks.ledger import check_results_beside, ledger_of
+from airflow_provider_batchkit.hooks.ledger import check_results_beside
 from airflow_provider_batchkit.hooks.settings import DEFAULT_CONN_ID, configured_failures, settle_times
 from airflow_provider_batchkit.jobs.rounds import Round
 from airflow_provider_batchkit.jobs.waiting import Done, WaitFor
@@ -116,6 +115,7 @@ class SubmitBatchOperator(OwnsBatches, ResumableOperator):
     ui_color = "#e8ded2"
     #: of a task that lands its answers itself
     rounds: Sequence[Round] = ()
+    _has_job = True
     operator_extra_links = (ConsoleLink(),)
 
     def __init__(
@@ -222,9 +222,6 @@ class SubmitBatchOperator(OwnsBatches, ResumableOperator):
     def primer_over(self, context: Context, event: Any = None, asked_before: int = 0) -> Any:
         """What a task calls that an older version of this package has deferred."""
         return self.resume(context, event, asked=asked_before, about="primer")
-
-    def _open_ledger(self, leg: Leg) -> AbstractContextManager[Ledger]:
-        return ledger_of(self, leg.context)
 
     def _advance(self, leg: Leg, ledger: Ledger) -> Done[Any] | WaitFor:
         from airflow_provider_batchkit.jobs.advance import ask

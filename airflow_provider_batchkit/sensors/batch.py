@@ -83,7 +83,7 @@ class BatchSensor(OnConnection, BaseSensorOperator):
         if isinstance(decision, GaveUp):
             raise AirflowException(f"{decision.reason.removesuffix('.')}. The batches are untouched; waiting again costs nothing.")
         self.log.info("%d of %d batches have ended", len(state.batch_ids) - len(state.open_ids()), len(state.batch_ids))
-        return PokeReturnValue(isinstance(decision, Ended), _result(state))
+        return PokeReturnValue(isinstance(decision, Ended), state.outcomes())
 
     def _look(self) -> Decision:
         with batchkit_errors():
@@ -145,8 +145,3 @@ class BatchSensor(OnConnection, BaseSensorOperator):
         except BatchInputError:
             return []
         return [] if any("{" in batch_id for batch_id in batch_ids) else batch_ids
-
-
-def _result(state: PollState) -> dict[str, int]:
-    counts = state.counts()
-    return {"succeeded": counts.succeeded, "errored": counts.errored, "canceled": counts.canceled, "expired": counts.expired}

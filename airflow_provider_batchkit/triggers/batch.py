@@ -90,16 +90,7 @@ class BatchTrigger(BaseTrigger):
             yield self._event("error", message=str(e))
             return
         if isinstance(decision, Ended):
-            counts = state.counts()
-            yield self._event(
-                "ended",
-                counts={
-                    "succeeded": counts.succeeded,
-                    "errored": counts.errored,
-                    "canceled": counts.canceled,
-                    "expired": counts.expired,
-                },
-            )
+            yield self._event("ended", counts=state.outcomes())
         elif isinstance(decision, TimedOut):
             yield self._event(
                 "timeout",

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from airflow.providers.common.compat.sdk import AirflowFailException, TaskDeferred
+from airflow.providers.common.compat.sdk import AirflowException, AirflowFailException, TaskDeferred
 
 from airflow_provider_batchkit.exceptions import BatchInputError
 from airflow_provider_batchkit.simulator import SimulatorProcess
@@ -35,14 +35,14 @@ class Task:
 
     def run(self) -> Any:
         """The first leg; gives what it returns, or its deferral."""
-        return self._leg("execute")
+        return self.leg("execute")
 
     def go_on(self, deferred: Any) -> Any:
         """The trigger of a deferral has fired at its deadline."""
         event = {"status": "timeout", "batch_ids": deferred.trigger.batch_ids, "message": "m"}
-        return self._leg(deferred.method_name, event=event, **(deferred.kwargs or {}))
+        return self.leg(deferred.method_name, event=event, **(deferred.kwargs or {}))
 
-    def _leg(self, method: str, **arguments: Any) -> Any:
+    def leg(self, method: str, **arguments: Any) -> Any:
         try:
             return getattr(self.make(), method)(self.context, **arguments)
         except TaskDeferred as deferred:
@@ -115,6 +115,43 @@ def test_a_fetch_waits_without_a_worker_slot_for_a_batch_that_is_not_visible(
     assert ids[0] in task.pushed["waits_for"]["why"]
     assert task.go_on(deferred)["rows"] == 2
     assert task.pushed["waits_for"] is None
+
+
+def test_a_run_says_what_its_round_waits_for(home: Path, database: Database, api: SimulatorProcess) -> None:
+    """A round that takes too long fails the task, also under ``dag.test()``, which drops what a deferral passes on."""
+    from airflow_provider_batchkit.operators.batch import RunBatchOperator
+
+    fill(database, 4)
+    api.set(clock="manual")
+    task = Task(RunBatchOperator, "run", **{**SOURCE, "table": "answers", "max_requests_per_batch": 2, "cancel_on_kill": True})
+    deferred = task.run()
+    ids = deferred.trigger.batch_ids
+    assert (len(ids), deferred.trigger.first, deferred.trigger.cancel_on_kill) == (2, False, True)
+    assert (task.pushed["waits_for"]["batch_ids"], task.pushed["waits_for"]["about"]) == (ids, "round")
+    assert all(batch_id in task.pushed["waits_for"]["why"] for batch_id in ids)
+    with pytest.raises(AirflowException, match="did not end in time"):
+        task.leg("resume", event={"status": "timeout", "batch_ids": ids, "message": "The batches did not end in time."})
+    assert task.pushed["waits_for"] is None
+    for batch_id in ids:
+        api.end(batch_id)
+    assert task.leg("resume", event={"status": "ended", "batch_ids": ids, "counts": {}})["rows"] == 4
+
+
+def test_what_an_older_version_has_deferred_goes_on(home: Path, database: Database, api: SimulatorProcess) -> None:
+    """Its deferrals name methods that this version does not use itself: of a submit's primer, and of a run's round."""
+    from airflow_provider_batchkit.operators.batch import RunBatchOperator
+
+    fill(database, 3)
+    api.set(clock="manual")
+    primed = submit(system="Be brief. " * 2_000, cache_system="5m", prime_cache=True)
+    (primer,) = primed.run().trigger.batch_ids
+    api.end(primer)
+    ended = {"status": "ended", "batch_ids": [primer], "counts": {}}
+    assert [primer] == primed.leg("primer_over", event=ended, asked_before=1)[:-1]
+    run = Task(RunBatchOperator, "run", **{**SOURCE, "table": "answers"})
+    (batch_id,) = run.run().trigger.batch_ids
+    api.end(batch_id)
+    assert run.leg("execute_complete", event={**ended, "batch_ids": [batch_id]})["rows"] == 3
 
 
 def test_a_throttled_submit_waits_without_a_worker_slot(home: Path, database: Database, api: SimulatorProcess) -> None:
