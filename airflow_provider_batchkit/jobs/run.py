@@ -108,13 +108,10 @@ class RunStep:
         """The round that is to be begun now, or that an earlier attempt has not sent whole; None when there is none."""
         if self._stopped is not None:
             return None
-        batches = self.attempt.ledger.batches(self.attempt.job_id)
+        ledger, job_id = self.attempt.ledger, self.attempt.job_id
+        batches = ledger.batches(job_id)
         begun = max((b.round for b in batches), default=0)
-        if (
-            begun == 0
-            or begun > self.attempt.ledger.rounds_sent(self.attempt.job_id)
-            or any(b.state is BatchState.SENDING for b in batches)
-        ):
+        if begun == 0 or begun > ledger.rounds_sent(job_id) or any(b.state is BatchState.SENDING for b in batches):
             return max(begun, 1)
         if any(b.state is BatchState.SUBMITTED for b in batches):
             return None
@@ -123,13 +120,10 @@ class RunStep:
         if self._stopped is not None:
             log.warning("%s", self._stopped)
             return None
-        if left and self.asking.retry_gone and gone_batches(self.attempt.ledger, self.attempt.job_id):
+        if left and self.asking.retry_gone and gone_batches(ledger, job_id):
             return begun + 1
-        number = next(
-            (number for number in left if self.attempt.ledger.count_failed(self.attempt.job_id, self.asking.wanted(number))), None
-        )
-        account = self.asking.wanted(len(self.asking.rounds) + 1)
-        if number is None and self.attempt.ledger.count_failed(self.attempt.job_id, account):
+        number = next((number for number in left if ledger.count_failed(job_id, self.asking.wanted(number))), None)
+        if number is None and ledger.count_failed(job_id, self.asking.wanted(len(self.asking.rounds) + 1)):
             # a round that the account has stopped does not count
             return begun + 1
         return number
