@@ -214,6 +214,9 @@ def check_params(params: Any, names: ParamNames = SDK_NAMES) -> None:
 def _problem(params: Any, names: ParamNames) -> str | None:
     if not isinstance(params, Mapping):
         return f"params must be a mapping, not {type(params).__name__}"
+    # older versions of the SDK do not have it among the names of this API
+    if params.get("speed") == "fast":
+        return "speed 'fast' is not possible in a batch"
     problem = names.problem(params) or _problem_of_messages(params.get("messages"))
     if problem is None and not names.takes_all:
         problem = system_problem(params.get("system")) or marker_problem(params)
@@ -227,8 +230,6 @@ def _problem(params: Any, names: ParamNames) -> str | None:
         return "no model"
     if params.get("stream"):
         return "'stream' is not possible in a batch"
-    if params.get("speed") == "fast":
-        return "speed 'fast' is not possible in a batch"
     return None
 
 

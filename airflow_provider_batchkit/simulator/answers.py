@@ -204,9 +204,11 @@ def _iterations(record: Record, usage: Block) -> Iterator[Block]:
         return
     model, read, written = ITERATIONS[record.marker]
     other = {**nothing, "input_tokens": read, "output_tokens": written}
+    # anthropic 1.3 has types that demand the model of a message; later ones do not
+    own = {"type": "message", "model": record.model, **own}
     if record.marker == "compaction":
         yield {"type": "compaction", **other}
-        yield {"type": "message", **own}
+        yield own
     else:
-        yield {"type": "message", **own}
+        yield own
         yield {"type": "advisor_message", "model": model, **other}
