@@ -24,7 +24,7 @@
     if (value === 0) return "$0.00";
     const digits = Math.abs(value) >= 1 ? 2 : Math.min(12, 3 - Math.floor(Math.log10(Math.abs(value))));
     const unit = 10 ** digits;
-    return "$" + (Math.ceil(value * unit - 1e-6) / unit).toLocaleString("en-US", { minimumFractionDigits: 2, maximumFractionDigits: digits });
+    return "$" + (Math.ceil(value * unit - 1e-6) / unit).toLocaleString("en-US", { minimumFractionDigits: digits, maximumFractionDigits: digits });
   }
 
   function span(seconds) {
@@ -244,8 +244,8 @@
         ),
         "bk-wide",
       ),
-      cell("Age", span(since(one.oldest_at || one.began_at, now))),
-      cell("Time left", left === null ? DASH : h("span", { className: late ? "bk-late" : undefined }, left <= 0 ? "expired" : span(left))),
+      cell("Age", span(since(one.oldest_at || one.began_at, now)), "bk-short"),
+      cell("Time left", left === null ? DASH : h("span", { className: late ? "bk-late" : undefined }, left <= 0 ? "expired" : span(left)), "bk-short"),
       cell("Expected", one.expected_usd === null ? DASH : money(one.expected_usd), "bk-num"),
       cell("At most", one.open_bound_usd === null ? "not bounded" : money(one.open_bound_usd), "bk-num"),
       cell("Budget", one.budgets.join(", ") || DASH),
@@ -325,6 +325,21 @@
 
   // --- one job ---
 
+  /** A task instance has one job, which is shown at once; or none, as a sensor or a fetch. */
+  function OfTask({ place, ledgers }) {
+    const [turn, setTurn] = useState(0);
+    const ledger = ledgers[turn];
+    const where = query({ ledger, dag_id: place.dagId, run_id: place.runId, task_id: place.taskId, map_index: place.mapIndex === undefined ? -1 : place.mapIndex, limit: 1 });
+    const found = useAnswer(`/jobs${where}`, SLOW_MS);
+    const none = found.data && found.data.jobs.length === 0;
+    useEffect(() => {
+      if ((none || found.error) && turn + 1 < ledgers.length) setTurn(turn + 1);
+    }, [none, found.error, turn]);
+    if (!found.data) return found.error ? h(Trouble, { error: found.error }) : h(Loading);
+    if (none) return h(Note, { title: "This task has asked nothing so far." }, "A sensor or a fetch has no batches of its own: those of the whole run are in the Batches tab of ", h(Link, { to: runUrl({ dag_id: place.dagId, run_id: place.runId }) }, "the run"), ".");
+    return h(Job, { chosen: { ...found.data.jobs[0], ledger }, close: null });
+  }
+
   function Job({ chosen, close }) {
     const job = useAnswer(`/dags/${path(chosen.dag_id)}/jobs/${path(chosen.job_id)}${query({ ledger: chosen.ledger })}`, FAST_MS);
     const one = job.data;
@@ -332,7 +347,7 @@
     const progress = useAnswer(open ? "/progress" : null, FAST_MS);
     const [asking, setAsking] = useState(null);
     const now = useNow();
-    const back = h("button", { className: "bk-button", onClick: close }, "← back");
+    const back = close ? h("button", { className: "bk-button", onClick: close }, "← back") : null;
     if (!one) return h(React.Fragment, null, back, job.error ? h(Trouble, { error: job.error }) : h(Loading));
     const seen = (progress.data && progress.data.batches) || {};
     const bills = Object.entries(one.bills);
@@ -349,6 +364,7 @@
         one.batch_list.some((batch) => batch.console_url) ? h(Link, { to: one.batch_list.find((batch) => batch.console_url).console_url, away: true }, "Claude Console") : null,
         h("span", null, `job ${one.job_id}`),
         h("span", null, `ledger ${one.ledger}`),
+        one.budgets.length ? h("span", null, `budget ${one.budgets.join(", ")}`) : null,
       ),
       job.error ? h(Trouble, { error: job.error }) : null,
       h(
@@ -575,6 +591,8 @@
   // --- the page ---
 
   const VIEWS = [["flight", "In flight"], ["history", "History"], ["spend", "Spend"]];
+  // what was spent is summed up by DAG
+  const viewsOf = (place) => (place.runId ? VIEWS.slice(0, 2) : VIEWS);
 
   /** What is shown stands behind the address's #, so that a reload and the browser's back button find it again. */
   function useHash() {
@@ -602,10 +620,14 @@
     const [hash, go] = useHash();
     const [picked, setPicked] = useState(null);
     useEffect(style, []);
-    const view = VIEWS.some(([name]) => name === hash.view) ? hash.view : runId ? "history" : "flight";
+    const view = viewsOf(place).some(([name]) => name === hash.view) ? hash.view : runId ? "history" : "flight";
     let content;
     if (!about.data) content = about.error ? h(Trouble, { error: about.error }) : h(Loading);
     else if (about.data.ledgers.length === 0) content = h(NoLedger);
+    else if (taskId) {
+      const readable = about.data.ledgers.filter((name) => !about.data.troubles.some((one) => one.ledger === name));
+      content = h(React.Fragment, null, h(Troubles, { list: about.data.troubles }), readable.length ? h(OfTask, { key: readable.join(), place, ledgers: readable }) : null);
+    }
     else {
       const readable = about.data.ledgers.filter((name) => !about.data.troubles.some((one) => one.ledger === name));
       const ledger = readable.includes(picked) ? picked : readable[0] || about.data.ledgers[0];
@@ -618,19 +640,19 @@
             h(
               "div",
               { className: "bk-top" },
-              h("div", { className: "bk-tabs", role: "tablist" }, VIEWS.map(([name, title]) => h("button", { key: name, role: "tab", "aria-selected": view === name, className: view === name ? "bk-tab bk-on" : "bk-tab", onClick: () => go({ view: name }) }, title))),
+              h("div", { className: "bk-tabs", role: "tablist" }, viewsOf(place).map(([name, title]) => h("button", { key: name, role: "tab", "aria-selected": view === name, className: view === name ? "bk-tab bk-on" : "bk-tab", onClick: () => go({ view: name }) }, title))),
               readable.length > 1 && view !== "flight" ? h("label", { className: "bk-field bk-ledger" }, "Ledger", h("select", { value: ledger, onChange: (event) => setPicked(event.target.value) }, readable.map((name) => h("option", { key: name, value: name }, name)))) : null,
             ),
             view !== "flight" ? h(Troubles, { list: about.data.troubles }) : null,
             view === "flight" ? h(InFlight, { place, open }) : readable.length === 0 ? null : view === "history" ? h(History, { place, open, about: about.data, ledger }) : h(Spend, { place, ledger }),
           );
     }
-    return h("div", { className: "bk" }, dagId ? null : h("h1", null, "Batches"), content);
+    return h("div", { className: "bk-root" }, h("div", { className: "bk" }, dagId ? null : h("h1", null, "Batches"), content));
   }
 
   const CSS = `
-.bk { --line: var(--chakra-colors-border, #d4d4d8); --soft: var(--chakra-colors-bg-subtle, rgba(127,127,127,.08)); --ground: var(--chakra-colors-bg, Canvas);
-  --ink: var(--chakra-colors-fg, CanvasText); --mild: var(--chakra-colors-fg-muted, #71717a); --accent: #2563eb; --good: #15803d; --warn: #b45309; --bad: #b91c1c;
+.bk { --ink: var(--chakra-colors-fg, CanvasText); --ground: var(--chakra-colors-bg, Canvas);
+  --line: color-mix(in srgb, var(--ink) 16%, transparent); --soft: color-mix(in srgb, var(--ink) 4%, transparent); --mild: var(--chakra-colors-fg-muted, #71717a); --accent: #2563eb; --good: #15803d; --warn: #b45309; --bad: #b91c1c;
   color: var(--ink); padding: 16px; font-size: 14px; line-height: 1.45; max-width: 1500px; margin: 0 auto; width: 100%; box-sizing: border-box; overflow-wrap: anywhere; }
 .dark .bk { --accent: #60a5fa; --good: #4ade80; --warn: #fbbf24; --bad: #f87171; }
 .bk *, .bk *::before { box-sizing: border-box; }
@@ -645,22 +667,23 @@
 .bk-card-title { color: var(--mild); font-size: 12px; } .bk-card-value { font-size: 20px; font-weight: 600; font-variant-numeric: tabular-nums; }
 .bk-scroll { overflow-x: auto; border: 1px solid var(--line); border-radius: 8px; } .bk-table { width: 100%; border-collapse: collapse; font-variant-numeric: tabular-nums; }
 .bk-table th { text-align: left; font-size: 12px; font-weight: 600; color: var(--mild); padding: 8px 12px; background: var(--soft); white-space: nowrap; }
-.bk-table td { padding: 10px 12px; border-top: 1px solid var(--line); vertical-align: top; } .bk-table .bk-num { text-align: right; white-space: nowrap; } .bk-wide { min-width: 150px; } .bk-bars { vertical-align: middle; }
+.bk-table td { padding: 10px 12px; border-top: 1px solid var(--line); vertical-align: top; } .bk-table .bk-num { text-align: right; white-space: nowrap; } .bk-short { white-space: nowrap; } .bk-wide { min-width: 150px; } .bk-bars { vertical-align: middle; }
 .bk-name { border: 0; background: none; padding: 0; color: var(--accent); font-weight: 600; cursor: pointer; text-align: left; } .bk-name:hover, .bk-link:hover { text-decoration: underline; }
 .bk-hint { color: var(--mild); font-size: 12px; } .bk-link { color: inherit; text-decoration: underline; text-decoration-color: var(--line); text-underline-offset: 3px; } .bk-where { display: flex; flex-wrap: wrap; gap: 4px 16px; margin: 8px 0; }
-.bk-badge { display: inline-block; padding: 1px 9px; border-radius: 99px; font-size: 12px; font-weight: 600; border: 1px solid currentColor; white-space: nowrap; }
+.bk-badge { display: inline-block; padding: 1px 9px; border-radius: 99px; font-size: 12px; font-weight: 600; border: 1px solid currentColor; white-space: nowrap; justify-self: start; }
 .bk-badge.bk-busy { color: var(--accent); } .bk-badge.bk-good { color: var(--good); } .bk-badge.bk-warn, .bk-late { color: var(--warn); } .bk-badge.bk-bad { color: var(--bad); } .bk-badge.bk-idle { color: var(--mild); } .bk-late { font-weight: 600; }
 .bk-bar { display: flex; height: 6px; border-radius: 99px; background: var(--line); overflow: hidden; margin: 6px 0 4px; } .bk-thick { height: 10px; } .bk-fill { background: var(--accent); min-width: 0; transition: width .4s; } .bk-reserved { opacity: .45; } .bk-hot { background: var(--warn); }
 .bk-note { border: 1px solid var(--line); border-left: 4px solid var(--mild); border-radius: 6px; padding: 12px 14px; margin: 12px 0; background: var(--soft); } .bk-note.bk-bad { border-left-color: var(--bad); } .bk-note.bk-warn { border-left-color: var(--warn); }
 .bk-code { background: var(--ground); border: 1px solid var(--line); border-radius: 6px; padding: 8px 10px; margin: 8px 0; font-size: 12px; white-space: pre-wrap; font-family: ui-monospace, monospace; } .bk-wrap { white-space: pre-wrap; }
 .bk-loading { padding: 32px; text-align: center; color: var(--mild); }
 .bk-filters { display: flex; flex-wrap: wrap; gap: 12px; align-items: end; margin-bottom: 12px; } .bk-field { display: flex; flex-direction: column; gap: 2px; font-size: 12px; color: var(--mild); } .bk-check { display: flex; gap: 6px; align-items: center; padding: 7px 0; }
-.bk-field select, .bk-field input { color: var(--ink); background: var(--ground); border: 1px solid var(--line); border-radius: 6px; padding: 6px 8px; font-size: 14px; max-width: 240px; color-scheme: light; } .dark .bk-field select, .dark .bk-field input { color-scheme: dark; }
-.bk-button { border: 1px solid var(--line); background: var(--ground); color: var(--ink); border-radius: 6px; padding: 5px 12px; cursor: pointer; white-space: nowrap; } .bk-button:disabled { opacity: .45; cursor: default; } .bk-danger { color: var(--bad); border-color: currentColor; } .bk-solid { background: #b91c1c; color: #fff; border-color: #b91c1c; }
+.bk-field select, .bk-field input { color: var(--ink); background: var(--ground); border: 1px solid var(--line); border-radius: 6px; padding: 0 8px; height: 34px; font-size: 14px; max-width: 240px; color-scheme: light; } .dark .bk-field select, .dark .bk-field input { color-scheme: dark; }
+.bk-button { border: 1px solid var(--line); background: var(--ground); color: var(--ink); border-radius: 6px; padding: 5px 12px; cursor: pointer; white-space: nowrap; justify-self: start; } .bk-button:disabled { opacity: .45; cursor: default; } .bk-danger { color: var(--bad); border-color: currentColor; } .bk-solid { background: #b91c1c; color: #fff; border-color: #b91c1c; }
 .bk-pages { display: flex; gap: 12px; align-items: center; justify-content: center; margin: 12px 0; } .bk-title { display: flex; flex-wrap: wrap; gap: 12px; align-items: center; }
 .bk-steps { list-style: none; padding: 0; margin: 0; font-size: 12px; } .bk-words { white-space: pre-wrap; } .bk-keys { display: flex; flex-wrap: wrap; gap: 2px 8px; align-items: baseline; } .bk-budgets { display: grid; grid-template-columns: repeat(auto-fit, minmax(260px, 1fr)); gap: 12px; } .bk-budget-head { display: flex; justify-content: space-between; gap: 8px; flex-wrap: wrap; }
 .bk-veil { position: fixed; inset: 0; background: rgba(0,0,0,.5); display: flex; align-items: center; justify-content: center; padding: 16px; z-index: 1500; } .bk-dialog { background: var(--ground); border: 1px solid var(--line); border-radius: 10px; padding: 20px; max-width: 480px; width: 100%; } .bk-dialog h3 { margin-top: 0; } .bk-actions { display: flex; gap: 10px; justify-content: flex-end; flex-wrap: wrap; margin-top: 16px; }
-@media (max-width: 700px) { .bk { padding: 10px; } .bk-table thead { display: none; } .bk-table, .bk-table tbody, .bk-table tr, .bk-table td { display: block; width: 100%; } .bk-table tr { padding: 8px 0; border-top: 1px solid var(--line); } .bk-table tr:first-child { border-top: 0; }
+.bk-root { container-type: inline-size; width: 100%; }
+@container (max-width: 640px) { .bk { padding: 10px; } .bk-table thead { display: none; } .bk-table, .bk-table tbody, .bk-table tr, .bk-table td { display: block; width: 100%; } .bk-table tr { padding: 8px 0; border-top: 1px solid var(--line); } .bk-table tr:first-child { border-top: 0; }
   .bk-table td, .bk-table .bk-num { border: 0; padding: 3px 12px; text-align: left; white-space: normal; display: grid; grid-template-columns: 104px minmax(0, 1fr); gap: 8px; } .bk-table td::before { content: attr(data-label); color: var(--mild); font-size: 12px; padding-top: 1px; } .bk-table td:empty { display: none; } .bk-cards { grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 8px; } .bk-card-value { font-size: 17px; } }
 `;
 
