@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from airflow_provider_batchkit.exceptions import PollError
 from airflow_provider_batchkit.model import BatchCounts, BatchSnapshot
+from airflow_provider_batchkit.progress import span_text
 
 IN_PROGRESS = "in_progress"
 CANCELING = "canceling"
@@ -27,6 +28,10 @@ _LOOKS_AT_LEAST = 3
 _AGE_SHARE = 0.05
 #: and at least every so many intervals
 _MAX_INTERVALS = 4
+#: seconds between two lines about how far the batches are
+_TOLD_EVERY_S = 60.0
+#: a batch ends so long after its creation at the latest (API documentation)
+_LIFE_S = 24 * 3600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +130,9 @@ class PollState:
     #: seconds that a batch may answer 404 before it is called gone
     absence: float = ABSENCE_S
     seen: dict[str, BatchSnapshot] = field(default_factory=dict)
+    #: what the last line about how far the batches are was about, and when it was given
+    _told: tuple[int, int, int] | None = None
+    _told_at: float = 0.0
     _hidden: dict[str, Unseen] = field(default_factory=dict)
     _hidden_why: dict[str, str] = field(default_factory=dict)
     _news: list[str] = field(default_factory=list)
@@ -195,6 +203,28 @@ class PollState:
         """Sentences for the log that have come up since the last call."""
         told, self._news = self._news, []
         return told
+
+    def progress(self, now: float) -> str | None:
+        """How far the batches are, at every change and at most once a minute; None when there is nothing to say.
+
+        :param now: seconds since the epoch
+        """
+        if not self.seen:
+            return None
+        ended = sum(snapshot.processing_status == ENDED for snapshot in self.seen.values())
+        counts = self.counts()
+        about = (ended, counts.total - counts.processing, counts.total)
+        early = self._told is not None and now - self._told_at < _TOLD_EVERY_S and ended < len(self.batch_ids)
+        if early or about == self._told:
+            return None
+        self._told, self._told_at = about, now
+        line = f"{ended} of {len(self.batch_ids)} batches ended, {about[1]:,} of {about[2]:,} requests done"
+        running = [snapshot for snapshot in self.seen.values() if snapshot.processing_status != ENDED]
+        if running:
+            born = min(snapshot.created_at.timestamp() for snapshot in running)
+            expires = min(snapshot.expires_at.timestamp() if snapshot.expires_at else born + _LIFE_S for snapshot in running)
+            line += f", oldest {span_text(now - born)}, expires in {span_text(expires - now)}"
+        return line
 
     def failed(self, error: str, *, fatal: bool = False, retry_after: float | None = None) -> None:
         """Note a failed look. ``fatal``: looking again cannot help. ``retry_after``: seconds that the API asked us to wait."""

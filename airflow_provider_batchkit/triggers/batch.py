@@ -84,7 +84,9 @@ class BatchTrigger(BaseTrigger):
             absence=absence_seconds(),
         )
         try:
-            decision = await ended(self.anthropic_conn_id, state, lambda line: self.log.warning("%s", line))
+            decision = await ended(
+                self.anthropic_conn_id, state, lambda line: self.log.warning("%s", line), lambda line: self.log.info("%s", line)
+            )
         except PollError as e:
             self.log.exception("The wait for %s broke", ", ".join(self.batch_ids))
             yield self._event("error", message=str(e))

@@ -36,12 +36,15 @@ _CLOSE_S = 5.0
 _pollers: dict[tuple[asyncio.AbstractEventLoop, str], SharedPoller] = {}
 
 
-async def ended(conn_id: str, state: PollState, tell: Callable[[str], None] = log.warning) -> Decision:
+async def ended(
+    conn_id: str, state: PollState, tell: Callable[[str], None] = log.warning, inform: Callable[[str], None] = log.info
+) -> Decision:
     """Wait, together with everybody else who waits on this connection, until ``state`` decides anything but to wait.
 
     :param conn_id: connection of type ``anthropic``
     :param state: its ``deadline`` is in seconds since the epoch
     :param tell: called with each line of the state's news, in the caller's context: what it logs there is the caller's
+    :param inform: called likewise, with how far the batches are
     :raises PollError: when the connection cannot be used, or the poller broke
     """
     if not state.open_ids():
@@ -53,7 +56,7 @@ async def ended(conn_id: str, state: PollState, tell: Callable[[str], None] = lo
             _pollers.pop(key, None)
         poller = _pollers[loop, conn_id] = SharedPoller(loop, conn_id)
     own = contextvars.copy_context()
-    return await poller.wait(state, lambda line: own.run(tell, line))
+    return await poller.wait(state, lambda line: own.run(tell, line), lambda line: own.run(inform, line))
 
 
 class SharedPoller:
@@ -64,19 +67,19 @@ class SharedPoller:
         self._conn_id = conn_id
         self._watches = Watches()
         self._waiting: dict[Watch, asyncio.Future[Decision]] = {}
-        self._tell: dict[Watch, Callable[[str], None]] = {}
+        self._tell: dict[Watch, tuple[Callable[[str], None], Callable[[str], None]]] = {}
         self._joined = asyncio.Event()
         self._resting_until = float("-inf")
         # in a context of its own: the task outlives the trigger that starts it, and what it logs is not that trigger's
         self._task = loop.create_task(self._run(), name=f"batchkit-poller-{conn_id}", context=contextvars.Context())
         self._task.add_done_callback(self._over)
 
-    async def wait(self, state: PollState, tell: Callable[[str], None]) -> Decision:
+    async def wait(self, state: PollState, tell: Callable[[str], None], inform: Callable[[str], None]) -> Decision:
         """Join, and leave when there is a decision or the caller is canceled."""
         clock = self._loop.time()
         watch = self._watches.join(state, due=clock + _GATHER_S, now=time.time(), clock=clock)
         future: asyncio.Future[Decision] = self._loop.create_future()
-        self._waiting[watch], self._tell[watch] = future, tell
+        self._waiting[watch], self._tell[watch] = future, (tell, inform)
         if watch.due < self._resting_until:
             self._joined.set()
         try:
@@ -152,8 +155,11 @@ class SharedPoller:
 
     def _settle(self, watch: Watch, decision: Decision) -> None:
         """Pass the news on, and wake the trigger unless it is to wait on."""
+        tell, inform = self._tell[watch]
         for line in watch.state.news():
-            self._tell[watch](line)
+            tell(line)
+        if (progress := watch.state.progress(time.time())) is not None:
+            inform(progress)
         if isinstance(decision, Wait):
             return
         future = self._waiting[watch]

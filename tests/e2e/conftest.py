@@ -31,7 +31,7 @@ def start_airflow(postgres_url: str) -> Iterator[StartAirflow]:
     """
     with contextlib.ExitStack() as stack:
 
-        def start(dags_folder: Path, env: Mapping[str, str] | None = None, **options: float | bool) -> AirflowStandalone:
+        def start(dags_folder: Path, env: Mapping[str, str] | None = None, **options: float | bool | str) -> AirflowStandalone:
             metadata = stack.enter_context(postgres_database(postgres_url))
             return stack.enter_context(AirflowStandalone(dags_folder, metadata, env, **options))  # type: ignore[arg-type]
 

@@ -37,7 +37,8 @@ class AirflowStandalone:
     ``dags_folder`` holds the DAG files. ``metadata`` is an empty database for Airflow itself: PostgreSQL, because on SQLite a busy Airflow
     sometimes finds its database locked and refuses a worker's report. ``env`` is added to the environment of every component:
     ``AIRFLOW_CONN_WAREHOUSE`` and the like, and ``AIRFLOW__…`` settings, which win over the ones made here. What the caller's own
-    environment says of Airflow and Anthropic is left out. Listens on free loopback ports and has one user with a password. Entering waits
+    environment says of Airflow and Anthropic is left out. ``base_path`` is a path below which the UI and the API lie, as
+    behind a proxy (``/team/a``). Listens on free loopback ports and has one user with a password. Entering waits
     until every component is healthy, at most ``startup_seconds``; leaving interrupts it as Ctrl-C would, kills what is left of it after
     ``shutdown_seconds``, and removes the home unless ``keep_home``. Everything that the components print is in ``log``; its end is printed
     when the block fails.
@@ -52,6 +53,7 @@ class AirflowStandalone:
         startup_seconds: float = 180,
         shutdown_seconds: float = 30,
         keep_home: bool = False,
+        base_path: str = "",
     ) -> None:
         self.dags_folder = dags_folder
         self.metadata = metadata
@@ -59,6 +61,7 @@ class AirflowStandalone:
         self.startup_seconds = startup_seconds
         self.shutdown_seconds = shutdown_seconds
         self.keep_home = keep_home
+        self.base_path = base_path
         self.user = USER
         self.password = secrets.token_urlsafe(12)
         #: set while it runs: the address of the UI, without a slash at its end
@@ -77,7 +80,7 @@ class AirflowStandalone:
         # the file that SimpleAuthManager would fill with a password of its own
         (self.home / "simple_auth_manager_passwords.json.generated").write_text(json.dumps({USER: self.password}) + "\n")
         api, worker_logs, trigger_logs = free_ports(3)
-        self.url = f"http://127.0.0.1:{api}"
+        self.url = f"http://127.0.0.1:{api}{self.base_path}"
         self._output = self.log.open("wb")
         self._process = subprocess.Popen(
             [sys.executable, "-m", "airflow", "standalone"],
@@ -115,11 +118,11 @@ class AirflowStandalone:
             "CORE__EXECUTOR": "LocalExecutor",
             "CORE__PARALLELISM": 4,  # two cores
             "CORE__SIMPLE_AUTH_MANAGER_USERS": f"{USER}:admin",
-            "CORE__EXECUTION_API_SERVER_URL": f"http://127.0.0.1:{api}/execution/",
+            "CORE__EXECUTION_API_SERVER_URL": f"{self.url}/execution/",
             "DATABASE__SQL_ALCHEMY_CONN": _with_airflows_driver(self.metadata.url),
             "API__HOST": "127.0.0.1",
             "API__PORT": api,
-            "API__BASE_URL": f"http://127.0.0.1:{api}",
+            "API__BASE_URL": self.url,
             "API__SECRET_KEY": secrets.token_hex(16),
             "API_AUTH__JWT_SECRET": secrets.token_hex(32),
             "LOGGING__WORKER_LOG_SERVER_PORT": worker_logs,

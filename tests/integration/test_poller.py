@@ -126,6 +126,28 @@ def test_one_list_call_an_interval_answers_for_all(sim: Simulator) -> None:
     run(work)
 
 
+def test_how_far_its_batches_are_is_told_to_whoever_waits_for_them(sim: Simulator) -> None:
+    """At the first look, and when a batch ends; nobody hears of others' batches."""
+    first, second = create(sim, 2)
+    lines: dict[str, list[str]] = {first: [], second: []}
+
+    async def work() -> None:
+        waits = [
+            asyncio.create_task(poller.ended("anthropic_default", PollState([one], interval=POKE_S), inform=lines[one].append))
+            for one in (first, second)
+        ]
+        await until(lambda: all(lines.values()))
+        sim.end(first)
+        await waits[0]
+        waits[1].cancel()
+        await asyncio.gather(*waits, return_exceptions=True)
+
+    run(work)
+    assert lines[first][0].startswith("0 of 1 batches ended, 0 of 1 requests done, oldest ")
+    assert lines[first][1:] == ["1 of 1 batches ended, 1 of 1 requests done"]
+    assert len(lines[second]) == 1
+
+
 def test_a_few_are_simply_retrieved(sim: Simulator) -> None:
     """Three batches are no reason to list a workspace of thousands."""
     ids = create(sim, 3)

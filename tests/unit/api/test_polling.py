@@ -28,6 +28,29 @@ def test_it_waits_until_the_last_batch_has_ended() -> None:
     assert state.counts() == BatchCounts(succeeded=3, canceled=2)
 
 
+def test_how_far_batches_are_is_told_at_every_change_and_at_most_once_a_minute() -> None:
+    """With the age of the oldest that runs and the time it has left; the end of the last batch is told at once."""
+    born = datetime(2026, 1, 1, tzinfo=UTC)
+    start = born.timestamp() + 72 * 60
+
+    def shown(batch_id: str, status: str, expires: timedelta | None = None, **counts: int) -> BatchSnapshot:
+        return BatchSnapshot(batch_id, status, BatchCounts(**counts), born, None if expires is None else born + expires)
+
+    state = PollState(["a", "b"], interval=10)
+    assert state.progress(start) is None
+    state.saw([shown("a", "in_progress", processing=50_000), shown("b", "in_progress", processing=50_000)])
+    assert state.progress(start) == "0 of 2 batches ended, 0 of 100,000 requests done, oldest 1 h 12 min, expires in 22 h 48 min"
+    assert state.progress(start + 3600) is None
+    state.saw([shown("a", "ended", succeeded=50_000), shown("b", "in_progress", timedelta(hours=2), processing=38_796, succeeded=11_204)])
+    assert state.progress(start + 60) == "1 of 2 batches ended, 61,204 of 100,000 requests done, oldest 1 h 13 min, expires in 47 min"
+    state.saw([shown("b", "in_progress", processing=30_000, succeeded=20_000)])
+    assert state.progress(start + 119) is None
+    assert state.progress(start + 120) == "1 of 2 batches ended, 70,000 of 100,000 requests done, oldest 1 h 14 min, expires in 22 h 46 min"
+    state.saw([shown("b", "ended", succeeded=49_999, errored=1)])
+    assert state.progress(start + 121) == "2 of 2 batches ended, 100,000 of 100,000 requests done"
+    assert state.progress(start + 500) is None
+
+
 def test_no_batches_have_ended_at_once() -> None:
     """An empty source needs no waiting."""
     assert PollState([], interval=10).decide(0) == Ended()
