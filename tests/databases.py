@@ -36,6 +36,17 @@ class Database:
         return sa.create_engine(self.url, poolclass=sa.pool.NullPool)
 
 
+def opener(engine: sa.Engine) -> Callable[[], Any]:
+    """Opens new connections of the engine's driver, which belong to whoever asks for one."""
+
+    def connect() -> Any:
+        pooled = engine.raw_connection()
+        pooled.detach()
+        return pooled.dbapi_connection
+
+    return connect
+
+
 def rows(database: Database, sql: str) -> list[tuple[Any, ...]]:
     """The rows of a query."""
     with database.engine().connect() as connection:

@@ -1,12 +1,18 @@
-"""SQLAlchemy engines of Airflow's SQL connections.
+"""Connections of Airflow's SQL hooks, and SQLAlchemy engines of them.
+
+The engine that a hook makes goes by its URL, which leaves out most of a connection's extra, such as ``sslmode``. So our engines have the
+hook's own connections, and their URL says no more than the dialect.
 
 Operators import this module when a DAG file is parsed, so SQLAlchemy and the hooks are imported where an engine is made.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+import sqlite3
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from airflow.providers.common.compat.sdk import AirflowException, BaseHook, Connection
@@ -33,12 +39,76 @@ def sql_engine(conn_id: str) -> Iterator[Engine]:
 
     from airflow_provider_batchkit.ledger import prepare_engine
 
-    hook, _ = hook_named(conn_id)
-    engine = prepare_engine(hook.get_sqlalchemy_engine({"poolclass": QueuePool, "pool_size": 1, "pool_pre_ping": True}))
+    hook, kind = hook_named(conn_id)
+    engine = prepare_engine(make_engine(hook, kind, poolclass=QueuePool, pool_size=1, pool_pre_ping=True))
     try:
         yield engine
     finally:
         engine.dispose()
+
+
+def make_engine(hook: Any, kind: str | None, **options: Any) -> Engine:
+    """An engine on the connections of a hook.
+
+    :param options: of SQLAlchemy's ``create_engine``
+    """
+    from sqlalchemy import URL, create_engine
+
+    options["creator"] = partial(_connect, hook, kind)
+    if kind != "postgres":
+        engine: Engine = hook.get_sqlalchemy_engine(options)
+        return engine
+    # the hook's URL may name the other one of the drivers (its extra sqlalchemy_scheme)
+    from airflow.providers.postgres.hooks.postgres import USE_PSYCOPG3
+
+    return create_engine(URL.create("postgresql+psycopg" if USE_PSYCOPG3 else "postgresql+psycopg2"), **options)
+
+
+def open_connection(conn_id: str) -> Any:
+    """A new PEP 249 connection, as the hook opens it. It waits for SQLite's locks, and speaks UTF-8 to PostgreSQL.
+
+    :raises BatchInputError: when the connection is not of a SQL database, or the provider of its type is not installed
+    """
+    from airflow_provider_batchkit.ledger import prepare_connection
+
+    connection = _connect(*hook_named(conn_id))
+    prepare_connection(connection)
+    return connection
+
+
+def _connect(hook: Any, kind: str | None) -> Any:
+    if kind == "sqlite" and type(hook).get_conn.__qualname__ == "SqliteHook.get_conn":
+        return _connect_sqlite(hook.get_uri())
+    connection = hook.get_conn()
+    if kind == "postgres":
+        # the connection's extra may ask for other rows than tuples, and for no transactions
+        if hasattr(connection, "row_factory"):
+            from psycopg.rows import tuple_row
+
+            connection.row_factory = tuple_row
+        else:
+            connection.cursor_factory = None
+        if connection.autocommit:
+            connection.autocommit = False
+    return connection
+
+
+def _connect_sqlite(uri: str) -> sqlite3.Connection:
+    """A connection to a file, for any thread, as SqliteHook opens it, and the same file as its engine: where the path has a ``#`` or ``%``
+    the hook opens another one, and none where it begins with two slashes.
+    """
+    from sqlalchemy import make_url
+
+    url = make_url(uri)
+    if url.query:
+        return sqlite3.connect(uri.replace("sqlite:///", "file:", 1), uri=True, check_same_thread=False)
+    return sqlite3.connect(url.database or ":memory:", check_same_thread=False)
+
+
+def add_extra(hook: Any, extra: Mapping[str, Any]) -> None:
+    """Give the connection of a hook what its extra does not say. It is the hook's own copy."""
+    connection = hook.connection
+    connection.extra = json.dumps({**extra, **connection.extra_dejson})
 
 
 def hook_named(conn_id: str) -> tuple[Any, str | None]:
@@ -55,6 +125,10 @@ def hook_named(conn_id: str) -> tuple[Any, str | None]:
     kind = next((KINDS[cls.__name__] for cls in type(hook).__mro__ if cls.__name__ in KINDS), None)
     if kind == "postgres" and connection.extra_dejson.get("redshift"):
         kind = None  # PostgresHook reaches Redshift too, which is another database
+    query = connection.extra_dejson.get("sqlalchemy_query") if kind == "postgres" else None
+    if isinstance(query, dict):
+        # options of the driver that the hook gives to its engines alone, such as TLS
+        add_extra(hook, query)
     return hook, kind
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from itertools import chain
@@ -82,7 +82,10 @@ def ask(
     types, source = KeyTypes(asking.key), asking.open_source()
     requests = asking.builder(asking.round(round_number)).pieces(source, types.see)
     options = replace(asking.options, round_number=round_number)
-    with source.naming_places() if isinstance(source, FileRows) else nullcontext():
+    with (
+        source.naming_places() if isinstance(source, FileRows) else nullcontext(),
+        closing(source) if isinstance(source, Items) else nullcontext(),
+    ):
         if rehearse:
             return Done(rehearse_job(attempt, requests, options, only=only))
         report = submit_job(attempt, requests, options, only=only, before_send=lambda: _note_key(attempt, options, types))

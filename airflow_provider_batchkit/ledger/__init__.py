@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
-from airflow_provider_batchkit.ledger.engine import prepare_engine
+from airflow_provider_batchkit.ledger.engine import prepare_connection, prepare_engine
 from airflow_provider_batchkit.ledger.landings import Landed
 from airflow_provider_batchkit.ledger.ledger import Ledger
 from airflow_provider_batchkit.ledger.records import BatchRecord, Intent, JobRecord, make_job_id
 from airflow_provider_batchkit.ledger.states import BatchState
 
-__all__ = ["BatchRecord", "BatchState", "Intent", "JobRecord", "Landed", "Ledger", "make_job_id", "prepare_engine"]
+__all__ = [
+    "BatchRecord",
+    "BatchState",
+    "Intent",
+    "JobRecord",
+    "Landed",
+    "Ledger",
+    "make_job_id",
+    "prepare_connection",
+    "prepare_engine",
+]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from datetime import UTC, datetime, timedelta
@@ -43,14 +44,14 @@ def prepare_engine(engine: Engine) -> Engine:
         return engine
     setattr(engine, _PREPARED, True)
     if engine.dialect.name == "postgresql":
-        event.listen(engine, "connect", _speak_utf8)
+        event.listen(engine, "connect", lambda dbapi_connection, _record: prepare_connection(dbapi_connection))
         engine.dispose()
     if engine.dialect.name != "sqlite":
         return engine
 
     def on_connect(dbapi_connection: Any, _record: Any) -> None:
         dbapi_connection.isolation_level = None
-        dbapi_connection.execute(f"PRAGMA busy_timeout = {_SQLITE_BUSY_MS}")
+        prepare_connection(dbapi_connection)
 
     def on_begin(connection: Connection) -> None:
         if connection.get_execution_options().get(_BEGIN_OPTION) == "IMMEDIATE":
@@ -77,15 +78,20 @@ def add_schema(engine: Engine, schema: str) -> None:
     engine.dispose()
 
 
-def _speak_utf8(dbapi_connection: Any, _record: Any) -> None:
-    """Drivers encode and decode texts by the connection's encoding, which may lack characters that the database has.
+def prepare_connection(dbapi_connection: Any) -> None:
+    """Have a driver's connection wait for SQLite's locks, or speak UTF-8 to PostgreSQL. Others are left as they are.
 
-    The server converts between it and its own. A database without an encoding (SQL_ASCII) is left as it is: nothing is converted there.
+    PostgreSQL's drivers encode and decode texts by the connection's encoding, which may lack characters that the database has. The server
+    converts between it and its own. A database without an encoding (SQL_ASCII) is left as it is: nothing is converted there.
     """
-    if hasattr(dbapi_connection, "set_client_encoding"):  # psycopg2
+    if isinstance(dbapi_connection, sqlite3.Connection):
+        dbapi_connection.execute(f"PRAGMA busy_timeout = {_SQLITE_BUSY_MS}")
+        return
+    driver = type(dbapi_connection).__module__.partition(".")[0]
+    if driver == "psycopg2":
         if dbapi_connection.encoding not in ("UTF8", "SQL_ASCII", "SQLASCII"):
             dbapi_connection.set_client_encoding("UTF8")
-    elif hasattr(dbapi_connection, "info") and dbapi_connection.info.encoding not in ("utf-8", "ascii"):  # psycopg 3
+    elif driver == "psycopg" and dbapi_connection.info.encoding not in ("utf-8", "ascii"):
         dbapi_connection.execute("SET client_encoding TO 'UTF8'")
         dbapi_connection.commit()
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from airflow_provider_batchkit.hooks.sql import sql_engine
+from airflow_provider_batchkit.hooks.sql import open_connection
 
 if TYPE_CHECKING:
-    from airflow_provider_batchkit.source.rows import Items, Rows
+    from airflow_provider_batchkit.source.rows import Items
 
 
 def items_of(task: Any) -> Iterable[Any] | Items:
@@ -27,12 +28,6 @@ def items_of(task: Any) -> Iterable[Any] | Items:
         # resolved by now: rendering replaces the literal wrapper and a task's output by their values
         return given(task.requests)
     from airflow_provider_batchkit.source.rows import RowItems
-
-    return RowItems(_sql_rows(task, task.sql))
-
-
-def _sql_rows(task: Any, sql: str) -> Iterator[Rows]:
     from airflow_provider_batchkit.source.sql import read_sql
 
-    with sql_engine(task.source_conn_id or task.sql_conn_id) as engine:
-        yield from read_sql(engine, sql, task.parameters)
+    return RowItems(read_sql(partial(open_connection, task.source_conn_id or task.sql_conn_id), task.sql, task.parameters))

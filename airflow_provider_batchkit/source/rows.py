@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import islice, repeat
 from typing import Any, overload
@@ -61,6 +61,11 @@ class Items:
     def take(self, most: int) -> Sequence[Any]:
         """The next items, at least one and ``most`` at most; none at the end."""
         return list(islice(self._items, most))
+
+    def close(self) -> None:
+        """Give up the items that were not taken, and what they are read from: a query's cursor holds locks, also after an error."""
+        if isinstance(self._items, Generator):
+            self._items.close()
 
 
 class RowItems(Items):

@@ -1,17 +1,15 @@
-"""Where rows come from: a list, or a SQL query read through a server-side cursor. Rows stream; none is kept."""
+"""Rows of a SQL query, read over a driver's own connection. Rows stream; none is kept."""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from airflow_provider_batchkit.exceptions import BatchInputError
+from airflow_provider_batchkit.source.drivers import close, driver_of, open_cursor
 from airflow_provider_batchkit.source.rows import Rows
-from airflow_provider_batchkit.source.types import postgres_types, refuse_infinite_times
-
-if TYPE_CHECKING:
-    from sqlalchemy.engine import CursorResult, Engine
+from airflow_provider_batchkit.source.types import column_types
 
 #: rows that are fetched at a time: at first, and at most where they are small
 _FIRST_ROWS = 8
@@ -21,45 +19,66 @@ _LONG = frozenset({str, bytes, bytearray, memoryview})
 _SIZED = _LONG | {dict, list}
 
 
-def read_sql(engine: Engine, sql: str, parameters: Any = None) -> Generator[Rows, None, None]:
+def read_sql(connect: Callable[[], Any], sql: str, parameters: Any = None) -> Generator[Rows, None, None]:
     """Rows of a query, some hundred at a time and fewer when they are large; column names as the database gives them.
 
-    Uses a server-side cursor where the driver has one (PostgreSQL, MySQL): memory stays flat for any number of rows.
+    Uses a server-side cursor where the driver has one (PostgreSQL, MySQL): memory stays flat for any number of rows. The connection is
+    closed when the rows are read, when reading them fails, and when the generator is closed.
 
+    :param connect: opens a PEP 249 connection, which is used for nothing else
     :param parameters: passed to the driver in its own style; without any, ``%`` in the SQL is literal
     :raises BatchInputError: when two columns have one name, the statement returns no rows, or a value has no form in Python
     """
-    with engine.connect() as connection:
-        connection = connection.execution_options(stream_results=True, max_row_buffer=_FETCH_ROWS, no_parameters=parameters is None)
-        if engine.dialect.driver == "psycopg2":
-            refuse_infinite_times(connection)
+    connection, cursor = connect(), None
+    driver = driver_of(connection)
+    try:
+        cursor = open_cursor(connection, driver)
         with _python_holds(0):
-            result = connection.exec_driver_sql(sql, tuple(parameters) if isinstance(parameters, list) else parameters)
-        if not result.returns_rows:
-            raise BatchInputError("The source's sql returns no rows: it must be a SELECT. Nothing was sent.")
-        columns = list(result.keys())
-        repeated = sorted({c for c in columns if columns.count(c) > 1})
-        if repeated:
-            raise BatchInputError(
-                f"The source's sql has more than one column named {', '.join(repeated)}; give them aliases. Nothing was sent."
-            )
-        # psycopg2 has a description once there are rows, and psycopg 3 until the cursor is closed, which a short result is by then
-        cursor: Any = result.cursor
-        description = cursor.description
-        rows, position = _FIRST_ROWS, 0
-        types: dict[str, str] = {}
-        while values := _fetch(result, rows, position):
-            if position == 0 and engine.dialect.name == "postgresql":
-                types = postgres_types(description or cursor.description, connection)
-            chunk = Rows(columns, values, types)
-            position += len(chunk)
-            rows = max(1, min(_FETCH_BYTES // _largest(chunk), 2 * rows, _FETCH_ROWS))
-            yield chunk
+            cursor.execute(sql) if parameters is None else cursor.execute(sql, parameters)
+        yield from _chunks(connection, cursor, driver)
+    finally:
+        close(connection, cursor, driver)
 
 
-def _fetch(result: CursorResult[Any], most: int, position: int) -> Sequence[Any]:
+def _chunks(connection: Any, cursor: Any, driver: str) -> Iterator[Rows]:
+    # psycopg2 has no description of a named cursor before its first rows
+    _refuse_statement(cursor, unknown=driver == "psycopg2")
+    rows, position = _FIRST_ROWS, 0
+    values = _fetch(cursor, rows, position)
+    _refuse_statement(cursor, unknown=not values)
+    columns = _names(cursor)
+    types = column_types(cursor.description, connection, driver) if values else {}
+    while values:
+        if isinstance(values[0], Mapping):
+            # a cursor that an extra of the connection asks for gives rows as mappings
+            values = [tuple(row[column] for column in columns) for row in values]
+        chunk = Rows(columns, values, types)
+        position += len(chunk)
+        rows = max(1, min(_FETCH_BYTES // _largest(chunk), 2 * rows, _FETCH_ROWS))
+        yield chunk
+        values = _fetch(cursor, rows, position)
+
+
+def _refuse_statement(cursor: Any, *, unknown: bool) -> None:
+    """:raises BatchInputError: for a statement without rows, where the cursor is to know its columns by now"""
+    if cursor.description is None and not unknown:
+        raise BatchInputError("The source's sql returns no rows: it must be a SELECT. Nothing was sent.")
+
+
+def _names(cursor: Any) -> list[str]:
+    columns = [column[0] for column in cursor.description or ()]
+    repeated = sorted({c for c in columns if columns.count(c) > 1})
+    if repeated:
+        raise BatchInputError(
+            f"The source's sql has more than one column named {', '.join(repeated)}; give them aliases. Nothing was sent."
+        )
+    return columns
+
+
+def _fetch(cursor: Any, most: int, position: int) -> Sequence[Any]:
     with _python_holds(position):
-        return result.fetchmany(most)
+        found: Sequence[Any] = cursor.fetchmany(most)
+    return found
 
 
 @contextmanager
@@ -68,17 +87,15 @@ def _python_holds(position: int) -> Iterator[None]:
 
     :raises BatchInputError: for a value that Python cannot hold: PostgreSQL's dates before year 1 and behind 9999, and infinite ones
     """
-    from sqlalchemy.exc import DataError
-
     try:
         yield
-    except (DataError, ValueError, OverflowError) as e:
-        problem = e.orig if isinstance(e, DataError) else e
-        # an error with a code is the database's own
-        if getattr(problem, "sqlstate", None) or getattr(problem, "pgcode", None):
+    except Exception as e:
+        # an error of psycopg with a code is the database's own
+        psycopg = any(cls.__name__ == "DataError" and cls.__module__.startswith("psycopg") for cls in type(e).__mro__)
+        if not (psycopg or isinstance(e, ValueError | OverflowError)) or getattr(e, "sqlstate", None) or getattr(e, "pgcode", None):
             raise
         raise BatchInputError(
-            f"The source's sql gives a value that Python cannot hold, in row {position} or one of the next {_FETCH_ROWS}: {problem}. Cast "
+            f"The source's sql gives a value that Python cannot hold, in row {position} or one of the next {_FETCH_ROWS}: {e}. Cast "
             "the column to text in the sql, or leave such rows out. Nothing was sent."
         ) from e
 

@@ -7,13 +7,11 @@ import decimal
 import logging
 import uuid
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from airflow_provider_batchkit.model import common_key_type, key_kind
+from airflow_provider_batchkit.source.drivers import POSTGRES, rows_of
 from airflow_provider_batchkit.source.rows import Rows
-
-if TYPE_CHECKING:
-    from sqlalchemy.engine import Connection
 
 log = logging.getLogger(__name__)
 
@@ -33,23 +31,45 @@ _POSTGRES_TYPES = {21: "smallint", 23: "int", 20: "integer", 700: "real", 701: "
 _BPCHAR, _VARCHAR, _NUMERIC = 1042, 1043, 1700
 #: OIDs of what a database defines itself begin here
 _FIRST_OWN_OID = 16_384
-#: PostgreSQL's types of dates and times, and of what psycopg2 makes of one that Python lacks: an infinite one becomes a finite one
-_POSTGRES_TIMES = {1082: "PYDATE", 1114: "PYDATETIME", 1184: "PYDATETIMETZ"}
+#: by the name of DuckDB's types. Other drivers' names mean different things: an INTEGER of BigQuery has 64 bits
+_DUCKDB_TYPES = {
+    "TINYINT": "smallint",
+    "UTINYINT": "smallint",
+    "SMALLINT": "smallint",
+    "INTEGER": "int",
+    "BIGINT": "integer",
+    "FLOAT": "real",
+    "DOUBLE": "float",
+}
 
 
-def postgres_types(description: Sequence[Any], connection: Connection) -> dict[str, str]:
+def column_types(description: Sequence[Any], connection: Any, driver: str) -> dict[str, str]:
     """Column → type name, for the columns of a query whose types say more than their values do.
 
-    :param description: of the driver's cursor, with names, OIDs, sizes, precisions and scales
+    :param description: of the driver's cursor
     """
+    if driver in POSTGRES:
+        return _postgres_types(description, connection)
+    if driver == "duckdb":
+        return {column[0]: name for column in description if (name := _duckdb_type(str(column[1]))) is not None}
+    return {}
+
+
+def _duckdb_type(name: str) -> str | None:
+    return f"numeric{name[7:]}" if name.startswith("DECIMAL(") and name.endswith(")") else _DUCKDB_TYPES.get(name)
+
+
+def _postgres_types(description: Sequence[Any], connection: Any) -> dict[str, str]:
+    """By the description's names, OIDs, sizes, precisions and scales."""
     found = {column[0]: name for column in description if (name := _postgres_type(*column[:6])) is not None}
     own = {column[1]: column[0] for column in description if column[1] >= _FIRST_OWN_OID}
     if own:
-        enums = connection.exec_driver_sql(
+        enums = rows_of(
+            connection,
             "SELECT oid, typnamespace::regnamespace || '.' || quote_ident(typname) FROM pg_type "
-            f"WHERE typtype = 'e' AND oid IN ({', '.join(map(str, own))})"
+            f"WHERE typtype = 'e' AND oid IN ({', '.join(map(str, own))})",
         )
-        names = {oid: f"enum({name})" for oid, name in enums}
+        names = {oid: f"enum({name})" for oid, name in map(tuple, enums)}
         found |= {column[0]: names[column[1]] for column in description if column[1] in names}
     return found
 
@@ -62,21 +82,6 @@ def _postgres_type(_name: str, oid: int, shown: int | None, size: int | None, pr
     if oid == _NUMERIC and precision is not None and precision <= 1000:
         return f"numeric({precision},{scale or 0})"
     return _POSTGRES_TYPES.get(oid)
-
-
-def refuse_infinite_times(connection: Connection) -> None:
-    """Have psycopg2 refuse infinite dates and times, as psycopg 3 does: it makes the last or the first of Python's of them."""
-    driver: Any = connection.dialect.dbapi
-    extensions = driver.extensions
-    for oid, name in _POSTGRES_TIMES.items():
-        cast = getattr(extensions, name)
-
-        def finite(value: str | None, cursor: Any, cast: Any = cast) -> Any:
-            if value is not None and "infinity" in value:
-                raise ValueError(f"Python has no date or time {value!r}")
-            return cast(value, cursor)
-
-        extensions.register_type(extensions.new_type((oid,), f"FINITE_{name}", finite), connection.connection.dbapi_connection)
 
 
 class KeyTypes:

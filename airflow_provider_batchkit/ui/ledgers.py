@@ -21,7 +21,7 @@ from sqlalchemy.pool import QueuePool
 
 from airflow_provider_batchkit.exceptions import BatchInputError, BatchKitError
 from airflow_provider_batchkit.hooks.ledger import ledger_place
-from airflow_provider_batchkit.hooks.sql import hook_named
+from airflow_provider_batchkit.hooks.sql import add_extra, hook_named, make_engine
 from airflow_provider_batchkit.ledger import Ledger
 from airflow_provider_batchkit.ledger.tables import VERSION
 
@@ -116,8 +116,8 @@ def _reading(conn_id: str) -> Engine:
     place = ledger_place(conn_id, conn_id)
     options: dict[str, Any] = {"pool_size": 2, "max_overflow": 8, "pool_timeout": _CONNECT_S}
     if kind == "postgres":
-        options["connect_args"] = {"connect_timeout": _CONNECT_S}
-    engine: Engine = hook.get_sqlalchemy_engine({"poolclass": QueuePool, "pool_pre_ping": True, **options})
+        add_extra(hook, {"connect_timeout": _CONNECT_S})
+    engine = make_engine(hook, kind, poolclass=QueuePool, pool_pre_ping=True, **options)
     Ledger(engine, place.schema if kind == "postgres" else None)
 
     def on_connect(connection: Any, _record: Any) -> None:

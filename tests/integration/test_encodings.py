@@ -14,7 +14,7 @@ from airflow_provider_batchkit.ledger.bulk import bulk_loader
 from airflow_provider_batchkit.simulator import Simulator, SimulatorSettings
 from airflow_provider_batchkit.source.rows import RowItems
 from airflow_provider_batchkit.source.sql import read_sql
-from tests.databases import Database, postgres_database
+from tests.databases import Database, opener, postgres_database
 from tests.warehouse import Warehouse, kit_for
 
 DRIVERS = ["psycopg", "psycopg2"]
@@ -50,7 +50,7 @@ def test_a_latin1_database_is_source_ledger_and_target(
     """
     warehouse = Warehouse(engine_of(latin, driver, encoding), kit_for(sim.base_url), portable=portable)
     warehouse.execute("CREATE TABLE source (k VARCHAR(20), name TEXT)", "INSERT INTO source VALUES (U&'caf\\00e9', U&'Th\\00e9 vert')")
-    with closing(read_sql(warehouse.engine, "SELECT k, name FROM source")) as rows:
+    with closing(read_sql(opener(warehouse.engine), "SELECT k, name FROM source")) as rows:
         ids = warehouse.submit(RowItems(rows), key=("k",), prompt="{{ row.name }} 日本").batch_ids  # type: ignore[arg-type]
     with caplog.at_level(logging.WARNING):
         assert warehouse.fetch(ids).rows == 1

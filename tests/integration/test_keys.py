@@ -14,7 +14,7 @@ from airflow_provider_batchkit.exceptions import BatchInputError, RequestError, 
 from airflow_provider_batchkit.simulator import Simulator, SimulatorSettings
 from airflow_provider_batchkit.source.rows import RowItems
 from airflow_provider_batchkit.source.sql import read_sql
-from tests.databases import Database
+from tests.databases import Database, opener
 from tests.warehouse import LANDING_PATHS, Warehouse, kit_for
 
 _NINES = "9" * 38
@@ -72,7 +72,7 @@ def fill(engine: sa.Engine, type_: str, keys: list[str]) -> None:
 
 def submit(warehouse: Warehouse, run_id: str = "run-1", sql: str = "SELECT k, name FROM source", **options: Any) -> list[str]:
     # a cursor that an error leaves open locks SQLite's tables
-    with closing(read_sql(warehouse.engine, sql)) as rows:
+    with closing(read_sql(opener(warehouse.engine), sql)) as rows:
         return warehouse.submit(RowItems(rows), key=("k",), run_id=run_id, **options).batch_ids  # type: ignore[arg-type]
 
 

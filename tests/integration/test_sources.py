@@ -11,7 +11,7 @@ from airflow_provider_batchkit.exceptions import RequestError
 from airflow_provider_batchkit.request.template import RowTemplate
 from airflow_provider_batchkit.source.rows import Rows
 from airflow_provider_batchkit.source.sql import read_sql
-from tests.databases import Database
+from tests.databases import Database, opener
 
 
 def test_a_table_of_large_rows_is_read_in_little_memory(database: Database) -> None:
@@ -26,7 +26,7 @@ def test_a_table_of_large_rows_is_read_in_little_memory(database: Database) -> N
     try:
         ids = [
             row["id"]
-            for rows in read_sql(engine, "SELECT id, text FROM documents ORDER BY id")
+            for rows in read_sql(opener(engine), "SELECT id, text FROM documents ORDER BY id")
             for row in rows
             if row["text"].startswith(f"{row['id']} ")
         ]
@@ -63,7 +63,7 @@ def test_a_prompt_shows_a_column_of_postgresql_as_people_write_it(postgres: Data
     """The same text from both drivers, by the fast way and by Jinja; BYTEA is refused by row and column."""
     engine = sa.create_engine(postgres.url.replace("+psycopg", f"+{driver}"), poolclass=sa.pool.NullPool)
     columns = ", ".join(f"{expression} AS c{number}" for number, expression in enumerate(POSTGRES_TEXTS))
-    (rows,) = read_sql(engine, f"SELECT {columns}, '\\x00ff'::bytea AS photo")
+    (rows,) = read_sql(opener(engine), f"SELECT {columns}, '\\x00ff'::bytea AS photo")
     assert isinstance(rows, Rows)
     for template in ("{{ row.c%d }}", "{{ row.c%d ~ '' }}"):
         found = {
