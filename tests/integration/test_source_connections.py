@@ -169,7 +169,7 @@ def test_any_hook_with_a_connection_is_a_source(
         connection.executescript("CREATE TABLE things (id INTEGER, note TEXT); INSERT INTO things VALUES (1, 'tea'), (2, 'coffee 100%')")
     monkeypatch.setenv("AIRFLOW_CONN_OTHER", f"tiny://{quote(str(path), safe='')}")
     kind = type(BaseHook.get_connection("other"))
-    usual = kind.get_hook
+    usual: Any = kind.get_hook
     monkeypatch.setattr(TinyHook, "row_factory", staticmethod(row_factory) if row_factory is not None else None)
     monkeypatch.setattr(kind, "get_hook", lambda c, **_: cast("Any", TinyHook)(tiny_conn_id="other") if c.conn_type == "tiny" else usual(c))
     read = [row for chunk in read_sql(lambda: open_connection("other"), "SELECT * FROM things WHERE note LIKE '%e%'") for row in chunk]
