@@ -40,6 +40,11 @@ airflow: $(VENV)/.runtime ## the same catalog in a real Airflow with its UI; Ctr
 test: $(VENV)/.dev ## the whole test suite, with a real PostgreSQL and a real Airflow
 	@$(BIN)/python -m pytest -n 2 $(ARGS)
 
+.PHONY: test-browser
+test-browser: $(VENV)/.dev ## the Batches page in a real browser, which must be there: apt-get install chromium
+	@command -v chromium >/dev/null || { echo "There is no chromium on PATH: apt-get update && apt-get install -y chromium"; exit 1; }
+	@$(BIN)/python -m pytest -n 0 tests/e2e/test_batches_page.py $(ARGS)
+
 # about half an hour for each cell; make test-matrix SETS=3.1.0 PYTHONS=3.11 ARGS='-n 2 tests/unit' is one minute
 SETS ?= 3.1.0 3.1.8 3.2.2 3.3.2 newest
 PYTHONS ?= 3.11 3.12 3.13

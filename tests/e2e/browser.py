@@ -6,8 +6,10 @@ Needs Debian's chromium (``apt-get install chromium``) and ``pip install playwri
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,7 +35,7 @@ def chromium() -> str | None:
 def logged_in(base: str, user: str, password: str, *, size: tuple[int, int] = (1400, 900), dark: bool = False) -> Iterator[Any]:
     """A page of a browser in which a user has logged in through Airflow's form. ``base`` is Airflow's address, also with a path.
 
-    What the page's scripts throw is raised at the end.
+    What the page's scripts throw is raised at the end. Where BATCHKIT_PICTURES names a folder, the last picture of the page goes there.
     """
     from playwright.sync_api import sync_playwright
 
@@ -61,6 +63,8 @@ def logged_in(base: str, user: str, password: str, *, size: tuple[int, int] = (1
             page.get_by_role("button").filter(has_text="Sign in").click()
             page.wait_for_url(lambda address: "/auth/login" not in address, timeout=60_000)
             yield page
+            if folder := os.environ.get("BATCHKIT_PICTURES"):
+                page.screenshot(path=str(Path(folder) / f"{time.time():.0f}.png"))
         finally:
             context.close()
         assert errors == [], errors
