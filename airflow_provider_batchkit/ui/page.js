@@ -86,8 +86,9 @@
     return given.length ? `?${new URLSearchParams(given.map(([name, value]) => [name, String(value)]))}` : "";
   };
 
-  /** What an address answers, asked again every so often while the tab is seen; null addresses are not asked. */
-  function useAnswer(address, everyMs) {
+  /** What an address answers, asked again every so often while the tab is seen; null addresses are not asked. With `keep`, the answer of
+   * the address before stays, marked as stale, until the new one's is there. */
+  function useAnswer(address, everyMs, keep) {
     const [found, setFound] = useState({ address: null, data: null, error: null, at: 0 });
     const [turn, setTurn] = useState(0);
     useEffect(() => {
@@ -120,7 +121,7 @@
       };
     }, [address, everyMs, turn]);
     const again = useCallback(() => setTurn((old) => old + 1), []);
-    const current = found.address === address ? found : { data: null, error: null, at: 0 };
+    const current = found.address === address ? found : { data: keep ? found.data : null, error: null, at: 0, stale: true };
     return { ...current, again };
   }
 
@@ -265,7 +266,7 @@
     useEffect(() => setPages([null]), [ledger]);
     const before = pages[pages.length - 1];
     const where = query({ dag_id: place.dagId, run_id: place.runId, task_id: place.taskId, map_index: place.mapIndex, ...filter, ledger, before });
-    const jobs = useAnswer(`/jobs${where}`, SLOW_MS);
+    const jobs = useAnswer(`/jobs${where}`, SLOW_MS, true);
     const choose = (name, label, values) =>
       h("label", { className: "bk-field" }, label, h("select", { value: filter[name] || "", onChange: set(name) }, h("option", { value: "" }, "all"), values.map((value) => h("option", { key: value, value }, (STATES[value] || [value])[0]))));
     return h(
@@ -286,8 +287,8 @@
         : jobs.data.jobs.length === 0
           ? h(Note, { title: "No job fits." }, Object.values(filter).some(Boolean) ? "Change the filters above." : "A job is here as soon as its task has begun to submit.")
           : h(
-              React.Fragment,
-              null,
+              "div",
+              { className: jobs.stale ? "bk-stale" : undefined, "aria-busy": Boolean(jobs.stale) },
               h(
                 Table,
                 { label: "History" },
@@ -509,7 +510,7 @@
   function Spend({ place, ledger }) {
     const [by, setBy] = useState("day");
     const [days, setDays] = useState(30);
-    const answer = useAnswer(`/spend${query({ ledger, by, days, dag_id: place.dagId })}`, SLOW_MS);
+    const answer = useAnswer(`/spend${query({ ledger, by, days, dag_id: place.dagId })}`, SLOW_MS, true);
     const data = answer.data;
     const spent = data ? data.spent : [];
     const total = (name) => (spent.some((one) => one[name] === null) ? null : String(spent.reduce((sum, one) => sum + Number(one[name]), 0)));
@@ -523,8 +524,8 @@
       !data
         ? answer.error ? null : h(Loading)
         : h(
-            React.Fragment,
-            null,
+            "div",
+            { className: answer.stale ? "bk-stale" : undefined, "aria-busy": Boolean(answer.stale) },
             h(Cards, null, h(Card, { title: "Spent", value: money(total("batch_cost_usd")), hint: `batches created since ${data.since}` }), h(Card, { title: "Saved", value: money(total("savings_usd")), hint: `of ${money(total("standard_cost_usd"))} at standard price` }), h(Card, { title: "Requests", value: number(spent.reduce((sum, one) => sum + one.requests, 0)) })),
             spent.length === 0
               ? h(Note, { title: "Nothing has landed in this time." }, "What a batch costs is known when it lands. Choose a longer time above.")
@@ -675,7 +676,7 @@
 .bk-bar { display: flex; height: 6px; border-radius: 99px; background: var(--line); overflow: hidden; margin: 6px 0 4px; } .bk-thick { height: 10px; } .bk-fill { background: var(--accent); min-width: 0; transition: width .4s; } .bk-reserved { opacity: .45; } .bk-hot { background: var(--warn); }
 .bk-note { border: 1px solid var(--line); border-left: 4px solid var(--mild); border-radius: 6px; padding: 12px 14px; margin: 12px 0; background: var(--soft); } .bk-note.bk-bad { border-left-color: var(--bad); } .bk-note.bk-warn { border-left-color: var(--warn); }
 .bk-code { background: var(--ground); border: 1px solid var(--line); border-radius: 6px; padding: 8px 10px; margin: 8px 0; font-size: 12px; white-space: pre-wrap; font-family: ui-monospace, monospace; } .bk-wrap { white-space: pre-wrap; }
-.bk-loading { padding: 32px; text-align: center; color: var(--mild); }
+.bk-stale { opacity: .55; } .bk-loading { padding: 32px; text-align: center; color: var(--mild); }
 .bk-filters { display: flex; flex-wrap: wrap; gap: 12px; align-items: end; margin-bottom: 12px; } .bk-field { display: flex; flex-direction: column; gap: 2px; font-size: 12px; color: var(--mild); } .bk-check { display: flex; gap: 6px; align-items: center; padding: 7px 0; }
 .bk-field select, .bk-field input { color: var(--ink); background: var(--ground); border: 1px solid var(--line); border-radius: 6px; padding: 0 8px; height: 34px; font-size: 14px; max-width: 240px; color-scheme: light; } .dark .bk-field select, .dark .bk-field input { color-scheme: dark; }
 .bk-button { border: 1px solid var(--line); background: var(--ground); color: var(--ink); border-radius: 6px; padding: 5px 12px; cursor: pointer; white-space: nowrap; justify-self: start; } .bk-button:disabled { opacity: .45; cursor: default; } .bk-danger { color: var(--bad); border-color: currentColor; } .bk-solid { background: #b91c1c; color: #fff; border-color: #b91c1c; }

@@ -119,7 +119,7 @@ class AirflowStandalone:
             "CORE__PARALLELISM": 4,  # two cores
             "CORE__SIMPLE_AUTH_MANAGER_USERS": f"{USER}:admin",
             "CORE__EXECUTION_API_SERVER_URL": f"{self.url}/execution/",
-            "DATABASE__SQL_ALCHEMY_CONN": _with_airflows_driver(self.metadata.url),
+            "DATABASE__SQL_ALCHEMY_CONN": with_airflows_driver(self.metadata.url),
             "API__HOST": "127.0.0.1",
             "API__PORT": api,
             "API__BASE_URL": self.url,
@@ -367,7 +367,7 @@ class AirflowStandalone:
         return f"{self.url}/dags/{dag_id}/runs/{run_id}/tasks/{task_id}" + (f"/{tab}" if tab else "")
 
 
-def _with_airflows_driver(url: str) -> str:
+def with_airflows_driver(url: str) -> str:
     """The SQLAlchemy URL of a metadata database, with the driver that comes with Airflow's PostgreSQL provider."""
     parsed = sa.make_url(url)
     if parsed.get_backend_name() == "postgresql":
