@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from airflow_provider_batchkit.landing.land import Batch, check_table, land_batches
+from airflow_provider_batchkit.landing.land import check_table, land_batches
+from airflow_provider_batchkit.landing.plan import Batch
 from airflow_provider_batchkit.landing.report import BatchFigures, LandingReport
 from airflow_provider_batchkit.landing.table import ResultTable, WriteDisposition
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, compress
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
@@ -21,7 +21,7 @@ from airflow_provider_batchkit.cost.prices import format_pico_exact
 from airflow_provider_batchkit.cost.tally import Costs
 from airflow_provider_batchkit.landing.answers import Values
 from airflow_provider_batchkit.landing.table import STAGE_COLUMNS, ResultTable
-from airflow_provider_batchkit.ledger.bulk import bulk_loader
+from airflow_provider_batchkit.ledger.bulk import BulkColumns, bulk_loader
 from airflow_provider_batchkit.ledger.outcomes import digests_of, encode_succeeded
 from airflow_provider_batchkit.ledger.tables import keep_entries_plain, succeeded
 from airflow_provider_batchkit.model import UNFINISHED, RequestStatus, outcome_rank
@@ -129,54 +129,45 @@ class StageTables:
             table.drop(connection)
 
 
-class Stage:
-    """Fresh temporary tables of a connection, and the rows on their way into them; on PostgreSQL they go with the transaction."""
+class Loader(Protocol):
+    """Takes the rows of a stage, column by column."""
 
-    def __init__(
-        self,
-        connection: Connection,
-        table: ResultTable,
-        keys: AskedKeys | None,
-        ranks: Mapping[str, int],
-        *,
-        portable: bool = False,
-    ) -> None:
+    def write(self, columns: BulkColumns) -> None:
+        """Add rows."""
+
+
+class Stage:
+    """A batch's rows on their way into a table, and what the ledger keeps of them."""
+
+    _loader: Loader
+
+    def __init__(self, table: ResultTable, keys: AskedKeys | None, ranks: Mapping[str, int]) -> None:
         """
         :param keys: None for a batch that no ledger knows, whose rows are known by ``custom_id``
         :param ranks: by key, the rank of an outcome that stands: rows with a worse one are counted and left out
-        :param portable: use no database's own bulk path
         """
         #: rows per outcome, those that are left out included
         self.counts: Counter[str] = Counter()
         #: of these, answers that are unfinished, per ``error_type``
         self.unfinished: Counter[str] = Counter()
-        self._connection = connection
         self._result_table = table
         self._keys = keys
         self._ranks = ranks
         #: keys of the rows that were left out
         self.left_out: set[str] = set()
-        key_columns = table.staged_keys(connection.dialect)
-        answer_columns = [(name, sa.Text() if name in table.json_names else type_) for name, type_ in table.answer_columns]
-        self._no_values: Values = (None,) * len(answer_columns)
+        self._no_values: Values = (None,) * len(table.answer_columns)
         self._later = [(name, type_) for name, type_ in _LATER_COLUMNS if name in table.written_results]
-        rows = _temporary("rows", *key_columns, *answer_columns, *_COLUMNS, *self._later)
-        packed = _temporary("succeeded", *((c.name, c.type) for c in succeeded.columns if c.name not in ("job_id", "shard")))
-        keep_entries_plain(packed)
-        self.tables = StageTables(rows, packed)
-        for stage in (rows, packed):
-            stage.create(connection, checkfirst=False)
         self._packed: list[dict[str, Any]] = []
-        self._loader = bulk_loader(connection, rows, portable=portable)
+
+    @property
+    def columns(self) -> list[tuple[str, Any]]:
+        """(name, type) of what differs from row to row, behind the table's key and answer columns."""
+        return [*_COLUMNS, *self._later]
 
     @contextmanager
     def filling(self) -> Iterator[None]:
-        """Within it rows may be put, and nothing else done with the connection; behind it they are in the tables."""
-        with self._loader:
-            yield
-        if self._packed:
-            self._connection.execute(sa.insert(self.tables.succeeded), self._packed)
-            self._packed.clear()
+        """Within it rows may be put; behind it they are where they belong."""
+        yield
 
     def put(self, results: ResultBlock, costs: Costs, values: Sequence[Values] | None = None) -> None:
         """Add the rows that results answer.
@@ -273,6 +264,40 @@ class Stage:
             rows = list(compress(rows, [not out for out in failed]))
         if rows:
             self._packed.append({"part": len(self._packed), "asked": asked, "source_rows": len(rows), "entries": encode_succeeded(rows)})
+
+
+class TemporaryStage(Stage):
+    """A stage of fresh temporary tables of a connection; on PostgreSQL they go with the transaction."""
+
+    def __init__(
+        self,
+        connection: Connection,
+        table: ResultTable,
+        keys: AskedKeys | None,
+        ranks: Mapping[str, int],
+        *,
+        portable: bool = False,
+    ) -> None:
+        """:param portable: use no database's own bulk path"""
+        super().__init__(table, keys, ranks)
+        self._connection = connection
+        answer_columns = [(name, sa.Text() if name in table.json_names else type_) for name, type_ in table.answer_columns]
+        rows = _temporary("rows", *table.staged_keys(connection.dialect), *answer_columns, *self.columns)
+        packed = _temporary("succeeded", *((c.name, c.type) for c in succeeded.columns if c.name not in ("job_id", "shard")))
+        keep_entries_plain(packed)
+        self.tables = StageTables(rows, packed)
+        for stage in (rows, packed):
+            stage.create(connection, checkfirst=False)
+        self._bulk = self._loader = bulk_loader(connection, rows, portable=portable)
+
+    @contextmanager
+    def filling(self) -> Iterator[None]:
+        """Within it rows may be put, and nothing else done with the connection; behind it they are in the tables."""
+        with self._bulk:
+            yield
+        if self._packed:
+            self._connection.execute(sa.insert(self.tables.succeeded), self._packed)
+            self._packed.clear()
 
 
 def _temporary(what: str, *columns: tuple[str, Any]) -> sa.Table:

@@ -198,7 +198,7 @@ def _books(connection: Connection, name: str, window: str, at: datetime) -> Book
 
     of_batches = batch.c.budget == name
     landed = batch.c.state == BatchState.LANDED.value
-    open_ = batch.c.state.in_([state.value for state in (BatchState.SENDING, BatchState.SUBMITTED, BatchState.GONE)])
+    open_ = batch.c.state.in_([state.value for state in (BatchState.SENDING, BatchState.SUBMITTED, BatchState.PREPARED, BatchState.GONE)])
     living = sa.and_(
         hold.c.budget == name,
         hold.c.held_at > datetime.now(UTC) - timedelta(seconds=HOLD_S),

@@ -19,6 +19,7 @@ from airflow_provider_batchkit.ledger.bulk import can_store, storage_codec
 from airflow_provider_batchkit.ledger.engine import add_schema, clock, prepare_engine, write_transaction
 from airflow_provider_batchkit.ledger.history import History
 from airflow_provider_batchkit.ledger.leases import hold_lease, lease_lost, refuse_older
+from airflow_provider_batchkit.ledger.loads import Loads
 from airflow_provider_batchkit.ledger.migrate import OLDEST, migrate
 from airflow_provider_batchkit.ledger.moves import BatchMoves
 from airflow_provider_batchkit.ledger.outputs import Outputs
@@ -38,7 +39,7 @@ _LEDGER_SCHEMA = sa.text(
 )
 
 
-class Ledger(BatchMoves, Rounds, Account, budgets.Budgets, History, Outputs):
+class Ledger(BatchMoves, Loads, Rounds, Account, budgets.Budgets, History, Outputs):
     """The door to the ``batchkit_*`` tables of one database."""
 
     def __init__(self, engine: Engine, schema: str | None = None) -> None:

@@ -20,7 +20,7 @@ from sqlalchemy.schema import CreateIndex
 from airflow_provider_batchkit.exceptions import LedgerError
 from airflow_provider_batchkit.ledger.engine import clock
 from airflow_provider_batchkit.ledger.names import table_identity
-from airflow_provider_batchkit.ledger.tables import UtcDateTime, batch, former_id, job, landing, metadata, version
+from airflow_provider_batchkit.ledger.tables import UtcDateTime, batch, former_id, job, landing, load, metadata, prepared, turn, version
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ def migrate(connection: Connection, found: int) -> None:
         # nothing else may read or write the ledger between the old layout and the new one
         connection.exec_driver_sql("LOCK TABLE batchkit_version, batchkit_job, batchkit_batch IN ACCESS EXCLUSIVE MODE")
         found = connection.execute(sa.select(version.c.version)).scalar_one()
-    for number, step in ((3, _from_3),):
+    for number, step in ((3, _from_3), (4, _from_4)):
         if found <= number:
             step(connection)
             log.info("The ledger was migrated from version %d to %d", number, number + 1)
@@ -71,6 +71,12 @@ def _from_3(connection: Connection) -> None:
     _unsettle(connection)
     for name in ("adopted", "adopted_id", "replaced_by"):
         _drop_column(connection, name)
+
+
+def _from_4(connection: Connection) -> None:
+    _add(connection, version, "turns")
+    metadata.create_all(connection, tables=[load, prepared, turn])
+    connection.execute(sa.update(version).values(version=5))
 
 
 def _drop_column(connection: Connection, name: str) -> None:

@@ -138,16 +138,19 @@ class BatchMoves:
         return None if pico is None else pico * COST_QUANTUM
 
     def gone(self, record: BatchRecord, reason: str) -> None:
-        """A submitted batch was deleted or archived before it landed. It may have been billed, so budgets keep its bound."""
+        """A batch was deleted or archived before it landed. It may have been billed, so budgets keep its bound.
+
+        :param record: of a submitted batch, or of a prepared one whose rows are known not to be in the table
+        """
         with write_transaction(self.engine) as connection:
-            self._move(connection, record.job_id, record.shard, BatchState.GONE, source=BatchState.SUBMITTED, note=reason)
+            self._move(connection, record.job_id, record.shard, BatchState.GONE, source=record.state, note=reason)
 
     def witnesses(self, record: BatchRecord) -> list[str]:
         """Ids of the youngest batches that the row's connection submitted before the row was written, or for the row's job.
 
         One of them must be visible with a key of the workspace that the row was sent to. What came later may be of another workspace.
         """
-        kept = [BatchState.SUBMITTED.value, BatchState.LANDED.value]
+        kept = [BatchState.SUBMITTED.value, BatchState.PREPARED.value, BatchState.LANDED.value]
         before = sa.or_(batch.c.submitted_at < record.intended_at, batch.c.job_id == record.job_id)
         with self.engine.connect() as connection:
             young = clock(connection) - timedelta(days=_WITNESS_DAYS)

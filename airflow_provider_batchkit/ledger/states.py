@@ -17,6 +17,8 @@ class BatchState(str, Enum):
     SENDING = "sending"
     #: the API accepted it, which its answer or its results have proved, and its id is known
     SUBMITTED = "submitted"
+    #: its outcomes and its bill are in the ledger, and its rows are on their way into a table of another database
+    PREPARED = "prepared"
     #: its results are in a table
     LANDED = "landed"
     #: the API refused it; nothing was billed
@@ -30,7 +32,9 @@ class BatchState(str, Enum):
 MOVES: dict[BatchState, frozenset[BatchState]] = {
     BatchState.SENDING: frozenset({BatchState.SUBMITTED, BatchState.REJECTED, BatchState.VOID}),
     # to void, and to submitted under another id, only when a person says so
-    BatchState.SUBMITTED: frozenset({BatchState.LANDED, BatchState.GONE, BatchState.VOID, BatchState.SUBMITTED}),
+    BatchState.SUBMITTED: frozenset({BatchState.PREPARED, BatchState.LANDED, BatchState.GONE, BatchState.VOID, BatchState.SUBMITTED}),
+    # to gone only when its rows are known not to be in the table
+    BatchState.PREPARED: frozenset({BatchState.PREPARED, BatchState.LANDED, BatchState.GONE}),
     # a second table, or one that was emptied, may be filled from the same results
     BatchState.LANDED: frozenset({BatchState.LANDED}),
     BatchState.REJECTED: frozenset(),
@@ -40,7 +44,7 @@ MOVES: dict[BatchState, frozenset[BatchState]] = {
 }
 
 #: Batches whose requests must not be asked again by themselves: they may have been, or were, accepted and billed.
-HELD = (BatchState.SENDING, BatchState.SUBMITTED, BatchState.LANDED, BatchState.GONE)
+HELD = (BatchState.SENDING, BatchState.SUBMITTED, BatchState.PREPARED, BatchState.LANDED, BatchState.GONE)
 
 
 def sources_of(target: BatchState) -> list[BatchState]:

@@ -9,6 +9,9 @@
 ``batchkit_budget``    one row per budget, with the cap that was last given for it; its books are the rows of ``batchkit_batch``
 ``batchkit_budget_hold``  one row per attempt that is about to send: what it holds of a budget and has not journaled yet
 ``batchkit_landing``   one row per batch, table and landing number: what a fetch wrote to which result table
+``batchkit_load``      one row per fetch that lands in a table of another database: how far it has come
+``batchkit_prepared``  what such a fetch will write to the ledger once its rows are in the table
+``batchkit_turn``      one row per table of another database: who publishes there now
 ``batchkit_former_id`` one row per batch id under which the tasks of an older version of the ledger know a batch row
 """
 
@@ -21,7 +24,7 @@ import sqlalchemy as sa
 from sqlalchemy.types import TypeDecorator
 
 #: of the tables' layout; written to ``batchkit_version``
-VERSION = 4
+VERSION = 5
 
 
 class UtcDateTime(TypeDecorator[datetime]):
@@ -55,6 +58,8 @@ version = sa.Table(
     sa.Column("version", sa.Integer, primary_key=True),
     # random, made with the ledger: two deployments that run the same DAG in one workspace must not have equal job ids
     sa.Column("ledger_id", sa.String(32), nullable=False),
+    # the last turn that was taken at a table of another database
+    sa.Column("turns", sa.BigInteger),
 )
 
 job = sa.Table(
@@ -246,6 +251,50 @@ landing = sa.Table(
     sa.Column("tally", sa.Text, nullable=False),
     sa.Column("created_at", UtcDateTime),
     sa.Column("ended_at", UtcDateTime),
+)
+
+load = sa.Table(
+    "batchkit_load",
+    metadata,
+    sa.Column("load_id", sa.String(32), primary_key=True),
+    # what lands where: the same for every load of the same batches under the same landing number
+    sa.Column("fetch_id", sa.String(32), nullable=False),
+    sa.Column("table_name", sa.String(250), nullable=False),
+    # of LoadState
+    sa.Column("state", sa.String(10), nullable=False),
+    # the youngest attempt that has opened it, by its task instance's id
+    sa.Column("attempt_id", sa.String(36), nullable=False),
+    # that are to be published, once prepared
+    sa.Column("rows_staged", sa.BigInteger),
+    sa.Column("opened_at", UtcDateTime, nullable=False),
+    sa.Index("batchkit_load_table", "table_name", "state"),
+    sa.Index("batchkit_load_fetch", "fetch_id"),
+)
+
+prepared = sa.Table(
+    "batchkit_prepared",
+    metadata,
+    sa.Column("load_id", sa.String(32), primary_key=True),
+    sa.Column("batch_id", sa.String(100), primary_key=True),
+    sa.Column("part", sa.Integer, primary_key=True),
+    # "landing": values of batchkit_landing and more; "succeeded", "failed": source rows; "left_out": keys whose other outcome stands
+    sa.Column("kind", sa.String(10), nullable=False),
+    # as in batchkit_succeeded
+    sa.Column("asked", sa.Boolean),
+    sa.Column("source_rows", sa.Integer),
+    # JSON
+    sa.Column("entries", sa.Text().with_variant(sa.Text(_PART_BYTES), "mysql", "mariadb"), nullable=False),
+)
+
+turn = sa.Table(
+    "batchkit_turn",
+    metadata,
+    sa.Column("table_name", sa.String(250), primary_key=True),
+    sa.Column("turn", sa.BigInteger, nullable=False),
+    # null: nobody has it
+    sa.Column("load_id", sa.String(32)),
+    # by the database's clock: whoever has not given it back by then is cut off
+    sa.Column("until", UtcDateTime),
 )
 
 former_id = sa.Table(

@@ -1,0 +1,215 @@
+"""Loads: what a fetch lands in a table of another database, and whose turn at that table it is.
+
+A load is ``open`` when an attempt has begun it, ``prepared`` when its outcomes and its bill are noted here, and ``landed`` when its rows
+are known to be in the table. Only the youngest attempt that has opened a load may prepare it or say that it landed; whoever has the turn at
+the table does so for every load whose marker is there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from enum import Enum
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.exc import IntegrityError
+
+from airflow_provider_batchkit.exceptions import LeaseLostError
+from airflow_provider_batchkit.ledger.engine import clock, write_transaction
+from airflow_provider_batchkit.ledger.tables import load, prepared, turn, version
+
+
+class LoadState(str, Enum):
+    """How far a load has come."""
+
+    OPEN = "open"
+    PREPARED = "prepared"
+    LANDED = "landed"
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """A load, as an attempt has opened it."""
+
+    load_id: str
+    table: str
+    attempt_id: str
+    state: LoadState
+    #: rows to publish, once prepared
+    rows: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedPart:
+    """A part of what a load will write to the ledger: a row of ``batchkit_prepared``."""
+
+    batch_id: str
+    kind: str
+    entries: str
+    asked: bool | None = None
+    source_rows: int | None = None
+
+
+class Loads:
+    """The part of the ledger that keeps loads and turns."""
+
+    engine: Engine
+
+    def ledger_id(self) -> str:
+        """The ledger's own id."""
+        with self.engine.connect() as connection:
+            return str(connection.execute(sa.select(version.c.ledger_id)).scalar_one())
+
+    def open_load(self, fetch_id: str, table: str, attempt_id: str) -> Load:
+        """Begin a load, or take over one that an older attempt has begun and that has not landed.
+
+        :param fetch_id: names what lands where
+        :param attempt_id: a UUIDv7 in its text form: a younger attempt has a greater one
+        :raises LeaseLostError: when a younger attempt has opened it
+        """
+        try:
+            return self._open_load(fetch_id, table, attempt_id)
+        except IntegrityError:
+            # another attempt created the row between our look and our INSERT
+            return self._open_load(fetch_id, table, attempt_id)
+
+    def _open_load(self, fetch_id: str, table: str, attempt_id: str) -> Load:
+        with write_transaction(self.engine) as connection:
+            done = sa.select(sa.func.count()).where(load.c.fetch_id == fetch_id, load.c.state == LoadState.LANDED.value)
+            number = connection.execute(done).scalar_one()
+            load_id = hashlib.sha256(f"{fetch_id} {number}".encode()).hexdigest()[:32]
+            here = load.c.load_id == load_id
+            if connection.execute(sa.update(load).where(here).values(load_id=load_id)).rowcount == 0:
+                opened: dict[str, Any] = {"state": LoadState.OPEN.value, "attempt_id": attempt_id, "opened_at": clock(connection)}
+                connection.execute(sa.insert(load).values(load_id=load_id, fetch_id=fetch_id, table_name=table, **opened))
+                return Load(load_id, table, attempt_id, LoadState.OPEN, None)
+            found = connection.execute(sa.select(load).where(here)).one()
+            if attempt_id < found.attempt_id:
+                raise _load_lost(load_id, attempt_id)
+            connection.execute(sa.update(load).where(here).values(attempt_id=attempt_id))
+            return Load(load_id, table, attempt_id, LoadState(found.state), found.rows_staged)
+
+    def prepare_load(self, opened: Load, rows: int, parts: Sequence[PreparedPart], also: Callable[[Connection], None]) -> bool:
+        """Note what a load will write to the ledger, in place of what an older attempt noted. False when it has landed.
+
+        :param also: what is written in the same transaction
+        :raises LeaseLostError: when a younger attempt has opened it
+        """
+        with write_transaction(self.engine) as connection:
+            open_states = [LoadState.OPEN.value, LoadState.PREPARED.value]
+            mine = sa.and_(load.c.load_id == opened.load_id, load.c.attempt_id == opened.attempt_id, load.c.state.in_(open_states))
+            values = {"state": LoadState.PREPARED.value, "rows_staged": rows}
+            if connection.execute(sa.update(load).where(mine).values(values)).rowcount == 0:
+                return self._has_landed(connection, opened)
+            connection.execute(sa.delete(prepared).where(prepared.c.load_id == opened.load_id))
+            if parts:
+                noted = [
+                    {
+                        "load_id": opened.load_id,
+                        "batch_id": part.batch_id,
+                        "part": number,
+                        "kind": part.kind,
+                        "asked": part.asked,
+                        "source_rows": part.source_rows,
+                        "entries": part.entries,
+                    }
+                    for number, part in enumerate(parts)
+                ]
+                connection.execute(sa.insert(prepared), noted)
+            also(connection)
+            return True
+
+    @staticmethod
+    def _has_landed(connection: Connection, opened: Load) -> bool:
+        found = connection.execute(sa.select(load.c.state).where(load.c.load_id == opened.load_id)).scalar()
+        if found != LoadState.LANDED.value:
+            raise _load_lost(opened.load_id, opened.attempt_id)
+        return False
+
+    def check_load(self, opened: Load) -> None:
+        """:raises LeaseLostError: when a younger attempt has opened the load"""
+        with self.engine.connect() as connection:
+            found = connection.execute(sa.select(load.c.attempt_id).where(load.c.load_id == opened.load_id)).scalar()
+        if found != opened.attempt_id:
+            raise _load_lost(opened.load_id, opened.attempt_id)
+
+    def prepared_loads(self, table: str) -> list[str]:
+        """Ids of the loads of a table that are prepared, and may have been published."""
+        statement = sa.select(load.c.load_id).where(load.c.table_name == table, load.c.state == LoadState.PREPARED.value)
+        with self.engine.connect() as connection:
+            return list(connection.execute(statement.order_by(load.c.opened_at)).scalars())
+
+    # --- turns --------------------------------------------------------------------------------------------------------------------
+
+    def take_turn(self, opened: Load, seconds: float) -> int | None:
+        """The number of a fresh turn at the load's table; None while another load has it. An older attempt of the same load has lost its.
+
+        :param seconds: after which it may be taken by somebody else
+        """
+        with write_transaction(self.engine) as connection:
+            connection.execute(sa.update(version).values(turns=sa.func.coalesce(version.c.turns, 0) + 1))
+            number = int(connection.execute(sa.select(version.c.turns)).scalar_one())
+            now = clock(connection)
+            values = {"turn": number, "load_id": opened.load_id, "until": now + timedelta(seconds=seconds)}
+            free = sa.or_(turn.c.load_id.is_(None), turn.c.load_id == opened.load_id, turn.c.until < now)
+            here = turn.c.table_name == opened.table
+            if connection.execute(sa.update(turn).where(here, free).values(values)).rowcount:
+                return number
+            if connection.execute(sa.select(turn.c.turn).where(here)).first() is not None:
+                return None
+            connection.execute(sa.insert(turn).values(table_name=opened.table, **values))
+            return number
+
+    def wait_for_turn(self, opened: Load, seconds: float) -> int:
+        """:meth:`take_turn`, as soon as it is free."""
+        pause = 0.05
+        while (number := self.take_turn(opened, seconds)) is None:
+            time.sleep(pause)
+            pause = min(pause * 1.5, 2.0)
+        return number
+
+    def give_turn_back(self, table: str, number: int) -> None:
+        """Let others have the turn, unless somebody has taken it already."""
+        with write_transaction(self.engine) as connection:
+            connection.execute(sa.update(turn).where(turn.c.table_name == table, turn.c.turn == number).values(load_id=None))
+
+
+def lock_prepared(connection: Connection, load_id: str, attempt_id: str | None) -> bool:
+    """Move a prepared load to ``landed``, in the transaction that writes what it prepared. False when it is landed, or prepared no more.
+
+    :param attempt_id: whose lease is compared; None for whoever has seen the marker behind the fence
+    :raises LeaseLostError: when another attempt has the lease
+    """
+    here = sa.and_(load.c.load_id == load_id, load.c.state == LoadState.PREPARED.value)
+    mine = here if attempt_id is None else sa.and_(here, load.c.attempt_id == attempt_id)
+    if connection.execute(sa.update(load).where(mine).values(state=LoadState.LANDED.value)).rowcount:
+        return True
+    if attempt_id is not None and connection.execute(sa.select(load.c.load_id).where(here)).first() is not None:
+        raise _load_lost(load_id, attempt_id)
+    return False
+
+
+def parts_of(connection: Connection, load_id: str, kind: str) -> Iterator[tuple[str, Any]]:
+    """(batch id, entries) of the parts of a kind."""
+    here = sa.and_(prepared.c.load_id == load_id, prepared.c.kind == kind)
+    # one at a time, on every driver
+    for part, batch_id in connection.execute(sa.select(prepared.c.part, prepared.c.batch_id).where(here).order_by(prepared.c.part)).all():
+        text = connection.execute(sa.select(prepared.c.entries).where(here, prepared.c.part == part)).scalar_one()
+        yield batch_id, json.loads(text)
+
+
+def drop_parts(connection: Connection, load_id: str) -> None:
+    """Forget what a load prepared: it is written."""
+    connection.execute(sa.delete(prepared).where(prepared.c.load_id == load_id))
+
+
+def _load_lost(load_id: str, attempt_id: str) -> LeaseLostError:
+    return LeaseLostError(
+        f"A younger attempt than {attempt_id} lands the same results (load {load_id}). This attempt stops; the younger one goes on."
+    )
