@@ -21,6 +21,7 @@
     │       └── BatchVanishedError retry      it answers 404 for longer than [batchkit] absence_seconds; it may be back
     ├── WrongBatchError            terminal   a batch has results that its row did not ask; nothing was written
     ├── ReplaceRefusedError        retry      a "replace" would have deleted rows without an answer to put in their place
+    ├── WarehouseBusyError         retry      another process keeps the database of the results to itself
     ├── BatchNotEndedError         retry      results were asked of a batch that is still running
     ├── BatchWaitTimeout           retry      the batch did not end in the time allowed; it goes on and can be waited for again
     ├── PollError                  retry      the API kept failing while we polled; the batch itself is untouched
@@ -146,6 +147,10 @@ class BatchNotVisibleError(BatchUnavailableError):
 class BatchGoneError(BatchUnavailableError):
     """A batch that was accepted has been deleted or archived before it landed. Its rows have no answer, and it may have been billed."""
 
+    #: the batch, and what has become of it
+    batch_id: str = ""
+    reason: str = ""
+
 
 class BatchVanishedError(BatchGoneError):
     """A batch that was accepted has answered 404 to every look for long enough to call it gone. A retry looks again: it may be back."""
@@ -168,6 +173,12 @@ class ReplaceRefusedError(BatchKitError):
     def __init__(self, message: str, *, torn: bool = False) -> None:
         super().__init__(message)
         self.torn = torn
+
+
+class WarehouseBusyError(BatchKitError):
+    """The database of the results cannot be used at the moment. What is prepared is in the ledger, and a retry goes on from there."""
+
+    retryable = True
 
 
 class BatchNotEndedError(BatchKitError):

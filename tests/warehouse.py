@@ -16,6 +16,7 @@ from airflow_provider_batchkit.jobs.fetch import fetch_job
 from airflow_provider_batchkit.jobs.settle import DEFAULT_TIMES, SettleTimes
 from airflow_provider_batchkit.jobs.submit import Attempt, SubmitOptions, SubmitReport, submit_job
 from airflow_provider_batchkit.landing import LandingReport, WriteDisposition
+from airflow_provider_batchkit.landing import Warehouse as Results
 from airflow_provider_batchkit.ledger import JobRecord, Ledger, prepare_engine
 from airflow_provider_batchkit.request.build import RequestBuilder, RequestDefaults, items_of
 from airflow_provider_batchkit.request.template import RowTemplate
@@ -110,12 +111,15 @@ class Warehouse:
         batch_ids: Iterable[str],
         table: str = "answers",
         *,
+        into: Results | None = None,
+        attempt_id: str | None = None,
         disposition: str = "merge",
         run_id: str = "run-1",
         settle_seconds: float | None = None,
         **options: Any,
     ) -> LandingReport:
-        """Land batches in a table."""
+        """Land batches in a table; with ``into``, of another database."""
+        elsewhere = {} if into is None else {"warehouse": into, "attempt_id": attempt_id or str(uuid6.uuid7())}
         return fetch_job(
             self.kit,
             self.ledger,
@@ -125,7 +129,8 @@ class Warehouse:
             run_id=run_id,
             times=times_of(settle_seconds),
             disposition=WriteDisposition(disposition),
-            **{"portable": self._portable, **options},
+            **({"portable": self._portable} if into is None else elsewhere),
+            **options,
         )
 
     def rows(self, sql: str) -> list[dict[str, Any]]:

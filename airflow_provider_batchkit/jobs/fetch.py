@@ -28,7 +28,7 @@ from airflow_provider_batchkit.exceptions import (
 from airflow_provider_batchkit.jobs.settle import DEFAULT_TIMES, PATIENCE_S, Settler, SettleTimes, any_visible, unseen_since
 from airflow_provider_batchkit.jobs.waiting import WaitFor
 from airflow_provider_batchkit.kit import BatchKit
-from airflow_provider_batchkit.landing import Batch, BatchFigures, LandingReport, WriteDisposition, land_batches
+from airflow_provider_batchkit.landing import Batch, BatchFigures, LandingReport, Warehouse, WriteDisposition, land_batches, land_elsewhere
 from airflow_provider_batchkit.ledger import BatchRecord, BatchState, Ledger
 from airflow_provider_batchkit.model import BatchSnapshot
 
@@ -49,6 +49,8 @@ def fetch_job(
     run_id: str,
     times: SettleTimes = DEFAULT_TIMES,
     unseen: Mapping[str, datetime] | None = None,
+    warehouse: Warehouse | None = None,
+    attempt_id: str = "",
     sleep: Callable[[float], None] = time.sleep,
     **options: Any,
 ) -> LandingReport:
@@ -56,6 +58,8 @@ def fetch_job(
 
     :param dag_id: of the fetching task, with ``run_id``: an older version of the ledger may know a batch by another id there
     :param unseen: of the ``wait`` of the error before, when this fetch goes on after it
+    :param warehouse: the database of the table; None for the ledger's own
+    :param attempt_id: of the fetching task instance, where the table is in another database: a younger attempt takes over
     :param options: see :func:`~airflow_provider_batchkit.landing.land_batches`
     :raises BatchKitError: ``landed`` of the error tells what landed before it
     :raises BatchUnavailableError: a batch cannot be read; the others have landed, unless they are to replace the table's rows together
@@ -69,7 +73,20 @@ def fetch_job(
             batches = [fetch.find(batch_id, dag_id, run_id) for batch_id in batch_ids]
             if options.get("disposition") is WriteDisposition.REPLACE:
                 _refuse_parts(ledger, batches)
-            report = land_batches(ledger, batches, table, fetch.look, fetch.read_blocks, kit.price_book, **options)
+            if warehouse is None:
+                report = land_batches(ledger, batches, table, fetch.look, fetch.read_blocks, kit.price_book, **options)
+            else:
+                report = land_elsewhere(
+                    ledger,
+                    warehouse,
+                    batches,
+                    table,
+                    fetch.look,
+                    fetch.read_blocks,
+                    kit.price_book,
+                    attempt_id=attempt_id,
+                    **options,
+                )
         except BatchKitError as e:
             landed += e.landed
             e.landed = landed
@@ -197,11 +214,13 @@ class _Fetch:
             )
         if record.state is BatchState.SUBMITTED:
             self._ledger.gone(record, why)
-        return (BatchVanishedError if vanished else BatchGoneError)(
+        error = (BatchVanishedError if vanished else BatchGoneError)(
             f"Batch {batch_id} was {why}. It has not landed: it is {record}, and its {record.requests:,} requests have no answer. It may "
             "have been billed. They are asked again, and billed again, only when you say so: by retry_gone=True and a further round of the "
             "task (max_rounds), or in a task with only_failed_of and retry_gone=True."
         )
+        error.batch_id, error.reason = batch_id, why
+        return error
 
 
 def _refuse_parts(ledger: Ledger, batches: Sequence[Batch]) -> None:

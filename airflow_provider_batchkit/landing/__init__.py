@@ -1,10 +1,15 @@
-"""Results → the table and the ledger, in one transaction."""
+"""Results → the table and the ledger: in one transaction, or exactly once over two databases."""
 
 from __future__ import annotations
 
+from airflow_provider_batchkit.landing.elsewhere import land_elsewhere
 from airflow_provider_batchkit.landing.land import check_table, land_batches
 from airflow_provider_batchkit.landing.plan import Batch
 from airflow_provider_batchkit.landing.report import BatchFigures, LandingReport
 from airflow_provider_batchkit.landing.table import ResultTable, WriteDisposition
+from airflow_provider_batchkit.landing.warehouse import Warehouse
 
-__all__ = ["Batch", "BatchFigures", "LandingReport", "ResultTable", "WriteDisposition", "check_table", "land_batches"]
+__all__ = [
+    *("Batch", "BatchFigures", "LandingReport", "ResultTable", "Warehouse", "WriteDisposition"),
+    *("check_table", "land_batches", "land_elsewhere"),
+]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from enum import Enum
 from typing import Any
 
@@ -152,6 +152,10 @@ class ResultTable:
     def column_names(self) -> tuple[str, ...]:
         """The columns that a landing writes: key columns, the answers' properties, then result columns."""
         return tuple(column.name for column in self.table.columns if column.name not in self._layout.left_out)
+
+    def leave_out(self, names: Iterable[str]) -> None:
+        """Note which result columns a landing does not write, since the table has no such columns."""
+        self._layout = Layout(frozenset(names))
 
     @property
     def written_results(self) -> frozenset[str]:

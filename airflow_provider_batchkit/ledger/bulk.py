@@ -176,7 +176,7 @@ def _copy_column(values: Sequence[Any]) -> Sequence[str]:
     return list(map(_copy_value, values))
 
 
-def _copy_data(columns: BulkColumns) -> str:
+def copy_data(columns: BulkColumns) -> str:
     """The rows in COPY's text format. What neighbouring columns have in common in all rows is put together once."""
     rows = len(columns[0])
     parts: list[Sequence[str]] = []
@@ -220,7 +220,7 @@ class _CopyLoader(BulkLoader):
     def write(self, columns: BulkColumns) -> None:
         cursor: Any = self._connection.connection.cursor()
         try:
-            cursor.copy_expert(_copy_statement(self._connection, self._table), io.BytesIO(self._storable(_copy_data(columns)).encode()))
+            cursor.copy_expert(_copy_statement(self._connection, self._table), io.BytesIO(self._storable(copy_data(columns)).encode()))
         finally:
             cursor.close()
 
@@ -245,7 +245,7 @@ class _OpenCopyLoader(BulkLoader):
         return self
 
     def write(self, columns: BulkColumns) -> None:
-        data = self._storable(_copy_data(columns)).encode()
+        data = self._storable(copy_data(columns)).encode()
         if self._copy is None:
             cursor: Any = self._open.enter_context(closing(self._connection.connection.cursor()))
             self._copy = self._open.enter_context(cursor.copy(_copy_statement(self._connection, self._table)))

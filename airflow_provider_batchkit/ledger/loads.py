@@ -41,7 +41,8 @@ class Load:
     table: str
     attempt_id: str
     state: LoadState
-    #: rows to publish, once prepared
+    #: once prepared: by which attempt the last time, and how many rows it is to publish
+    prepared_by: str | None
     rows: int | None
 
 
@@ -88,15 +89,15 @@ class Loads:
             if connection.execute(sa.update(load).where(here).values(load_id=load_id)).rowcount == 0:
                 opened: dict[str, Any] = {"state": LoadState.OPEN.value, "attempt_id": attempt_id, "opened_at": clock(connection)}
                 connection.execute(sa.insert(load).values(load_id=load_id, fetch_id=fetch_id, table_name=table, **opened))
-                return Load(load_id, table, attempt_id, LoadState.OPEN, None)
+                return Load(load_id, table, attempt_id, LoadState.OPEN, None, None)
             found = connection.execute(sa.select(load).where(here)).one()
             if attempt_id < found.attempt_id:
                 raise _load_lost(load_id, attempt_id)
             connection.execute(sa.update(load).where(here).values(attempt_id=attempt_id))
-            return Load(load_id, table, attempt_id, LoadState(found.state), found.rows_staged)
+            return Load(load_id, table, attempt_id, LoadState(found.state), found.prepared_by, found.rows_staged)
 
     def prepare_load(self, opened: Load, rows: int, parts: Sequence[PreparedPart], also: Callable[[Connection], None]) -> bool:
-        """Note what a load will write to the ledger, in place of what an older attempt noted. False when it has landed.
+        """Note what a load will write to the ledger, beside what older attempts noted. False when it has landed.
 
         :param also: what is written in the same transaction
         :raises LeaseLostError: when a younger attempt has opened it
@@ -104,14 +105,16 @@ class Loads:
         with write_transaction(self.engine) as connection:
             open_states = [LoadState.OPEN.value, LoadState.PREPARED.value]
             mine = sa.and_(load.c.load_id == opened.load_id, load.c.attempt_id == opened.attempt_id, load.c.state.in_(open_states))
-            values = {"state": LoadState.PREPARED.value, "rows_staged": rows}
+            values = {"state": LoadState.PREPARED.value, "rows_staged": rows, "prepared_by": opened.attempt_id}
             if connection.execute(sa.update(load).where(mine).values(values)).rowcount == 0:
                 return self._has_landed(connection, opened)
-            connection.execute(sa.delete(prepared).where(prepared.c.load_id == opened.load_id))
+            own = sa.and_(prepared.c.load_id == opened.load_id, prepared.c.attempt_id == opened.attempt_id)
+            connection.execute(sa.delete(prepared).where(own))
             if parts:
                 noted = [
                     {
                         "load_id": opened.load_id,
+                        "attempt_id": opened.attempt_id,
                         "batch_id": part.batch_id,
                         "part": number,
                         "kind": part.kind,
@@ -138,6 +141,13 @@ class Loads:
             found = connection.execute(sa.select(load.c.attempt_id).where(load.c.load_id == opened.load_id)).scalar()
         if found != opened.attempt_id:
             raise _load_lost(opened.load_id, opened.attempt_id)
+
+    def abandon_load(self, opened: Load) -> None:
+        """Forget a load that is known not to be published, and is not to be: other loads have landed its batches."""
+        with write_transaction(self.engine) as connection:
+            mine = sa.and_(load.c.load_id == opened.load_id, load.c.attempt_id == opened.attempt_id, load.c.state != LoadState.LANDED.value)
+            if connection.execute(sa.delete(load).where(mine)).rowcount:
+                drop_parts(connection, opened.load_id)
 
     def prepared_loads(self, table: str) -> list[str]:
         """Ids of the loads of a table that are prepared, and may have been published."""
@@ -195,9 +205,9 @@ def lock_prepared(connection: Connection, load_id: str, attempt_id: str | None) 
     return False
 
 
-def parts_of(connection: Connection, load_id: str, kind: str) -> Iterator[tuple[str, Any]]:
-    """(batch id, entries) of the parts of a kind."""
-    here = sa.and_(prepared.c.load_id == load_id, prepared.c.kind == kind)
+def parts_of(connection: Connection, load_id: str, attempt_id: str, kind: str) -> Iterator[tuple[str, Any]]:
+    """(batch id, entries) of the parts of a kind that an attempt has prepared."""
+    here = sa.and_(prepared.c.load_id == load_id, prepared.c.attempt_id == attempt_id, prepared.c.kind == kind)
     # one at a time, on every driver
     for part, batch_id in connection.execute(sa.select(prepared.c.part, prepared.c.batch_id).where(here).order_by(prepared.c.part)).all():
         text = connection.execute(sa.select(prepared.c.entries).where(here, prepared.c.part == part)).scalar_one()

@@ -145,6 +145,14 @@ class BatchMoves:
         with write_transaction(self.engine) as connection:
             self._move(connection, record.job_id, record.shard, BatchState.GONE, source=record.state, note=reason)
 
+    def prepared(self, connection: Connection, record: BatchRecord) -> None:
+        """A batch's outcomes and bill are noted, and its rows are on their way, inside the transaction that notes them. What has landed
+        elsewhere, or is gone, stays what it is until its rows are there.
+        """
+        here = (batch.c.job_id == record.job_id) & (batch.c.shard == record.shard)
+        found = [state.value for state in sources_of(BatchState.PREPARED)]
+        connection.execute(sa.update(batch).where(here, batch.c.state.in_(found)).values(state=BatchState.PREPARED.value))
+
     def witnesses(self, record: BatchRecord) -> list[str]:
         """Ids of the youngest batches that the row's connection submitted before the row was written, or for the row's job.
 

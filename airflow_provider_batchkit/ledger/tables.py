@@ -264,7 +264,8 @@ load = sa.Table(
     sa.Column("state", sa.String(10), nullable=False),
     # the youngest attempt that has opened it, by its task instance's id
     sa.Column("attempt_id", sa.String(36), nullable=False),
-    # that are to be published, once prepared
+    # once prepared: by which attempt the last time, and how many rows it is to publish
+    sa.Column("prepared_by", sa.String(36)),
     sa.Column("rows_staged", sa.BigInteger),
     sa.Column("opened_at", UtcDateTime, nullable=False),
     sa.Index("batchkit_load_table", "table_name", "state"),
@@ -275,6 +276,8 @@ prepared = sa.Table(
     "batchkit_prepared",
     metadata,
     sa.Column("load_id", sa.String(32), primary_key=True),
+    # whose rows these are the outcomes of: an older attempt may publish after a younger one has prepared
+    sa.Column("attempt_id", sa.String(36), primary_key=True),
     sa.Column("batch_id", sa.String(100), primary_key=True),
     sa.Column("part", sa.Integer, primary_key=True),
     # "landing": values of batchkit_landing and more; "succeeded", "failed": source rows; "left_out": keys whose other outcome stands

@@ -1,0 +1,368 @@
+"""Landing in a database that is not the ledger's: every answer once, whoever is killed or stopped where.
+
+The order matters in every line; it is that of the protocol in DESIGN.md, "Exactly once into another database":
+
+1. prepare (ledger): results are spooled to disk; outcomes and bill are noted, and the batches are ``prepared``;
+2. stage (warehouse): a permanent staging table is filled, and its rows are counted;
+3. take the turn (ledger), raise the fence (warehouse), and write down whatever is published and was not written down;
+4. publish (warehouse): one transaction with the fence, the rows and the load's marker;
+5. flip (ledger): ``landed``; then the staging tables of this attempt and of older ones go.
+
+A load is what is published together: one batch, or for ``replace`` all batches of a fetch. A crash after 4 finds the marker and only flips.
+Nothing is given up before the fence is raised and the marker read behind it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection
+
+from airflow_provider_batchkit.cost.prices import PriceBook
+from airflow_provider_batchkit.exceptions import BatchGoneError, BatchKitError, BatchUnavailableError, LeaseLostError, TableError
+from airflow_provider_batchkit.landing.flip import flip, landing_part
+from airflow_provider_batchkit.landing.land import land_each, look_again, older_than
+from airflow_provider_batchkit.landing.plan import Batch, Look, Plan, common_key, common_schema
+from airflow_provider_batchkit.landing.reading import ReadBatch, ReadBlocks, Reading, landing_values, refuse_to_lose
+from airflow_provider_batchkit.landing.report import LandingReport
+from airflow_provider_batchkit.landing.rounds import Overtaken
+from airflow_provider_batchkit.landing.spool import Spool
+from airflow_provider_batchkit.landing.table import ResultTable, WriteDisposition
+from airflow_provider_batchkit.landing.warehouse.base import Publish, Warehouse
+from airflow_provider_batchkit.ledger import BatchRecord, BatchState, Ledger
+from airflow_provider_batchkit.ledger.landings import landed_in
+from airflow_provider_batchkit.ledger.loads import Load, LoadState
+from airflow_provider_batchkit.ledger.tables import batch as batch_table
+from airflow_provider_batchkit.ledger.tables import load as load_table
+from airflow_provider_batchkit.model import BatchSnapshot
+
+log = logging.getLogger(__name__)
+
+#: seconds after which a turn that was not given back may be taken: its owner is dead, stopped, or publishes still, which the fence awaits
+TURN_S = 300.0
+_STAGE = "batchkit_stage"
+
+
+def land_elsewhere(
+    ledger: Ledger,
+    warehouse: Warehouse,
+    batches: Sequence[Batch],
+    table_name: str,
+    look: Look,
+    read_blocks: ReadBlocks,
+    price_book: PriceBook,
+    *,
+    attempt_id: str,
+    disposition: WriteDisposition = WriteDisposition.MERGE,
+    include_failed: bool = False,
+    rewrite: bool = False,
+) -> LandingReport:
+    """:func:`~airflow_provider_batchkit.landing.land.land_batches` into another database.
+
+    :param attempt_id: of the task instance: a younger attempt has a greater one, and takes over
+    :raises LeaseLostError: a younger attempt lands the same
+    :raises WarehouseBusyError: another process keeps the database to itself
+    """
+    ledger.ensure()
+    report = LandingReport(table=table_name)
+    if not batches:
+        return report
+    table = ResultTable(table_name, common_key(ledger, batches), common_schema(ledger, batches))
+    with warehouse.open() as connection:
+        if not warehouse.check(connection, table):
+            warehouse.create(connection, table, unique_key=disposition is not WriteDisposition.APPEND)
+            warehouse.check(connection, table)
+        warehouse.create_books(connection, table)
+        name = warehouse.known_as(connection, table_name)
+        empty = warehouse.is_empty(connection, table)
+        warehouse.rollback(connection)
+    fence = hashlib.sha256(f"{ledger.ledger_id()} {name.partition(':')[2]}".encode()).hexdigest()[:32]
+    reading = Reading(ledger, table, read_blocks, price_book, include_failed)
+    landing = _Landing(ledger, warehouse, table, name, fence, look, reading, disposition, attempt_id)
+    with ledger.engine.connect() as books:
+        plan = Plan.make(books, name, lambda: empty, batches, rewrite=rewrite)
+    land_each(batches, disposition, plan, landing.land_together, report)
+    return report
+
+
+@dataclass(slots=True)
+class _Landing:
+    ledger: Ledger
+    warehouse: Warehouse
+    table: ResultTable
+    #: of the table, in the ledger
+    name: str
+    #: of the table, in the warehouse
+    fence: str
+    look: Look
+    reading: Reading
+    disposition: WriteDisposition
+    attempt_id: str
+
+    def land_together(self, plan: Plan, batches: Sequence[Batch], report: LandingReport) -> Plan:
+        """Land batches as one load, or tell of them where all have landed already. Gives the plan for the next ones."""
+        while True:
+            late = None
+            if all(map(plan.has_landed, batches)) or self._would_replace_younger(plan, batches):
+                late = self._look_for_the_rest(plan, batches)
+                if late is None:
+                    self._recall(plan, batches, report)
+                    return plan
+            load = self.ledger.open_load(self._fetch_id(plan, batches), self.name, self.attempt_id)
+            published_by = self._published_by(load) if load.state is LoadState.PREPARED else None
+            if published_by is not None:
+                return self._flip(load, published_by, plan, batches, report)
+            try:
+                seen = late or [(self.look(batch), batch.record) for batch in batches]
+            except BatchUnavailableError as e:
+                if load.state is LoadState.PREPARED and e.wait is None:
+                    if self._was_published(load):
+                        return self._recall_anew(plan, batches, report)
+                    if isinstance(e, BatchGoneError):
+                        self._give_up(load, batches, e)
+                raise
+            try:
+                return self._land(load, seen, plan, batches, report)
+            except Overtaken as e:
+                log.info("%s Nothing was written: they are read again.", e)
+                plan = self._plan_again(plan)
+
+    # --- what is there ------------------------------------------------------------------------------------------------------------
+
+    def _fetch_id(self, plan: Plan, batches: Sequence[Batch]) -> str:
+        """Names what lands where. What has landed is counted beside it, so a load that completes or rewrites another is a new one."""
+        what = [self.ledger.ledger_id(), self.name, plan.number, sorted(batch.batch_id for batch in batches)]
+        return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:32]
+
+    def _is_empty(self) -> bool:
+        with self.warehouse.open() as connection:
+            return self.warehouse.is_empty(connection, self.table)
+
+    def _plan_again(self, plan: Plan) -> Plan:
+        with self.ledger.engine.connect() as books:
+            return Plan.make(books, self.name, self._is_empty, plan.batches, rewrite=plan.rewrites)
+
+    def _would_replace_younger(self, plan: Plan, batches: Sequence[Batch]) -> bool:
+        if self.disposition is not WriteDisposition.REPLACE:
+            return False
+        with self.ledger.engine.connect() as books:
+            return plan.would_replace_younger(books, batches)
+
+    def _look_for_the_rest(self, plan: Plan, batches: Sequence[Batch]) -> list[tuple[BatchSnapshot, BatchRecord | None]] | None:
+        """A batch that landed without some of its answers, when it can be read again; None when nothing more can be had."""
+        (batch, *others) = batches
+        if others or not plan.is_torn(batch) or self.disposition is WriteDisposition.REPLACE:
+            return None
+        try:
+            return [(self.look(batch), batch.record)]
+        except BatchKitError as e:
+            log.warning("%s landed in %s without all of its answers, and cannot be read again: %s", batch.batch_id, self.table.name, e)
+            return None
+
+    def _recall(self, plan: Plan, batches: Sequence[Batch], report: LandingReport) -> None:
+        for batch in batches:
+            log.info("%s has landed in %s before; nothing is written for it again", batch.batch_id, self.table.name)
+            unfinished = self.ledger.unfinished(batch.record)
+            report.recall(plan.landed[batch.batch_id], unfinished, is_foreign=batch.record is None)
+
+    def _recall_anew(self, plan: Plan, batches: Sequence[Batch], report: LandingReport) -> Plan:
+        """Tell of batches that have just been called landed without being read."""
+        with self.ledger.engine.connect() as books:
+            landed = landed_in(books, [batch.batch_id for batch in batches], self.name)
+        plan = replace(plan, landed={**plan.landed, **landed})
+        self._recall(plan, batches, report)
+        return plan
+
+    # --- an earlier attempt's load --------------------------------------------------------------------------------------------------
+
+    def _published_by(self, load: Load) -> str | None:
+        """The attempt whose rows are in the table, without a look at the fence; the last one to prepare where there were none to write."""
+        if load.rows == 0:
+            return load.prepared_by
+        with self.warehouse.open() as connection:
+            return self.warehouse.marked(connection, self.table, [load.load_id]).get(load.load_id)
+
+    def _flip(self, load: Load, published_by: str, plan: Plan, batches: Sequence[Batch], report: LandingReport) -> Plan:
+        first = flip(self.ledger, load.load_id, published_by, self.attempt_id)
+        report.first += first or []
+        log.info("Load %s was published by an earlier attempt, and is landed now", load.load_id)
+        with self.warehouse.open() as connection:
+            self._drop_stages(connection, load)
+        return self._recall_anew(plan, batches, report)
+
+    def _was_published(self, load: Load) -> bool:
+        """Whether a load whose results can be read no more was published: looked at behind the fence."""
+        while True:
+            with self._turn(load) as (connection, turn):
+                if turn is not None:
+                    return load.load_id in self._settle(connection, turn)
+
+    def _give_up(self, load: Load, batches: Sequence[Batch], error: BatchGoneError) -> None:
+        self.ledger.check_load(load)
+        for batch in batches:
+            if batch.record is not None and batch.record.batch_id == error.batch_id and batch.record.state is BatchState.PREPARED:
+                self.ledger.gone(batch.record, error.reason)
+
+    # --- a load -------------------------------------------------------------------------------------------------------------------
+
+    def _land(
+        self,
+        load: Load,
+        seen: Sequence[tuple[BatchSnapshot, BatchRecord | None]],
+        plan: Plan,
+        batches: Sequence[Batch],
+        report: LandingReport,
+    ) -> Plan:
+        together = [record for _, record in seen if record is not None]
+        with tempfile.TemporaryDirectory(prefix="batchkit-spool-") as folder:
+            read = [self._read(Path(folder) / str(place), one, together) for place, one in enumerate(seen)]
+            if self.disposition is WriteDisposition.REPLACE:
+                refuse_to_lose(self.table, [one.landed for one in read])
+            now = datetime.now(UTC)
+            if not self._prepare(load, read, plan, now):
+                raise Overtaken(f"Load {load.load_id} landed while its results were read.")
+            rows = sum(one.stage.rows for one in read)
+            if not rows:
+                flip(self.ledger, load.load_id, self.attempt_id, self.attempt_id)
+            elif not self._publish(load, self._fill_stage(load, read, now, rows), read, plan):
+                return self._recall_anew(plan, batches, report)
+        for one in read:
+            report.include(one.landed)
+        return plan
+
+    def _read(self, path: Path, one: tuple[BatchSnapshot, BatchRecord | None], together: Sequence[BatchRecord]) -> ReadBatch[Spool]:
+        snapshot, record = one
+        return self.reading.read(
+            lambda keys, ranks: Spool(path, self.table, keys, ranks, include_failed=self.reading.include_failed), snapshot, record, together
+        )
+
+    def _prepare(self, load: Load, read: Sequence[ReadBatch[Spool]], plan: Plan, now: datetime) -> bool:
+        parts = []
+        for one in read:
+            before = plan.before(one.batch_id)
+            # what fills a table anew is as old as it was
+            values = landing_values(one.landed, now if before is None else before.landed_at)
+            parts.append(landing_part(one.batch_id, self.name, plan.number, self.table.name, values, one.landed.read_s))
+            parts += one.stage.parts(one.batch_id)
+
+        def move(connection: Connection) -> None:
+            for one in read:
+                if one.record is not None:
+                    self.ledger.prepared(connection, one.record)
+
+        return self.ledger.prepare_load(load, sum(one.stage.rows for one in read), parts, move)
+
+    def _fill_stage(self, load: Load, read: Sequence[ReadBatch[Spool]], now: datetime, rows: int) -> str:
+        name = f"{_STAGE}_{load.load_id[:20]}_{hashlib.sha256(self.attempt_id.encode()).hexdigest()[:8]}"
+        blocks = chain.from_iterable(one.stage.blocks(one.batch_id, 1 if one.record is None else one.record.round, now) for one in read)
+        with self.warehouse.open() as connection:
+            found = self.warehouse.stage(connection, self.table, name, blocks)
+        if found != rows:
+            raise TableError(
+                f"{rows:,} rows were to be staged for {self.table.name}, and {found:,} are in {name}. Nothing was written to the table; "
+                "results stay with the API for 29 days."
+            )
+        return name
+
+    def _publish(self, load: Load, stage: str, read: Sequence[ReadBatch[Spool]], plan: Plan) -> bool:
+        """Steps 3 to 5. After it the load has landed; False when an older attempt has published it.
+
+        :raises Overtaken: when what was staged is not what is to be landed any more
+        """
+        while True:
+            with self._turn(load) as (connection, turn):
+                if turn is None:
+                    continue
+                try:
+                    published_by = self._publish_now(connection, load, stage, turn, read, plan)
+                except (Overtaken, LeaseLostError, TableError):
+                    self._drop_stages(connection, load)
+                    raise
+                if published_by is not None:
+                    self._drop_stages(connection, load)
+                    return published_by == self.attempt_id
+            log.info("Another landing in %s had a later turn; this one takes its next", self.table.name)
+
+    def _publish_now(self, connection: Any, load: Load, stage: str, turn: int, read: Sequence[ReadBatch[Spool]], plan: Plan) -> str | None:
+        """Publish and flip in a turn; gives the attempt that has published, None behind a higher fence."""
+        found = self._settle(connection, turn)
+        if load.load_id in found:
+            return found[load.load_id]
+        self.ledger.check_load(load)
+        try:
+            how = self._how(load, stage, turn, read, plan, connection)
+        except Overtaken:
+            self.ledger.abandon_load(load)
+            raise
+        if not self.warehouse.publish(connection, self.table, self.fence, how):
+            published_by = self.warehouse.marked(connection, self.table, [load.load_id]).get(load.load_id)
+            if published_by is None:
+                self.ledger.check_load(load)
+                return None
+        else:
+            published_by = self.attempt_id
+        flip(self.ledger, load.load_id, published_by, self.attempt_id)
+        return published_by
+
+    def _how(self, load: Load, stage: str, turn: int, read: Sequence[ReadBatch[Spool]], plan: Plan, connection: Any) -> Publish:
+        """:raises Overtaken: when another landing, a later round or a further row came since the results were read"""
+        batch_id, record = read[0].batch_id, read[0].record
+        with self.ledger.engine.connect() as books:
+            look_again(books, read, plan, lambda: self.warehouse.is_empty(connection, self.table))
+            self.warehouse.rollback(connection)
+            if self.disposition is WriteDisposition.REPLACE:
+                if plan.would_replace_younger(books, [Batch(one.batch_id, one.record) for one in read]):
+                    raise Overtaken(f"{self.table.name} was filled while the results were read.")
+                return Publish(load.load_id, self.attempt_id, stage, turn, self.disposition, batch_id)
+            found = older_than(books, batch_id, plan)
+            older = None if found is None else list(books.execute(found).scalars())
+            earlier: list[str] = []
+            if record is not None and record.round > 1:
+                b = batch_table.c
+                before = sa.select(b.batch_id).where(b.job_id == record.job_id, b.round < record.round, b.batch_id.is_not(None))
+                earlier = list(books.execute(before).scalars())
+        return Publish(load.load_id, self.attempt_id, stage, turn, self.disposition, batch_id, older, earlier)
+
+    # --- turns --------------------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _turn(self, load: Load) -> Iterator[tuple[Any, int | None]]:
+        """A fresh turn at the table, with a connection and the fence raised to it; no turn where another one was later at the fence."""
+        turn = self.ledger.wait_for_turn(load, TURN_S)
+        try:
+            with self.warehouse.open() as connection:
+                raised = self.warehouse.raise_fence(connection, self.table, self.fence, turn)
+                yield connection, turn if raised else None
+        finally:
+            self.ledger.give_turn_back(self.name, turn)
+
+    def _settle(self, connection: Any, turn: int) -> dict[str, str]:
+        """Call landed what others, or earlier attempts, have published; says which loads it found. To be called behind the fence."""
+        found = self.warehouse.marked(connection, self.table, self.ledger.prepared_loads(self.name))
+        for load_id, published_by in found.items():
+            if flip(self.ledger, load_id, published_by) is not None:
+                log.info("Load %s was published and is landed now (turn %d)", load_id, turn)
+        return found
+
+    def _drop_stages(self, connection: Any, load: Load) -> None:
+        """Drop the staging tables of this attempt and of older ones of the same load."""
+        started = time.monotonic()
+        prefix = f"{_STAGE}_{load.load_id[:20]}_"
+        mine = f"{prefix}{hashlib.sha256(self.attempt_id.encode()).hexdigest()[:8]}"
+        with self.ledger.engine.connect() as books:
+            holds = books.execute(sa.select(load_table.c.attempt_id).where(load_table.c.load_id == load.load_id)).scalar()
+        names = self.warehouse.stages(connection, self.table, prefix) if holds == self.attempt_id else [mine]
+        self.warehouse.drop(connection, self.table, names)
+        log.debug("Dropped %s in %.1f s", ", ".join(names), time.monotonic() - started)

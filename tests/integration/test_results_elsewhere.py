@@ -1,0 +1,139 @@
+"""The contract of every database that results can land in while the ledger lies elsewhere."""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Iterator
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+
+from airflow_provider_batchkit.simulator import Simulator, SimulatorSettings
+from tests.results import RESULTS, Results, results_in
+from tests.warehouse import Warehouse, kit_for
+
+
+@pytest.fixture(params=RESULTS)
+def results(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Results]:
+    with results_in(request.param, tmp_path, request) as found:
+        yield found
+
+
+@pytest.fixture
+def sim() -> Iterator[Simulator]:
+    with Simulator(SimulatorSettings()) as simulator:
+        yield simulator
+
+
+@pytest.fixture
+def ledger(sim: Simulator, tmp_path: Path) -> Warehouse:
+    """A SQLite ledger, and a kit on the simulator."""
+    return Warehouse(sa.create_engine(f"sqlite:///{tmp_path}/ledger.db", poolclass=sa.pool.NullPool), kit_for(sim.base_url))
+
+
+THREE = [{"id": i, "name": f"thing {i}"} for i in range(3)]
+
+
+def landings(ledger: Warehouse) -> list[tuple[Any, ...]]:
+    return [tuple(row.values()) for row in ledger.rows("SELECT table_name, number, rows_written FROM batchkit_landing")]
+
+
+@pytest.mark.parametrize("disposition", ["merge", "append", "replace"])
+def test_answers_land_once_and_the_books_say_so(ledger: Warehouse, results: Results, disposition: str) -> None:
+    """The ledger has one landing, the bill and the outcomes; the warehouse has the rows, and no staging table is left."""
+    sent = ledger.submit(THREE)
+    for _ in range(2):
+        report = ledger.fetch(sent.batch_ids, into=results.adapter, disposition=disposition)
+        assert (report.rows, report.counts["succeeded"], report.complete) == (3, 3, True)
+        assert report.tally.total.batch_cost_usd is not None
+    assert sorted(results.rows("SELECT id, status, batch_id FROM answers")) == [(i, "succeeded", sent.batch_ids[0]) for i in range(3)]
+    assert [row[1:] for row in landings(ledger)] == [(1, 3)]
+    assert landings(ledger)[0][0].startswith("results:")
+    assert ledger.rows("SELECT state FROM batchkit_batch") == [{"state": "landed"}]
+    assert [row["status"] for row in ledger.rows("SELECT status FROM batchkit_request")] == ["succeeded"] * 3
+    assert ledger.rows("SELECT SUM(requests) AS n FROM batchkit_spend") == [{"n": 3}]
+    assert not [name for name in results.tables() if name.startswith("batchkit_stage")]
+    assert ledger.rows("SELECT * FROM batchkit_prepared") == []
+
+
+def test_a_later_run_writes_over_what_is_there_and_leaves_the_rest(ledger: Warehouse, results: Results) -> None:
+    """Merge by key: a row's own columns of the user's stay; another key stays; an earlier run's retry changes nothing."""
+    first = ledger.submit(THREE)
+    ledger.fetch(first.batch_ids, into=results.adapter)
+    results.run("ALTER TABLE answers ADD COLUMN reviewed VARCHAR(10)")
+    results.run("UPDATE answers SET reviewed = 'yes' WHERE id = 1")
+    second = ledger.submit(THREE[1:], run_id="run-2", prompt="Anew {{ row.name }}")
+    ledger.fetch(second.batch_ids, into=results.adapter, run_id="run-2")
+    ledger.fetch(first.batch_ids, into=results.adapter)
+    expected = [(0, first.batch_ids[0], None), (1, second.batch_ids[0], "yes"), (2, second.batch_ids[0], None)]
+    assert sorted(results.rows("SELECT id, batch_id, reviewed FROM answers")) == expected
+
+
+def test_an_emptied_table_is_filled_anew(ledger: Warehouse, results: Results) -> None:
+    """Under the next landing number."""
+    sent = ledger.submit(THREE)
+    ledger.fetch(sent.batch_ids, into=results.adapter)
+    results.run("DELETE FROM answers")
+    assert ledger.fetch(sent.batch_ids, into=results.adapter).rows == 3
+    assert results.rows("SELECT COUNT(*) FROM answers") == [(3,)]
+    assert [row[1] for row in landings(ledger)] == [1, 2]
+
+
+def test_rows_that_failed_are_in_the_ledger_and_in_the_table_only_when_wanted(ledger: Warehouse, results: Results) -> None:
+    """A failed row never overwrites an answer."""
+    rows = [{"id": 0, "name": "fine"}, {"id": 1, "name": "[[sim:overloaded]]"}]
+    sent = ledger.submit(rows, prompt="{{ row.name }}")
+    report = ledger.fetch(sent.batch_ids, into=results.adapter)
+    assert (report.rows, dict(report.counts)) == (1, {"succeeded": 1, "errored": 1})
+    assert ledger.rows("SELECT key, status FROM batchkit_failed") == [{"key": "[1]", "status": "errored"}]
+    again = ledger.submit(rows[::-1], run_id="run-2", prompt="{{ row.name }} ")
+    ledger.fetch(again.batch_ids, into=results.adapter, run_id="run-2", include_failed=True)
+    assert sorted(results.rows("SELECT id, status FROM answers")) == [(0, "succeeded"), (1, "errored")]
+
+
+KEYS: dict[str, list[Any]] = {
+    "integer": [-(2**63), 0, 2**63 - 1],
+    "text": ["abc", "ABC", "abć", "abc ", "", "%s :name ? '\" \\ {{ x }}", "a\u2028b", "\u202eabc", "x" * 255, "y" * 2000, "; DROP TABLE answers"],
+    "decimal": [Decimal("1.1"), Decimal("-12345678901234567890.12"), Decimal("0.000001")],
+    "float": [0.1, -1e300, 5e-324],
+    "date": [dt.date(1, 1, 1), dt.date(9999, 12, 31)],
+    "timestamp": [dt.datetime(2026, 1, 1, 12, 0, 0, 123456), dt.datetime(9999, 12, 31, 23, 59, 59, 999999)],
+    "timestamptz": [dt.datetime(2026, 1, 1, 12, 0, 0, 1, dt.UTC), dt.datetime(2026, 1, 1, 12, tzinfo=dt.timezone(dt.timedelta(hours=5)))],
+    "boolean": [True, False],
+}
+
+
+@pytest.mark.parametrize("kind", KEYS)
+def test_a_row_is_found_under_its_own_key_and_no_other(ledger: Warehouse, results: Results, kind: str) -> None:
+    """Keys of every type, hostile ones too; twice, so that the merge compares them with those of the first landing."""
+    rows = [{"id": key, "name": f"n{place}"} for place, key in enumerate(KEYS[kind])]
+    for run in ("run-1", "run-2"):
+        sent = ledger.submit(rows, run_id=run, prompt="{{ row.name }} " + run)
+        assert ledger.fetch(sent.batch_ids, into=results.adapter, run_id=run).rows == len(rows)
+        assert results.rows("SELECT COUNT(*) FROM answers") == [(len(rows),)]
+    assert results.rows("SELECT COUNT(DISTINCT custom_id) FROM answers") == [(len(rows),)]
+
+
+HOSTILE = ["%s %(x)s :name ? $1", "'; DROP TABLE answers; --", "\u2028\u2029\x85", "\u202eright", "nul \x00 here", "é😀\\N\\.\t\n\r", "z" * 5_000_000]
+
+
+def test_hostile_answers_land_as_they_are(ledger: Warehouse, results: Results, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PostgreSQL has no NUL in text, and keeps U+FFFD in its place."""
+    sent = ledger.submit([{"id": i, "name": str(i)} for i in range(len(HOSTILE))], prompt="{{ row.name }}")
+    plain = ledger.kit.read_blocks
+
+    def hostile(*arguments: Any) -> Iterator[Any]:
+        for block in plain(*arguments):
+            keys = [int(key[1:-1]) for key in block.keys]
+            block.texts = [HOSTILE[key] for key in keys]
+            yield block
+
+    monkeypatch.setattr(ledger.kit, "read_blocks", hostile)
+    ledger.fetch(sent.batch_ids, into=results.adapter)
+    found = dict(results.rows("SELECT id, response FROM answers"))
+    for place, text in enumerate(HOSTILE):
+        wanted = text.replace("\x00", "\ufffd") if results.kind == "postgres" else text
+        assert found[place] == wanted, place

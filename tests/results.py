@@ -1,0 +1,64 @@
+"""Databases of results that are not the ledger's: each behind its adapter, and as a place to look into."""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+
+from airflow_provider_batchkit.landing import Warehouse
+from airflow_provider_batchkit.landing.warehouse import warehouse_of
+
+#: every database and driver that results can land in, and what it takes to have it
+RESULTS = ("sqlite", "postgres-psycopg3", "postgres-psycopg2", "duckdb")
+
+
+class Results:
+    """A database of results."""
+
+    def __init__(self, kind: str, connect: Callable[[], Any]) -> None:
+        self.kind = kind.partition("-")[0]
+        self.connect = connect
+        self.adapter: Warehouse = warehouse_of(self.kind, "results", connect)
+
+    def rows(self, sql: str) -> list[tuple[Any, ...]]:
+        """The rows of a query."""
+        with self.adapter.open() as connection:
+            return self.adapter.rows(connection, sql)
+
+    def run(self, *statements: str) -> None:
+        """Run statements."""
+        with self.adapter.open() as connection, self.adapter.transaction(connection):
+            for statement in statements:
+                self.adapter.run(connection, statement)
+
+    def tables(self) -> set[str]:
+        """Names of its tables."""
+        if self.kind == "sqlite":
+            return {name for (name,) in self.rows("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        return {name for (name,) in self.rows("SELECT table_name FROM information_schema.tables")}
+
+
+@contextlib.contextmanager
+def results_in(kind: str, folder: Path, request: pytest.FixtureRequest) -> Iterator[Results]:
+    """An empty database of results; the test is skipped by name where it cannot be had."""
+    match kind:
+        case "sqlite":
+            yield Results(kind, lambda: sqlite3.connect(folder / "results.db"))
+        case "duckdb":
+            duckdb = pytest.importorskip("duckdb", reason="duckdb is not installed")
+            yield Results(kind, lambda: duckdb.connect(str(folder / "results.duckdb")))
+        case "postgres-psycopg3" | "postgres-psycopg2":
+            import importlib
+
+            url = sa.make_url(request.getfixturevalue("postgres").url)
+            driver = importlib.import_module("psycopg" if kind.endswith("3") else "psycopg2")
+            plain = url.set(drivername="postgresql").render_as_string(hide_password=False)
+            yield Results(kind, lambda: driver.connect(plain))
+        case _:
+            raise ValueError(kind)
