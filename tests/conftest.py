@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.databases import Database, postgres_database, running_postgres, sqlite_database
+from tests.databases import Database, postgres_database, running_mariadb, running_postgres, sqlite_database
 
 # Airflow reads its settings when it is first imported, so they are set here, before any test module is: a home and a metadata database
 # of this session's own. What the person's shell says of Airflow or Anthropic is taken away: no test may reach a real installation or
@@ -70,6 +70,16 @@ def postgres_url() -> Iterator[str]:
     """The SQLAlchemy URL of a real PostgreSQL server that ends with the session. Tests take ``database`` or ``postgres`` instead."""
     with running_postgres() as url:
         yield url
+
+
+@pytest.fixture(scope="session")
+def mariadb_port() -> Iterator[int]:
+    """The port of a real MariaDB server that ends with the session. Where none is installed, tests that need it are skipped and say so."""
+    try:
+        with running_mariadb() as port:
+            yield port
+    except FileNotFoundError as e:
+        pytest.skip(str(e))
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,3 +138,46 @@ def _kill_postmaster(pgdata: Path) -> None:
     """End a server that did not stop when it was asked to. Its children end with it."""
     with contextlib.suppress(OSError, ValueError, IndexError):
         os.kill(int((pgdata / "postmaster.pid").read_text().splitlines()[0]), signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def running_mariadb() -> Iterator[int]:
+    """A MariaDB server of its own on a free loopback port, for ``root`` without a password; gives the port, and ends with the block.
+
+    :raises FileNotFoundError: where no server is installed (Debian: ``apt-get install mariadb-server``)
+    """
+    server, install = shutil.which("mariadbd", path=_SERVER_PATH), shutil.which("mariadb-install-db", path=_SERVER_PATH)
+    if server is None or install is None:
+        raise FileNotFoundError("mariadbd, of Debian's mariadb-server, is not installed")
+    home = Path(tempfile.mkdtemp(prefix="batchkit-mariadb-"))
+    user = ["--user=root"] if os.geteuid() == 0 else []
+    try:
+        made = [install, "--no-defaults", f"--datadir={home}/data", "--auth-root-authentication-method=normal", "--skip-test-db", *user]
+        subprocess.run(made, check=True, capture_output=True, timeout=120)
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = int(probe.getsockname()[1])
+        options = [f"--datadir={home}/data", f"--socket={home}/socket", f"--pid-file={home}/pid", f"--port={port}"]
+        options += ["--bind-address=127.0.0.1", "--innodb-flush-log-at-trx-commit=0", "--skip-log-bin", *user]
+        with (home / "log").open("wb") as log, subprocess.Popen([server, "--no-defaults", *options], stdout=log, stderr=log) as process:
+            try:
+                _wait_for_port(port, process, home / "log")
+                yield port
+            finally:
+                process.kill()
+    finally:
+        shutil.rmtree(home, ignore_errors=True)
+
+
+#: where Debian puts servers, which not every user's PATH has
+_SERVER_PATH = os.pathsep.join((os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"))
+
+
+def _wait_for_port(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
+    for _ in range(600):
+        if process.poll() is not None:
+            break
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+            return
+        time.sleep(0.1)
+    raise RuntimeError(f"MariaDB did not start; its log ends with\n{log.read_text()[-2000:]}")

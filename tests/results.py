@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import secrets
 import sqlite3
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ from airflow_provider_batchkit.landing import Warehouse
 from airflow_provider_batchkit.landing.warehouse import warehouse_of
 
 #: every database and driver that results can land in, and what it takes to have it
-RESULTS = ("sqlite", "postgres-psycopg3", "postgres-psycopg2", "duckdb")
+RESULTS = ("sqlite", "postgres-psycopg3", "postgres-psycopg2", "duckdb", "mysql-pymysql", "mysql-mysqlclient", "mysql-connector")
 
 
 class Results:
@@ -41,7 +42,8 @@ class Results:
         """Names of its tables."""
         if self.kind == "sqlite":
             return {name for (name,) in self.rows("SELECT name FROM sqlite_master WHERE type = 'table'")}
-        return {name for (name,) in self.rows("SELECT table_name FROM information_schema.tables")}
+        here = {"mysql": " WHERE table_schema = DATABASE()"}.get(self.kind, "")
+        return {name for (name,) in self.rows(f"SELECT table_name FROM information_schema.tables{here}")}
 
 
 @contextlib.contextmanager
@@ -60,5 +62,20 @@ def results_in(kind: str, folder: Path, request: pytest.FixtureRequest) -> Itera
             driver = importlib.import_module("psycopg" if kind.endswith("3") else "psycopg2")
             plain = url.set(drivername="postgresql").render_as_string(hide_password=False)
             yield Results(kind, lambda: driver.connect(plain))
+        case "mysql-pymysql" | "mysql-mysqlclient" | "mysql-connector":
+            yield Results(kind, mysql_client(kind.partition("-")[2], request.getfixturevalue("mariadb_port")))
         case _:
             raise ValueError(kind)
+
+
+def mysql_client(client: str, port: int) -> Callable[[], Any]:
+    """What connects to a new database of the MariaDB server, with one of the clients that MySqlHook may use."""
+    module = {"pymysql": "pymysql", "mysqlclient": "MySQLdb", "connector": "mysql.connector"}[client]
+    driver = pytest.importorskip(module, reason=f"{client} is not installed")
+    name = f"test_{secrets.token_hex(6)}"
+    with (
+        contextlib.closing(driver.connect(host="127.0.0.1", port=port, user="root")) as admin,
+        contextlib.closing(admin.cursor()) as cursor,
+    ):
+        cursor.execute(f"CREATE DATABASE {name}")
+    return lambda: driver.connect(host="127.0.0.1", port=port, user="root", database=name)

@@ -10,14 +10,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from airflow.providers.common.compat.sdk import conf
+from airflow.providers.common.compat.sdk import BaseHook, conf
 
 from airflow_provider_batchkit.exceptions import BatchInputError
 from airflow_provider_batchkit.hooks.sql import hook_named, sql_engine
 
 if TYPE_CHECKING:
+    from airflow_provider_batchkit.landing import Warehouse
     from airflow_provider_batchkit.ledger import Ledger
 
+#: databases that a ledger can lie in
+_LEDGERS = ("sqlite", "postgres")
 #: executors whose tasks run on the scheduler's machine
 _ONE_MACHINE = frozenset({"LocalExecutor", "SequentialExecutor", "DebugExecutor"})
 _HOW = (
@@ -54,7 +57,7 @@ def ledger_at(place: Place, executor: str | None = None) -> Iterator[Ledger]:
     from airflow_provider_batchkit.ledger import Ledger
 
     hook, kind = hook_named(place.conn_id)
-    if kind is None:
+    if kind not in _LEDGERS:
         raise BatchInputError(f"No ledger can be kept in {place}, which is a {type(hook).__name__}. {_HOW}")
     if kind == "sqlite":
         _refuse_many_machines(place, executor)
@@ -82,14 +85,30 @@ def ledger_of(task: Any, context: Any = None) -> Iterator[Ledger]:
         yield ledger
 
 
-def check_results_beside(task: Any) -> None:
-    """:raises BatchInputError: when a task's results are to land in another database than its ledger's"""
+def results_of(task: Any) -> Warehouse | None:
+    """The database of a task's results; None where it is the ledger's own.
+
+    :raises BatchInputError: when results cannot land there, before anything is read
+    """
+    from airflow_provider_batchkit.landing.warehouse import warehouse_of
+
     place = ledger_place(task.ledger_conn_id, task.sql_conn_id)
-    if place.conn_id != task.sql_conn_id:
+    if place.conn_id == task.sql_conn_id:
+        return None
+    hook, kind = hook_named(task.sql_conn_id)
+    if kind is None:
         raise BatchInputError(
-            f"The ledger lies in {place}, and the results are to land in {task.sql_conn_id!r}: they can land in the ledger's database "
-            "only. Nothing was sent or written."
+            f"Results cannot land in {task.sql_conn_id!r}, which is a {type(hook).__name__}. They land in DuckDB, MySQL, MariaDB, "
+            "PostgreSQL and SQLite; for every other database write them to files with output_path, and load these with its own operator. "
+            "Nothing was read or sent."
         )
+    if kind in _LEDGERS and _address(place.conn_id) == _address(task.sql_conn_id):
+        return None
+    return warehouse_of(kind, task.sql_conn_id, hook.get_conn)
+
+
+def _address(conn_id: str) -> str:
+    return str(BaseHook.get_connection(conn_id).get_uri())
 
 
 def _refuse_left_behind(ledger: Ledger, place: Place, before: Place, ti: Any) -> None:
@@ -99,7 +118,7 @@ def _refuse_left_behind(ledger: Ledger, place: Place, before: Place, ti: Any) ->
     if ledger.knows_task(ti.dag_id, ti.task_id):
         return
     _, kind = hook_named(before.conn_id)
-    if kind is None:
+    if kind not in _LEDGERS:
         return
     with sql_engine(before.conn_id) as engine:
         jobs = Ledger(engine).knows_task(ti.dag_id, ti.task_id)

@@ -37,7 +37,7 @@ class Priming:
 
         :param batches: the job's, by shard
         """
-        live = [b for b in batches if b.state in (BatchState.SUBMITTED, BatchState.LANDED)]
+        live = [b for b in batches if b.state in (BatchState.SUBMITTED, BatchState.PREPARED, BatchState.LANDED)]
         if len(live) != 1 or live[0].requests != 1:
             return None
         (primer,) = live

@@ -66,6 +66,9 @@ class RunResult:
             )
 
 
+_ACCEPTED = (BatchState.SUBMITTED, BatchState.PREPARED, BatchState.LANDED)
+
+
 @dataclass(slots=True)
 class RunStep:
     """One step of a job in rounds."""
@@ -93,10 +96,10 @@ class RunStep:
             round_number = self._next_round()
             wait = None if round_number is None else self._ask(round_number)
             if wait is None:
-                running = self._batches(BatchState.SUBMITTED)
+                running = self._batches(BatchState.SUBMITTED, BatchState.PREPARED)
                 if not running:
                     return Done(self._result())
-                self.landing.listener.running([str(b.batch_id) for b in self._batches(BatchState.SUBMITTED, BatchState.LANDED)])
+                self.landing.listener.running([str(b.batch_id) for b in self._batches(*_ACCEPTED)])
                 ended = self._ended(running)
                 wait = ended if isinstance(ended, WaitFor) else self._land(ended)
         return wait
@@ -113,7 +116,7 @@ class RunStep:
         begun = max((b.round for b in batches), default=0)
         if begun == 0 or begun > ledger.rounds_sent(job_id) or any(b.state is BatchState.SENDING for b in batches):
             return max(begun, 1)
-        if any(b.state is BatchState.SUBMITTED for b in batches):
+        if any(b.state in (BatchState.SUBMITTED, BatchState.PREPARED) for b in batches):
             return None
         left = range(begun + 1, len(self.asking.rounds) + 1)
         self._stopped = self._problem(batches, more=bool(left))

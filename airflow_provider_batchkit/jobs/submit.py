@@ -35,6 +35,7 @@ from airflow_provider_batchkit.jobs.prime import Priming
 from airflow_provider_batchkit.jobs.settle import DEFAULT_TIMES, PATIENCE_S, Settler, SettleTimes
 from airflow_provider_batchkit.jobs.waiting import WaitFor
 from airflow_provider_batchkit.kit import BatchKit
+from airflow_provider_batchkit.landing import Warehouse
 from airflow_provider_batchkit.ledger import BatchRecord, BatchState, Intent, JobRecord, Ledger
 from airflow_provider_batchkit.ledger.rounds import WORTH_A_ROUND, Wanted
 from airflow_provider_batchkit.model import MAX_BYTES_PER_BATCH, MAX_REQUESTS_PER_BATCH, BatchSnapshot
@@ -122,6 +123,17 @@ class SubmitOptions:
     round_number: int = 1
     #: the text of the :class:`~airflow_provider_batchkit.schema.OutputSchema` that the requests ask for
     output_schema: str | None = None
+    #: the database of the result table, where it is known and not the ledger's
+    results: Warehouse | None = None
+
+    def table_in(self, ledger: Ledger) -> str | None:
+        """The name by which the ledger knows the result table."""
+        if self.table is None:
+            return None
+        if self.results is None:
+            return ledger.table_name(self.table)
+        with self.results.open() as connection:
+            return self.results.known_as(connection, self.table)
 
 
 def submit_job(
@@ -213,7 +225,7 @@ def _write_new(
         first_alone=options.priming is not None and not (exists and attempt.batch_ids()),
     )
     known = ledger.known(job.job_id, options.round_number) if exists else ()
-    answered = ledger.answered(job, options.table) if exists and options.skip_unchanged else ()
+    answered = ledger.answered(job, options.table_in(ledger)) if exists and options.skip_unchanged else ()
     counts = dedupe(requests, known, writer, folder, only=only, answered=answered)
     return writer, SubmitReport(**asdict(counts))
 

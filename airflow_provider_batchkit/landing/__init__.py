@@ -10,6 +10,13 @@ from airflow_provider_batchkit.landing.table import ResultTable, WriteDispositio
 from airflow_provider_batchkit.landing.warehouse import Warehouse
 
 __all__ = [
-    *("Batch", "BatchFigures", "LandingReport", "ResultTable", "Warehouse", "WriteDisposition"),
-    *("check_table", "land_batches", "land_elsewhere"),
+    "Batch",
+    "BatchFigures",
+    "LandingReport",
+    "ResultTable",
+    "Warehouse",
+    "WriteDisposition",
+    "check_table",
+    "land_batches",
+    "land_elsewhere",
 ]

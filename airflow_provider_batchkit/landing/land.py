@@ -26,6 +26,7 @@ from airflow_provider_batchkit.landing.report import LandedBatch, LandingReport
 from airflow_provider_batchkit.landing.rounds import Overtaken, lock_jobs
 from airflow_provider_batchkit.landing.stage import TemporaryStage
 from airflow_provider_batchkit.landing.table import ResultTable, WriteDisposition
+from airflow_provider_batchkit.landing.warehouse.base import Warehouse
 from airflow_provider_batchkit.landing.write import TableWriter, prepare_connection, queue_for_table, settle_outcomes
 from airflow_provider_batchkit.ledger import journal
 from airflow_provider_batchkit.ledger.account import note_duration
@@ -83,10 +84,19 @@ def land_batches(
     return report
 
 
-def check_table(ledger: Ledger, table_name: str | None, key_columns: Sequence[tuple[str, str]], schema: OutputSchema | None) -> None:
+def check_table(
+    ledger: Ledger,
+    table_name: str | None,
+    key_columns: Sequence[tuple[str, str]],
+    schema: OutputSchema | None,
+    warehouse: Warehouse | None = None,
+) -> None:
     """:raises TableError: for a key or a schema that the result table could not hold; without a name, that no table could"""
     table = ResultTable(table_name or "results", key_columns, schema)
-    if table_name is None:
+    if warehouse is not None:
+        with warehouse.open() as connection:
+            warehouse.check(connection, table)
+    elif table_name is None:
         table.check_names(ledger.engine.dialect)
     else:
         table.check(ledger.engine)

@@ -29,14 +29,18 @@ class History:
 
     engine: Engine
 
+    def table_name(self, table: str) -> str:
+        """The name by which the ledger knows a table of its own database."""
+        with self.engine.connect() as connection:
+            return table_identity(connection, table)
+
     def answered(self, record: JobRecord, table: str | None) -> Iterator[tuple[str, str]]:
         """(key, digest) of every request that succeeded in an earlier run of the task and landed in its table, the latest landing first.
 
-        :param table: the task's result table as it names it. None where the task does not know it: then an earlier run counts when all that
-            it landed is in one table, or else the same mapped instance of it when that landed in one table
+        :param table: the task's result table, by the name that the ledger knows it by. None where the task does not know it: then an
+            earlier run counts when all that it landed is in one table, or else the same mapped instance of it when that landed in one
         """
         with self.engine.connect() as connection:
-            only = None if table is None else table_identity(connection, table)
             landed = [row for row in landings_of(connection, record.dag_id, record.task_id) if row.run_id != record.run_id]
             by_run, by_job = defaultdict[str, set[str]](set), defaultdict[str, set[str]](set)
             for row in landed:
@@ -45,9 +49,9 @@ class History:
             ignored: set[str] = set()
             for row in landed:
                 own = row.map_index == record.map_index and len(by_job[row.job_id]) == 1
-                if row.table_name == only if only is not None else own or len(by_run[row.run_id]) == 1:
+                if row.table_name == table if table is not None else own or len(by_run[row.run_id]) == 1:
                     yield from _answered(connection, row.job_id, row.shard, row.round)
-                elif only is None:
+                elif table is None:
                     ignored.add(row.run_id)
             if ignored:
                 log.warning(

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 from airflow.providers.common.compat.sdk import AirflowFailException
 
 from airflow_provider_batchkit.exceptions import BatchInputError, ErrorRateError
-from airflow_provider_batchkit.hooks.ledger import check_results_beside
+from airflow_provider_batchkit.hooks.ledger import results_of
 from airflow_provider_batchkit.hooks.settings import DEFAULT_CONN_ID, configured_failures, settle_times
 from airflow_provider_batchkit.jobs.waiting import Done, WaitFor
 from airflow_provider_batchkit.links import ConsoleLink, push_console_link
 from airflow_provider_batchkit.model import RequestStatus
 from airflow_provider_batchkit.operators.publish import publish_summary
 from airflow_provider_batchkit.operators.resumable import Leg, ResumableOperator
-from airflow_provider_batchkit.operators.tasks import as_batch_ids
+from airflow_provider_batchkit.operators.tasks import as_batch_ids, attempt_id_of
 
 if TYPE_CHECKING:
     from airflow.providers.common.compat.sdk import Context
@@ -73,7 +73,6 @@ class LandingOperator(ResumableOperator):
         from airflow_provider_batchkit.jobs.fetch import fetch_job
         from airflow_provider_batchkit.landing import WriteDisposition
 
-        check_results_beside(self)
         ti = leg.context["ti"]
         fetch = partial(
             fetch_job,
@@ -84,6 +83,8 @@ class LandingOperator(ResumableOperator):
             run_id=ti.run_id,
             times=settle_times(),
             unseen=leg.unseen,
+            warehouse=results_of(self),
+            attempt_id=attempt_id_of(ti),
             include_failed=self.include_failed,
             rewrite=self.rewrite,
         )
@@ -113,7 +114,8 @@ class LandingOperator(ResumableOperator):
 class FetchBatchOperator(LandingOperator):
     """Write the results of ended batches to a table, with their costs. Returns a summary with the cost tally.
 
-    The rows, each request's outcome and the batch's bill are written in one transaction per batch: killed anywhere, it can run again.
+    The rows, each request's outcome and the batch's bill are written in one transaction per batch: killed anywhere, it can run again. Where
+    the ledger lies in another database, the rows land exactly once all the same.
     Answers to an ``output_schema`` are typed columns beside their raw text; one that does not fit is written with the status
     ``invalid_output``, its text and the reason, and never over an answer that fits.
     What has landed in the table is not written again, so that a retry or a cleared task of an older run leaves newer answers alone; a table

@@ -10,7 +10,7 @@ from airflow.providers.common.compat.sdk import AirflowSkipException, XComArg, l
 
 from airflow_provider_batchkit.cost.budget import Budget
 from airflow_provider_batchkit.exceptions import BatchInputError
-from airflow_provider_batchkit.hooks.ledger import check_results_beside
+from airflow_provider_batchkit.hooks.ledger import results_of
 from airflow_provider_batchkit.hooks.settings import DEFAULT_CONN_ID, configured_failures, settle_times
 from airflow_provider_batchkit.jobs.rounds import Round
 from airflow_provider_batchkit.jobs.waiting import Done, WaitFor
@@ -226,8 +226,6 @@ class SubmitBatchOperator(OwnsBatches, ResumableOperator):
     def _advance(self, leg: Leg, ledger: Ledger) -> Done[Any] | WaitFor:
         from airflow_provider_batchkit.jobs.advance import ask
 
-        if self.table is not None and not self.is_dry_run:
-            check_results_beside(self)
         attempt = self._attempt(leg, ledger)
         return ask(attempt, self._asking(leg, attempt.job_id), leg, rehearse=self.is_dry_run)
 
@@ -268,6 +266,7 @@ class SubmitBatchOperator(OwnsBatches, ResumableOperator):
             Limits(self.max_cost_usd, self.budget),
             priming,
             output_schema=None if self.output_schema is None else self.output_schema.text,
+            results=None if self.table is None else results_of(self),
         )
         key = [self.key] if isinstance(self.key, str) else list(self.key or ())
         reasons = WORTH_ASKING | {Reason.UNFIT} if self.retry_invalid_output else WORTH_ASKING

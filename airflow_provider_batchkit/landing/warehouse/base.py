@@ -153,10 +153,6 @@ class Warehouse(ABC):
     def create(self, connection: Any, table: ResultTable, *, unique_key: bool) -> None:
         """Create the table unless somebody just did; ``unique_key`` when no key comes twice."""
 
-    def check_key(self, characters: Iterable[str]) -> str | None:
-        """Why keys with such characters cannot be told apart here; None where they can."""
-        return None
-
     def is_empty(self, connection: Any, table: ResultTable) -> bool:
         """Whether the table has no row."""
         return not self.rows(connection, f"SELECT 1 FROM {self.spelled(table)} LIMIT 1")
@@ -233,7 +229,7 @@ class Warehouse(ABC):
         wanted = ", ".join(map(self.literal, load_ids))
         found = self.rows(connection, f"SELECT load_id, attempt_id FROM {self.beside(table, PUBLISHED)} WHERE load_id IN ({wanted})")
         self.rollback(connection)
-        return dict(found)  # type: ignore[arg-type] # a row has two columns
+        return dict(found)
 
     # --- publishing ---------------------------------------------------------------------------------------------------------------
 

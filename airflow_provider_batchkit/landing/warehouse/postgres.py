@@ -35,16 +35,13 @@ class PostgreSQL(AlchemyWarehouse):
         encoding = self.rows(connection, "SHOW server_encoding")[0][0]
         if encoding != "UTF8":
             raise BatchInputError(
-                f"The database behind {self.conn_id!r} has the encoding {encoding}, which lacks characters that answers have. Results land in "
-                "a database in UTF8, or beside the ledger. Nothing was sent or written."
+                f"The database behind {self.conn_id!r} has the encoding {encoding}, which lacks characters that answers have. Results land "
+                "in a database in UTF8, or beside the ledger. Nothing was sent or written."
             )
         self.run(connection, "SET client_encoding TO 'UTF8'")
         # there are no statistics of a table that was filled a moment ago, and a nested loop over 100,000 rows takes hours
         self.run(connection, "SET enable_nestloop = off")
         connection.commit()
-
-    def check_key(self, characters: Iterable[str]) -> str | None:
-        return "PostgreSQL has no NUL in text" if "\0" in characters else None
 
     def is_conflict(self, error: Exception) -> bool:
         return getattr(error, "sqlstate", None) in _CONFLICTS or getattr(error, "pgcode", None) in _CONFLICTS
