@@ -136,7 +136,11 @@ COMMANDS = (
         "workspace:orphans",
         (
             Argument(
-                "--conn-id", "--sql-conn-id", dest="conn_id", metavar="CONN[,CONN]", help="connections of all ledgers of the workspace"
+                "--conn-id",
+                "--sql-conn-id",
+                dest="conn_id",
+                metavar="CONN[,CONN]",
+                help="connections of all ledgers of the workspace, by default those of [batchkit] page_ledger_conn_ids",
             ),
             Argument("--anthropic-conn-id", metavar="CONN", help="connection to look with, by default all that the ledgers name"),
             Argument(

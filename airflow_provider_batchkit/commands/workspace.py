@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from airflow_provider_batchkit.commands.ledgers import confirmed, find_connection, ledger_conn_id, open_ledger, reason_of
 from airflow_provider_batchkit.commands.output import show
 from airflow_provider_batchkit.exceptions import BatchInputError, BatchUnavailableError
+from airflow_provider_batchkit.hooks.settings import ledger_conn_ids
 from airflow_provider_batchkit.progress import span_text
 
 if TYPE_CHECKING:
@@ -26,7 +27,8 @@ def orphans(given: argparse.Namespace) -> int:
     from airflow_provider_batchkit.ledger.overview import Overview
 
     since = given.since or datetime.now(UTC) - timedelta(days=_RESULTS_DAYS)
-    names = [name.strip() for name in ledger_conn_id(given.conn_id).split(",") if name.strip()]
+    given_names = [name.strip() for name in (given.conn_id or "").split(",") if name.strip()]
+    names = given_names or ledger_conn_ids() or [ledger_conn_id(None)]
     connections, doubts = set[str](), list["BatchView"]()
     for name in names:
         # a ledger that cannot be read is an error: all of its batches would seem to be nobody's

@@ -63,6 +63,12 @@ def absence_seconds() -> float:
     return found
 
 
+def ledger_conn_ids() -> list[str]:
+    """The connections of all ledgers that this deployment names, in order."""
+    text = conf.get("batchkit", "page_ledger_conn_ids", fallback=None) or conf.get("batchkit", "ledger_conn_id", fallback=None) or ""
+    return list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+
+
 def show_content() -> bool:
     """Whether people may read prompts and answers, or words that quote them, where the package shows something."""
     found: bool = conf.getboolean("batchkit", "show_content", fallback=False)

@@ -21,13 +21,13 @@ from sqlalchemy.engine import Engine
 
 from airflow_provider_batchkit.api.cancel import Fate
 from airflow_provider_batchkit.exceptions import BatchKitError
-from airflow_provider_batchkit.hooks.settings import configured_failures, show_content
+from airflow_provider_batchkit.hooks.settings import configured_failures, ledger_conn_ids, show_content
 from airflow_provider_batchkit.ledger.overview import STATES, BatchView, Filter, JobDetail, Overview
 from airflow_provider_batchkit.ledger.reasons import FailedRows
 from airflow_provider_batchkit.ledger.spending import Spending
 from airflow_provider_batchkit.ui import answers
 from airflow_provider_batchkit.ui.access import VisibleDep, from_page, may_edit_runs, may_see, note_cancel
-from airflow_provider_batchkit.ui.ledgers import Ledgers, Trouble, TroubleError, configured
+from airflow_provider_batchkit.ui.ledgers import Ledgers, Trouble, TroubleError
 from airflow_provider_batchkit.ui.looks import Looks
 
 log = logging.getLogger(__name__)
@@ -113,7 +113,7 @@ def _refuse(status: int, message: str, todo: str) -> HTTPException:
 
 
 def _known(ledger: str) -> str:
-    if ledger not in configured():
+    if ledger not in ledger_conn_ids():
         raise _refuse(404, "This page shows no such ledger.", "[batchkit] page_ledger_conn_ids names those that it shows.")
     return ledger
 
@@ -128,7 +128,7 @@ class _Page:
     def about(self, visible: VisibleDep) -> dict[str, Any]:
         """The ledgers that are shown, and what their jobs can be filtered by."""
         found: dict[str, Any] = {"states": STATES, "ledgers": [], "troubles": [], "dag_ids": set(), "models": set()}
-        for conn_id in configured():
+        for conn_id in ledger_conn_ids():
             found["ledgers"].append(conn_id)
             try:
                 dag_ids = visible & set(self._ledgers.read(conn_id, lambda engine: Overview(engine).dag_ids()))
@@ -146,7 +146,7 @@ class _Page:
         """Jobs with an open batch, in all ledgers."""
         show = Filter(visible, dag_id, run_id, task_id, map_index, state="open")
         jobs, troubles = list[dict[str, Any]](), list[dict[str, str]]()
-        for conn_id in configured():
+        for conn_id in ledger_conn_ids():
             try:
                 jobs += self._ledgers.read(conn_id, partial(self._open_jobs, conn_id, show))
             except TroubleError as e:
@@ -167,7 +167,7 @@ class _Page:
     def progress(self, visible: VisibleDep) -> dict[str, Any]:
         """How far open batches are: one list call a connection, of which everybody sees the batches of his own DAGs."""
         open_batches = list[BatchView]()
-        for conn_id in configured():
+        for conn_id in ledger_conn_ids():
             try:
                 open_batches += self._ledgers.read(
                     conn_id, lambda engine: Overview(engine).batches(Filter(state="open"), limit=5 * _IN_FLIGHT)

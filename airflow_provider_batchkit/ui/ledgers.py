@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import sqlalchemy as sa
-from airflow.providers.common.compat.sdk import AirflowException, conf
+from airflow.providers.common.compat.sdk import AirflowException
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.pool import QueuePool
@@ -54,12 +54,6 @@ class TroubleError(Exception):
     def __init__(self, trouble: Trouble) -> None:
         super().__init__(trouble.message)
         self.trouble = trouble
-
-
-def configured() -> list[str]:
-    """The connections of the ledgers to show, in order."""
-    text = conf.get("batchkit", "page_ledger_conn_ids", fallback=None) or conf.get("batchkit", "ledger_conn_id", fallback=None) or ""
-    return list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
 
 
 class Ledgers:

@@ -38,6 +38,7 @@ PASSWORD = "a password of the tests"
 HEADERS = {"X-BatchKit": "page"}
 #: reads one DAG, and nothing else
 LIMITED = "Limited"
+ACCESS = f'{{"{LIMITED}": {{"DAGs": {{"can_read"}}}}}}'
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,8 @@ class Office:
         if user is not None:
             password = self.airflow.password if user == self.airflow.user else PASSWORD
             answer = httpx.post(f"{self.airflow.url}/auth/token", json={"username": user, "password": password}, timeout=60)
-            headers["Authorization"] = f"Bearer {answer.raise_for_status().json()['access_token']}"
+            assert answer.is_success, (user, answer.status_code, answer.text, self.airflow.log_tail(20))
+            headers["Authorization"] = f"Bearer {answer.json()['access_token']}"
         return httpx.Client(base_url=f"{self.airflow.url}/batchkit", headers=headers, params={"ledger": "warehouse"}, timeout=60)
 
 
@@ -61,7 +63,9 @@ def office(tmp_path_factory: pytest.TempPathFactory, postgres_url: str) -> Itera
     folder = tmp_path_factory.mktemp("office")
     dags = folder / "dags"
     dags.mkdir()
-    (dags / "shelf.py").write_text(DAG_FILE)
+    (dags / "shelf.py").write_text(
+        DAG_FILE.replace("schedule=None", f"schedule=None, access_control={ACCESS} if name == {DAGS[1]!r} else None")
+    )
     warehouse = sqlite_database(folder / "warehouse.db")
     with postgres_database(postgres_url) as metadata, SimulatorProcess(SimulatorSettings()) as sim:
         shelf = fill(warehouse.engine(), kit_for(sim.base_url), sim)
@@ -86,11 +90,13 @@ def make_users(home: Path, url: str, airflow: AirflowStandalone) -> None:
     env = {**inherited, "AIRFLOW_HOME": str(home), **settings}
 
     def call(*arguments: str) -> None:
-        subprocess.run([sys.executable, "-m", "airflow", *arguments], env=env, check=True, capture_output=True)
+        done = subprocess.run([sys.executable, "-m", "airflow", *arguments], env=env, check=False, capture_output=True, text=True)
+        assert done.returncode == 0, (arguments[:2], done.stdout[-1000:], done.stderr[-1000:])
 
     call("db", "migrate")
+    call("sync-perm")
     call("roles", "create", LIMITED)
-    for resource in (f"DAG:{DAGS[1]}", "Task Instances", "DAG Runs", "Website"):
+    for resource in ("Task Instances", "DAG Runs", "Website"):
         call("roles", "add-perms", LIMITED, "-r", resource, "-a", "can_read")
     for name, role, password in ((airflow.user, "Admin", airflow.password), ("viewer", "Viewer", PASSWORD), ("limited", LIMITED, PASSWORD)):
         person = ("--firstname", "A", "--lastname", "B", "--email", f"{name}@example.com")

@@ -169,11 +169,14 @@ def test_spend_adds_up_by_day_dag_and_model_with_the_budgets(
     assert "has landed" in run(capsys, "spend", "--since", "2999-01-01", "--output", "plain")
 
 
-def test_orphans_are_what_no_ledger_knows(warehouse: Warehouse, sim: Simulator, capsys: Out) -> None:
+def test_orphans_are_what_no_ledger_knows(warehouse: Warehouse, sim: Simulator, capsys: Out, monkeypatch: pytest.MonkeyPatch) -> None:
     """A batch that was sent past the ledger, and one of a shard in doubt, which may be it."""
     warehouse.submit(products(), run_id="known")
     (foreign,) = warehouse.kit.submit(["a", "b"], model="claude-haiku-5-5", max_tokens=5)
     (line,) = read(capsys, "orphans")
+    monkeypatch.setenv("AIRFLOW__BATCHKIT__PAGE_LEDGER_CONN_IDS", "warehouse")
+    assert main(["orphans", "--output", "json"]) == 0
+    assert [one["batch"] for one in json.loads(capsys.readouterr().out)] == [foreign]
     assert (line["batch"], line["requests"], line["status"], line["may_be"]) == (foreign, 2, "ended", [])
     warehouse.execute("UPDATE batchkit_batch SET state = 'sending', batch_id = NULL, requests = 2")
     assert [one["may_be"] for one in read(capsys, "orphans") if one["batch"] == foreign] == [
