@@ -18,7 +18,6 @@ import hashlib
 import json
 import logging
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -45,14 +44,14 @@ from airflow_provider_batchkit.ledger import BatchRecord, BatchState, Ledger
 from airflow_provider_batchkit.ledger.landings import landed_in
 from airflow_provider_batchkit.ledger.loads import Load, LoadState
 from airflow_provider_batchkit.ledger.tables import batch as batch_table
-from airflow_provider_batchkit.ledger.tables import load as load_table
 from airflow_provider_batchkit.model import BatchSnapshot
 
 log = logging.getLogger(__name__)
 
 #: seconds after which a turn that was not given back may be taken: its owner is dead, stopped, or publishes still, which the fence awaits
 TURN_S = 300.0
-_STAGE = "batchkit_stage"
+#: how staging tables are called, and how many characters of a load's id follow
+_STAGE, _ID = "batchkit_stage", 20
 
 
 def land_elsewhere(
@@ -265,7 +264,7 @@ class _Landing:
         return self.ledger.prepare_load(load, sum(one.stage.rows for one in read), parts, move)
 
     def _fill_stage(self, load: Load, read: Sequence[ReadBatch[Spool]], now: datetime, rows: int) -> str:
-        name = f"{_STAGE}_{load.load_id[:20]}_{hashlib.sha256(self.attempt_id.encode()).hexdigest()[:8]}"
+        name = self._stage_name(load)
         blocks = chain.from_iterable(one.stage.blocks(one.batch_id, 1 if one.record is None else one.record.round, now) for one in read)
         with self.warehouse.open() as connection:
             found = self.warehouse.stage(connection, self.table, name, blocks)
@@ -357,12 +356,11 @@ class _Landing:
         return found
 
     def _drop_stages(self, connection: Any, load: Load) -> None:
-        """Drop the staging tables of this attempt and of older ones of the same load."""
-        started = time.monotonic()
-        prefix = f"{_STAGE}_{load.load_id[:20]}_"
-        mine = f"{prefix}{hashlib.sha256(self.attempt_id.encode()).hexdigest()[:8]}"
-        with self.ledger.engine.connect() as books:
-            holds = books.execute(sa.select(load_table.c.attempt_id).where(load_table.c.load_id == load.load_id)).scalar()
-        names = self.warehouse.stages(connection, self.table, prefix) if holds == self.attempt_id else [mine]
-        self.warehouse.drop(connection, self.table, names)
-        log.debug("Dropped %s in %.1f s", ", ".join(names), time.monotonic() - started)
+        """Drop this attempt's staging table and those of older attempts of the same load, and what killed attempts have left of others."""
+        mine = self._stage_name(load)
+        found = [name for name in self.warehouse.stages(connection, self.table, f"{_STAGE}_") if name != mine]
+        done = self.ledger.done_loads(load)
+        self.warehouse.drop(connection, self.table, [mine, *(name for name in found if name[len(_STAGE) + 1 :][:_ID] in done)])
+
+    def _stage_name(self, load: Load) -> str:
+        return f"{_STAGE}_{load.load_id[:_ID]}_{hashlib.sha256(self.attempt_id.encode()).hexdigest()[:8]}"

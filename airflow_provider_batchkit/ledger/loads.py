@@ -142,6 +142,15 @@ class Loads:
         if found != opened.attempt_id:
             raise _load_lost(opened.load_id, opened.attempt_id)
 
+    def done_loads(self, opened: Load) -> set[str]:
+        """The first characters of the ids of a table's loads that have landed, and of ``opened`` where this attempt still has its lease:
+        what older attempts have staged for them is not needed any more.
+        """
+        mine = sa.and_(load.c.load_id == opened.load_id, load.c.attempt_id == opened.attempt_id)
+        done = sa.and_(load.c.table_name == opened.table, sa.or_(load.c.state == LoadState.LANDED.value, mine))
+        with self.engine.connect() as connection:
+            return {load_id[:20] for load_id in connection.execute(sa.select(load.c.load_id).where(done)).scalars()}
+
     def abandon_load(self, opened: Load) -> None:
         """Forget a load that is known not to be published, and is not to be: other loads have landed its batches."""
         with write_transaction(self.engine) as connection:

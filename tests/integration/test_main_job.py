@@ -505,7 +505,7 @@ def test_a_replace_of_many_batches_holds_one_map_of_keys_at_a_time(warehouse: Wa
         alive.append(weakref.ref(keys))
         return keys
 
-    monkeypatch.setattr("airflow_provider_batchkit.landing.land.AskedKeys", watched)
+    monkeypatch.setattr("airflow_provider_batchkit.landing.reading.AskedKeys", watched)
     ids = warehouse.submit(products(6), max_requests=2).batch_ids
     assert warehouse.fetch(ids, disposition="replace").rows == 6
     assert len(alive) == 3

@@ -317,7 +317,7 @@ def test_a_first_round_that_is_landed_again_while_the_second_lands_leaves_its_ou
     home: Path, database: Database, api: SimulatorProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second round lands behind the first one's back, between its look at the rounds and its lock: it is read again."""
-    from airflow_provider_batchkit.landing import land
+    from airflow_provider_batchkit.landing import reading
     from airflow_provider_batchkit.landing.rounds import NO_OTHERS, OtherRounds
     from airflow_provider_batchkit.operators.batch import FetchBatchOperator
 
@@ -334,7 +334,7 @@ def test_a_first_round_that_is_landed_again_while_the_second_lands_leaves_its_ou
             looks.append(OtherRounds.of(*args) if looks else NO_OTHERS)
             return looks[-1]
 
-    monkeypatch.setattr(land, "OtherRounds", Late)
+    monkeypatch.setattr(reading, "OtherRounds", Late)
     ti = type("TI", (), {"dag_id": "d", "run_id": "r", "task_id": "f", "map_index": -1, "xcom_push": lambda *_, **__: None})
     first = summary["batch_ids"][0]
     fetch = FetchBatchOperator(task_id="f", batch_id=first, table="answers", sql_conn_id="warehouse", include_failed=True, rewrite=True)
