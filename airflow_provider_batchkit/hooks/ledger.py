@@ -41,9 +41,14 @@ class Place:
         return f"the connection {self.conn_id!r}" + (f", schema {self.schema!r}" if self.schema else "")
 
 
-def ledger_place(ledger_conn_id: str | None, sql_conn_id: str) -> Place:
-    """Where a task's ledger lies: as the task says, else as Airflow's configuration says, else beside its results."""
+def ledger_place(ledger_conn_id: str | None, sql_conn_id: str | None) -> Place:
+    """Where a task's ledger lies: as the task says, else as Airflow's configuration says, else beside its results.
+
+    :raises BatchInputError: for a task whose results are files, when neither says it
+    """
     named = ledger_conn_id or conf.get("batchkit", "ledger_conn_id", fallback=None) or sql_conn_id
+    if named is None:
+        raise BatchInputError(f"The task has no sql_conn_id, and nothing says where its ledger lies. {_HOW}")
     return Place(named, conf.get("batchkit", "ledger_schema", fallback=None) or None)
 
 
@@ -78,7 +83,8 @@ def ledger_of(task: Any, context: Any = None) -> Iterator[Ledger]:
         the task has been looked for where its ledger lay without the setting
     :raises BatchInputError: when no ledger can lie there, or the task's own lies elsewhere
     """
-    place, before = ledger_place(task.ledger_conn_id, task.sql_conn_id), Place(task.sql_conn_id)
+    place = ledger_place(task.ledger_conn_id, task.sql_conn_id)
+    before = place if task.sql_conn_id is None else Place(task.sql_conn_id)
     with ledger_at(place, getattr(task, "executor", None)) as ledger:
         if context is not None and place != before:
             _refuse_left_behind(ledger, place, before, context["ti"])
@@ -86,12 +92,14 @@ def ledger_of(task: Any, context: Any = None) -> Iterator[Ledger]:
 
 
 def results_of(task: Any) -> Warehouse | None:
-    """The database of a task's results; None where it is the ledger's own.
+    """The database of a task's result table; None where it is the ledger's own, and for a task without a table.
 
     :raises BatchInputError: when results cannot land there, before anything is read
     """
     from airflow_provider_batchkit.landing.warehouse import warehouse_of
 
+    if task.table is None:
+        return None
     place = ledger_place(task.ledger_conn_id, task.sql_conn_id)
     if place.conn_id == task.sql_conn_id:
         return None

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import re
+import secrets
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from airflow_provider_batchkit.exceptions import BatchInputError
 
@@ -13,7 +19,14 @@ if TYPE_CHECKING:
 
     from airflow_provider_batchkit.source.files import InputFile
 
+log = logging.getLogger(__name__)
+
 _WILDCARDS = frozenset("*?[")
+#: protocols of the worker's own disk, where folders are made
+_LOCAL = ("", "file", "local")
+#: characters of a place's name in the ledger
+_MAX_NAME = 250
+_BATCH_ID = re.compile(r"[A-Za-z0-9_-]{1,100}")
 
 
 def input_files(input_path: Any, conn_id: str | None = None) -> list[InputFile]:
@@ -63,3 +76,135 @@ def _path(given: Any, conn_id: str | None) -> ObjectStoragePath:
     from airflow.sdk import ObjectStoragePath
 
     return ObjectStoragePath(given) if conn_id is None else ObjectStoragePath(given, conn_id=conn_id)
+
+
+class ResultFiles:
+    """Result files in object storage: one a batch, named by its id, and written under a hidden name before."""
+
+    def __init__(self, output_path: Any, output_format: str | None = None, conn_id: str | None = None) -> None:
+        """
+        :param output_path: a folder, or a path whose last part has a ``*`` in place of the batch's id
+        :param output_format: ``"jsonl"`` or ``"parquet"``, where the path does not say it by its suffix
+        :param conn_id: connection of the storage, as in :func:`input_files`
+        :raises BatchInputError: for a path or a format that cannot be written
+        """
+        self.form = output_form(output_path, output_format)
+        self._given = str(output_path).rstrip("/")
+        self._conn_id = conn_id or getattr(output_path, "conn_id", None)
+        whole = self._path("*")
+        name = f"{whole.protocol or 'file'}://{whole.path}"
+        if len(name) > _MAX_NAME:
+            import hashlib
+
+            name = f"{name[: _MAX_NAME - 17]}#{hashlib.sha256(name.encode()).hexdigest()[:16]}"
+        #: what the ledger knows the files by
+        self.name = name
+
+    def url(self, batch_id: str) -> str:
+        """Of a batch's file."""
+        return str(self._path(batch_id))
+
+    def exists(self, batch_id: str) -> bool:
+        """Whether the file of a batch is in its place."""
+        path = self._path(batch_id)
+        path.fs.invalidate_cache()
+        return bool(path.fs.exists(path.path))
+
+    def create(self, batch_id: str) -> NewResultFile:
+        """A file that is not in its place yet."""
+        if not _BATCH_ID.fullmatch(batch_id):
+            raise BatchInputError(f"{batch_id!r} is no id of a batch, and cannot be the name of a file. Nothing was written.")
+        return NewResultFile(self._path(batch_id), batch_id)
+
+    def check(self) -> None:
+        """Prove that files can be written: one is, and is taken away.
+
+        :raises BatchInputError: when they cannot
+        """
+        from airflow_provider_batchkit.landing.formats import require
+
+        require(self.form)
+        probe = self.create("probe")
+        try:
+            with probe as stream:
+                stream.write(b"")
+        except (OSError, ValueError, ImportError) as e:
+            raise BatchInputError(f"{self.name}: no result file can be written there: {e}. Nothing was sent.") from e
+        finally:
+            probe.discard()
+
+    def _path(self, batch_id: str) -> ObjectStoragePath:
+        folder, slash, last = self._given.rpartition("/")
+        last = last.replace("*", batch_id) if "*" in last else f"{last}/{batch_id}.{self.form}"
+        try:
+            path = _path(f"{folder}{slash}{last}", self._conn_id)
+            _ = path.fs
+        except (ValueError, ImportError) as e:
+            raise BatchInputError(
+                f"{self._given}: no file can be written there: {e}. The provider of the storage must be installed, such as "
+                "apache-airflow-providers-google for gs. Nothing was written."
+            ) from e
+        return path
+
+
+class NewResultFile:
+    """A file beside its place, under a name that no pattern for result files matches."""
+
+    def __init__(self, path: ObjectStoragePath, batch_id: str) -> None:
+        self._storage = path.fs
+        self._place = path.path
+        self._folder, _, _ = path.path.rpartition("/")
+        self._hidden = f"{self._folder}/.{batch_id}."
+        self._own = f"{self._hidden}{secrets.token_hex(8)}.tmp"
+        self._local = path.protocol in _LOCAL
+        self._stream: BinaryIO | None = None
+        self._published = False
+
+    def __enter__(self) -> BinaryIO:
+        if self._local:
+            self._storage.makedirs(self._folder, exist_ok=True)
+        stream: BinaryIO = self._storage.open(self._own, "wb")
+        self._stream = stream
+        return stream
+
+    def __exit__(self, *_: object) -> None:
+        assert self._stream is not None
+        with suppress(AttributeError, OSError):
+            # a file of the disk must be there when the ledger says so
+            self._stream.flush()
+            os.fsync(self._stream.fileno())
+        self._stream.close()
+
+    def publish(self) -> None:
+        """Move it to its place, over a file that is there."""
+        self._storage.mv(self._own, self._place)
+        self._published = True
+
+    def discard(self) -> None:
+        """Take away what is not in its place; behind one that is, also what killed attempts have left."""
+        try:
+            self._storage.invalidate_cache()
+            left = self._storage.glob(f"{self._hidden}*.tmp") if self._published else [self._own]
+            for name in left:
+                with suppress(FileNotFoundError):
+                    self._storage.rm_file(name)
+        except Exception as e:  # noqa: BLE001 - a file that nobody reads must not hide what is being raised, nor fail what has landed
+            log.warning("%s*.tmp may be left behind: %s", self._hidden, e)
+
+
+def output_form(output_path: Any, output_format: str | None = None) -> str:
+    """The format of result files.
+
+    :raises BatchInputError: for one that is not known, or that the path contradicts
+    """
+    from airflow_provider_batchkit.landing.formats import FORMATS, SUFFIXES
+
+    last = PurePosixPath(str(output_path)).name
+    told = SUFFIXES.get(PurePosixPath(last).suffix.lower())
+    if output_format is not None and output_format not in FORMATS:
+        raise BatchInputError(f"output_format must be 'jsonl' or 'parquet', not {output_format!r}.")
+    if told and output_format and told != output_format:
+        raise BatchInputError(f"output_path {output_path} and output_format {output_format!r} say two things. Leave output_format out.")
+    if last.count("*") > 1 or "*" in str(PurePosixPath(str(output_path)).parent):
+        raise BatchInputError(f"output_path {output_path} has a * that is not for the batch's id: one may stand in its last part.")
+    return told or output_format or "jsonl"

@@ -28,7 +28,17 @@ from airflow_provider_batchkit.exceptions import (
 from airflow_provider_batchkit.jobs.settle import DEFAULT_TIMES, PATIENCE_S, Settler, SettleTimes, any_visible, unseen_since
 from airflow_provider_batchkit.jobs.waiting import WaitFor
 from airflow_provider_batchkit.kit import BatchKit
-from airflow_provider_batchkit.landing import Batch, BatchFigures, LandingReport, Warehouse, WriteDisposition, land_batches, land_elsewhere
+from airflow_provider_batchkit.landing import (
+    Batch,
+    BatchFigures,
+    LandingReport,
+    OutputFiles,
+    Warehouse,
+    WriteDisposition,
+    land_batches,
+    land_elsewhere,
+    land_files,
+)
 from airflow_provider_batchkit.ledger import BatchRecord, BatchState, Ledger
 from airflow_provider_batchkit.model import BatchSnapshot
 
@@ -43,7 +53,7 @@ def fetch_job(
     kit: BatchKit,
     ledger: Ledger,
     batch_ids: Sequence[str],
-    table: str,
+    table: str | OutputFiles,
     *,
     dag_id: str,
     run_id: str,
@@ -56,6 +66,7 @@ def fetch_job(
 ) -> LandingReport:
     """Land batches. Waits up to a minute for what the API does not show at the moment; an error's ``wait`` says how to wait longer.
 
+    :param table: the result table, or where result files lie, for which there is no disposition
     :param dag_id: of the fetching task, with ``run_id``: an older version of the ledger may know a batch by another id there
     :param unseen: of the ``wait`` of the error before, when this fetch goes on after it
     :param warehouse: the database of the table; None for the ledger's own
@@ -73,7 +84,9 @@ def fetch_job(
             batches = [fetch.find(batch_id, dag_id, run_id) for batch_id in batch_ids]
             if options.get("disposition") is WriteDisposition.REPLACE:
                 _refuse_parts(ledger, batches)
-            if warehouse is None:
+            if not isinstance(table, str):
+                report = land_files(ledger, table, batches, fetch.look, fetch.read_blocks, kit.price_book, **options)
+            elif warehouse is None:
                 report = land_batches(ledger, batches, table, fetch.look, fetch.read_blocks, kit.price_book, **options)
             else:
                 report = land_elsewhere(

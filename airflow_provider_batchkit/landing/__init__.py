@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from airflow_provider_batchkit.landing.elsewhere import land_elsewhere
+from airflow_provider_batchkit.landing.files import OutputFiles, land_files
 from airflow_provider_batchkit.landing.land import check_table, land_batches
 from airflow_provider_batchkit.landing.plan import Batch
 from airflow_provider_batchkit.landing.report import BatchFigures, LandingReport
@@ -13,10 +14,12 @@ __all__ = [
     "Batch",
     "BatchFigures",
     "LandingReport",
+    "OutputFiles",
     "ResultTable",
     "Warehouse",
     "WriteDisposition",
     "check_table",
     "land_batches",
     "land_elsewhere",
+    "land_files",
 ]

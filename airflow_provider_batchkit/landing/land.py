@@ -205,16 +205,7 @@ class _Landing:
         queue_for_table(connection, self.table)
         self._look_again(connection, filled, plan)
         for batch in filled:
-            batch_id = batch.landed.snapshot.batch_id
-            before = plan.before(batch_id)
-            # what fills a table anew is as old as it was
-            values = landing_values(batch.landed, now if before is None else before.landed_at)
-            note_landing(connection, batch_id, plan.table, plan.number, values)
-            if batch.record is not None:
-                columns = {column: values[column] for column in ("ended_at", "landed_at", "counts")}
-                columns |= {"landed_table": self.table.name, "source_rows": batch.landed.counts.total()}
-                self.ledger.landed(connection, batch.record, batch.landed.tally, columns)
-                settle_outcomes(connection, batch.stage.tables, batch.record, batch.left_out)
+            note_landed(self.ledger, connection, batch, plan, now, self.table.name)
         if self.disposition is WriteDisposition.REPLACE:
             writer.empty()
         for batch in filled:
@@ -236,6 +227,22 @@ class _Landing:
         together = [Batch(batch.batch_id, batch.record) for batch in filled]
         if self._would_replace_younger(plan, together):
             raise Overtaken(f"{self.table.name} was filled while the results were read.")
+
+
+def note_landed(ledger: Ledger, connection: Connection, read: ReadBatch[Any], plan: Plan, now: datetime, spelled: str | None) -> None:
+    """Write a batch's landing, its outcomes and its bill to the ledger, in the connection's transaction.
+
+    :param spelled: where it lands, as the task names it; None where the ledger's row is to keep what it has
+    """
+    before = plan.before(read.batch_id)
+    # what fills a table anew is as old as it was
+    values = landing_values(read.landed, now if before is None else before.landed_at)
+    note_landing(connection, read.batch_id, plan.table, plan.number, values)
+    if read.record is not None:
+        columns = {column: values[column] for column in ("ended_at", "landed_at", "counts")}
+        columns |= {"source_rows": read.landed.counts.total()} | ({} if spelled is None else {"landed_table": spelled})
+        ledger.landed(connection, read.record, read.landed.tally, columns)
+        settle_outcomes(connection, read.stage.tables, read.record, read.left_out)
 
 
 def look_again(connection: Connection, filled: Sequence[ReadBatch[Any]], plan: Plan, is_empty: Callable[[], bool]) -> None:

@@ -281,14 +281,18 @@ class TemporaryStage(Stage):
         """:param portable: use no database's own bulk path"""
         super().__init__(table, keys, ranks)
         self._connection = connection
-        answer_columns = [(name, sa.Text() if name in table.json_names else type_) for name, type_ in table.answer_columns]
-        rows = _temporary("rows", *table.staged_keys(connection.dialect), *answer_columns, *self.columns)
+        rows = _temporary("rows", *self._staged_columns())
         packed = _temporary("succeeded", *((c.name, c.type) for c in succeeded.columns if c.name not in ("job_id", "shard")))
         keep_entries_plain(packed)
         self.tables = StageTables(rows, packed)
         for stage in (rows, packed):
             stage.create(connection, checkfirst=False)
         self._bulk = self._loader = bulk_loader(connection, rows, portable=portable)
+
+    def _staged_columns(self) -> list[tuple[str, Any]]:
+        table = self._result_table
+        answer_columns = [(name, sa.Text() if name in table.json_names else type_) for name, type_ in table.answer_columns]
+        return [*table.staged_keys(self._connection.dialect), *answer_columns, *self.columns]
 
     @contextmanager
     def filling(self) -> Iterator[None]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from airflow.providers.common.compat.sdk import AirflowFailException
 
-from airflow_provider_batchkit.exceptions import BatchInputError, ErrorRateError
+from airflow_provider_batchkit.exceptions import BatchInputError, BatchKitError, ErrorRateError
 from airflow_provider_batchkit.hooks.ledger import results_of
 from airflow_provider_batchkit.hooks.settings import DEFAULT_CONN_ID, configured_failures, settle_times
 from airflow_provider_batchkit.jobs.waiting import Done, WaitFor
@@ -21,6 +21,7 @@ from airflow_provider_batchkit.operators.tasks import as_batch_ids, attempt_id_o
 if TYPE_CHECKING:
     from airflow.providers.common.compat.sdk import Context
 
+    from airflow_provider_batchkit.hooks.storage import ResultFiles
     from airflow_provider_batchkit.jobs.advance import Landing
     from airflow_provider_batchkit.landing import LandingReport
     from airflow_provider_batchkit.ledger import Ledger
@@ -35,13 +36,16 @@ def refuse_replace(what: str, write_disposition: str) -> None:
 
 
 class LandingOperator(ResumableOperator):
-    """The parameters of every task that writes results to a table, checked, and what it does with them."""
+    """The parameters of every task that writes results to a table or to files, checked, and what it does with them."""
 
     table: Any
 
     def __init__(
         self,
         *,
+        output_path: Any = None,
+        output_format: str | None = None,
+        output_conn_id: str | None = None,
         write_disposition: str = "merge",
         include_failed: bool = False,
         fail_on_error_rate: float | None = None,
@@ -50,6 +54,9 @@ class LandingOperator(ResumableOperator):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        self.output_path = output_path
+        self.output_format = output_format
+        self.output_conn_id = output_conn_id
         self.write_disposition = write_disposition
         self.include_failed = include_failed
         self.fail_on_error_rate = fail_on_error_rate
@@ -62,6 +69,42 @@ class LandingOperator(ResumableOperator):
         if fail_on_error_rate is not None and not 0 <= fail_on_error_rate <= 1:
             raise BatchInputError(f"Task {self.task_id}: fail_on_error_rate must be 0.0 to 1.0, not {fail_on_error_rate!r}.")
 
+    def _refuse_bad_target(self) -> None:
+        """:raises BatchInputError: when the DAG is parsed, for results that have no place, or a table without a database"""
+        from airflow_provider_batchkit.hooks.storage import output_form
+
+        if self.table is None and self.output_path is None:
+            raise BatchInputError(f"Task {self.task_id}: give table or output_path, or both: its results have no place.")
+        if self.table is not None and self.sql_conn_id is None:
+            raise BatchInputError(f"Task {self.task_id}: table needs sql_conn_id, the connection of its database.")
+        if self.table is None and self.write_disposition != "merge":
+            raise BatchInputError(
+                f"Task {self.task_id}: write_disposition={self.write_disposition!r} is for a table. Results in files are one file a batch, "
+                "which takes the place of that batch's file alone."
+            )
+        if self.output_path is None and (self.output_format or self.output_conn_id):
+            raise BatchInputError(f"Task {self.task_id}: output_format and output_conn_id are for output_path, which is missing.")
+        if isinstance(self.output_path, str) and "{{" not in self.output_path:
+            try:
+                output_form(self.output_path, self.output_format)
+            except BatchInputError as e:
+                raise BatchInputError(f"Task {self.task_id}: {e}") from None
+
+    def _files(self) -> ResultFiles | None:
+        from airflow_provider_batchkit.hooks.storage import ResultFiles
+
+        return None if self.output_path is None else ResultFiles(self.output_path, self.output_format, self.output_conn_id)
+
+    def _file_summary(self, batch_ids: Sequence[str]) -> dict[str, Any]:
+        """What the summary says of files: where they lie, and each batch's."""
+        files = self._files()
+        return {} if files is None else {"output_path": files.name, "files": [files.url(batch_id) for batch_id in batch_ids]}
+
+    @property
+    def _place(self) -> str:
+        """Where the results are, for people."""
+        return " and ".join(str(place) for place in (self.table, self.output_path) if place is not None)
+
     def _refuse_mapped_replace(self, context: Context) -> None:
         if self.write_disposition == "replace" and (context["ti"].map_index or 0) >= 0 and context["ti"].map_index is not None:
             raise AirflowFailException(
@@ -73,22 +116,27 @@ class LandingOperator(ResumableOperator):
         from airflow_provider_batchkit.jobs.fetch import fetch_job
         from airflow_provider_batchkit.landing import WriteDisposition
 
-        ti = leg.context["ti"]
+        ti, files = leg.context["ti"], self._files()
         fetch = partial(
             fetch_job,
             self.hook.kit,
             ledger,
-            table=self.table,
             dag_id=ti.dag_id,
             run_id=ti.run_id,
             times=settle_times(),
             unseen=leg.unseen,
-            warehouse=results_of(self),
-            attempt_id=attempt_id_of(ti),
             include_failed=self.include_failed,
             rewrite=self.rewrite,
         )
-        return Landing(self.table, WriteDisposition.parse(self.write_disposition), lambda ids, how: fetch(ids, disposition=how), leg)
+        results = results_of(self)
+
+        def land(ids: Sequence[str], how: WriteDisposition) -> LandingReport:
+            found = None
+            if self.table is not None:
+                found = fetch(ids, table=self.table, disposition=how, warehouse=results, attempt_id=attempt_id_of(ti))
+            return _land_files_too(found, lambda: fetch(ids, table=files)) if files is not None else found  # type: ignore[return-value]
+
+        return Landing(self._place, WriteDisposition.parse(self.write_disposition), land, leg)
 
     def _delete(self, ledger: Ledger, batch_ids: Sequence[str], complete: Sequence[str]) -> None:
         """Delete the batches that have landed whole, where that is wanted."""
@@ -107,12 +155,25 @@ class LandingOperator(ResumableOperator):
         if self.fail_on_error_rate is not None and total and failed / total > self.fail_on_error_rate:
             raise ErrorRateError(
                 f"{failed:,} of {total:,} rows have no answer ({failed / total:.2%}), above fail_on_error_rate="
-                f"{self.fail_on_error_rate:.2%}: {dict(counts)}. The answers that came have landed in {self.table}."
+                f"{self.fail_on_error_rate:.2%}: {dict(counts)}. The answers that came have landed in {self._place}."
             )
 
 
+def _land_files_too(table: LandingReport | None, land: Callable[[], LandingReport]) -> LandingReport:
+    """Land batches in files, behind a table where there is one; gives the report of both."""
+    try:
+        files = land()
+    except BatchKitError as e:
+        e.landed = [*(table.first if table is not None else []), *e.landed]
+        raise
+    if table is None:
+        return files
+    table.complete_ids = [batch_id for batch_id in table.complete_ids if batch_id in files.complete_ids]
+    return table
+
+
 class FetchBatchOperator(LandingOperator):
-    """Write the results of ended batches to a table, with their costs. Returns a summary with the cost tally.
+    """Write the results of ended batches to a table or to files, with their costs. Returns a summary with the cost tally.
 
     The rows, each request's outcome and the batch's bill are written in one transaction per batch: killed anywhere, it can run again. Where
     the ledger lies in another database, the rows land exactly once all the same.
@@ -125,6 +186,11 @@ class FetchBatchOperator(LandingOperator):
 
     :param batch_id: a batch id or a list of them, usually the output of submit (templated)
     :param table: result table, ``table`` or ``schema.table`` (templated); created when it does not exist, keyed by the source's key
+    :param output_path: in place of ``table``, or beside it: where result files are written, as a path or URL that ``ObjectStoragePath``
+        takes (local, ``s3://``, ``gs://``, ``abfs://``): a folder, or a path with a ``*`` for the batch's id, ``gs://lake/copy/*.parquet``
+        (templated). One file a batch, in its place once it is whole. Without ``table`` no database of results is needed
+    :param output_format: ``"jsonl"`` (the default) or ``"parquet"``, where the path does not say it by its suffix
+    :param output_conn_id: connection to write ``output_path`` with; a local path needs none (templated)
     :param anthropic_conn_id: connection of type ``anthropic``
     :param sql_conn_id: SQL connection of the table
     :param ledger_conn_id: SQLite or PostgreSQL connection of the ledger, that of the submit: ``[batchkit] ledger_conn_id`` of Airflow's
@@ -137,7 +203,9 @@ class FetchBatchOperator(LandingOperator):
     :param rewrite: write also what has landed in the table before, over whatever is there now
     """
 
-    template_fields: Sequence[str] = ("batch_id", "table", "anthropic_conn_id", "sql_conn_id", "ledger_conn_id")
+    template_fields: Sequence[str] = (
+        *("batch_id", "table", "anthropic_conn_id", "sql_conn_id", "ledger_conn_id", "output_path", "output_conn_id"),
+    )
     ui_color = "#d2e3e8"
     operator_extra_links = (ConsoleLink(),)
 
@@ -145,9 +213,9 @@ class FetchBatchOperator(LandingOperator):
         self,
         *,
         batch_id: Any,
-        table: str,
+        table: str | None = None,
         anthropic_conn_id: str = DEFAULT_CONN_ID,
-        sql_conn_id: str,
+        sql_conn_id: str | None = None,
         ledger_conn_id: str | None = None,
         **kwargs: Any,
     ) -> None:
@@ -157,6 +225,7 @@ class FetchBatchOperator(LandingOperator):
         self.anthropic_conn_id = anthropic_conn_id
         self.sql_conn_id = sql_conn_id
         self.ledger_conn_id = ledger_conn_id
+        self._refuse_bad_target()
 
     def _advance(self, leg: Leg, ledger: Ledger) -> Done[LandingReport] | WaitFor:
         batch_ids = as_batch_ids(self.batch_id)
@@ -166,7 +235,7 @@ class FetchBatchOperator(LandingOperator):
 
     def _finish(self, leg: Leg, ledger: Ledger, result: LandingReport) -> dict[str, Any]:
         self._say_why(ledger, result)
-        summary = result.to_json()
+        summary = {**result.to_json(), "table": self.table, **self._file_summary(result.batch_ids)}
         publish_summary(self, leg.context, summary, result.tally)
         self._delete(ledger, result.batch_ids, result.complete_ids)
         self._check_error_rate(result.counts)

@@ -78,7 +78,7 @@ class OwnsBatches:
     """A task that sends the batches of a job, and cancels them when it is killed and ``cancel_on_kill`` is set."""
 
     cancel_on_kill: bool
-    sql_conn_id: str
+    sql_conn_id: str | None
     ledger_conn_id: str | None
     _job_id: str | None = None
     #: What is being sent is to stop, since what was sent is canceled.

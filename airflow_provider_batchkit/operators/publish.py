@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 #: the keys of the summary that are published, under their own names; all are JSON and small
-PUBLISHED = ("batch_ids", "table", "rows", "counts", "cost_tally", "latency_s")
+PUBLISHED = ("batch_ids", "table", "output_path", "files", "rows", "counts", "cost_tally", "latency_s")
 
 
 def publish_summary(task: Any, context: Context, summary: Mapping[str, Any], tally: CostTally) -> None:
@@ -29,7 +29,7 @@ def publish_summary(task: Any, context: Context, summary: Mapping[str, Any], tal
     :param tally: its bill, for the log
     """
     log.info("Cost of %s:\n%s", ", ".join(summary["batch_ids"]) or "no batches", format_tally(tally))
-    published = {name: summary[name] for name in PUBLISHED if summary[name] is not None}
+    published = {name: summary[name] for name in PUBLISHED if summary.get(name) is not None}
     _store(context, published)
     _describe_assets(context, task.outlets, published)
     task.lineage_summary = published

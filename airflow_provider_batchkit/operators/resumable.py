@@ -95,7 +95,7 @@ class Leg:
 class ResumableOperator(OnConnection, BatchLineage, BaseOperator):
     """A task that does what can be done now, and waits for the rest without a worker slot."""
 
-    sql_conn_id: str
+    sql_conn_id: str | None
     ledger_conn_id: str | None
     budget: Budget | None = None
     #: the ledger has a job of this very task

@@ -24,7 +24,7 @@ _WEEK_S = 7 * 24 * 3600.0
 
 
 class RunBatchOperator(SubmitBatchOperator, LandingOperator):
-    """Ask Claude about every row of a source and write the answers to a table; what failed is asked again. Returns a summary.
+    """Ask Claude about every row of a source and write the answers to a table or to files; what failed is asked again. Returns a summary.
 
     One task in place of submit, wait and fetch. It takes the parameters of :class:`SubmitBatchOperator` and those of
     :class:`FetchBatchOperator` but ``batch_id``, and waits in the triggerer, without a worker slot.
@@ -54,10 +54,12 @@ class RunBatchOperator(SubmitBatchOperator, LandingOperator):
         as killing it on Airflow 3.3, and paid work must survive that
     """
 
+    template_fields: Sequence[str] = (*SubmitBatchOperator.template_fields, "output_path", "output_conn_id")
+
     def __init__(
         self,
         *,
-        table: str,
+        table: str | None = None,
         max_rounds: int = 1,
         rounds: Sequence[Round] | None = None,
         poke_interval: float = 60.0,
@@ -65,6 +67,7 @@ class RunBatchOperator(SubmitBatchOperator, LandingOperator):
         **kwargs: Any,
     ) -> None:
         super().__init__(table=table, **kwargs)
+        self._refuse_bad_target()
         try:
             self.rounds = parse_rounds(rounds, max_rounds, retry_invalid_output=self.retry_invalid_output)
         except BatchInputError as e:
@@ -95,6 +98,9 @@ class RunBatchOperator(SubmitBatchOperator, LandingOperator):
         self._refuse_mapped_replace(leg.context)
         if self.is_dry_run:
             return super()._advance(leg, ledger)
+        files = self._files()
+        if files is not None and leg.about is None:
+            files.check()
         attempt = self._attempt(leg, ledger)
         asking, landing = self._asking(leg, attempt.job_id), self._landing(leg, ledger)
         step = RunStep(attempt, asking, landing, self.poke_interval, self.timeout)
@@ -111,6 +117,7 @@ class RunBatchOperator(SubmitBatchOperator, LandingOperator):
         summary = {
             "batch_ids": found.batch_ids,
             "table": self.table,
+            **self._file_summary(found.batch_ids),
             "rows": found.counts.total() if self.include_failed else found.answered,
             "counts": dict(sorted(found.counts.items())),
             "unfinished": dict(sorted(found.unfinished.items())),

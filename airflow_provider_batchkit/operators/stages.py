@@ -41,21 +41,22 @@ class BatchStage(TaskGroup):
 
 
 def batch_stage(
-    group_id: str, *, table: str, outlets: Any = None, default_args: Mapping[str, Any] | None = None, **parameters: Any
+    group_id: str, *, table: str | None = None, outlets: Any = None, default_args: Mapping[str, Any] | None = None, **parameters: Any
 ) -> BatchStage:
-    """A task group ``submit >> wait >> fetch``: ask about every row of a source, and land the answers in ``table``.
+    """A task group ``submit >> wait >> fetch``: ask about every row of a source, and land the answers in ``table`` or in
+    files.
 
     Each further parameter goes to those of the three tasks that have a parameter of its name:
 
     - to ``submit``, all of :class:`SubmitBatchOperator`: the source, ``key``, ``prompt``, ``model``, ``max_cost_usd`` …
     - to ``wait``, all of :class:`BatchSensor` and of any sensor: ``deferrable``, ``poke_interval``, ``timeout`` …
-    - to ``fetch``, all of :class:`FetchBatchOperator`: ``write_disposition``, ``include_failed``, ``fail_on_error_rate`` …
+    - to ``fetch``, all of :class:`FetchBatchOperator`: ``output_path``, ``write_disposition``, ``include_failed`` …
 
     So ``sql_conn_id``, ``ledger_conn_id``, ``anthropic_conn_id`` and ``cancel_on_kill`` are given once. ``stage_a >> stage_b`` runs one
     after the other.
 
     :param group_id: id of the group; its tasks are ``<group_id>.submit``, ``.wait`` and ``.fetch``
-    :param table: result table of ``fetch``
+    :param table: result table of ``fetch``; it may be left out where ``output_path`` is given
     :param outlets: assets that ``fetch`` updates
     :param default_args: parameters that any task has (``retries``, ``pool``, ``queue`` …), for all three
     :raises TypeError: when the DAG is parsed, for a parameter that none of the three has

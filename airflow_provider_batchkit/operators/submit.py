@@ -56,7 +56,8 @@ class SubmitBatchOperator(OwnsBatches, ResumableOperator):
     :param output_schema: what each answer must be: a JSON Schema (a mapping) of an object, or a Pydantic model class. Its properties become
         typed columns of the result table, nested ones as JSON; an answer that does not fit lands as ``invalid_output`` with its raw text
     :param anthropic_conn_id: connection of type ``anthropic``
-    :param sql_conn_id: SQL connection of the results, and of the source unless ``source_conn_id`` names another
+    :param sql_conn_id: SQL connection of the results, and of the source unless ``source_conn_id`` names another. Needed unless results
+        are files and the ledger lies elsewhere
     :param ledger_conn_id: SQLite or PostgreSQL connection of the ledger: ``[batchkit] ledger_conn_id`` of Airflow's configuration by
         default, else ``sql_conn_id`` (templated)
     :param source_conn_id: SQL connection to read ``sql`` from
@@ -132,7 +133,7 @@ class SubmitBatchOperator(OwnsBatches, ResumableOperator):
         params: Mapping[str, Any] | None = None,
         output_schema: Any = None,
         anthropic_conn_id: str = DEFAULT_CONN_ID,
-        sql_conn_id: str,
+        sql_conn_id: str | None = None,
         ledger_conn_id: str | None = None,
         source_conn_id: str | None = None,
         parameters: Any = None,
@@ -207,6 +208,8 @@ class SubmitBatchOperator(OwnsBatches, ResumableOperator):
         if self.requests is None and (not self.key or self.prompt is None):
             source = "input_path" if self.sql is None else "sql"
             raise BatchInputError(f"Task {self.task_id}: {source} needs key (the columns that identify a row) and prompt.")
+        if self.sql is not None and self.source_conn_id is None and self.sql_conn_id is None:
+            raise BatchInputError(f"Task {self.task_id}: sql needs source_conn_id or sql_conn_id, the connection to read it from.")
         if self.input_options is not None:
             from airflow_provider_batchkit.source.files import InputOptions
 
@@ -266,7 +269,7 @@ class SubmitBatchOperator(OwnsBatches, ResumableOperator):
             Limits(self.max_cost_usd, self.budget),
             priming,
             output_schema=None if self.output_schema is None else self.output_schema.text,
-            results=None if self.table is None else results_of(self),
+            results=results_of(self),
         )
         key = [self.key] if isinstance(self.key, str) else list(self.key or ())
         reasons = WORTH_ASKING | {Reason.UNFIT} if self.retry_invalid_output else WORTH_ASKING
