@@ -41,6 +41,7 @@ def parser() -> argparse.ArgumentParser:
         "seed",
         "input-tokens",
         "output-tokens",
+        "answer-tokens",
         "web-searches",
         "cache-min-tokens",
         "cache-concurrency",

@@ -70,7 +70,7 @@ def _text(record: Record, room: int) -> tuple[str, str]:
     if record.schema and record.marker != "invalid-output":
         text = json_schema.answer_in_schema(json_schema.decoded(record.schema), record.digest)
     else:
-        text = tokens.answer_from(record.digest, record.excerpt)
+        text = tokens.filled(tokens.answer_from(record.digest, record.excerpt), min(record.filled_to, room))
     if record.marker == "refusal-partial":
         return tokens.cut(text[: len(text) // 2], room), "refusal"
     if record.marker in _HALVED:

@@ -197,7 +197,8 @@ class Handler(BaseHTTPRequestHandler):
             case "count_tokens":
                 params = validate.count_params(body, models)
                 size = system_bytes(params.system) + sum(text_bytes(turn.content) for turn in params.messages)
-                return {"input_tokens": tokens_of_bytes(size) + OVERHEAD_TOKENS}
+                fixed = store.settings.input_tokens
+                return {"input_tokens": tokens_of_bytes(size) + OVERHEAD_TOKENS if fixed is None else fixed}
             case "models":
                 return _models_page(models, *_page_query(query))
             case _:

@@ -59,6 +59,7 @@ class Intake:
         record.input_tokens = total if self._settings.input_tokens is None else self._settings.input_tokens
         if not isinstance(params.system, str):
             self._cache(record, params.system)
+        record.filled_to = min(self._settings.answer_tokens, record.max_tokens)
         self._count_output(record)
         return record
 

@@ -20,6 +20,8 @@ class Record(msgspec.Struct, gc=False):
     outcome: int = Outcome.SUCCEEDED
     input_tokens: int = 0
     output_tokens: int = 0
+    #: tokens up to which its text is filled; 0: as short as it is
+    filled_to: int = 0
     cache_write_5m: int = 0
     cache_write_1h: int = 0
     cache_read: int = 0

@@ -52,9 +52,12 @@ class SimulatorSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     #: model id → members of its ``ModelInfo`` to change (``{"lifecycle": "retired"}``, ``{"max_tokens": 8000}``); a new id is a new model
     models: dict[str, dict[str, Any]] = {}
 
-    #: tokens of every request and answer, in place of the token model of ``tokens.py``
+    #: tokens of every request and answer, in place of the token model of ``tokens.py``; ``count_tokens`` says the same of a request. They
+    #: may be more than a text can have: an estimate's bound holds for the token model, not for them
     input_tokens: Count | None = None
     output_tokens: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    #: a text answer is filled up to so many tokens, or to ``max_tokens`` where that is less: its usage is that of its text
+    answer_tokens: Count = 0
     #: searches billed to every succeeded request that brings a ``web_search_…`` tool
     web_searches: Count = 1
     #: tokens of the shortest prompt prefix that is cached, in place of each model's own

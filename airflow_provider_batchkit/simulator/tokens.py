@@ -1,7 +1,8 @@
 """The token model and the answers. A declared model that makes runs reproducible, not the truth about any tokenizer.
 
 - ``input_tokens`` = ceil(UTF-8 bytes of all system and message text / 4) + 8. Only text counts: tools, images and documents are free.
-- ``output_tokens`` = ceil(UTF-8 bytes of the answer / 4), at least 1, at most ``max_tokens``; an answer above that is cut.
+- ``output_tokens`` = ceil(UTF-8 bytes of the answer / 4), at least 1, at most ``max_tokens``; an answer above that is cut. With the setting
+  ``answer_tokens`` a shorter text is filled up.
 - Caching: the system text up to each block with ``cache_control`` is a prefix, ceil(bytes / 4) tokens of the input. A prefix below the
   model's minimum (:func:`cache_minimum`) is plain input. A request finds one when a request of the same workspace, model, ttl and prefix
   had ended before this one's batch was accepted, and no longer ago than the ttl; each use counts anew. It reads the longest that it
@@ -20,6 +21,7 @@ import hashlib
 EXCERPT_CHARS = 60
 DIGEST_CHARS = 12
 OVERHEAD_TOKENS = 8
+_FILLER = ". A model would write something of use here"
 
 #: tokens of the shortest prefix that is cached, by the start of the model's name; from the API's documentation of prompt caching as
 #: quoted by others in 2026, where the newest models are missing: for those the default is a guess
@@ -54,6 +56,12 @@ def answer_from(digest: str, excerpt: str) -> str:
 def answer_for(prompt: str) -> str:
     """The whole text that the simulator answers to a prompt (the text of the last user message; its text blocks are joined as they are)."""
     return answer_from(digest_of(prompt), prompt[:EXCERPT_CHARS])
+
+
+def filled(text: str, tokens: int) -> str:
+    """A text that the token model counts as ``tokens``: a shorter one goes on, a longer one stays as it is."""
+    missing = 4 * tokens - len(text.encode())
+    return text + (_FILLER * (missing // len(_FILLER) + 1))[:missing] if missing > 0 else text
 
 
 def cut(text: str, tokens: int) -> str:

@@ -62,6 +62,25 @@ def test_fixed_tokens_make_the_bill_predictable() -> None:
         assert bill == {**BILL_ZERO, "requests": 21, "input_tokens": 21 * 2700, "output_tokens": 20 * 100 + 64}
 
 
+def test_fixed_tokens_are_what_count_tokens_says() -> None:
+    """Counted before and billed afterwards are the same figure, so that an estimate on a simulator with fixed tokens is one of its bill."""
+    with Simulator(input_tokens=2700) as simulator:
+        asked = request("a")["params"]
+        counted = client_of(simulator).messages.count_tokens(model=asked["model"], messages=asked["messages"])
+        assert counted.input_tokens == 2700
+
+
+@pytest.mark.parametrize(("prompt", "max_tokens", "tokens"), [("row", 640, 600), ("é" * 60, 640, 600), ("row", 100, 100)])
+def test_an_answer_can_be_filled_up_to_a_number_of_tokens(prompt: str, max_tokens: int, tokens: int) -> None:
+    """Its text is as long as its usage says, begins as it always does, and fits into max_tokens."""
+    with Simulator(answer_tokens=600) as simulator:
+        (result,) = results_of(client_of(simulator), [request("a", prompt, max_tokens=max_tokens)]).values()
+    text = result.message.content[0].text
+    assert (result.message.stop_reason, result.message.usage.output_tokens) == ("end_turn", tokens)
+    assert len(text.encode()) == 4 * tokens
+    assert text.startswith(answer_for(prompt))
+
+
 def test_the_bill_is_the_sum_of_what_the_results_say() -> None:
     """Per model, to the token, over succeeded requests only; per inference_geo in the bill lines; unchanged by delete."""
     with Simulator(errored=0.2, expired=0.2, canceled=0.2) as simulator:
