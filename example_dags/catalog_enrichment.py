@@ -1,4 +1,4 @@
-"""Every month, a short description for each product of a catalog that is new or has changed, at half price.
+"""Every month, descriptions in five languages for each product of a catalog that is new or has changed, at half price.
 
 Needs two connections: ``anthropic_default`` and ``warehouse``, a SQL database with a table ``products (sku, name, attributes)``.
 The asset ``product_copy`` tells other DAGs what a run cost, see ``catalog_cost.py``. ``make demo`` runs this file against the simulator.
@@ -17,6 +17,7 @@ with DAG(
     schedule="@monthly",
     start_date=pendulum.datetime(2026, 1, 1, tz="UTC"),
     catchup=False,
+    max_active_runs=1,  # a run counts as unchanged what earlier runs have landed
     default_args={"retries": 3},
     doc_md=__doc__,
     tags=["batchkit", "example"],
@@ -25,9 +26,9 @@ with DAG(
         task_id="submit",
         sql="SELECT sku, name, attributes FROM products",
         key="sku",
-        prompt="Write a two-sentence description of {{ row.name }}: {{ row.attributes }}",
+        prompt="Describe {{ row.name }} in English, German, French, Spanish and Polish, two sentences each: {{ row.attributes }}",
         model="claude-opus-4-8",
-        max_tokens=200,
+        max_tokens=640,
         skip_unchanged=True,  # the next month pays for products that are new or have changed
         sql_conn_id="warehouse",
     )

@@ -6,5 +6,5 @@ from pathlib import Path
 
 DAG_ID = "catalog_enrichment"
 DAGS_FOLDER = Path(__file__).resolve().parents[1]
-#: what the simulator reports for every row: with claude-opus-4-8, $0.008 in a batch and $0.016 otherwise
-INPUT_TOKENS, OUTPUT_TOKENS = 2_700, 100
+#: tokens of a product's prompt and of its answer, by the simulator's token model: $0.008 in a batch of claude-opus-4-8, $0.016 otherwise
+PROMPT_TOKENS, ANSWER_TOKENS = 200, 600

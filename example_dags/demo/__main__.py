@@ -10,8 +10,7 @@ import argparse
 import contextlib
 import logging
 import os
-import signal
-import socket
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -23,8 +22,9 @@ from urllib.parse import quote
 
 from airflow_provider_batchkit.simulator import SimulatorProcess, SimulatorSettings
 
-from . import DAG_ID, DAGS_FOLDER, INPUT_TOKENS, OUTPUT_TOKENS
+from . import ANSWER_TOKENS, DAG_ID, DAGS_FOLDER
 from .catalog import fill_catalog, write_reviews
+from .services import serve
 
 PRODUCTS = 50_000
 REAL_PRODUCTS = 5
@@ -50,15 +50,17 @@ def main(argv: list[str] | None = None) -> int:
     if args.what == "demo" and not args.real:
         # the DAG asks for nothing that an earlier run has answered: a demo begins without one
         catalog.unlink(missing_ok=True)
+        shutil.rmtree(FOLDER / "airflow", ignore_errors=True)
     fill_catalog(catalog, rows)
     write_reviews(FOLDER / "reviews.csv", catalog)
     set_environment(catalog)
     if args.real:
         return run_real(catalog)
     print("Starting the API simulator: no key, no network, no bill.")
-    with SimulatorProcess(SimulatorSettings(clock="seconds:12", input_tokens=INPUT_TOKENS, output_tokens=OUTPUT_TOKENS)) as simulator:
+    clock = "seconds:12" if args.what == "demo" else "seconds:60"
+    with SimulatorProcess(SimulatorSettings(clock=clock, moving_counts=True, answer_tokens=ANSWER_TOKENS)) as simulator:
         os.environ["AIRFLOW_CONN_ANTHROPIC_DEFAULT"] = f"anthropic://:demo-key@/?__extra__={quote(_extra(simulator.base_url))}"
-        return run_demo(catalog) if args.what == "demo" else run_airflow()
+        return run_demo(catalog) if args.what == "demo" else run_airflow(catalog)
 
 
 def set_environment(catalog: Path) -> None:
@@ -71,6 +73,7 @@ def set_environment(catalog: Path) -> None:
             "AIRFLOW__CORE__DAGS_ARE_PAUSED_AT_CREATION": "False",
             "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_ALL_ADMINS": "True",
             "AIRFLOW__LOGGING__LOGGING_LEVEL": "INFO",
+            "AIRFLOW__BATCHKIT__PAGE_LEDGER_CONN_IDS": "warehouse",
             "AIRFLOW_CONN_WAREHOUSE": f"sqlite://{quote(str(catalog), safe='')}",
             "AIRFLOW_VAR_REVIEWS_CSV": str(FOLDER / "reviews.csv"),
         }
@@ -86,11 +89,11 @@ def run_demo(catalog: Path) -> int:
     with _progress(catalog):
         code = subprocess.run([sys.executable, "-m", "example_dags.demo.run"], check=False).returncode
     if code:
-        print(f"The DAG run failed. Airflow's own log of it is in {_relative(FOLDER / 'airflow' / 'demo.log')}.", file=sys.stderr)
+        print(f"The DAG run failed. Its logs: {_relative(FOLDER / 'airflow')}/demo.log and …/logs.", file=sys.stderr)
         return code
     print(f"\nThe run took {time.monotonic() - started:.0f} s. The first rows of product_copy:\n")
     show_rows(catalog)
-    print("\nThe bill, added up from the usage of every row:\n")
+    print("\nThe bill, added up from the usage of every row, and the most that it could be, as the ledger has it since before the POST:\n")
     show_bill(catalog)
     print(f"\nThe table is product_copy in {_relative(catalog)}, the ledger batchkit_* beside it.")
     print("Open the same in the Airflow UI: make airflow")
@@ -106,96 +109,44 @@ def show_rows(catalog: Path, count: int = 5) -> None:
 
 
 def show_bill(catalog: Path) -> None:
-    """The tally of the latest run's batches, from the ledger."""
+    """The tally and the bound of the latest run's batches, from the ledger."""
     import json
 
     from airflow_provider_batchkit.cost.tally import format_tally
-    from airflow_provider_batchkit.model import CostTally
+    from airflow_provider_batchkit.model import COST_QUANTUM, CostTally
 
     latest = "SELECT job_id FROM batchkit_job ORDER BY created_at DESC LIMIT 1"
     with contextlib.closing(sqlite3.connect(catalog)) as connection:
-        tallies = connection.execute(f"SELECT tally FROM batchkit_batch WHERE state = 'landed' AND job_id = ({latest})").fetchall()
-    print(format_tally(CostTally.sum(CostTally.from_json(json.loads(tally)) for (tally,) in tallies)))
+        batches = connection.execute(
+            f"SELECT tally, bound_picousd FROM batchkit_batch WHERE state = 'landed' AND job_id = ({latest})"
+        ).fetchall()
+    print(format_tally(CostTally.sum(CostTally.from_json(json.loads(tally)) for tally, _ in batches)))
+    print(f"at most ${sum(bound for _, bound in batches) * COST_QUANTUM:.2f}")
 
 
-def run_airflow() -> int:
+def run_airflow(catalog: Path) -> int:
     """A real Airflow with UI, scheduler, DAG processor and triggerer until Ctrl-C."""
-    ports = _free_ports(4)
-    url = f"http://localhost:{ports[0]}"
-    os.environ.update(
-        {
-            "AIRFLOW__API__PORT": str(ports[0]),
-            "AIRFLOW__API__BASE_URL": url,
-            "AIRFLOW__CORE__EXECUTION_API_SERVER_URL": f"{url}/execution/",
-            "AIRFLOW__LOGGING__WORKER_LOG_SERVER_PORT": str(ports[1]),
-            "AIRFLOW__LOGGING__TRIGGER_LOG_SERVER_PORT": str(ports[2]),
-        }
-    )
-    print(f"Starting Airflow. In half a minute: {url}/dags/{DAG_ID}\nTrigger the DAG there; Ctrl-C ends everything.\n", flush=True)
-    log = FOLDER / "airflow" / "standalone.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "airflow", "standalone"], stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-        )
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-        try:
-            _wait_healthy(url, process)
-            print(f"Airflow is up: {url}/dags/{DAG_ID}  (log: {_relative(log)})", flush=True)
-            code = process.wait()
-        except KeyboardInterrupt:
-            print("\nEnding Airflow ...", flush=True)
-            code = 0
-        finally:
-            _end(process)
-    print("Ended.")
-    return code
-
-
-def _wait_healthy(url: str, process: subprocess.Popen[bytes]) -> None:
-    from urllib.request import urlopen
-
-    while process.poll() is None:
-        with contextlib.suppress(OSError), urlopen(f"{url}/api/v2/monitor/health", timeout=5):  # noqa: S310 - our own loopback server
-            return
-        time.sleep(1)
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """Interrupt Airflow as Ctrl-C does, and end what is left of its own process group."""
-    if process.poll() is None:
-        process.send_signal(signal.SIGINT)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(20)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    print("Preparing Airflow's own database ...")
+    _airflow("db", "migrate")
+    print("Starting Airflow, which takes half a minute ...", flush=True)
+    return serve(FOLDER / "airflow", catalog)
 
 
 def run_real(catalog: Path) -> int:
     """The same DAG against the real API: shows the most it can cost, asks, runs."""
-    import anthropic
-
-    from airflow_provider_batchkit.cost.prices import PriceBook
-    from airflow_provider_batchkit.model import Usage
+    from airflow_provider_batchkit import BatchKit
+    from airflow_provider_batchkit.request.template import RowTemplate
+    from example_dags.catalog_enrichment import submit
 
     key = os.environ.get("ANTHROPIC_API_KEY")
     if not key:
         print("--real needs ANTHROPIC_API_KEY.", file=sys.stderr)
         return 2
-    client = anthropic.Anthropic()
-    model, max_tokens = "claude-opus-4-8", 200
     with contextlib.closing(sqlite3.connect(catalog)) as connection:
-        products = connection.execute("SELECT name, attributes FROM products").fetchall()
-    tokens = 0
-    for name, attributes in products:
-        prompt = f"Write a two-sentence description of {name}: {attributes}"
-        tokens += client.messages.count_tokens(model=model, messages=[{"role": "user", "content": prompt}]).input_tokens
-    from datetime import UTC, datetime
-
-    cost = PriceBook().cost(model, Usage(tokens, max_tokens * len(products)), datetime.now(UTC))
-    known = f"at most ${cost.batch_usd:.4f} in a batch (${cost.standard_usd:.4f} otherwise)" if cost else "an unknown price"
-    print(f"{len(products)} products, {model}: {tokens} input tokens, up to {max_tokens} output tokens each: {known}.")
+        connection.row_factory = sqlite3.Row
+        products = [dict(row) for row in connection.execute("SELECT name, attributes FROM products")]
+    prompts = RowTemplate(str(submit.prompt), name="prompt").render_all(products)
+    print(BatchKit(api_key=key).estimate(prompts=prompts, model=submit.model, max_tokens=submit.max_tokens))
     if input("Send them to the real API? [y/N] ").strip().lower() != "y":
         print("Nothing was sent.")
         return 0
@@ -252,17 +203,6 @@ def _extra(base_url: str) -> str:
     import json
 
     return json.dumps({"anthropic_client_kwargs": {"base_url": base_url}})
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
-    finally:
-        for each in sockets:
-            each.close()
 
 
 def _relative(path: Path) -> str:

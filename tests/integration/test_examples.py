@@ -10,7 +10,7 @@ import pytest
 import sqlalchemy as sa
 
 from airflow_provider_batchkit.simulator import SimulatorSettings
-from example_dags.demo import INPUT_TOKENS, OUTPUT_TOKENS
+from example_dags.demo import ANSWER_TOKENS
 from example_dags.demo.catalog import fill_catalog, write_reviews
 from tests.databases import Database, rows
 from tests.integration.airflow_runs import run_source
@@ -31,7 +31,7 @@ RESULTS: dict[str, tuple[str, str, int] | None] = {
 
 @pytest.fixture(scope="module")
 def simulator_settings() -> SimulatorSettings:
-    return SimulatorSettings(input_tokens=INPUT_TOKENS, output_tokens=OUTPUT_TOKENS)
+    return SimulatorSettings(answer_tokens=ANSWER_TOKENS)
 
 
 @pytest.fixture(scope="module")

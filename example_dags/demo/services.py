@@ -1,0 +1,147 @@
+"""A real Airflow of the demo's own: API server, scheduler, DAG processor and triggerer, each a process with a log.
+
+The API server comes first. Tasks report to it, so that a run which starts before it answers fails its first tries.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.request import urlopen
+
+from . import DAG_ID
+from .catalog import change_products
+
+#: products that change between two runs
+CHANGED_PRODUCTS = 2_000
+_ASKED_JOBS = (
+    "SELECT COUNT(DISTINCT job_id) FROM batchkit_batch JOIN batchkit_job USING (job_id)"
+    " WHERE dag_id = ? AND state IN ('submitted', 'prepared', 'landed')"
+)
+_STOP_SECONDS = 20
+
+
+def serve(home: Path, catalog: Path) -> int:
+    """Run all of it until Ctrl-C. After each run of the DAG a part of the catalog changes, so that the next one has something to ask."""
+    api, worker_logs, trigger_logs = _free_ports(3)
+    url = f"http://localhost:{api}"
+    os.environ.update(
+        {
+            "AIRFLOW__API__PORT": str(api),
+            "AIRFLOW__API__BASE_URL": url,
+            "AIRFLOW__CORE__EXECUTION_API_SERVER_URL": f"{url}/execution/",
+            "AIRFLOW__LOGGING__WORKER_LOG_SERVER_PORT": str(worker_logs),
+            "AIRFLOW__LOGGING__TRIGGER_LOG_SERVER_PORT": str(trigger_logs),
+        }
+    )
+    parts: dict[str, subprocess.Popen[bytes]] = {}
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        # without an earlier demo, the first run asks for everything anyway
+        asked = _change(catalog)
+        _start(home, parts, "api-server")
+        while _running(home, parts) and not _health(url):
+            time.sleep(1)
+        _start(home, parts, "scheduler", "dag-processor", "triggerer")
+        while _running(home, parts) and not _all_healthy(_health(url)):
+            time.sleep(1)
+        if _running(home, parts):
+            print(f"Airflow is up: {url}/dags/{DAG_ID}  (logs: {os.path.relpath(home)}/*.log)")
+            print("Trigger the DAG there. A batch takes a minute, and the page Batches shows it run. Ctrl-C ends everything.\n", flush=True)
+        while _running(home, parts):
+            if asked_jobs(catalog) != asked:
+                asked = _change(catalog)
+                print(f"A run has asked. {CHANGED_PRODUCTS:,} products have changed since: the next run asks those.", flush=True)
+            time.sleep(1)
+        return 1
+    except KeyboardInterrupt:
+        print("\nEnding Airflow ...", flush=True)
+        return 0
+    finally:
+        _end(list(parts.values()))
+        print("Ended.")
+
+
+def asked_jobs(catalog: Path) -> int:
+    """How many jobs of the DAG have read the catalog and sent what they ask."""
+    with contextlib.closing(sqlite3.connect(f"file:{catalog}?mode=ro", uri=True, timeout=5)) as connection:
+        try:
+            return int(connection.execute(_ASKED_JOBS, (DAG_ID,)).fetchone()[0])
+        except sqlite3.OperationalError:  # no ledger yet
+            return 0
+
+
+def _change(catalog: Path) -> int:
+    """Change the next part of the catalog; the number of jobs that have asked so far."""
+    asked = asked_jobs(catalog)
+    change_products(catalog, CHANGED_PRODUCTS, asked)
+    return asked
+
+
+def _start(home: Path, parts: dict[str, subprocess.Popen[bytes]], *names: str) -> None:
+    home.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        command = [sys.executable, "-m", "airflow", name]
+        with (home / f"{name}.log").open("wb") as output:
+            # a session of its own, so that Ctrl-C reaches this process alone
+            parts[name] = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True)  # noqa: S603 - the arguments are ours
+
+
+def _running(home: Path, parts: dict[str, subprocess.Popen[bytes]]) -> bool:
+    """Whether every part runs; names one that does not."""
+    for name, process in parts.items():
+        if process.poll() is not None:
+            print(f"Airflow's {name} has ended. Its log: {os.path.relpath(home / f'{name}.log')}", file=sys.stderr)
+            return False
+    return True
+
+
+def _health(url: str) -> dict[str, Any]:
+    """What the API server says of the parts; nothing while it does not answer."""
+    with contextlib.suppress(OSError, ValueError), urlopen(f"{url}/api/v2/monitor/health", timeout=5) as answer:  # noqa: S310 - our own loopback server
+        health: dict[str, Any] = json.load(answer)
+        return health
+    return {}
+
+
+def _all_healthy(health: dict[str, Any]) -> bool:
+    return all((health.get(name) or {}).get("status") == "healthy" for name in ("scheduler", "dag_processor", "triggerer"))
+
+
+def _end(processes: list[subprocess.Popen[bytes]]) -> None:
+    """Interrupt what runs, as Ctrl-C does, and kill what is left of each one's own process group."""
+    for process in _alive(processes):
+        process.send_signal(signal.SIGINT)
+    until = time.monotonic() + _STOP_SECONDS
+    for process in processes:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(max(0.1, until - time.monotonic()))
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _alive(processes: list[subprocess.Popen[bytes]]) -> Iterator[subprocess.Popen[bytes]]:
+    return (process for process in processes if process.poll() is None)
+
+
+def _free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+    finally:
+        for each in sockets:
+            each.close()
