@@ -27,8 +27,12 @@ def console_url(batch_id: str) -> str:
     The Console documents no address of a single batch: the page is the list, and the id is there for the eye. Which workspace's page it
     is, ``[batchkit] console_url`` says.
     """
-    page = conf.get("batchkit", "console_url", fallback=CONSOLE_URL)
-    return f"{page}#{batch_id}"
+    return f"{console_page()}#{batch_id}"
+
+
+def console_page() -> str:
+    """The Console's page of batches, as this deployment sets it."""
+    return str(conf.get("batchkit", "console_url", fallback=CONSOLE_URL))
 
 
 class ConsoleLink(BaseOperatorLink):

@@ -40,3 +40,12 @@ def parsed(path: Path, dag_id: str) -> Any:
         DagBundlesManager().sync_bundles_to_db()
         sync_bag_to_db(bag, "dags-folder", None)
     return bag.dags[dag_id]
+
+
+def serialized(dag: Any) -> Any:
+    """A DAG as Airflow stores it, from which it tells whether a parse has made a new version."""
+    from airflow.serialization import serialized_objects
+
+    # Airflow 3.1 has one class for both directions
+    name = "DagSerialization" if hasattr(serialized_objects, "DagSerialization") else "SerializedDAG"
+    return getattr(serialized_objects, name).to_dict(dag)

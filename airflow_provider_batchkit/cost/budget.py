@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime, timedelta
-from decimal import Decimal
+from decimal import Decimal, InvalidOperation
 from typing import Any
 
 from airflow_provider_batchkit.exceptions import BatchInputError
@@ -16,6 +16,8 @@ _MAX_NAME = 250
 #: what fits into the ledger's BIGINT of picodollars, with room for a sum
 _MAX_USD = Decimal(4_000_000)
 _MAX_TOKENS = 2**62
+#: shares of a cap are kept as whole numbers of hundredths of a percent
+SHARE_UNIT = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +38,11 @@ class Budget:
     window: str = "month"
     #: ``fail`` or ``skip`` the task that would exceed it
     on_exceeded: str = "fail"
+    #: shares of the cap, above 0 and up to 1: when what is spent and reserved reaches one, the notifiers are told, once a window. The share
+    #: is that of the cap which is nearer to its limit; 1 also stands for a task that the budget has refused
+    alert_at: Sequence[Decimal | float | str] = ()
+    #: Airflow's notifiers (or functions of the task's context), called by the task; the context has ``batchkit``
+    notifiers: Sequence[Any] = field(default=(), compare=False, repr=False)
 
     def __post_init__(self) -> None:
         """:raises BatchInputError: for a budget that is none"""
@@ -56,6 +63,33 @@ class Budget:
             raise BatchInputError(f"window of the budget {self.name!r} must be one of {', '.join(WINDOWS)}, not {self.window!r}.")
         if self.on_exceeded not in ("fail", "skip"):
             raise BatchInputError(f"on_exceeded of the budget {self.name!r} must be 'fail' or 'skip', not {self.on_exceeded!r}.")
+        self._take_alerts()
+
+    def _take_alerts(self) -> None:
+        """:raises BatchInputError: for alerts that could not be told"""
+        alert_at: Any = self.alert_at
+        notifiers: Any = self.notifiers
+        if isinstance(alert_at, str | Mapping) or not isinstance(alert_at, Sequence):
+            raise BatchInputError(
+                f"alert_at of the budget {self.name!r} must be a list of shares, such as [0.5, 0.8, 1], not {alert_at!r}."
+            )
+        object.__setattr__(self, "alert_at", tuple(sorted({_share(value, self.name) for value in alert_at})))
+        if isinstance(notifiers, str) or not isinstance(notifiers, Sequence):
+            raise BatchInputError(f"notifiers of the budget {self.name!r} must be a list, not a {type(notifiers).__name__}.")
+        for notifier in notifiers:
+            if isinstance(notifier, type) or not callable(notifier):
+                what = f"the class {notifier.__name__}" if isinstance(notifier, type) else f"a {type(notifier).__name__}"
+                raise BatchInputError(
+                    f"notifiers of the budget {self.name!r} has {what}: give instances of Airflow's notifiers, or functions of the context."
+                )
+        object.__setattr__(self, "notifiers", tuple(notifiers))
+        if bool(self.alert_at) is not bool(self.notifiers):
+            raise BatchInputError(f"The budget {self.name!r} needs both alert_at and notifiers, or neither of them.")
+
+    @property
+    def thresholds(self) -> list[int]:
+        """``alert_at`` in hundredths of a percent, ascending."""
+        return [int(Decimal(share) * SHARE_UNIT) for share in self.alert_at]
 
     @classmethod
     def parse(cls, value: Any) -> Budget:
@@ -69,6 +103,20 @@ class Budget:
         if not isinstance(value, Mapping) or "name" not in value or not set(value) <= set(names):
             raise BatchInputError(f"budget must be a Budget or a mapping with name and some of {', '.join(names[1:])}, not {value!r}.")
         return cls(**value)
+
+
+def _share(value: Any, name: str) -> Decimal:
+    """:raises BatchInputError: for what is no share"""
+    try:
+        # a float is taken as it prints
+        share = Decimal("NaN") if isinstance(value, bool) else Decimal(str(value))
+    except InvalidOperation:
+        share = Decimal("NaN")
+    if not share.is_finite() or not 0 < share <= 1 or share * SHARE_UNIT % 1:
+        raise BatchInputError(
+            f"alert_at of the budget {name!r} has {value!r}: a share is above 0 and at most 1 (0.8 is 80%), with four digits at most."
+        )
+    return share.normalize()
 
 
 def window_of(window: str, at: datetime) -> tuple[datetime | None, datetime | None]:
@@ -111,3 +159,13 @@ class BudgetStatus:
     def remaining_tokens(self) -> int | None:
         """Likewise in tokens."""
         return None if self.cap_tokens is None else max(self.cap_tokens - self.spent_tokens - self.reserved_tokens, 0)
+
+    @property
+    def share(self) -> Decimal:
+        """What is spent and reserved as a part of the cap; of two caps, of the one that is nearer to its limit."""
+        shares = [Decimal(0)]
+        if self.cap_usd is not None:
+            shares.append((self.spent_usd + self.reserved_usd) / self.cap_usd)
+        if self.cap_tokens is not None:
+            shares.append(Decimal(self.spent_tokens + self.reserved_tokens) / self.cap_tokens)
+        return max(shares)

@@ -7,14 +7,15 @@ the task was cleared. It holds a worker for a minute at most where there is only
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import closing, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from itertools import chain
 from typing import Any, Protocol
 
-from airflow_provider_batchkit.exceptions import BatchKitError
+from airflow_provider_batchkit.cost.budget import Budget
+from airflow_provider_batchkit.exceptions import BatchKitError, BudgetExceededError
 from airflow_provider_batchkit.jobs.rounds import Round
 from airflow_provider_batchkit.jobs.submit import Attempt, SubmitOptions, SubmitReport, failed_keys_of, rehearse_job, submit_job
 from airflow_provider_batchkit.jobs.waiting import Done, WaitFor
@@ -42,6 +43,9 @@ class Listener(Protocol):
 
     # batches that had not landed before
     def landed(self, batches: Iterable[BatchFigures]) -> None: ...
+
+    # a submit since ``began`` has reserved from a budget with alerts, or was refused by it; an earlier one may have died before it said so
+    def budgeted(self, ledger: Ledger, budget: Budget, began: datetime, refused: BudgetExceededError | None) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,12 +92,29 @@ def ask(
     ):
         if rehearse:
             return Done(rehearse_job(attempt, requests, options, only=only))
-        report = submit_job(attempt, requests, options, only=only, before_send=lambda: _note_key(attempt, options, types))
+        with _budget_heard(attempt, options.limits.budget, listener):
+            report = submit_job(attempt, requests, options, only=only, before_send=lambda: _note_key(attempt, options, types))
     if report.batch_ids and (report.waits_for is None or report.rows):
         # else the source has not been read: there is nothing to tell but the wait
         listener.asked(report)
         log.info("%s", report)
     return report.waits_for or Done(report)
+
+
+@contextmanager
+def _budget_heard(attempt: Attempt, budget: Budget | None, listener: Listener) -> Iterator[None]:
+    """Tell the listener of the budget after the submit, however that ended: what was sent before a refusal is reserved, too."""
+    if budget is None or not budget.alert_at:
+        yield
+        return
+    began = datetime.now(UTC)
+    try:
+        yield
+    except BatchKitError as e:
+        if not attempt.stopped():
+            listener.budgeted(attempt.ledger, budget, began, e if isinstance(e, BudgetExceededError) else None)
+        raise
+    listener.budgeted(attempt.ledger, budget, began, None)
 
 
 def _only(attempt: Attempt, asking: Asking, round_number: int) -> Iterable[str] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from airflow_provider_batchkit.ledger.alerts import AlertClaim
 from airflow_provider_batchkit.ledger.engine import prepare_connection, prepare_engine
 from airflow_provider_batchkit.ledger.landings import Landed
 from airflow_provider_batchkit.ledger.ledger import Ledger
@@ -9,6 +10,7 @@ from airflow_provider_batchkit.ledger.records import BatchRecord, Intent, JobRec
 from airflow_provider_batchkit.ledger.states import BatchState
 
 __all__ = [
+    "AlertClaim",
     "BatchRecord",
     "BatchState",
     "Intent",

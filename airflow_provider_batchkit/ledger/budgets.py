@@ -78,18 +78,8 @@ class Budgets:
             row = connection.execute(sa.select(budget_table).where(budget_table.c.name == name)).first()
             if row is None:
                 return None
-            books = _books(connection, name, row.window, now)
-        return BudgetStatus(
-            name,
-            row.window,
-            None if row.cap_picousd is None else _usd(row.cap_picousd),
-            row.cap_tokens,
-            _usd(books.spent_pico),
-            books.spent_tokens,
-            _usd(books.reserved_pico),
-            books.reserved_tokens,
-            window_of(row.window, now)[1],
-        )
+            books = read_books(connection, name, row.window, now)
+        return _status(name, row.window, row.cap_picousd, row.cap_tokens, books, now)
 
 
 # --- inside the ledger's transactions ---------------------------------------------------------------------------------------------
@@ -121,6 +111,11 @@ def put_back(connection: Connection, job_id: str, shard: int) -> None:
             .where(hold.c.job_id == job_id, hold.c.budget == row.budget)
             .values(picousd=hold.c.picousd + row.bound_picousd, tokens=hold.c.tokens + row.bound_tokens)
         )
+
+
+def status_of(budget: Budget, books: Books, at: datetime) -> BudgetStatus:
+    """Books, held against the cap that a task gives."""
+    return _status(budget.name, budget.window, None if budget.usd is None else _pico(budget.usd), budget.tokens, books, at)
 
 
 def settled(connection: Connection, job_id: str, shard: int, tally: CostTally) -> dict[str, Any]:
@@ -160,9 +155,9 @@ def _draw(connection: Connection, job_id: str, lease: int, amounts: Mapping[str,
 def _take_hold(connection: Connection, job_id: str, lease: int, budget: Budget, asked: Bound) -> None:
     assert asked.usd is not None and asked.tokens is not None, "what has no bound is refused before"
     now = datetime.now(UTC)
-    _lock(connection, budget, now)
+    lock_budget(connection, budget, now)
     connection.execute(sa.delete(hold).where(hold.c.job_id == job_id))
-    books = _books(connection, budget.name, budget.window, now)
+    books = read_books(connection, budget.name, budget.window, now)
     pico = _pico(asked.usd)
     _refuse_above_cap(budget, books, pico, asked.tokens, now)
     connection.execute(
@@ -172,7 +167,7 @@ def _take_hold(connection: Connection, job_id: str, lease: int, budget: Budget, 
     )
 
 
-def _lock(connection: Connection, budget: Budget, now: datetime) -> None:
+def lock_budget(connection: Connection, budget: Budget, now: datetime) -> None:
     """Lock the budget's row until the transaction ends, and note the cap that was given."""
     mine = budget_table.c.name == budget.name
     cap = {"window": budget.window, "cap_picousd": None if budget.usd is None else _pico(budget.usd), "cap_tokens": budget.tokens}
@@ -189,7 +184,8 @@ def _lock(connection: Connection, budget: Budget, now: datetime) -> None:
         connection.execute(sa.update(budget_table).where(mine).values(cap))
 
 
-def _books(connection: Connection, name: str, window: str, at: datetime) -> Books:
+def read_books(connection: Connection, name: str, window: str, at: datetime) -> Books:
+    """The sums of the window that holds ``at``."""
     start, end = window_of(window, at)
 
     def total(column: sa.ColumnElement[int], *where: sa.ColumnElement[bool], time: sa.Column[Any]) -> sa.ScalarSelect[Any]:
@@ -240,6 +236,20 @@ def _refuse_above_cap(budget: Budget, books: Books, pico: int, tokens: int, now:
             if final
             else "Reserved is what batches under way can cost at most; when they land, what they did not cost is free again."
         )
+    )
+
+
+def _status(name: str, window: str, cap_pico: int | None, cap_tokens: int | None, books: Books, at: datetime) -> BudgetStatus:
+    return BudgetStatus(
+        name,
+        window,
+        None if cap_pico is None else _usd(cap_pico),
+        cap_tokens,
+        _usd(books.spent_pico),
+        books.spent_tokens,
+        _usd(books.reserved_pico),
+        books.reserved_tokens,
+        window_of(window, at)[1],
     )
 
 

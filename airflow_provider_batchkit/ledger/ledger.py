@@ -15,6 +15,7 @@ from sqlalchemy.exc import DBAPIError, IntegrityError
 from airflow_provider_batchkit.exceptions import BatchInputError, LandedMeanwhileError, LedgerError
 from airflow_provider_batchkit.ledger import budgets, journal, outcomes, rounds
 from airflow_provider_batchkit.ledger.account import Account, bill_columns, write_bill
+from airflow_provider_batchkit.ledger.alerts import Alerts
 from airflow_provider_batchkit.ledger.bulk import can_store, storage_codec
 from airflow_provider_batchkit.ledger.engine import add_schema, clock, prepare_engine, write_transaction
 from airflow_provider_batchkit.ledger.history import History
@@ -39,7 +40,7 @@ _LEDGER_SCHEMA = sa.text(
 )
 
 
-class Ledger(BatchMoves, Loads, Rounds, Account, budgets.Budgets, History, Outputs):
+class Ledger(BatchMoves, Loads, Rounds, Account, budgets.Budgets, Alerts, History, Outputs):
     """The door to the ``batchkit_*`` tables of one database."""
 
     def __init__(self, engine: Engine, schema: str | None = None) -> None:

@@ -8,6 +8,7 @@
 ``batchkit_bill``      one row per landed batch and model: its tokens and what they cost
 ``batchkit_budget``    one row per budget, with the cap that was last given for it; its books are the rows of ``batchkit_batch``
 ``batchkit_budget_hold``  one row per attempt that is about to send: what it holds of a budget and has not journaled yet
+``batchkit_alert``     one row per budget, window, threshold and notifier that was told of it, or is being told
 ``batchkit_landing``   one row per batch, table and landing number: what a fetch wrote to which result table
 ``batchkit_load``      one row per fetch that lands in a table of another database: how far it has come
 ``batchkit_prepared``  what such a fetch will write to the ledger once its rows are in the table
@@ -230,6 +231,22 @@ budget_hold = sa.Table(
     # the attempt's last sign of life
     sa.Column("held_at", UtcDateTime, nullable=False),
     sa.Index("batchkit_budget_hold_budget", "budget"),
+)
+
+alert = sa.Table(
+    "batchkit_alert",
+    metadata,
+    sa.Column("budget", sa.String(250), primary_key=True),
+    sa.Column("window", sa.String(10), primary_key=True),
+    # the first moment of the window; the beginning of 1970 for one that never ends
+    sa.Column("window_start", UtcDateTime, primary_key=True),
+    # of the cap, in hundredths of a percent
+    sa.Column("threshold", sa.Integer, primary_key=True),
+    # its position in the budget's list
+    sa.Column("notifier", sa.Integer, primary_key=True),
+    # by the database's clock: a task began to tell it, and has told it
+    sa.Column("claimed_at", UtcDateTime, nullable=False),
+    sa.Column("told_at", UtcDateTime),
 )
 
 landing = sa.Table(

@@ -91,6 +91,11 @@ class Leg:
     def landed(self, batches: Iterable[BatchFigures]) -> None:
         count_landed(self.context["ti"], batches)
 
+    def budgeted(self, ledger: Ledger, budget: Budget, began: datetime, refused: BudgetExceededError | None) -> None:
+        from airflow_provider_batchkit.operators.alerts import tell_of_budget
+
+        tell_of_budget(self.context, ledger, budget, began, refused)
+
 
 class ResumableOperator(OnConnection, BatchLineage, BaseOperator):
     """A task that does what can be done now, and waits for the rest without a worker slot."""

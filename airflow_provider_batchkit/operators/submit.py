@@ -78,7 +78,8 @@ class SubmitBatchOperator(OwnsBatches, ResumableOperator):
     :param max_cost_usd: fail before anything is sent when the task's batches may cost more: the estimate's upper bound counts, and what
         earlier attempts of this task have spent or may still spend. Requests that nothing bounds (server tools, PDFs) are refused then
     :param budget: a :class:`~airflow_provider_batchkit.Budget`, or a mapping with its fields: a named cap that tasks share over a window.
-        The upper bound is reserved before anything is sent; a task that does not fit fails, or is skipped if the budget says so
+        The upper bound is reserved before anything is sent; a task that does not fit fails, or is skipped if the budget says so.
+        With ``alert_at`` and ``notifiers`` it tells people when shares of the cap are reached
     :param cache_system: cache the system prompt for ``"5m"`` or ``"1h"`` after its last use. It is part of what is asked. Pays when it is
         long (at least 512 to 4,096 tokens, by model), the same for all rows, and in the cache before the rows are asked: see
         ``prime_cache``. Content blocks may have their own ``cache_control`` instead. A native request's own ``system`` is sent as it is
