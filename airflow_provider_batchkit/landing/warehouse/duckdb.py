@@ -93,6 +93,11 @@ class DuckDB(Warehouse):
                     f"The connection {self.conn_id!r} is a DuckDB in memory: what lands there is gone with the task. Name a file. Nothing "
                     "was sent or written."
                 )
+            if files[0][0].startswith("md:"):
+                raise BatchInputError(
+                    f"The connection {self.conn_id!r} is of MotherDuck, in which landing was never tried. Name a DuckDB file, or write "
+                    "files with output_path. Nothing was sent or written."
+                )
             yield connection
 
     def begin(self, connection: Any) -> None:
