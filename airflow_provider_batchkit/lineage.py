@@ -46,7 +46,7 @@ def describe(task: Any) -> OperatorLineage[Any, Any] | None:
     except ImportError:
         return None
     lineage: OperatorLineage[Any, Any] = OperatorLineage()
-    for part in (_add_statement, _add_source_tables, _add_result_table, _add_run_facet):
+    for part in (_add_statement, _add_source_tables, _add_result_table, _add_result_files, _add_run_facet):
         try:
             part(task, lineage)
         except Exception:  # to name its tables a hook may ask the database, which may be what the task failed for
@@ -92,6 +92,17 @@ def _add_result_table(task: Any, lineage: OperatorLineage[Any, Any]) -> None:
             facets["outputStatistics"] = output_statistics_output_dataset.OutputStatisticsOutputDatasetFacet(rowCount=rows)
         name = name.upper() if info.is_uppercase_names else name
         lineage.outputs.append(OutputDataset(namespace=SQLParser.create_namespace(info), name=name, outputFacets=facets))
+
+
+def _add_result_files(task: Any, lineage: OperatorLineage[Any, Any]) -> None:
+    from openlineage.client.event_v2 import OutputDataset
+
+    if getattr(task, "output_path", None) is None:
+        return
+    # OpenLineage documentation, "Dataset Naming": s3://bucket and the key, or file and the path
+    scheme, _, rest = str(task.output_path).rpartition("://")
+    bucket, _, name = rest.rpartition("@")[2].partition("/") if scheme not in ("", "file") else ("", "", rest)
+    lineage.outputs.append(OutputDataset(namespace=f"{scheme}://{bucket}" if bucket else "file", name=name))
 
 
 def _add_run_facet(task: Any, lineage: OperatorLineage[Any, Any]) -> None:

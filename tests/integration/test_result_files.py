@@ -115,7 +115,7 @@ def test_a_kill_between_the_file_and_the_ledger_writes_the_same_rows_again(
 
     fill(database, 3)
     ids = submit().run()
-    whole = NewResultFile.publish
+    whole: Any = NewResultFile.publish
 
     def die(self: NewResultFile) -> None:
         whole(self)
@@ -131,8 +131,7 @@ def test_a_kill_between_the_file_and_the_ledger_writes_the_same_rows_again(
     (tmp_path / "out" / f".{ids[0]}.0123456789abcdef.tmp").write_bytes(b"half a file")
     to_files(ids, tmp_path / "out").run()
     assert list((tmp_path / "out").iterdir()) == [path]
-    without_time = lambda found: [{**row, "landed_at": None} for row in found]  # noqa: E731 - said once
-    assert without_time(read(path)) == without_time(before)
+    assert [{**row, "landed_at": None} for row in read(path)] == [{**row, "landed_at": None} for row in before]
     assert rows(database, "SELECT rows_written FROM batchkit_landing") == [(3,)]
 
 
@@ -420,3 +419,20 @@ def test_a_process_that_dies_loses_and_doubles_nothing(home: Path, database: Dat
     assert sorted(path.name for path in out.iterdir()) == sorted(f"{batch_id}.jsonl" for batch_id in ids)
     assert sorted(row["id"] for row in read_all(out)) == list(range(20))
     assert rows(database, "SELECT count(*), sum(rows_written) FROM batchkit_landing") == [(2, 20)]
+
+
+@pytest.mark.parametrize(
+    ("path", "namespace", "name"),
+    [
+        ("s3://my_conn@lake/copy/2026/*.jsonl", "s3://lake", "copy/2026/*.jsonl"),
+        ("gs://lake/copy", "gs://lake", "copy"),
+        ("/data/copy", "file", "/data/copy"),
+        ("file:///data/copy", "file", "/data/copy"),
+    ],
+)
+def test_lineage_names_the_files(path: str, namespace: str, name: str) -> None:
+    """As OpenLineage names the files of a bucket, without the connection."""
+    from airflow_provider_batchkit.lineage import describe
+
+    found = describe(to_files(["msgbatch_1"], path).make())
+    assert found is not None and [(output.namespace, output.name) for output in found.outputs] == [(namespace, name)]
