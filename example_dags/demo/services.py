@@ -34,9 +34,11 @@ _STOP_SECONDS = 20
 def serve(home: Path, catalog: Path) -> int:
     """Run all of it until Ctrl-C. After each run of the DAG a part of the catalog changes, so that the next one has something to ask."""
     api, worker_logs, trigger_logs = _free_ports(3)
-    url = f"http://localhost:{api}"
+    url = f"http://127.0.0.1:{api}"
     os.environ.update(
         {
+            # everybody is an admin here: nobody else's machine is to reach it
+            "AIRFLOW__API__HOST": "127.0.0.1",
             "AIRFLOW__API__PORT": str(api),
             "AIRFLOW__API__BASE_URL": url,
             "AIRFLOW__CORE__EXECUTION_API_SERVER_URL": f"{url}/execution/",
