@@ -41,7 +41,8 @@ class Budget:
     #: shares of the cap, above 0 and up to 1: when what is spent and reserved reaches one, the notifiers are told, once a window. The share
     #: is that of the cap which is nearer to its limit; 1 also stands for a task that the budget has refused
     alert_at: Sequence[Decimal | float | str] = ()
-    #: Airflow's notifiers (or functions of the task's context), called by the task; the context has ``batchkit``
+    #: Airflow's notifiers (or functions of the task's context), called by the task; the context has ``batchkit``. The ledger knows
+    #: a notifier by its place in the list
     notifiers: Sequence[Any] = field(default=(), compare=False, repr=False)
 
     def __post_init__(self) -> None:

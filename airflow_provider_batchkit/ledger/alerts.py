@@ -55,7 +55,7 @@ class Alerts:
         start = window_of(budget.window, at)[0]
         with write_transaction(self.engine) as connection:
             now = clock(connection)
-            lock_budget(connection, budget, at)
+            lock_budget(connection, budget, now)
             status = status_of(budget, read_books(connection, budget.name, budget.window, at), at)
             reached = [t for t in budget.thresholds if status.share * SHARE_UNIT >= t or (refused and t == SHARE_UNIT)]
             if not reached:

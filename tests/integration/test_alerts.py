@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
+from airflow.providers.common.compat.sdk import AirflowSkipException
 from airflow.sdk.bases.notifier import BaseNotifier
-from airflow.sdk.exceptions import AirflowSkipException
 
 from airflow_provider_batchkit import Budget
 from airflow_provider_batchkit.ledger import Ledger
