@@ -16,7 +16,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 #: as in airflow_provider_batchkit.ledger.overview and .spending, which load SQLAlchemy; a test compares them
-STATES = ("open", "doubt", "sending", "submitted", "gone", "landed", "rejected", "void")
+STATES = ("open", "doubt", "sending", "submitted", "prepared", "gone", "landed", "rejected", "void")
 GROUPS = ("day", "dag", "model")
 _DESCRIPTION = "Message batches of Airflow tasks: what is in flight, what failed and why, what it cost."
 
