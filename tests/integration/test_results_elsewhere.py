@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
+from airflow_provider_batchkit.exceptions import TableError
 from airflow_provider_batchkit.simulator import Simulator, SimulatorSettings
 from tests.results import RESULTS, Results, results_in
 from tests.warehouse import Warehouse, kit_for
@@ -157,3 +158,104 @@ def test_hostile_answers_land_as_they_are(ledger: Warehouse, results: Results, m
     for place, text in enumerate(HOSTILE):
         wanted = text.replace("\x00", "\ufffd") if results.kind == "postgres" else text
         assert found[place] == wanted, place
+
+
+def test_decimals_keep_their_digits_and_one_that_cannot_is_refused(ledger: Warehouse, results: Results) -> None:
+    """The answers stay with the API, and nothing is written, where a key would be rounded."""
+    ledger.ledger.ensure()
+    sent = ledger.submit([{"id": Decimal("1.12345678901234567890"), "name": "n"}])
+    types = [("id", "numeric(38,20)")]
+    ledger.ledger.set_key_columns(ledger.job().job_id, types)
+    ledger.fetch(sent.batch_ids, "exact", into=results.adapter)
+    assert Decimal(str(results.rows("SELECT id FROM exact")[0][0])) == Decimal("1.12345678901234567890")
+    if results.kind in ("duckdb", "mysql"):
+        ledger.ledger.set_key_columns(ledger.job().job_id, [("id", "numeric")])
+        with pytest.raises(TableError, match="has more digits than a column"):
+            ledger.fetch(sent.batch_ids, "rounded", into=results.adapter)
+        assert results.rows("SELECT COUNT(*) FROM rounded") == [(0,)]
+
+
+def test_a_key_that_the_table_would_round_is_not_written(ledger: Warehouse, results: Results) -> None:
+    """The publish looks whether every key is found again, and takes everything back."""
+    if results.kind == "sqlite":
+        pytest.skip("SQLite has no column that rounds a decimal")
+    columns = "id DECIMAL(10,1), response VARCHAR(200), status VARCHAR(20), custom_id VARCHAR(64), batch_id VARCHAR(100)"
+    results.run(f"CREATE TABLE answers ({columns})")
+    sent = ledger.submit([{"id": Decimal("1.25"), "name": "n"}])
+    with pytest.raises(TableError, match=r"would store the key"):
+        ledger.fetch(sent.batch_ids, into=results.adapter)
+    assert results.rows("SELECT COUNT(*) FROM answers") == [(0,)]
+    assert ledger.rows("SELECT * FROM batchkit_landing") == []
+
+
+UNFIT = {
+    "lacks the columns response": "id BIGINT, status VARCHAR(20), custom_id VARCHAR(64), batch_id VARCHAR(100)",
+    "does not fit the source's key: id is": "id DATE, response VARCHAR(99), status VARCHAR(20), "
+    "custom_id VARCHAR(64), batch_id VARCHAR(100)",
+    "NOT NULL columns without a default": "id BIGINT, owner VARCHAR(9) NOT NULL, response VARCHAR(99), status VARCHAR(20), "
+    "custom_id VARCHAR(64), batch_id VARCHAR(100)",
+}
+
+
+@pytest.mark.parametrize("says", UNFIT)
+def test_a_table_that_does_not_fit_is_refused(ledger: Warehouse, results: Results, says: str) -> None:
+    """With what is missing, and before anything is read."""
+    if results.kind == "sqlite" and "key" in says:
+        pytest.skip("SQLite's DATE holds any number")
+    results.run(f"CREATE TABLE answers ({UNFIT[says]})")
+    sent = ledger.submit(THREE)
+    with pytest.raises(TableError, match=says):
+        ledger.fetch(sent.batch_ids, into=results.adapter)
+
+
+def test_a_table_of_somebody_else_keeps_its_columns(ledger: Warehouse, results: Results) -> None:
+    """Required are the key and four columns; what the table lacks is not written."""
+    columns = "id BIGINT, mine VARCHAR(9) DEFAULT 'x', response VARCHAR(999), status VARCHAR(20)"
+    columns += ", custom_id VARCHAR(64), batch_id VARCHAR(100)"
+    results.run(f"CREATE TABLE answers ({columns})")
+    sent = ledger.submit(THREE)
+    ledger.fetch(sent.batch_ids, into=results.adapter)
+    assert sorted(results.rows("SELECT id, mine, status FROM answers")) == [(i, "x", "succeeded") for i in range(3)]
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "n": {"type": "integer"},
+        "x": {"type": "number"},
+        "ok": {"type": "boolean"},
+        "word": {"type": "string"},
+        "day": {"type": "string", "format": "date"},
+        "at": {"type": "string", "format": "date-time"},
+        "list": {"type": "array", "items": {"type": "string"}},
+    },
+    "required": ["n", "x", "ok", "word", "day", "at", "list"],
+    "additionalProperties": False,
+}
+
+
+def test_answers_to_a_schema_are_typed_columns(ledger: Warehouse, results: Results) -> None:
+    """And stay so when a second run merges over them."""
+    for run in ("run-1", "run-2"):
+        sent = ledger.submit(THREE, output_schema=SCHEMA, run_id=run, prompt="{{ row.name }} " + run)
+        report = ledger.fetch(sent.batch_ids, into=results.adapter, run_id=run)
+        assert dict(report.counts) == {"succeeded": 3}
+    found = results.rows("SELECT n, x, ok, word, day, list FROM answers")
+    assert len(found) == 3
+    for n, x, ok, word, day, words in found:
+        assert isinstance(n, int) and isinstance(x, float) and ok in (True, False, 0, 1) and isinstance(word, str)
+        assert str(day)[:4].isdigit() and isinstance(words, str | list)
+
+
+def test_a_key_column_that_does_not_tell_case_apart_is_refused(ledger: Warehouse, results: Results) -> None:
+    """``abc`` and ``ABC`` would end in one row, with the wrong answer."""
+    if results.kind != "mysql":
+        pytest.skip("only MySQL and MariaDB have such collations by default")
+    rest = "response LONGTEXT, status VARCHAR(20), custom_id VARCHAR(64), batch_id VARCHAR(100)"
+    results.run(f"CREATE TABLE answers (id VARCHAR(50), {rest})")
+    sent = ledger.submit([{"id": "abc", "name": "n"}])
+    with pytest.raises(TableError, match="does not tell keys apart that differ in case"):
+        ledger.fetch(sent.batch_ids, into=results.adapter)
+    results.run("DROP TABLE answers", f"CREATE TABLE answers (id BIGINT, {rest}) ENGINE = MyISAM")
+    with pytest.raises(TableError, match="MyISAM, which has no transactions"):
+        ledger.fetch(sent.batch_ids, into=results.adapter)
