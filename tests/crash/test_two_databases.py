@@ -13,13 +13,14 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import sqlalchemy as sa
 
-from airflow_provider_batchkit.exceptions import BatchKitError, LeaseLostError
+from airflow_provider_batchkit.exceptions import BatchGoneError, BatchKitError, LeaseLostError
 from airflow_provider_batchkit.landing import elsewhere
 from airflow_provider_batchkit.simulator import Simulator, SimulatorSettings
 from tests.databases import Database
@@ -236,6 +237,46 @@ def test_what_was_published_is_landed_without_the_api_a_month_later(
     report = warehouse.fetch([batch_id], into=results.adapter)
     assert (report.rows, len(report.first)) == (4, 1)
     check(warehouse, results, [batch_id], "merge")
+
+
+@pytest.mark.parametrize("published", [True, False], ids=["published", "not published"])
+def test_results_that_can_be_read_no_more_are_given_up_behind_the_fence_alone(
+    pair: tuple[Warehouse, Results], monkeypatch: pytest.MonkeyPatch, published: bool
+) -> None:
+    """The publish of a dead attempt may arrive after the marker was looked for: the fence decides which of the two it was."""
+    warehouse, results = pair
+    monkeypatch.setattr(elsewhere, "TURN_S", 0.3)
+    (batch_id,) = submit(warehouse, "run-1")
+    late: list[Callable[[Any], bool]] = []
+
+    def send(real: Callable[..., Any], connection: Any, *arguments: Any) -> Any:
+        late.append(lambda fresh: real(fresh, *arguments))
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        at("results", "publish", warehouse, results, patch, send)
+        with pytest.raises(Killed):
+            warehouse.fetch([batch_id], into=results.adapter)
+    real_get = warehouse.kit.get
+
+    def archived(found: str) -> Any:
+        if published:
+            with results.adapter.open() as connection:
+                assert late[0](connection)
+        snapshot = real_get(found)
+        return replace(snapshot, archived_at=snapshot.created_at)
+
+    monkeypatch.setattr(warehouse.kit, "get", archived)
+    if published:
+        assert warehouse.fetch([batch_id], into=results.adapter).rows == 4
+        check(warehouse, results, [batch_id], "merge")
+        return
+    with pytest.raises(BatchGoneError, match="archived"):
+        warehouse.fetch([batch_id], into=results.adapter)
+    assert warehouse.rows("SELECT state FROM batchkit_batch") == [{"state": "gone"}]
+    with results.adapter.open() as connection:
+        assert late[0](connection) is False
+    assert results.rows("SELECT * FROM answers") == []
 
 
 def test_a_fetch_without_rows_to_write_lands_without_a_publish(pair: tuple[Warehouse, Results]) -> None:
