@@ -11,6 +11,7 @@ from decimal import Decimal
 from functools import partialmethod
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 from airflow.providers.common.compat.sdk import AirflowFailException, TaskDeferred
@@ -436,3 +437,31 @@ def test_lineage_names_the_files(path: str, namespace: str, name: str) -> None:
 
     found = describe(to_files(["msgbatch_1"], path).make())
     assert found is not None and [(output.namespace, output.name) for output in found.outputs] == [(namespace, name)]
+
+
+def test_a_table_in_another_database_and_files_land_beside_each_other(
+    home: Path, database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The ledger has a database of its own; a process that dies between the two landings leaves the files to the next."""
+    duckdb = pytest.importorskip("duckdb", reason="apache-airflow-providers-duckdb is not installed")
+    from airflow_provider_batchkit.hooks.storage import NewResultFile
+
+    lake = tmp_path / "lake.duckdb"
+    monkeypatch.setenv("AIRFLOW_CONN_LAKE", f"duckdb://{quote(str(lake), safe='')}")
+    fill(database, 4)
+    ids = submit(max_requests_per_batch=2).run()
+    both = {"sql_conn_id": "lake", "ledger_conn_id": "warehouse", "output_path": f"{tmp_path}/out"}
+
+    def fail(self: NewResultFile) -> None:
+        raise ConnectionError("the storage is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(NewResultFile, "publish", fail)
+        with pytest.raises(ConnectionError, match="the storage is gone"):
+            fetch(ids, **both).run()
+    summary = fetch(ids, **both).run()
+    assert summary["rows"] == 4 and summary["counts"] == {"succeeded": 4}
+    with duckdb.connect(str(lake)) as connection:
+        assert connection.execute("SELECT count(*), count(DISTINCT id) FROM answers").fetchone() == (4, 4)
+    assert sorted(row["id"] for row in read_all(tmp_path / "out")) == [0, 1, 2, 3]
+    assert rows(database, "SELECT count(*), sum(rows_written) FROM batchkit_landing") == [(4, 8)]
