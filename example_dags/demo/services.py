@@ -121,9 +121,9 @@ def _all_healthy(health: dict[str, Any]) -> bool:
 
 
 def _end(processes: list[subprocess.Popen[bytes]]) -> None:
-    """Interrupt what runs, as Ctrl-C does, and kill what is left of each one's own process group."""
+    """End what runs, and kill what is left of each one's own process group."""
     for process in _alive(processes):
-        process.send_signal(signal.SIGINT)
+        process.terminate()
     until = time.monotonic() + _STOP_SECONDS
     for process in processes:
         with contextlib.suppress(subprocess.TimeoutExpired):
