@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -164,3 +165,25 @@ def test_a_file_that_another_process_has_is_waited_for_and_then_worth_a_retry(
         assert not isinstance(caught.value, AirflowFailException)
         other.stdin.close()
     assert fetch(ids, sql_conn_id="results").run()["rows"] == 3
+
+
+@pytest.mark.parametrize("client", ["mysqlclient", "mysql-connector-python"])
+def test_each_client_of_the_mysql_hook_lands(
+    file: Path, mariadb_port: int, monkeypatch: pytest.MonkeyPatch, client: str, api: SimulatorProcess
+) -> None:
+    """A real MariaDB behind Airflow's own hook, whose connections have two clients; keys that differ in case alone are two rows."""
+    pytest.importorskip("airflow.providers.mysql.hooks.mysql", reason="apache-airflow-providers-mysql is not installed")
+    import pymysql
+
+    name = f"test_{secrets.token_hex(6)}"
+    with pymysql.connect(host="127.0.0.1", port=mariadb_port, user="root") as admin:
+        admin.cursor().execute(f"CREATE DATABASE {name}")
+    extra = quote(f'{{"client": "{client}"}}')
+    monkeypatch.setenv("AIRFLOW_CONN_RESULTS", f"mysql://root:@127.0.0.1:{mariadb_port}/{name}?__extra__={extra}")
+    sql = "SELECT CASE id WHEN 0 THEN 'abc' WHEN 1 THEN 'ABC' ELSE 'abc ' END AS id, note FROM things"
+    for run_id in ("r", "next"):
+        summary = run(sql=sql, run_id=run_id, prompt="{{ row.note }} " + run_id).run()
+        assert summary["counts"] == {"succeeded": 3}
+    with pymysql.connect(host="127.0.0.1", port=mariadb_port, user="root", database=name) as connection, connection.cursor() as cursor:
+        cursor.execute("SELECT id, COUNT(*) FROM answers GROUP BY id")
+        assert sorted(cursor.fetchall()) == [("ABC", 1), ("abc", 1), ("abc ", 1)]
