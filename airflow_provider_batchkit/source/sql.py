@@ -33,8 +33,7 @@ def read_sql(connect: Callable[[], Any], sql: str, parameters: Any = None) -> Ge
     driver = driver_of(connection)
     try:
         cursor = open_cursor(connection, driver)
-        with _python_holds(0):
-            cursor.execute(sql) if parameters is None else cursor.execute(sql, parameters)
+        cursor.execute(sql) if parameters is None else cursor.execute(sql, parameters)
         yield from _chunks(connection, cursor, driver)
     finally:
         close(connection, cursor, driver)

@@ -19,6 +19,7 @@ from airflow_provider_batchkit.simulator import SimulatorProcess
 from airflow_provider_batchkit.source.sql import read_sql
 from tests.databases import Database, opener, rows
 from tests.integration.test_fetch_operator import fetch, fill, submit
+from tests.results import mysql_client
 
 DRIVERS = ["psycopg", "psycopg2"]
 
@@ -201,3 +202,27 @@ def test_an_option_of_a_sqlite_connection_counts(ours: Database, api: SimulatorP
     with pytest.raises(sqlite3.OperationalError, match="readonly"):
         open_connection("only").execute("DELETE FROM things")
     assert len(submit(source_conn_id="only").run()) == 1
+
+
+@pytest.mark.parametrize("client", ["pymysql", "mysqlclient", "connector"])
+def test_rows_of_mysql_stay_in_the_server_until_they_are_fetched(mariadb_port: int, client: str) -> None:
+    """A source that is given up is not read to its end: its connection is closed, and the server stops."""
+    import time
+
+    connect = mysql_client(client, mariadb_port)
+    sql = "SELECT seq AS id, REPEAT('x', 1000) AS note FROM seq_1_to_100000 WHERE seq % 2 = 0 OR seq > 0"
+    found = read_sql(connect, sql)
+    count = len(next(found))
+    before = peak = memory()
+    for chunk in found:
+        count += len(chunk)
+        peak = max(peak, memory())
+    assert count == 100_000
+    assert peak - before < 20_000_000
+    half = read_sql(connect, sql.replace("100000", "10000000"))
+    assert next(half)[0] == {"id": 1, "note": "x" * 1000}
+    started = time.monotonic()
+    half.close()
+    assert time.monotonic() - started < 5
+    for row in read_sql(connect, "SELECT CAST(7.50 AS DECIMAL(5, 2)) AS id, 'a' AS note WHERE 'a' LIKE %s", ["%"]):
+        assert [str(value) for value in row[0].values()] == ["7.50", "a"]
