@@ -129,8 +129,7 @@ class Warehouse:
             run_id=run_id,
             times=times_of(settle_seconds),
             disposition=WriteDisposition(disposition),
-            **({"portable": self._portable} if into is None else elsewhere),
-            **options,
+            **{**({"portable": self._portable} if into is None else elsewhere), **options},
         )
 
     def rows(self, sql: str) -> list[dict[str, Any]]:
