@@ -119,6 +119,7 @@ class Reading:
         landed = LandedBatch(
             snapshot, stage.counts, stage.unfinished, tally.tally(), reconciler.faults, names, rows, first, read_s, foreign
         )
+        stage.forget_keys()
         return ReadBatch(landed, stage, record, others, stage.left_out, last_part)
 
 

@@ -169,6 +169,10 @@ class Stage:
         """Within it rows may be put; behind it they are where they belong."""
         yield
 
+    def forget_keys(self) -> None:
+        """Let the map of keys go: every row is put."""
+        self._keys, self._ranks = None, {}
+
     def put(self, results: ResultBlock, costs: Costs, values: Sequence[Values] | None = None) -> None:
         """Add the rows that results answer.
 
