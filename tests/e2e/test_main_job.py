@@ -92,9 +92,8 @@ def test_a_table_in_the_answers_and_the_bill_out(shop: Shop) -> None:
     airflow.wait_for_task(DAG_ID, run_id, "wait", "success")
     assert airflow.wait_for_run(DAG_ID, run_id) == "success"
     assert airflow.task_states(DAG_ID, run_id) == {"submit": "success", "wait": "success", "fetch": "success"}
-    waited = airflow.task_log(DAG_ID, run_id, "wait")
-    assert f"0 of 1 batches ended, 0 of {ROWS} requests done, oldest" in waited
-    assert f"1 of 1 batches ended, {ROWS} of {ROWS} requests done" in waited
+    # on a busy machine the first look may come after the end
+    assert f"1 of 1 batches ended, {ROWS} of {ROWS} requests done" in airflow.task_log(DAG_ID, run_id, "wait")
     assert airflow.xcom(DAG_ID, run_id, "wait") == {"succeeded": ROWS, "errored": 0, "canceled": 0, "expired": 0}
     summary = airflow.xcom(DAG_ID, run_id, "fetch")
     assert (summary["batch_ids"], summary["table"], summary["rows"]) == (batch_ids, "product_copy", ROWS)
