@@ -1,0 +1,75 @@
+"""``make demo`` and then ``make airflow``, with a small catalog: what somebody finds there who opens Airflow for the first time."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from example_dags.demo import DAG_ID
+
+ROOT = Path(__file__).resolve().parents[2]
+ROWS = 40
+
+
+def command(what: str) -> list[str]:
+    return [sys.executable, "-m", "example_dags.demo", what, "--rows", str(ROWS)]
+
+
+@pytest.fixture(scope="module")
+def airflow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    """A client of the Airflow that ``make airflow`` starts after ``make demo``."""
+    folder = tmp_path_factory.mktemp("demo")
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("AIRFLOW_", "ANTHROPIC_"))}
+    env |= {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    subprocess.run(command("demo"), cwd=folder, env=env, check=True, capture_output=True, timeout=300)
+    output = folder / "stdout"
+    with output.open("wb") as file:
+        process = subprocess.Popen(command("airflow"), cwd=folder, env=env, stdout=file, stderr=file, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 240
+        while "Airflow is up: " not in output.read_text():
+            assert process.poll() is None, output.read_text()
+            assert time.monotonic() < deadline, output.read_text()
+            time.sleep(1)
+        url = output.read_text().partition("Airflow is up: ")[2].partition("/dags/")[0]
+        token = httpx.get(f"{url}/auth/token").json()["access_token"]
+        with httpx.Client(base_url=f"{url}/api/v2", headers={"Authorization": f"Bearer {token}"}, timeout=60) as client:
+            yield client
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def runs(airflow: httpx.Client) -> dict[str, dict[str, Any]]:
+    """Run id → run, of the demo's DAG."""
+    found = airflow.get(f"/dags/{DAG_ID}/dagRuns").json()["dag_runs"]
+    return {run["dag_run_id"]: run for run in found}
+
+
+def test_the_demos_run_is_there_with_its_log_and_a_later_run_asks_what_has_changed(airflow: httpx.Client) -> None:
+    """No login, nothing red; the log has the bound; the month's run, which nobody triggered, asks all that has changed since, once."""
+    (demo,) = (run_id for run_id, run in runs(airflow).items() if run["run_type"] == "manual")
+    assert runs(airflow)[demo]["state"] == "success"
+    log = airflow.get(f"/dags/{DAG_ID}/dagRuns/{demo}/taskInstances/submit/logs/1", headers={"accept": "application/json"}).text
+    assert f"Estimate for {ROWS} requests: expected $0.34, at most $0.4556" in log
+
+    deadline = time.monotonic() + 300
+    while [run["state"] for run in runs(airflow).values()] != ["success", "success"]:
+        assert "failed" not in {run["state"] for run in runs(airflow).values()}
+        assert time.monotonic() < deadline, runs(airflow)
+        time.sleep(2)
+    (scheduled,) = (run_id for run_id, run in runs(airflow).items() if run["run_type"] == "scheduled")
+    tasks = airflow.get(f"/dags/{DAG_ID}/dagRuns/{scheduled}/taskInstances").json()["task_instances"]
+    assert {task["task_id"]: (task["state"], task["try_number"]) for task in tasks} == dict.fromkeys(
+        ("submit", "wait", "fetch"), ("success", 1)
+    )
+    summary = airflow.get(f"/dags/{DAG_ID}/dagRuns/{scheduled}/taskInstances/fetch/xcomEntries/return_value").json()["value"]
+    assert (summary["rows"], summary["cost_tally"]["batch_cost_usd"]) == (ROWS, "0.32")
