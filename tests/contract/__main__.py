@@ -115,7 +115,8 @@ def _simulated() -> tuple[int, Run]:
 
 def _carry_out(run: Run) -> int:
     """All calls, and the clearing up behind them; 130 when somebody has stopped it."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # a shell's background job begins with SIGINT ignored
+    before = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGINT, signal.SIGTERM)}
     code = 0
     try:
         try:
@@ -131,7 +132,8 @@ def _carry_out(run: Run) -> int:
         left = [created.batch_id for created in run.seen.created if not created.deleted]
         print(f"Left behind: {', '.join(left) or 'nothing'}. Cancel and delete it in the Claude Console.")
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     return code
 
 
