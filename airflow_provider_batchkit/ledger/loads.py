@@ -167,7 +167,8 @@ class Loads:
     # --- turns --------------------------------------------------------------------------------------------------------------------
 
     def take_turn(self, opened: Load, seconds: float) -> int | None:
-        """The number of a fresh turn at the load's table; None while another load has it. An older attempt of the same load has lost its.
+        """The number of a fresh turn at the load's table; None while another load has it. An older attempt of the same load has lost its,
+        and so has a load that is landed: its owner died before it gave the turn back.
 
         :param seconds: after which it may be taken by somebody else
         """
@@ -176,7 +177,8 @@ class Loads:
             number = int(connection.execute(sa.select(version.c.turns)).scalar_one())
             now = clock(connection)
             values = {"turn": number, "load_id": opened.load_id, "until": now + timedelta(seconds=seconds)}
-            free = sa.or_(turn.c.load_id.is_(None), turn.c.load_id == opened.load_id, turn.c.until < now)
+            landed = turn.c.load_id.in_(sa.select(load.c.load_id).where(load.c.state == LoadState.LANDED.value))
+            free = sa.or_(turn.c.load_id.is_(None), turn.c.load_id == opened.load_id, turn.c.until < now, landed)
             here = turn.c.table_name == opened.table
             if connection.execute(sa.update(turn).where(here, free).values(values)).rowcount:
                 return number

@@ -343,7 +343,7 @@ def test_a_process_that_ends_at_once_loses_nothing(
         ]
         for number, step in enumerate(steps):
             (batch_id,) = submit(warehouse, f"run-{number}")
-            arguments = [str(tmp_path), sim.base_url, batch_id, *step, "after", how, f"run-{number}"]
+            arguments = [str(tmp_path), sim.base_url, batch_id, *step, how, f"run-{number}"]
             environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
             child = subprocess.run([sys.executable, "-c", textwrap.dedent(_CHILD), *arguments], env=environment, timeout=120, check=False)
             assert child.returncode == 9
