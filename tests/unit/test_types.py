@@ -54,9 +54,9 @@ def rivers(kit: BatchKit) -> None:
 WRONG = """
 from airflow_provider_batchkit import BatchKit
 from airflow_provider_batchkit.operators.batch import FetchBatchOperator, SubmitBatchOperator
-
+from airflow_provider_batchkit.sensors.batch import BatchSensor
 SubmitBatchOperator(task_id="submit", requests=["Name a river."], sql_conn_id="warehouse", max_tokens="fifty")  # line 5
-SubmitBatchOperator(task_id="submit", requests=["Name a river."])  # line 6
+BatchSensor(task_id="wait")  # line 6
 FetchBatchOperator(task_id="fetch", batch_id="msgbatch_1", table=7, sql_conn_id="warehouse")  # line 7
 BatchKit(key="secret")  # line 8
 """
