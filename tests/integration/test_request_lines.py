@@ -23,6 +23,11 @@ def nothing_lowered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     had = [logger for logger in loggers if before in logger.filters]
     for logger in loggers:
         logger.removeFilter(before)
+        # other tests of this process may have set up logging their way
+        for name, value in (("level", logging.NOTSET), ("disabled", False), ("propagate", True)):
+            monkeypatch.setattr(logger, name, value)
+        logger.manager._clear_cache()  # type: ignore[attr-defined] # of whether a level is enabled
+    monkeypatch.setattr(logging.root.manager, "disable", logging.NOTSET)
     yield
     for logger in loggers:
         logger.removeFilter(fresh)
