@@ -162,8 +162,8 @@ def test_unfinished_answers_are_told_apart_counted_and_overwrite_nothing(
         ("succeeded", "truncated", 1),
     ]
     job = warehouse.job("run-2")
-    assert sorted(key for key, _ in warehouse.ledger.answered(job, "answers"))[:2] == ["[0]", "[0]"]
-    assert "[1]" in {key for key, _ in warehouse.ledger.answered(job, "answers")}
+    assert sorted(key for key, _ in warehouse.ledger.answered(job, warehouse.ledger.table_name("answers")))[:2] == ["[0]", "[0]"]
+    assert "[1]" in {key for key, _ in warehouse.ledger.answered(job, warehouse.ledger.table_name("answers"))}
 
 
 def test_an_unbilled_refusal_lands_with_its_reasons_and_costs_nothing(warehouse: Warehouse, monkeypatch: pytest.MonkeyPatch) -> None:
