@@ -6,7 +6,7 @@ import json
 from typing import Annotated, Any
 
 from airflow.api_fastapi.app import get_auth_manager
-from airflow.api_fastapi.auth.managers.models.resource_details import DagAccessEntity
+from airflow.api_fastapi.auth.managers.models.resource_details import DagAccessEntity, DagDetails
 from airflow.api_fastapi.core_api.security import GetUserDep, requires_access_dag
 from airflow.models.log import Log
 from airflow.utils.session import create_session
@@ -18,8 +18,19 @@ CANCEL_EVENT = "batchkit_cancel_batch"
 
 
 def visible_dags(user: GetUserDep) -> frozenset[str]:
-    """The DAGs whose task instances the user may see. 401 for anybody without a login."""
-    return frozenset(get_auth_manager().get_authorized_dag_ids(user=user, method="GET"))
+    """The DAGs whose task instances the user may see. 401 for anybody without a login.
+
+    A user may be allowed to see a DAG and none of its task instances: a job is one, so the lists leave such DAGs out, too.
+    """
+    manager = get_auth_manager()
+    found = frozenset(manager.get_authorized_dag_ids(user=user, method="GET"))
+
+    def sees_tasks(dag_id: str | None) -> bool:
+        details = DagDetails(id=dag_id)
+        return manager.is_authorized_dag(method="GET", access_entity=DagAccessEntity.TASK_INSTANCE, details=details, user=user)
+
+    # the one question without a DAG is that of Airflow's own list of task instances; only where it is refused, each DAG is asked about
+    return found if not found or sees_tasks(None) else frozenset(dag_id for dag_id in found if sees_tasks(dag_id))
 
 
 VisibleDep = Annotated[frozenset[str], Depends(visible_dags)]
@@ -30,10 +41,15 @@ may_see = Depends(requires_access_dag("GET", DagAccessEntity.TASK_INSTANCE))
 may_edit_runs = Depends(requires_access_dag("PUT", DagAccessEntity.RUN))
 
 
-def from_this_page(x_batchkit: Annotated[str | None, Header()] = None) -> None:
-    """A header that another site's form cannot set: the login's cookie alone does not cancel anything."""
+def from_this_page(x_batchkit: Annotated[str | None, Header()] = None, sec_fetch_site: Annotated[str | None, Header()] = None) -> None:
+    """A header that another site's form cannot set, and no word of the browser that another site asks: the login's cookie alone does not
+    cancel anything.
+    """
     if x_batchkit is None:
         raise HTTPException(403, {"message": "The header X-BatchKit is missing.", "todo": "Cancel from the Batches page."})
+    # browsers send it to https addresses and to localhost
+    if sec_fetch_site not in (None, "same-origin"):
+        raise HTTPException(403, {"message": "The request came from another site.", "todo": "Cancel from the Batches page."})
 
 
 from_page = Depends(from_this_page)

@@ -27,7 +27,7 @@ from airflow_provider_batchkit.ledger.reasons import FailedRows
 from airflow_provider_batchkit.ledger.spending import Spending
 from airflow_provider_batchkit.ui import answers
 from airflow_provider_batchkit.ui.access import VisibleDep, from_page, may_edit_runs, may_see, note_cancel
-from airflow_provider_batchkit.ui.ledgers import Ledgers, Trouble, TroubleError
+from airflow_provider_batchkit.ui.ledgers import Ledgers, Trouble, TroubleError, UnfitValueError
 from airflow_provider_batchkit.ui.looks import Looks
 
 log = logging.getLogger(__name__)
@@ -69,6 +69,7 @@ def create_app() -> FastAPI:
     app.middleware("http")(_strict)
     app.exception_handler(TroubleError)(_in_trouble)
     app.exception_handler(RequestValidationError)(_not_understood)
+    app.exception_handler(UnfitValueError)(_unfit)
     return app
 
 
@@ -102,6 +103,11 @@ def _not_understood(_: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     names = ", ".join(sorted({str(one["loc"][-1]) for one in error.errors()}))
     return JSONResponse({"detail": {"message": f"This was not understood: {names}.", "todo": "Reload the page."}}, status_code=422)
+
+
+def _unfit(_: Request, error: Exception) -> Response:
+    assert isinstance(error, UnfitValueError)
+    return JSONResponse({"detail": {"message": "The ledger can have no such value.", "todo": "Reload the page."}}, status_code=422)
 
 
 def _trouble(one: Trouble) -> dict[str, str]:
@@ -210,7 +216,7 @@ class _Page:
             until = None if since is None else since + timedelta(days=1)
             show = Filter(visible, dag_id, run_id, task_id, map_index, model, state, since, until, failed)
             page = self._ledgers.read(_known(ledger), lambda engine: Overview(engine).jobs(show, limit=limit, before=before))
-        except ValueError as e:
+        except (ValueError, OverflowError) as e:
             raise _refuse(422, "This was not understood: day or before.", "Reload the page.") from e
         return {"jobs": [{**answers.job_json(one), "ledger": ledger} for one in page.jobs], "next": page.next}
 

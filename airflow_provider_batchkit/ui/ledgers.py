@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import sqlalchemy as sa
 from airflow.providers.common.compat.sdk import AirflowException
 from sqlalchemy.engine import Connection, Engine
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import DataError, SQLAlchemyError
 from sqlalchemy.pool import QueuePool
 
 from airflow_provider_batchkit.exceptions import BatchInputError, BatchKitError
@@ -56,6 +56,10 @@ class TroubleError(Exception):
         self.trouble = trouble
 
 
+class UnfitValueError(ValueError):
+    """A value that no row can have, such as a number that is too large for its column. The ledger is as well as before."""
+
+
 class Ledgers:
     """Engines by connection, shared by all requests of a process."""
 
@@ -68,6 +72,7 @@ class Ledgers:
         """The answer of a ledger.
 
         :raises TroubleError: when it cannot be read
+        :raises UnfitValueError: when the database refuses a value that was asked for
         """
         with self._lock:
             until, trouble = self._down.get(conn_id, (0.0, None))
@@ -77,6 +82,9 @@ class Ledgers:
             engine = self._engine(conn_id)
             _refuse_unreadable(conn_id, engine)
             return question(engine)
+        except (DataError, OverflowError) as e:
+            # whoever asks for nonsense must not make everybody else's page say that the ledger is down
+            raise UnfitValueError(type(e).__name__) from e
         except SQLAlchemyError as e:
             raise TroubleError(self._note(_down(conn_id, e))) from e
         except (BatchKitError, AirflowException) as e:

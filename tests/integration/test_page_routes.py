@@ -11,10 +11,13 @@ from collections.abc import Iterator
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
+from airflow.api_fastapi.auth.managers.models.resource_details import DagAccessEntity
 from airflow.api_fastapi.auth.managers.simple.simple_auth_manager import SimpleAuthManager
 from airflow.api_fastapi.auth.managers.simple.user import SimpleAuthManagerUser
+from fastapi.routing import APIRoute
 from fastapi.testclient import TestClient
 
 from airflow_provider_batchkit.cost.budget import Budget
@@ -31,7 +34,10 @@ RIGHTS = {
     "admin": {"dag": {"GET", "PUT"}, "other": {"GET", "PUT"}},
     "viewer": {"dag": {"GET"}},
     "stranger": {"other": {"GET", "PUT"}},
+    "blind": {"dag": {"GET", "PUT"}},
 }
+#: who may see DAGs and no task instance
+WITHOUT_TASKS = {"blind"}
 HEADERS = {"X-BatchKit": "page"}
 
 
@@ -39,6 +45,8 @@ class PerDag(SimpleAuthManager):
     """Airflow's simple auth manager, with rights for each DAG."""
 
     def is_authorized_dag(self, *, method: str, user: Any, access_entity: Any = None, details: Any = None) -> bool:
+        if access_entity is DagAccessEntity.TASK_INSTANCE and user.username in WITHOUT_TASKS:
+            return False
         return method in RIGHTS.get(user.username, {}).get(details and details.id, set())
 
 
@@ -151,6 +159,68 @@ def test_who_may_see_nothing_of_a_dag_finds_nothing_of_it_on_any_route(warehouse
     assert warehouse.kit.get(batch_id).processing_status == "in_progress"
 
 
+def test_who_may_see_a_dag_without_its_task_instances_finds_no_job(warehouse: Warehouse, sim: Simulator, auth: PerDag) -> None:
+    """A job is a task instance: the lists leave it out, as the route of the job refuses it."""
+    job_id = landed(warehouse, limits=Limits(budget=Budget("catalog", Decimal(5))))
+    sim.set(clock="manual")
+    (batch_id,) = warehouse.submit(products(), run_id="running").batch_ids
+    blind = client(auth, "blind")
+    for method, path in addresses(job_id, batch_id):
+        answer = blind.request(method, path, params={"ledger": "warehouse"}, headers={})
+        assert answer.status_code == (403 if "/dags/" in path else 200), (method, path, answer.text)
+        if "/api/" in path:
+            for word in ('"dag"', job_id, batch_id, "running", "[7]", "catalog", "claude"):
+                assert word not in answer.text, (method, path, word)
+
+
+#: what a hostile or clumsy address may hold
+ODD = (
+    *(
+        "\0",
+        "x\0y",
+        "' OR 1=1 --",
+        '"; DROP TABLE batchkit_job; --',
+        "%",
+        "~",
+        "..",
+        "../../etc/passwd",
+        str(10**30),
+        "\U0001f9ea",
+        "9" * 3000,
+    ),
+    *("9999-12-31", "0001-01-01", "2026-11-26 x", "9999-12-31T23:59:59+00:00 x"),
+)
+
+
+def test_odd_values_find_nothing_and_harm_nobody(warehouse: Warehouse, sim: Simulator, auth: PerDag) -> None:
+    """In every parameter and every part of a path: no fault, no statement in the answer, and the ledger is still read for everybody."""
+    job_id = landed(warehouse)
+    sim.set(clock="manual")
+    (batch_id,) = warehouse.submit(products(), run_id="running").batch_ids
+    admin = client(auth, "admin")
+    values = {"dag_id": "dag", "job_id": job_id, "batch_id": batch_id}
+    asked = 0
+    for route in create_app().routes:
+        assert isinstance(route, APIRoute)
+        (method,) = route.methods
+        for name in re.findall(r"{(\w+)}", route.path):
+            for odd in ODD:
+                path = route.path.format(**{**values, name: quote(odd, safe="")})
+                answer = admin.request(method, path, params={"ledger": "warehouse"}, headers=HEADERS)
+                assert answer.status_code in (403, 404, 422), (path, answer.text)
+                asked += 1
+        for name in (one.alias for one in route.dependant.query_params):
+            for odd in ODD:
+                answer = admin.request(method, route.path.format(**values), params={"ledger": "warehouse", name: odd}, headers=HEADERS)
+                # a right answer to a question that nothing fits, and of a batch that has been canceled before
+                assert answer.status_code in (200, 404, 409, 422), (route.path, name, odd, answer.text)
+                assert not re.search("Traceback|SELECT|sqlalche.me|psycopg", answer.text), (route.path, answer.text)
+                asked += 1
+        assert admin.get("/api/about").json()["troubles"] == [], route.path
+    assert asked > 200
+    assert len(admin.get("/api/jobs", params={"ledger": "warehouse"}).json()["jobs"]) == 2
+
+
 def test_who_may_see_a_dag_sees_its_jobs_and_may_not_cancel(warehouse: Warehouse, sim: Simulator, auth: PerDag) -> None:
     """A viewer reads everything, and every answer has strict headers."""
     job_id = landed(warehouse)
@@ -258,6 +328,9 @@ def test_cancel_needs_the_right_is_noted_in_the_audit_log_and_cancels(warehouse:
     (batch_id,) = warehouse.submit(products(), run_id="running").batch_ids
     admin, path = client(auth, "admin"), f"/api/dags/dag/batches/{batch_id}/cancel"
     assert admin.post(path, params={"ledger": "warehouse"}).status_code == 403
+    for site in ("cross-site", "same-site", "none"):
+        answer = admin.post(path, params={"ledger": "warehouse"}, headers={**HEADERS, "Sec-Fetch-Site": site})
+        assert answer.status_code == 403 and "another site" in answer.text
     assert warehouse.kit.get(batch_id).processing_status == "in_progress"
     answer = admin.post(path, params={"ledger": "warehouse"}, headers=HEADERS)
     assert (answer.status_code, answer.json()) == (200, {"batch_id": batch_id, "fate": "canceled"})
