@@ -116,6 +116,14 @@ _OPTIONS: dict[str, Any] = {
         "example": None,
         "default": "False",
     },
+    "notify_after": {
+        "description": "Age of a running batch at which tasks that have notifiers tell them, once: 20h or 1d. A task's own notify_after "
+        "counts before it.",
+        "version_added": "0.1.0",
+        "type": "string",
+        "example": "20h",
+        "default": None,
+    },
     "console_url": {
         "description": "The Claude Console's page of batches that tasks link to. Put your workspace's id in the place of default.",
         "version_added": "0.1.0",

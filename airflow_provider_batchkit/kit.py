@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from airflow_provider_batchkit.api.blocks import ResultBlock
 from airflow_provider_batchkit.api.calls import BatchApi
 from airflow_provider_batchkit.api.looking import look, pause_after
-from airflow_provider_batchkit.api.polling import Ended, GaveUp, PollState, TimedOut, Unseen, Wait
+from airflow_provider_batchkit.api.polling import Ended, GaveUp, Late, PollState, TimedOut, Unseen, Wait
 from airflow_provider_batchkit.api.results import Reconciler, StreamFaults, parse_blocks
 from airflow_provider_batchkit.cost.checks import check_shards
 from airflow_provider_batchkit.cost.estimate import Estimate, estimate_shards
@@ -207,6 +207,7 @@ class BatchKit(BatchApi):
             if isinstance(decision, Ended):
                 return {b: state.seen[b] for b in ids}
             if not isinstance(decision, Wait):
+                assert not isinstance(decision, Late), "nobody is to hear of it here"
                 raise _over(decision)
             time.sleep(decision.seconds)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from datetime import timedelta
 
 _EVERY_S = 5.0
 
@@ -57,3 +58,14 @@ def span_text(seconds: float) -> str:
     if days:
         return f"{days} d {hours % 24} h"
     return f"{hours} h {minutes % 60} min" if hours else f"{minutes} min"
+
+
+def span_of(text: str) -> timedelta:
+    """A span of time as people write it: ``90d`` or ``12h``.
+
+    :raises ValueError: for anything else
+    """
+    unit = {"d": "days", "h": "hours"}.get(text[-1:])
+    if unit is None or not text[:-1].isdigit():
+        raise ValueError(f"{text!r} is no span of time: write 90d for days, 12h for hours")
+    return timedelta(**{unit: int(text[:-1])})

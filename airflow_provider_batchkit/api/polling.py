@@ -60,7 +60,33 @@ class GaveUp:
     reason: str
 
 
-Decision = Wait | Ended | TimedOut | GaveUp
+@dataclass(frozen=True, slots=True)
+class Late:
+    """A batch runs for longer than somebody wants to hear of."""
+
+
+Decision = Wait | Ended | TimedOut | GaveUp | Late
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """How far batches are."""
+
+    batches: int
+    ended: int
+    #: requests of the batches that have been seen, and those of them that are done. The API may count none before a batch has ended
+    requests: int
+    done: int
+    #: of the batches that run: the one that was created first, its age, and the time until the first of them expires, in seconds
+    oldest: str | None = None
+    age_s: float = 0.0
+    left_s: float = 0.0
+
+    def __str__(self) -> str:
+        line = f"{self.ended} of {self.batches} batches ended, {self.done:,} of {self.requests:,} requests done"
+        if self.oldest is not None:
+            line += f", oldest {span_text(self.age_s)}, expires in {span_text(self.left_s)}"
+        return line
 
 
 @dataclass(slots=True)
@@ -129,6 +155,8 @@ class PollState:
     first: bool = False
     #: seconds that a batch may answer 404 before it is called gone
     absence: float = ABSENCE_S
+    #: decide that the wait is :class:`Late` once a running batch is so old, in seconds; ``now`` is then seconds since the epoch
+    late_after: float | None = None
     seen: dict[str, BatchSnapshot] = field(default_factory=dict)
     #: what the last line about how far the batches are was about, and when it was given
     _told: tuple[int, int, int] | None = None
@@ -211,20 +239,31 @@ class PollState:
         """
         if not self.seen:
             return None
-        ended = sum(snapshot.processing_status == ENDED for snapshot in self.seen.values())
-        counts = self.counts()
-        about = (ended, counts.total - counts.processing, counts.total)
-        early = self._told is not None and now - self._told_at < _TOLD_EVERY_S and ended < len(self.batch_ids)
+        figures = self.figures(now)
+        about = (figures.ended, figures.done, figures.requests)
+        early = self._told is not None and now - self._told_at < _TOLD_EVERY_S and figures.ended < figures.batches
         if early or about == self._told:
             return None
         self._told, self._told_at = about, now
-        line = f"{ended} of {len(self.batch_ids)} batches ended, {about[1]:,} of {about[2]:,} requests done"
-        running = [snapshot for snapshot in self.seen.values() if snapshot.processing_status != ENDED]
-        if running:
-            born = min(snapshot.created_at.timestamp() for snapshot in running)
-            expires = min(snapshot.expires_at.timestamp() if snapshot.expires_at else born + _LIFE_S for snapshot in running)
-            line += f", oldest {span_text(now - born)}, expires in {span_text(expires - now)}"
-        return line
+        return str(figures)
+
+    def figures(self, now: float) -> Figures:
+        """How far the batches are, as they were last seen.
+
+        :param now: seconds since the epoch
+        """
+        running = self._running()
+        counts = self.counts()
+        known = (len(self.batch_ids), len(self.seen) - len(running), counts.total, counts.total - counts.processing)
+        if not running:
+            return Figures(*known)
+        oldest = min(running, key=lambda snapshot: snapshot.created_at)
+        born = oldest.created_at.timestamp()
+        expires = min(snapshot.expires_at.timestamp() if snapshot.expires_at else born + _LIFE_S for snapshot in running)
+        return Figures(*known, oldest.batch_id, now - born, expires - now)
+
+    def _running(self) -> list[BatchSnapshot]:
+        return [snapshot for snapshot in self.seen.values() if snapshot.processing_status != ENDED]
 
     def failed(self, error: str, *, fatal: bool = False, retry_after: float | None = None) -> None:
         """Note a failed look. ``fatal``: looking again cannot help. ``retry_after``: seconds that the API asked us to wait."""
@@ -250,10 +289,16 @@ class PollState:
             return GaveUp(f"{self._failures} looks in a row failed, the last with: {self._last_error}")
         if self.deadline is not None and now >= self.deadline:
             return TimedOut(tuple(open_ids))
-        seconds = self._next_interval(now, open_ids)
-        if self.deadline is not None:
-            seconds = min(seconds, max(self.deadline - now, 0.0))
-        return Wait(seconds)
+        late_at = self._late_at()
+        if late_at is not None and now >= late_at:
+            return Late()
+        until = [moment - now for moment in (self.deadline, late_at) if moment is not None]
+        return Wait(min([self._next_interval(now, open_ids), *(max(seconds, 0.0) for seconds in until)]))
+
+    def _late_at(self) -> float | None:
+        """When the wait is late, in seconds since the epoch."""
+        running = [] if self.late_after is None else self._running()
+        return min((snapshot.created_at.timestamp() + (self.late_after or 0.0) for snapshot in running), default=None)
 
     def counts(self) -> BatchCounts:
         """Requests per status over every batch seen so far."""
@@ -286,7 +331,7 @@ def validate_event(event: Mapping[str, object] | None) -> Mapping[str, object]:
 
     :raises PollError: when the event is not one that :class:`BatchTrigger` sends
     """
-    if not isinstance(event, Mapping) or event.get("status") not in ("ended", "timeout", "error"):
+    if not isinstance(event, Mapping) or event.get("status") not in ("ended", "timeout", "error", "late"):
         raise PollError(
             f"The trigger sent an event that this version does not know: {event!r}. The batches are untouched; "
             "clear the task to wait again."

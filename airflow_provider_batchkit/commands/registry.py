@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+from airflow_provider_batchkit.progress import span_of
+
 #: as in airflow_provider_batchkit.ledger.overview and .spending, which load SQLAlchemy; a test compares them
 STATES = ("open", "doubt", "sending", "submitted", "prepared", "gone", "landed", "rejected", "void")
 GROUPS = ("day", "dag", "model")
@@ -48,10 +50,10 @@ def utc_time(text: str) -> datetime:
 
 def span(text: str) -> timedelta:
     """A span as typed: ``90d`` or ``12h``."""
-    unit = {"d": "days", "h": "hours"}.get(text[-1:])
-    if unit is None or not text[:-1].isdigit():
-        raise argparse.ArgumentTypeError(f"{text!r} is no span of time: write 90d for days, 12h for hours")
-    return timedelta(**{unit: int(text[:-1])})
+    try:
+        return span_of(text)
+    except ValueError as e:
+        raise argparse.ArgumentTypeError(str(e)) from None
 
 
 _LEDGER = Argument(

@@ -75,15 +75,7 @@ class Budget:
                 f"alert_at of the budget {self.name!r} must be a list of shares, such as [0.5, 0.8, 1], not {alert_at!r}."
             )
         object.__setattr__(self, "alert_at", tuple(sorted({_share(value, self.name) for value in alert_at})))
-        if isinstance(notifiers, str) or not isinstance(notifiers, Sequence):
-            raise BatchInputError(f"notifiers of the budget {self.name!r} must be a list, not a {type(notifiers).__name__}.")
-        for notifier in notifiers:
-            if isinstance(notifier, type) or not callable(notifier):
-                what = f"the class {notifier.__name__}" if isinstance(notifier, type) else f"a {type(notifier).__name__}"
-                raise BatchInputError(
-                    f"notifiers of the budget {self.name!r} has {what}: give instances of Airflow's notifiers, or functions of the context."
-                )
-        object.__setattr__(self, "notifiers", tuple(notifiers))
+        object.__setattr__(self, "notifiers", parse_notifiers(notifiers, f"notifiers of the budget {self.name!r}"))
         if bool(self.alert_at) is not bool(self.notifiers):
             raise BatchInputError(f"The budget {self.name!r} needs both alert_at and notifiers, or neither of them.")
 
@@ -104,6 +96,21 @@ class Budget:
         if not isinstance(value, Mapping) or "name" not in value or not set(value) <= set(names):
             raise BatchInputError(f"budget must be a Budget or a mapping with name and some of {', '.join(names[1:])}, not {value!r}.")
         return cls(**value)
+
+
+def parse_notifiers(notifiers: Any, what: str) -> tuple[Any, ...]:
+    """A list of notifiers, each of which can be called with a task's context.
+
+    :param what: the list's name, for messages
+    :raises BatchInputError: for anything else
+    """
+    if isinstance(notifiers, str) or not isinstance(notifiers, Sequence):
+        raise BatchInputError(f"{what} must be a list, not a {type(notifiers).__name__}.")
+    for notifier in notifiers:
+        if isinstance(notifier, type) or not callable(notifier):
+            found = f"the class {notifier.__name__}" if isinstance(notifier, type) else f"a {type(notifier).__name__}"
+            raise BatchInputError(f"{what} has {found}: give instances of Airflow's notifiers, or functions of the context.")
+    return tuple(notifiers)
 
 
 def _share(value: Any, name: str) -> Decimal:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from airflow.providers.common.compat.sdk import conf
 
 from airflow_provider_batchkit.exceptions import BatchInputError
+from airflow_provider_batchkit.progress import span_of
 
 if TYPE_CHECKING:
     from airflow_provider_batchkit.cost.prices import PriceBook
@@ -67,6 +68,20 @@ def ledger_conn_ids() -> list[str]:
     """The connections of all ledgers that this deployment names, in order."""
     text = conf.get("batchkit", "page_ledger_conn_ids", fallback=None) or conf.get("batchkit", "ledger_conn_id", fallback=None) or ""
     return list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+
+
+def notify_after() -> float | None:
+    """The age of a batch at which tasks with notifiers tell them, in seconds, where a deployment sets it.
+
+    :raises BatchInputError: for what is no span of time
+    """
+    text = conf.get("batchkit", "notify_after", fallback=None)
+    if not text:
+        return None
+    try:
+        return span_of(text.strip()).total_seconds()
+    except ValueError as e:
+        raise BatchInputError(f"[batchkit] notify_after: {e}.") from None
 
 
 def show_content() -> bool:

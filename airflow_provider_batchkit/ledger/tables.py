@@ -9,6 +9,7 @@
 ``batchkit_budget``    one row per budget, with the cap that was last given for it; its books are the rows of ``batchkit_batch``
 ``batchkit_budget_hold``  one row per attempt that is about to send: what it holds of a budget and has not journaled yet
 ``batchkit_alert``     one row per budget, window, threshold and notifier that was told of it, or is being told
+``batchkit_late``      one row per task and notifier that was told that the task's batches are late, or is being told
 ``batchkit_landing``   one row per batch, table and landing number: what a fetch wrote to which result table
 ``batchkit_load``      one row per fetch that lands in a table of another database: how far it has come
 ``batchkit_prepared``  what such a fetch will write to the ledger once its rows are in the table
@@ -245,6 +246,18 @@ alert = sa.Table(
     # its position in the budget's list
     sa.Column("notifier", sa.Integer, primary_key=True),
     # by the database's clock: a task began to tell it, and has told it
+    sa.Column("claimed_at", UtcDateTime, nullable=False),
+    sa.Column("told_at", UtcDateTime),
+)
+
+late = sa.Table(
+    "batchkit_late",
+    metadata,
+    # of the task that waits: for a sensor the id that it would have as a job
+    sa.Column("job_id", sa.String(20), primary_key=True),
+    # its position in the task's list
+    sa.Column("notifier", sa.Integer, primary_key=True),
+    # as in batchkit_alert
     sa.Column("claimed_at", UtcDateTime, nullable=False),
     sa.Column("told_at", UtcDateTime),
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from airflow_provider_batchkit.cost.budget import SHARE_UNIT, Budget, BudgetStatus, window_of
 from airflow_provider_batchkit.links import console_page
 from airflow_provider_batchkit.model import usd_text
+from airflow_provider_batchkit.operators.notifiers import Told, call_notifier
 
 if TYPE_CHECKING:
     from airflow.providers.common.compat.sdk import Context
@@ -45,20 +45,13 @@ def tell_of_budget(context: Context, ledger: Ledger, budget: Budget, began: date
 
 
 def _tell(context: Context, facts: dict[str, Any], ledger: Ledger, budget: Budget, claim: AlertClaim) -> None:
-    notifier = budget.notifiers[claim.notifier]
-    try:
-        # a notifier renders its fields in place, and adds them to the context
-        copy.copy(notifier)({**context, "batchkit": facts})
-    except Exception:
-        log.warning(
-            "%s raised, and the task goes on; the next submit that counts in the budget %r tells it again",
-            type(notifier).__name__,
-            budget.name,
-            exc_info=True,
-        )
-        ledger.alert_untold(claim)
-    else:
-        ledger.alert_told(claim)
+    again = f"the next submit that counts in the budget {budget.name!r}"
+    match call_notifier(budget.notifiers[claim.notifier], context, facts, again=again):
+        case Told.TAKEN:
+            ledger.alert_told(claim)
+        case Told.RAISED:
+            ledger.alert_untold(claim)
+        # one that hangs may tell it yet: the claim ends by itself
 
 
 def facts_of(context: Context, claim: AlertClaim, refused: str | None) -> dict[str, Any]:
@@ -86,7 +79,7 @@ def facts_of(context: Context, claim: AlertClaim, refused: str | None) -> dict[s
         "usd": usd,
         "tokens": tokens,
         "refused": refused,
-        "link": _link(context),
+        "link": task_link(context),
         "console": console_page(),
     }
     return {**facts, "message": _message(status, facts)}
@@ -111,6 +104,6 @@ def _percent(share: Decimal) -> str:
     return f"{(share * 100).quantize(Decimal('0.1'), ROUND_DOWN).normalize():f}%"
 
 
-def _link(context: Context) -> str:
+def task_link(context: Context) -> str:
     """The task in Airflow; a task instance of a user's own tests may have no address."""
     return str(getattr(context.get("ti"), "log_url", None) or console_page())

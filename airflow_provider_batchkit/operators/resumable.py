@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from airflow_provider_batchkit.hooks.ledger import ledger_of
 from airflow_provider_batchkit.jobs.waiting import Done, WaitFor
 from airflow_provider_batchkit.lineage import BatchLineage
 from airflow_provider_batchkit.links import push_console_link
+from airflow_provider_batchkit.operators.late import TellsWhenLate, figures_of
 from airflow_provider_batchkit.operators.metrics import count_landed, count_submitted
 from airflow_provider_batchkit.operators.tasks import OnConnection, batchkit_errors, map_index_of
 
@@ -97,7 +99,7 @@ class Leg:
         tell_of_budget(self.context, ledger, budget, began, refused)
 
 
-class ResumableOperator(OnConnection, BatchLineage, BaseOperator):
+class ResumableOperator(TellsWhenLate, OnConnection, BatchLineage, BaseOperator):
     """A task that does what can be done now, and waits for the rest without a worker slot."""
 
     sql_conn_id: str | None
@@ -115,6 +117,8 @@ class ResumableOperator(OnConnection, BatchLineage, BaseOperator):
 
     def resume(self, context: Context, event: Any = None, since: str = "", asked: int = 0, about: str = "") -> Any:
         """The wait is over, however it ended: the ledger says what is to be done next. The rest is what :meth:`_wait` passes on."""
+        if isinstance(event, Mapping) and event.get("status") == "late":
+            return self._wait_on(context, event, {"since": since, "asked": asked, "about": about or "round"})
         with batchkit_errors():
             leg = Leg.after(context, event, since, asked, about)
         if leg.broken:
@@ -136,6 +140,10 @@ class ResumableOperator(OnConnection, BatchLineage, BaseOperator):
         self._wait(leg, found)
         return None
 
+    def _wait_on(self, context: Context, event: Mapping[str, Any], passed_on: dict[str, Any]) -> None:
+        """The batches of a round are late: tell people, and wait for the same batches until the same time."""
+        self._defer_to(event["batch_ids"], event["deadline"], passed_on, late_after=self.tell_late(context, figures_of(event)))
+
     def _advance(self, leg: Leg, ledger: Ledger) -> Done[Any] | WaitFor:
         """The task's step."""
         raise NotImplementedError
@@ -146,8 +154,6 @@ class ResumableOperator(OnConnection, BatchLineage, BaseOperator):
 
     def _wait(self, leg: Leg, wait: WaitFor) -> None:
         """Defer, and tell of it in the log and under the XCom key ``waits_for``."""
-        from airflow_provider_batchkit.triggers.batch import BatchTrigger
-
         now = datetime.now(UTC)
         self.log.info("%s", wait.why)
         leg.context["ti"].xcom_push(key="waits_for", value=wait.to_json())
@@ -156,17 +162,25 @@ class ResumableOperator(OnConnection, BatchLineage, BaseOperator):
         if leg.broken and wait.about != "round":
             # the trigger would come back at once
             batch_ids, until = [], min(until, now + _BROKEN_PAUSE)
+        passed_on = {"since": leg.since.isoformat(), "asked": leg.sent, "about": wait.about}
+        self._defer_to(batch_ids, until.timestamp(), passed_on, late_after=self.late_after if wait.about == "round" else None)
+
+    def _defer_to(self, batch_ids: list[str], deadline: float, passed_on: dict[str, Any], *, late_after: float | None) -> None:
+        from airflow_provider_batchkit.triggers.batch import BatchTrigger
+
+        about = passed_on["about"]
         self.defer(
             trigger=BatchTrigger(
                 batch_ids=batch_ids,
                 anthropic_conn_id=self.anthropic_conn_id,
                 poke_interval=float(getattr(self, "poke_interval", _BROKEN_PAUSE.total_seconds())),
-                deadline=until.timestamp(),
+                deadline=deadline,
                 # candidates of a doubt may be somebody else's
-                cancel_on_kill=getattr(self, "cancel_on_kill", False) and wait.about in ("primer", "round"),
-                first=len(batch_ids) > 1 and wait.about != "round",
+                cancel_on_kill=getattr(self, "cancel_on_kill", False) and about in ("primer", "round"),
+                first=len(batch_ids) > 1 and about != "round",
+                late_after=late_after,
             ),
             method_name="resume",
-            kwargs={"since": leg.since.isoformat(), "asked": leg.sent, "about": wait.about},
-            timeout=until - now + _GRACE,
+            kwargs=passed_on,
+            timeout=timedelta(seconds=max(deadline - time.time(), 0.0)) + _GRACE,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from airflow_provider_batchkit.exceptions import BatchInputError
@@ -50,6 +51,9 @@ class RunBatchOperator(SubmitBatchOperator, LandingOperator):
     :param retry_invalid_output: also ask again for answers that do not fit the schema; each of them is billed
     :param poke_interval: seconds between looks at running batches
     :param timeout: seconds that a round's batches are waited for; then the task fails, the batches go on, and a retry waits again
+    :param notify_after: have ``notifiers`` told when a batch has been running for so long, a timedelta or seconds: once a task, over all
+        its rounds and attempts. ``[batchkit] notify_after`` of Airflow's configuration by default
+    :param notifiers: Airflow's notifiers, or functions of the task's context, which has ``batchkit``
     :param cancel_on_kill: cancel the running batches when the task is killed, also while it waits. Off by default: clearing a task counts
         as killing it on Airflow 3.3, and paid work must survive that
     """
@@ -64,6 +68,8 @@ class RunBatchOperator(SubmitBatchOperator, LandingOperator):
         rounds: Sequence[Round] | None = None,
         poke_interval: float = 60.0,
         timeout: float = _WEEK_S,
+        notify_after: timedelta | float | None = None,
+        notifiers: Sequence[Any] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(table=table, **kwargs)
@@ -85,6 +91,7 @@ class RunBatchOperator(SubmitBatchOperator, LandingOperator):
         self.timeout = timeout
         if poke_interval <= 0 or timeout <= 0:
             raise BatchInputError(f"Task {self.task_id}: poke_interval and timeout are seconds above 0.")
+        self._take_notifiers(notify_after, notifiers)
         if self.skip_unchanged:
             refuse_replace(f"Task {self.task_id}", self.write_disposition)
 

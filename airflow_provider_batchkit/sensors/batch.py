@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from datetime import timedelta
@@ -16,21 +17,24 @@ from airflow.providers.common.compat.sdk import (
     PokeReturnValue,
 )
 
-from airflow_provider_batchkit.api.polling import Decision, Ended, GaveUp, PollState, Wait, validate_event
+from airflow_provider_batchkit.api.polling import Decision, Ended, GaveUp, Late, PollState, Wait, validate_event
 from airflow_provider_batchkit.exceptions import BatchInputError
 from airflow_provider_batchkit.hooks.settings import DEFAULT_CONN_ID, absence_seconds
 from airflow_provider_batchkit.links import ConsoleLink, push_console_link
 from airflow_provider_batchkit.operators import kill
+from airflow_provider_batchkit.operators.late import TellsWhenLate, figures_of
 from airflow_provider_batchkit.operators.tasks import OnConnection, as_batch_ids, batchkit_errors
 
 if TYPE_CHECKING:
     from airflow.providers.common.compat.sdk import Context
 
+log = logging.getLogger(__name__)
+
 #: how much later than the trigger's own deadline Airflow ends a deferral that never came back
 _GRACE_S = 300.0
 
 
-class BatchSensor(OnConnection, BaseSensorOperator):
+class BatchSensor(TellsWhenLate, OnConnection, BaseSensorOperator):
     """Wait until every batch has ended. Returns the requests per status that the API reports.
 
     A batch that ended with errors is still a success here: what became of each row is the fetch's matter. One that answers 404 is looked
@@ -41,11 +45,16 @@ class BatchSensor(OnConnection, BaseSensorOperator):
     :param anthropic_conn_id: connection of type ``anthropic``
     :param deferrable: wait in the triggerer, without a worker slot; ``mode`` applies otherwise. There ``poke_interval`` is the least time
         between looks, and old batches are looked at less often, see :class:`~airflow_provider_batchkit.triggers.batch.BatchTrigger`
+    :param notify_after: have ``notifiers`` told when a batch has been running for so long, a timedelta or seconds: once a task, over all
+        its attempts, and without a worker slot until then. ``[batchkit] notify_after`` of Airflow's configuration by default
+    :param notifiers: Airflow's notifiers, or functions of the task's context, which has ``batchkit``. What they were told is in the ledger
+    :param sql_conn_id: for ``notifiers``, where no ``ledger_conn_id`` is set: SQL connection of the results, as the submit has it
+    :param ledger_conn_id: for ``notifiers``: SQLite or PostgreSQL connection of the ledger, that of the submit (templated)
     :param cancel_on_kill: cancel the batches when the task is killed. Off by default: clearing a task counts as killing it on
         Airflow 3.3, and paid work must survive that
     """
 
-    template_fields: Sequence[str] = ("batch_id", "anthropic_conn_id")
+    template_fields: Sequence[str] = ("batch_id", "anthropic_conn_id", "sql_conn_id", "ledger_conn_id")
     ui_color = "#e6e8d2"
     operator_extra_links = (ConsoleLink(),)
 
@@ -56,6 +65,10 @@ class BatchSensor(OnConnection, BaseSensorOperator):
         anthropic_conn_id: str = DEFAULT_CONN_ID,
         deferrable: bool = True,
         cancel_on_kill: bool = False,
+        notify_after: timedelta | float | None = None,
+        notifiers: Sequence[Any] | None = None,
+        sql_conn_id: str | None = None,
+        ledger_conn_id: str | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -63,33 +76,44 @@ class BatchSensor(OnConnection, BaseSensorOperator):
         self.anthropic_conn_id = anthropic_conn_id
         self.deferrable = deferrable
         self.cancel_on_kill = cancel_on_kill
+        self.sql_conn_id = sql_conn_id
+        self.ledger_conn_id = ledger_conn_id
+        self._take_notifiers(notify_after, notifiers)
 
     @cached_property
     def _state(self) -> PollState:
         with batchkit_errors():
-            return PollState(as_batch_ids(self.batch_id), interval=float(self.poke_interval), absence=absence_seconds())
+            return PollState(
+                as_batch_ids(self.batch_id), interval=float(self.poke_interval), absence=absence_seconds(), late_after=self.late_after
+            )
 
     def poke(self, context: Context) -> PokeReturnValue:
         state = self._state
         if not state.seen:
             push_console_link(context, state.batch_ids)
-        decision = self._look()
+        decision = self._look(context)
         if self.reschedule:
             # the next poke is another process, which would know nothing of a batch that answers 404
             until = time.monotonic() + self.timeout
             while isinstance(decision, Wait) and state.hidden() and time.monotonic() < until:
                 time.sleep(decision.seconds)
-                decision = self._look()
+                decision = self._look(context)
         if isinstance(decision, GaveUp):
             raise AirflowException(f"{decision.reason.removesuffix('.')}. The batches are untouched; waiting again costs nothing.")
-        self.log.info("%d of %d batches have ended", len(state.batch_ids) - len(state.open_ids()), len(state.batch_ids))
+        if (progress := state.progress(time.time())) is not None:
+            log.info("%s", progress)
         return PokeReturnValue(isinstance(decision, Ended), state.outcomes())
 
-    def _look(self) -> Decision:
+    def _look(self, context: Context) -> Decision:
+        state = self._state
         with batchkit_errors():
-            if self._state.open_ids():
-                self.hook.kit.look(self._state)
-        return self._state.decide(time.monotonic())
+            if state.open_ids():
+                self.hook.kit.look(state)
+        decision = state.decide(time.time())
+        if isinstance(decision, Late) and not self.deferrable:
+            state.late_after = self.tell_late(context, state.figures(time.time()))
+            decision = state.decide(time.time())
+        return decision
 
     def execute(self, context: Context) -> Any:
         kill.prepare(self)
@@ -103,25 +127,32 @@ class BatchSensor(OnConnection, BaseSensorOperator):
             raise
         if first.is_done:
             return first.xcom_value
+        self._defer_to(list(self._state.batch_ids), time.time() + self.timeout, self.late_after)
+        return None
+
+    def _defer_to(self, batch_ids: list[str], deadline: float, late_after: float | None) -> None:
         from airflow_provider_batchkit.triggers.batch import BatchTrigger
 
         self.defer(
             trigger=BatchTrigger(
-                batch_ids=list(self._state.batch_ids),
+                batch_ids=batch_ids,
                 anthropic_conn_id=self.anthropic_conn_id,
                 poke_interval=float(self.poke_interval),
-                deadline=time.time() + self.timeout,
+                deadline=deadline,
                 cancel_on_kill=self.cancel_on_kill,
+                late_after=late_after,
             ),
             method_name="execute_complete",
-            timeout=timedelta(seconds=self.timeout + _GRACE_S),
+            timeout=timedelta(seconds=max(deadline - time.time(), 0.0) + _GRACE_S),
         )
-        return None
 
     def execute_complete(self, context: Context, event: Any = None) -> Any:
-        """The trigger has ended: with every batch, with a time-out, or because looking kept failing."""
+        """The trigger has ended: with every batch, with a time-out, because looking kept failing, or because a batch is late."""
         with batchkit_errors():
             known = validate_event(event)
+        if known["status"] == "late":
+            kill.prepare(self)
+            self._defer_to(event["batch_ids"], event["deadline"], self.tell_late(context, figures_of(event)))
         if known["status"] == "timeout":
             raise AirflowSensorTimeout(str(known["message"]))
         if known["status"] == "error":

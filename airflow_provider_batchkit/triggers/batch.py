@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
+from dataclasses import asdict
 from typing import Any
 
 from airflow.triggers.base import BaseTrigger, TriggerEvent
 
-from airflow_provider_batchkit.api.polling import Ended, GaveUp, PollState, TimedOut
+from airflow_provider_batchkit.api.polling import Ended, GaveUp, Late, PollState, TimedOut
 from airflow_provider_batchkit.exceptions import PollError
 from airflow_provider_batchkit.hooks.batchkit import BatchKitHook
 from airflow_provider_batchkit.hooks.settings import absence_seconds
@@ -20,7 +21,7 @@ _CLOCK_S = 60.0
 
 
 class BatchTrigger(BaseTrigger):
-    """Fires once every batch has ended, the deadline has passed, or looking keeps failing.
+    """Fires once every batch has ended, the deadline has passed, a batch is late, or looking keeps failing.
 
     :param batch_ids: the batches. Without any, a trigger that has a deadline waits for the deadline alone, without a call to the API
     :param anthropic_conn_id: connection of type ``anthropic``
@@ -31,6 +32,7 @@ class BatchTrigger(BaseTrigger):
     :param deadline: seconds since the epoch; wall-clock, since a trigger may resume in another process
     :param cancel_on_kill: cancel the batches when a user kills or clears the deferred task (Airflow 3.3 and later)
     :param first: fire as soon as one of the batches has ended. The event names all of them; ``counts`` are of those that have ended
+    :param late_after: fire, with the status ``late``, as soon as a running batch is so old, in seconds
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class BatchTrigger(BaseTrigger):
         deadline: float | None = None,
         cancel_on_kill: bool = False,
         first: bool = False,
+        late_after: float | None = None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # Airflow's own, without annotations
         self.batch_ids = batch_ids
@@ -50,6 +53,7 @@ class BatchTrigger(BaseTrigger):
         self.deadline = deadline
         self.cancel_on_kill = cancel_on_kill
         self.first = first
+        self.late_after = late_after
 
     def serialize(self) -> tuple[str, dict[str, Any]]:
         return (
@@ -60,8 +64,9 @@ class BatchTrigger(BaseTrigger):
                 "poke_interval": self.poke_interval,
                 "deadline": self.deadline,
                 "cancel_on_kill": self.cancel_on_kill,
-                # a triggerer that is updated after the workers does not know it
+                # a triggerer that is updated after the workers does not know these
                 **({"first": True} if self.first else {}),
+                **({"late_after": self.late_after} if self.late_after is not None else {}),
             },
         )
 
@@ -82,6 +87,7 @@ class BatchTrigger(BaseTrigger):
             deadline=self.deadline,
             first=self.first,
             absence=absence_seconds(),
+            late_after=self.late_after,
         )
         try:
             decision = await ended(
@@ -93,6 +99,9 @@ class BatchTrigger(BaseTrigger):
             return
         if isinstance(decision, Ended):
             yield self._event("ended", counts=state.outcomes())
+        elif isinstance(decision, Late):
+            # the task tells people, and waits on until the same deadline
+            yield self._event("late", deadline=self.deadline, figures=asdict(state.figures(time.time())))
         elif isinstance(decision, TimedOut):
             yield self._event(
                 "timeout",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def not_found(api: SimulatorProcess) -> int:
     return int(api.stats()["statuses"].get("404", 0))
 
 
-def sensor(batch_id: str, **parameters: Any) -> Task:
+def sensor(batch_id: str | list[str], **parameters: Any) -> Task:
     from airflow_provider_batchkit.sensors.batch import BatchSensor
 
     return Task(BatchSensor, "wait", batch_id=batch_id, **{"poke_interval": 0.05, **parameters})
@@ -127,6 +128,24 @@ def test_a_rescheduled_sensor_looks_again_before_its_process_ends(api: Simulator
     operator = task.make()
     assert not operator.poke(task.context)
     assert operator._state.seen[batch_id].processing_status == "in_progress"
+
+
+def test_a_poke_mode_sensor_says_how_far_its_batches_are(api: SimulatorProcess, caplog: pytest.LogCaptureFixture) -> None:
+    """The trigger's line: at a change, and at most once a minute; not at each of its pokes."""
+    caplog.set_level("INFO", logger="airflow_provider_batchkit")
+    api.set(clock="manual")
+    ids = [create(), create()]
+    task = sensor(ids, deferrable=False)
+    operator = task.make()
+    for _ in range(3):
+        assert not operator.poke(task.context)
+    for batch_id in ids:
+        api.end(batch_id)
+    assert operator.poke(task.context)
+    lines = [record.getMessage() for record in caplog.records if "batches ended" in record.getMessage()]
+    assert len(lines) == 2
+    assert re.fullmatch(r"0 of 2 batches ended, 0 of 2 requests done, oldest \d+ s, expires in 23 h 59 min", lines[0])
+    assert lines[1] == "2 of 2 batches ended, 2 of 2 requests done"
 
 
 def test_the_triggers_wait_ends_with_an_error_in_the_end(

@@ -1,0 +1,118 @@
+"""What a task does that has people told, once, when its batches run for longer than they want to hear of.
+
+Nobody watches the clock on a worker: the trigger that waits for the batches fires, the task tells its notifiers, and waits on. That it
+has told them is in the ledger, so that no retry, restart or Clear tells it again.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
+
+from airflow_provider_batchkit.api.polling import Figures
+from airflow_provider_batchkit.cost.budget import parse_notifiers
+from airflow_provider_batchkit.exceptions import BatchInputError
+from airflow_provider_batchkit.hooks.ledger import ledger_of, ledger_place
+from airflow_provider_batchkit.hooks.settings import notify_after
+from airflow_provider_batchkit.links import console_page
+from airflow_provider_batchkit.operators.tasks import map_index_of
+from airflow_provider_batchkit.progress import span_text
+
+if TYPE_CHECKING:
+    from airflow.providers.common.compat.sdk import Context
+
+log = logging.getLogger(__name__)
+
+
+class TellsWhenLate:
+    """A task with ``notify_after`` and ``notifiers``, and a ledger that knows what they were told."""
+
+    task_id: str
+    sql_conn_id: str | None
+    ledger_conn_id: str | None
+    #: age of a running batch, in seconds; None where nobody is to be told
+    late_after: float | None = None
+    notifiers: Sequence[Any] = ()
+
+    def _take_notifiers(self, after: timedelta | float | None, notifiers: Any) -> None:
+        """:raises BatchInputError: when the DAG is parsed, for what could tell nobody"""
+        whose = f"Task {self.task_id}"
+        self.notifiers = parse_notifiers(() if notifiers is None else notifiers, f"{whose}: notifiers")
+        if not self.notifiers:
+            if after is not None:
+                raise BatchInputError(f"{whose}: notify_after tells nobody without notifiers.")
+            return
+        seconds: Any = after.total_seconds() if isinstance(after, timedelta) else notify_after() if after is None else after
+        if seconds is None:
+            raise BatchInputError(f"{whose}: notifiers needs notify_after, or [batchkit] notify_after of Airflow's configuration.")
+        if isinstance(seconds, bool) or not isinstance(seconds, int | float) or seconds <= 0:
+            raise BatchInputError(f"{whose}: notify_after must be a timedelta or seconds, above 0, not {after!r}.")
+        try:
+            ledger_place(self.ledger_conn_id, self.sql_conn_id)
+        except BatchInputError:
+            raise BatchInputError(
+                f"{whose}: notifiers needs the ledger, which knows what they were told: give ledger_conn_id or sql_conn_id, as the submit "
+                "has them, or set [batchkit] ledger_conn_id."
+            ) from None
+        self.late_after = float(seconds)
+
+    def tell_late(self, context: Context, figures: Figures) -> float | None:
+        """Tell the notifiers that were not told yet. Whatever goes wrong with them is logged, and fails no task.
+
+        :returns: the age at which the oldest running batch is to be told of again, in seconds; None when all have taken it
+        """
+        from airflow_provider_batchkit.ledger.alerts import CLAIM_S
+        from airflow_provider_batchkit.operators.notifiers import Told, call_notifier
+
+        again, all_told = figures.age_s + CLAIM_S, True
+        try:
+            facts = late_facts(context, figures)
+            ti = context["ti"]
+            with ledger_of(self) as ledger:
+                ledger.ensure()
+                job = ledger.identify(ti.dag_id, ti.run_id, ti.task_id, map_index_of(ti))
+                claim = ledger.claim_late(job.job_id, len(self.notifiers))
+                if claim.notifiers:
+                    log.warning("%s", facts["message"])
+                for position in claim.notifiers:
+                    told = call_notifier(self.notifiers[position], context, facts, again=f"in {span_text(CLAIM_S)} this task")
+                    if told is Told.TAKEN:
+                        ledger.late_told(claim, position)
+                    elif told is Told.RAISED:
+                        ledger.late_untold(claim, position)
+                    all_told = all_told and told is Told.TAKEN
+        except Exception:  # the batches run, and this task waits for them: that it could not say so must not end the wait
+            log.warning("That batches are late could not be told; it is tried again in %s", span_text(CLAIM_S), exc_info=True)
+            return again
+        return None if claim.rest_told and all_told else again
+
+
+def figures_of(event: Mapping[str, Any]) -> Figures:
+    """What a trigger's event says of late batches."""
+    return Figures(**event["figures"])
+
+
+def late_facts(context: Context, figures: Figures) -> dict[str, Any]:
+    """What a notifier finds as ``batchkit`` in its context."""
+    from airflow_provider_batchkit.operators.alerts import task_link
+
+    ti, now = context["ti"], time.time()
+    name = ti.task_id if map_index_of(ti) < 0 else f"{ti.task_id}[{ti.map_index}]"
+    link = task_link(context)
+    return {
+        "message": f"Batches of {ti.dag_id}.{name} are late: {figures}. {link}",
+        "batches": figures.batches,
+        "batches_ended": figures.ended,
+        "requests": figures.requests,
+        "requests_done": figures.done,
+        "batch_id": figures.oldest,
+        "age": span_text(figures.age_s),
+        "age_s": figures.age_s,
+        "expires_in": span_text(figures.left_s),
+        "expires_at": datetime.fromtimestamp(now + figures.left_s, UTC),
+        "link": link,
+        "console": console_page(),
+    }

@@ -1,0 +1,60 @@
+"""Calls of Airflow's notifiers, none of which holds its task for long.
+
+A notifier runs in a thread of its own. One that hangs is left to itself after ``NOTIFIER_S`` seconds: the task goes on, and the thread
+ends with the task's process.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import threading
+from collections.abc import Callable, Mapping
+from contextvars import copy_context
+from enum import Enum
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from airflow.providers.common.compat.sdk import Context
+
+log = logging.getLogger(__name__)
+
+#: seconds that a task waits for a notifier
+NOTIFIER_S = 60.0
+
+
+class Told(Enum):
+    """How the call of a notifier ended."""
+
+    TAKEN = "it returned"
+    RAISED = "it raised, so nobody was told"
+    HANGS = "it has not returned in time, and may yet"
+
+
+def call_notifier(notifier: Callable[[Any], Any], context: Context, facts: Mapping[str, Any], *, again: str) -> Told:
+    """Call a notifier with the task's context and ``batchkit`` in it. An error is logged; only what ends a process is raised.
+
+    :param again: who calls it the next time, for the log
+    """
+    raised: list[BaseException] = []
+
+    def call() -> None:
+        try:
+            # a notifier renders its fields in place, and adds them to the context
+            copy.copy(notifier)({**context, "batchkit": facts})
+        except BaseException as e:  # noqa: BLE001 - it is looked at below, by the task's own thread
+            raised.append(e)
+
+    name = type(notifier).__name__
+    thread = threading.Thread(target=copy_context().run, args=(call,), name=f"batchkit-{name}", daemon=True)
+    thread.start()
+    thread.join(NOTIFIER_S)
+    if thread.is_alive():
+        log.warning("%s has not returned within %.0f s, and the task goes on without it; %s tells it again", name, NOTIFIER_S, again)
+        return Told.HANGS
+    if not raised:
+        return Told.TAKEN
+    if not isinstance(raised[0], Exception):
+        raise raised[0]
+    log.warning("%s raised, and the task goes on; %s tells it again", name, again, exc_info=raised[0])
+    return Told.RAISED
