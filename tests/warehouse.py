@@ -12,6 +12,7 @@ import sqlalchemy as sa
 import uuid6
 
 from airflow_provider_batchkit import BatchKit
+from airflow_provider_batchkit.jobs.advance import _note_key
 from airflow_provider_batchkit.jobs.fetch import fetch_job
 from airflow_provider_batchkit.jobs.settle import DEFAULT_TIMES, SettleTimes
 from airflow_provider_batchkit.jobs.submit import Attempt, SubmitOptions, SubmitReport, submit_job
@@ -78,7 +79,9 @@ class Warehouse:
         builder = RequestBuilder(defaults, job_id=job.job_id, key=key, prompt=RowTemplate(prompt, name="prompt"), dedupe=dedupe)
 
         def note_key() -> None:
-            if types.rows_seen:
+            if how.table is not None:
+                _note_key(attempt or self.attempt(job), how, types)
+            elif types.rows_seen:
                 self.ledger.set_key_columns(job.job_id, types.result(self.ledger.key_columns(job.job_id)), types.characters)
 
         text = None if schema is None else schema.text

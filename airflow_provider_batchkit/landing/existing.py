@@ -156,7 +156,7 @@ class ExistingTable:
             return ["cannot be written: it is a view"]
         made = [name for name in wanted.types if self.has(name) and _is_generated(self._column(name))]
         own = {name for name in wanted.types if name not in wanted.keys and name not in wanted.answers}
-        null = [name for name in _ALWAYS_NULL if name in own and self.has(name) and not self._column(name)["nullable"]]
+        null = [name for name in _ALWAYS_NULL if name in own and self.has(name) and _refuses_null(self._column(name))]
         shut = [] if rights is None else [name for name in wanted.types if name in rights.closed and name not in made]
         names = {column_name(name, self._dialect) for name in wanted.types}
         assert self._columns is not None
@@ -171,10 +171,10 @@ class ExistingTable:
 
     def _must_be_given(self, column: ReflectedColumn) -> bool:
         """Whether an INSERT without the column fails."""
+        if not _refuses_null(column):
+            return False
         found = column["type"]
         domain = found if isinstance(found, DOMAIN) else None
-        if column["nullable"] and not (domain is not None and domain.not_null):
-            return False
         given = column.get("default") is not None or (domain is not None and domain.default is not None)
         if given or _is_generated(column) or column.get("identity") or column.get("autoincrement") is True:
             return False
@@ -239,6 +239,18 @@ class ExistingTable:
 def _is_generated(column: ReflectedColumn) -> bool:
     identity = column.get("identity")
     return bool(column.get("computed")) or bool(identity and identity.get("always"))
+
+
+def _refuses_null(column: ReflectedColumn) -> bool:
+    """Whether the column, or a domain that it is of, is NOT NULL."""
+    if not column["nullable"]:
+        return True
+    found: Any = column["type"]
+    while isinstance(found, DOMAIN):
+        if found.not_null:
+            return True
+        found = found.data_type
+    return False
 
 
 def _sentence(beginning: str, parts: list[str]) -> list[str]:

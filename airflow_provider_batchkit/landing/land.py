@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -90,12 +90,19 @@ def check_table(
     key_columns: Sequence[tuple[str, str]],
     schema: OutputSchema | None,
     warehouse: Warehouse | None = None,
+    widest: Mapping[str, Sequence[Any]] | None = None,
 ) -> None:
-    """:raises TableError: for a key or a schema that the result table could not hold; without a name, that no table could"""
-    table = ResultTable(table_name or "results", key_columns, schema)
+    """Find what would keep results from landing, before anything is sent.
+
+    :param widest: key column → the keys of the source that need the most room
+    :raises TableError: for a key or a schema that the result table could not hold; without a name, that no table could
+    :raises WarehouseBusyError: when no staging table can be made beside the table
+    """
+    table = ResultTable(table_name or "results", key_columns, schema, widest)
     if warehouse is not None:
         with warehouse.open() as connection:
             warehouse.check(connection, table)
+            warehouse.probe(connection, table)
     elif table_name is None:
         table.check_names(ledger.engine.dialect)
     else:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from decimal import Decimal
 from enum import Enum
 from typing import Any
 
@@ -21,6 +22,7 @@ from airflow_provider_batchkit.landing.names import name_problems
 from airflow_provider_batchkit.ledger.engine import write_transaction
 from airflow_provider_batchkit.ledger.names import table_identity
 from airflow_provider_batchkit.ledger.tables import UtcDateTime
+from airflow_provider_batchkit.model import key_kind
 from airflow_provider_batchkit.schema import OutputSchema
 
 log = logging.getLogger(__name__)
@@ -87,11 +89,18 @@ _STAGE_NAMES = tuple(name for name, _ in STAGE_COLUMNS)
 class ResultTable:
     """A target table and the key that its rows are known by."""
 
-    def __init__(self, name: str, key_columns: Sequence[tuple[str, str]], schema: OutputSchema | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        key_columns: Sequence[tuple[str, str]],
+        schema: OutputSchema | None = None,
+        widest: Mapping[str, Sequence[Any]] | None = None,
+    ) -> None:
         """
         :param name: ``table`` or ``schema.table``
         :param key_columns: (column, type name) as the source gave them; none for a batch without a source: then ``custom_id`` is the key
         :param schema: what the answers are to fit; each of its properties is a column
+        :param widest: key column → keys that need the most room in it, where the source has just been read
         :raises TableError: for a key column or a property that has the name of another column
         """
         in_schema, _, table_name = name.rpartition(".")
@@ -121,6 +130,7 @@ class ResultTable:
                 f"taken are {', '.join(column for column, _ in key_columns)}, {', '.join(FIRST_RELEASE)}. Nothing was sent or written."
             )
         self.schema = schema
+        self._widest = widest or {}
         #: (name, type) of the answers' properties
         self.answer_columns = tuple((column.name, ANSWER_TYPES[column.kind]) for column in answers)
         self.json_names = frozenset(column.name for column in answers if column.kind == "json")
@@ -152,6 +162,12 @@ class ResultTable:
     def column_names(self) -> tuple[str, ...]:
         """The columns that a landing writes: key columns, the answers' properties, then result columns."""
         return tuple(column.name for column in self.table.columns if column.name not in self._layout.left_out)
+
+    def widest(self, column: str) -> list[Any]:
+        """The keys that need the most room in a key column, as values of its kind; none where the source was not read."""
+        kind = key_kind(dict(self.key_columns)[column])
+        fitting = {"text": str, "integer": int, "numeric": (int, Decimal)}.get(kind, ())
+        return [key for key in self._widest.get(column, ()) if isinstance(key, fitting)]  # type: ignore[arg-type]
 
     def leave_out(self, names: Iterable[str]) -> None:
         """Note which result columns a landing does not write, since the table has no such columns."""
@@ -213,6 +229,8 @@ class ResultTable:
                 {name: self.table.c[name].type for name in self.column_names},
             )
             problems = found.problems(wanted)
+            if found.exists and not problems:
+                self._refuse_narrow_keys(connection, found)
         if problems:
             raise TableError(
                 f"The table {self.name} {'exists and ' if found.exists else ''}{'; it '.join(problems)}. Alter it, or name another table. "
@@ -253,11 +271,32 @@ class ResultTable:
                 if key is None:
                     continue
                 problem = f"would store the key {key[0]!s} of {batch_id} as another value"
-            raise TableError(
-                f"The column {name} of the table {self.name} is {sql_type(found, dialect)} and {problem}. Make it "
-                f"{sql_type(self.table.c[name].type, dialect)}, or name another table. Nothing of the batch was written; its results stay "
-                "with the API for 29 days."
-            )
+            raise self._narrow(name, found, dialect, problem, "of the batch was written; its results stay with the API for 29 days")
+
+    def _narrow(self, name: str, found: Any, dialect: Dialect, problem: str, nothing: str) -> TableError:
+        return TableError(
+            f"The column {name} of the table {self.name} is {sql_type(found, dialect)} and {problem}. Make it "
+            f"{sql_type(self.table.c[name].type, dialect)}, or name another table. Nothing {nothing}."
+        )
+
+    def _refuse_narrow_keys(self, connection: Connection, table: ExistingTable) -> None:
+        """:raises TableError: for a key of the source that a column of the table would change"""
+        dialect = connection.dialect
+        for name, type_name in self.key_columns:
+            found = table.type_of(name)
+            for key in self.widest(name):
+                value = sa.literal(key, staged_type(type_name, found, dialect))
+                changed = changes(type_name, found, sa.cast(value, value.type), dialect)
+                if changed is None:
+                    break
+                try:
+                    if not connection.execute(sa.select(changed)).scalar():
+                        continue
+                    problem = f"would store the key {key!s} as another value"
+                except (DataError, IntegrityError) as e:
+                    connection.rollback()
+                    problem = f"cannot hold the key {key!s}: {e.orig}"
+                raise self._narrow(name, found, dialect, problem, "was sent or written")
 
     def identity(self, connection: Connection) -> str:
         """The one name of the table in its database, equal for every way to spell it: ``schema.table``, and on SQLite ``table``."""

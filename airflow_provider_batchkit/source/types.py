@@ -92,6 +92,8 @@ class KeyTypes:
         self._seen: list[tuple[str, set[type | str]]] = [(column, set()) for column in columns]
         #: each character beyond ASCII of the keys → a key that has it: some databases cannot store every character
         self.characters: dict[str, str] = {}
+        #: column → what makes a key wide → the widest key, and how wide it is
+        self._widest: dict[str, dict[str, tuple[int, Any]]] = {column: {} for column in columns}
 
     def see(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Note the key columns of some rows."""
@@ -99,6 +101,7 @@ class KeyTypes:
             # a native request's own id is its key, whatever the key column is called
             values = rows.columns.get(column, ("",)) if isinstance(rows, Rows) else [row.get(column, "") for row in rows]
             types = set(map(type, values))
+            self._note_widest(self._widest[column], values, types)
             if str in types:
                 self._note_characters([value for value in values if isinstance(value, str)])
             if isinstance(rows, Rows) and column in rows.types:
@@ -108,6 +111,32 @@ class KeyTypes:
                 seen.update(_seen_type(value) for value in values)
             else:
                 seen.update(types)
+
+    @staticmethod
+    def _note_widest(widest: dict[str, tuple[int, Any]], values: Sequence[Any], types: set[type]) -> None:
+        found: list[tuple[str, int, Any]] = []
+        if str in types:
+            text = max(values if len(types) == 1 else [value for value in values if isinstance(value, str)], key=len)
+            found.append(("characters", len(text), text))
+        if int in types:
+            integers = [value for value in values if type(value) is int]
+            found += [("below zero", -min(integers), min(integers)), ("above zero", max(integers), max(integers))]
+        if decimal.Decimal in types:
+            for value in values:
+                if isinstance(value, decimal.Decimal) and value.is_finite():
+                    whole, _, part = f"{value.copy_abs():f}".partition(".")
+                    before, behind = len(whole.lstrip("0")), len(part.rstrip("0"))
+                    found += [("before the point", before, value), ("behind the point", behind, value), ("digits", before + behind, value)]
+        for how, width, value in found:
+            if how not in widest or width > widest[how][0]:
+                widest[how] = (width, value)
+
+    @property
+    def widest(self) -> dict[str, list[Any]]:
+        """Key column → its keys that need the most room: the longest text, the least and the greatest integer, the decimals with the most
+        digits before the point, behind it, and in all. A column that keeps these keeps all keys.
+        """
+        return {column: [value for _, value in widest.values()] for column, widest in self._widest.items()}
 
     def _note_characters(self, keys: Sequence[str]) -> None:
         if "".join(keys).isascii():

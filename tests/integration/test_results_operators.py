@@ -58,11 +58,12 @@ def test_rows_answers_and_ledger_may_each_have_a_database(file: Path, database: 
     assert found(file, "SELECT id, status FROM answers ORDER BY id") == [(i, "succeeded") for i in range(3)]
 
 
-def test_run_lands_there_too_in_rounds(file: Path, api: SimulatorProcess, tmp_path: Path) -> None:
+def test_run_lands_there_too_in_rounds(file: Path, database: Database, api: SimulatorProcess, tmp_path: Path) -> None:
     """What failed in the first round is asked again, and its row comes beside the others."""
     source = sqlite_database(tmp_path / "source.db")
     with source.engine().begin() as connection:
-        connection.exec_driver_sql("UPDATE things SET note = 'late [[sim:expired-once]]' WHERE id = 1")
+        # one simulator serves all tests, and lets a prompt expire once
+        connection.exec_driver_sql(f"UPDATE things SET note = 'late {database.kind} [[sim:expired-once]]' WHERE id = 1")
     summary = run(max_rounds=2).run()
     assert not isinstance(summary, TaskDeferred)
     assert summary["counts"] == {"succeeded": 3}

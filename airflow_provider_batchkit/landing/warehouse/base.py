@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import secrets
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,7 +17,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from airflow_provider_batchkit.exceptions import TableError, WarehouseBusyError
+from airflow_provider_batchkit.exceptions import BatchKitError, TableError, WarehouseBusyError
 from airflow_provider_batchkit.landing.table import ResultTable, WriteDisposition
 from airflow_provider_batchkit.model import ANSWERED, RequestStatus
 
@@ -24,6 +25,8 @@ log = logging.getLogger(__name__)
 
 #: of each database of results: the last turn at each table, and the loads that are published
 FENCE, PUBLISHED = "batchkit_fence", "batchkit_published"
+#: how the tables begin that prove, before anything is paid, that staging tables can be made
+PROBE = "batchkit_probe"
 #: how long an older publish that still runs is waited for
 _DRAIN_S = 600.0
 _SUCCEEDED = RequestStatus.SUCCEEDED.value
@@ -175,6 +178,23 @@ class Warehouse(ABC):
 
         :param blocks: of rows, in the order of ``table.column_names``
         """
+
+    def probe(self, connection: Any, table: ResultTable) -> None:
+        """Prove that this user can make and fill tables beside a result table: one is made, and dropped.
+
+        :raises WarehouseBusyError: when that fails, whatever the reason: it may pass, and a retry pays for nothing
+        """
+        name = f"{PROBE}_{secrets.token_hex(8)}"
+        try:
+            self.stage(connection, table, name, [])
+            self.drop(connection, table, [name])
+        except BatchKitError:
+            raise
+        except Exception as e:
+            raise WarehouseBusyError(
+                f"No staging table can be made in {self.name} beside {table.name}, behind the connection {self.conn_id!r}: {e}. A landing "
+                "needs the right to create tables there, and to drop its own. Nothing was sent."
+            ) from e
 
     def count(self, connection: Any, table: ResultTable, name: str) -> int:
         """How many rows a staging table has."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any
 
 from airflow_provider_batchkit.exceptions import TableError
@@ -17,6 +18,8 @@ _TYPE = re.compile(r"\s*([a-z][a-z0-9_ ]*?)\s*(?:\(([^)]*)\))?\s*(with time zone
 _STATUS_CHARACTERS = max(len(status.value) for status in RequestStatus)
 #: digits behind the point of a cost
 _COST_SCALE = 12
+#: bits of the integer types
+_BITS = {"tinyint": 8, "smallint": 16, "mediumint": 24, "int": 32, "integer": 32, "bigint": 64, "hugeint": 128}
 #: null in every row that has a plain answer
 _ALWAYS_NULL = ("error_type", "error_message", "content", "stop_details", "request_id")
 
@@ -72,6 +75,8 @@ class FoundColumn:
     generated: bool
     #: texts are compared byte by byte
     exact: bool = True
+    #: this user may write it
+    writable: bool = True
 
     @property
     def parts(self) -> tuple[str, list[str]]:
@@ -93,22 +98,31 @@ class Dialect:
     new: Mapping[str, str]
     #: kind → what columns hold that keep such keys and compare as they do
     keys: Mapping[str, set[str]]
+    #: digits in all, and behind the point, of a decimal key whose source tells neither
+    decimal: tuple[int, int]
+    #: the most that a decimal can have of both
+    most: tuple[int, int]
 
     def holds(self, column: FoundColumn) -> str | None:
         return self.classes.get(column.parts[0])
 
 
 def check_columns(table: ResultTable, found: Sequence[FoundColumn], dialect: Dialect) -> None:
-    """Check a table that exists, and note in ``table`` which columns are written.
+    """Check a table that exists, and note in ``table`` which columns are written; or the keys of one that is to be created.
 
+    :param found: its columns; none where it is to be created
     :raises TableError: with every reason
     """
+    _refuse_wide_keys(table, dialect)
+    if not found:
+        return
     columns = {column.name.lower(): column for column in found}
     table.leave_out({name for name in table.result_names if name not in REQUIRED and name.lower() not in columns})
     lacking = [name for name in table.column_names if name.lower() not in columns]
     problems = [
         *([f"lacks the columns {', '.join(lacking)}"] if lacking else []),
         *_unfit(table, columns, dialect),
+        *_narrow(table, columns, dialect),
         *_closed(table, found, columns),
     ]
     if problems:
@@ -136,15 +150,71 @@ def _unfit(table: ResultTable, columns: Mapping[str, FoundColumn], dialect: Dial
             yield f"does not fit {what}: {name} is {column.type} and must be {dialect.new[kind]}"
 
 
+def _refuse_wide_keys(table: ResultTable, dialect: Dialect) -> None:
+    """:raises TableError: for a decimal key that the staging table, or a table that is to be created, cannot keep"""
+    for name, told in table.key_columns:
+        if key_kind(told) != "numeric":
+            continue
+        _, _, arguments = told.removesuffix(")").partition("(")
+        digits, scale = map(int, arguments.split(",")) if arguments else dialect.decimal
+        problem = None
+        if digits > dialect.most[0] or scale > dialect.most[1]:
+            problem = f"is DECIMAL({digits},{scale}) in the source, and this database keeps DECIMAL({dialect.most[0]},{dialect.most[1]})"
+        else:
+            key = next((key for key in table.widest(name) if not _is_within(key, digits, scale)), None)
+            if key is not None:
+                problem = f"has the key {key}, which has more digits than the column DECIMAL({digits},{scale}) keeps"
+        if problem is not None:
+            raise TableError(
+                f"The key column {name} {problem}, in which it would land in {table.name}. Cast it to a text or to a narrower decimal in "
+                "the source's sql. Nothing was sent or written."
+            )
+
+
+def _narrow(table: ResultTable, columns: Mapping[str, FoundColumn], dialect: Dialect) -> Iterator[str]:
+    """Key columns that cannot keep each of the source's keys."""
+    for name, told in table.key_columns:
+        column, kind = columns.get(name.lower()), key_kind(told)
+        if column is None or dialect.holds(column) not in dialect.keys[kind]:
+            continue
+        key = next((key for key in table.widest(name) if not _has_room(column, dialect.holds(column), key)), None)
+        if key is not None:
+            yield f"is too narrow for the source's key: {name} is {column.type}, and the key {key} needs more"
+
+
+def _has_room(column: FoundColumn, holds: str | None, key: Any) -> bool:
+    """Whether a column keeps a key; True where that cannot be told."""
+    base, arguments = column.parts
+    numbers = [int(argument) for argument in arguments if argument.isdigit()]
+    if isinstance(key, str):
+        return not (holds == "text" and numbers) or len(key) <= numbers[0]
+    if holds == "numeric" and len(numbers) == 2:
+        return _is_within(Decimal(key), *numbers)
+    bits = _BITS.get(base.removesuffix(" unsigned").removeprefix("u"))
+    if holds != "integer" or bits is None:
+        return True
+    unsigned = base.startswith("u") or base.endswith(" unsigned")
+    least, most = (0, 2**bits) if unsigned else (-(2 ** (bits - 1)), 2 ** (bits - 1))
+    return bool(least <= key < most)
+
+
+def _is_within(key: Decimal | int, digits: int, scale: int) -> bool:
+    # not by normalize(), which rounds to 28 digits
+    before, _, behind = f"{Decimal(key).copy_abs():f}".partition(".")
+    return len(before.lstrip("0")) <= digits - scale and len(behind.rstrip("0")) <= scale
+
+
 def _closed(table: ResultTable, found: Sequence[FoundColumn], columns: Mapping[str, FoundColumn]) -> Iterator[str]:
     """What cannot be written, or must be and is not."""
     written = {name.lower() for name in table.column_names}
     made = [column.name for column in found if column.generated and column.name.lower() in written]
+    shut = [column.name for column in found if not column.writable and column.name.lower() in written]
     null = [name for name in _ALWAYS_NULL if name in table.written_results and name in columns and not columns[name].nullable]
     unfilled = [c.name for c in found if c.name.lower() not in written and not c.nullable and not c.filled and not c.generated]
     for words, names in (
         ("generates columns that a landing writes (make them plain columns): ", made),
         ("has NOT NULL columns that are NULL in every row with an answer (drop NOT NULL): ", null),
+        ("has columns that this user may not INSERT and UPDATE: ", shut),
         ("has NOT NULL columns without a default that a landing does not write (give them a default): ", unfilled),
     ):
         if names:
@@ -162,8 +232,7 @@ def refuse_inexact(table: ResultTable, block: Sequence[Sequence[Any]], digits: i
         if told != "numeric":
             continue
         for value in block[names.index(name)]:
-            exponent = value.normalize().as_tuple().exponent
-            if not isinstance(exponent, int) or exponent < -scale or value.adjusted() >= digits - scale:
+            if not _is_within(value, digits, scale):
                 raise TableError(
                     f"The key {value} has more digits than a column DECIMAL({digits},{scale}) of {table.name} keeps. Cast the key to a "
                     "text or to a narrower decimal in the source's sql. Nothing was written; results stay with the API for 29 days."

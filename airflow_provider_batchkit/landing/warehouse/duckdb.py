@@ -62,6 +62,7 @@ _KEYS = {kind: {kind} for kind in ("boolean", "float", "text", "timestamp", "tim
     "integer": {"integer", "numeric"},
     "date": {"date", "timestamp"},
 }
+_DIALECT = Dialect(_CLASSES, {**_TYPES, "text": _TEXT}, _KEYS, (_DIGITS, _SCALE), (38, 38))
 #: what a JSON file holds as itself; everything else comes as text and is cast
 _PLAIN = frozenset({"BOOLEAN", "BIGINT", "INTEGER", "SMALLINT", "DOUBLE", "FLOAT", _TEXT})
 _encode = msgspec.json.Encoder(decimal_format="string").encode
@@ -135,13 +136,10 @@ class DuckDB(Warehouse):
         here = f"database_name = current_database() AND lower(schema_name) = {schema}"
         if self.rows(connection, f"SELECT 1 FROM duckdb_views() WHERE {here} AND lower(view_name) = {name}"):
             raise TableError(f"The table {table.name} exists and cannot be written: it is a view. Nothing was sent or written.")
-        columns = "SELECT column_name, data_type, is_nullable, column_default FROM duckdb_columns()"
+        columns = "SELECT column_name, data_type, is_nullable, column_default IS NOT NULL, is_generated FROM duckdb_columns()"
         rows = self.rows(connection, f"{columns} WHERE {here} AND lower(table_name) = {name} ORDER BY column_index")
-        if not rows:
-            return False
-        found = [FoundColumn(column, kind, nullable, default is not None, generated=False) for column, kind, nullable, default in rows]
-        check_columns(table, found, Dialect(_CLASSES, {**_TYPES, "text": _TEXT}, _KEYS))
-        return True
+        check_columns(table, [FoundColumn(*row) for row in rows], _DIALECT)
+        return bool(rows)
 
     @staticmethod
     def _sql_text(text: str) -> str:

@@ -103,19 +103,25 @@ class MySQL(Warehouse):
         connection.rollback()
         here = f"table_schema = {schema} AND table_name = {name}"
         found = self.rows(connection, f"SELECT table_type, engine FROM information_schema.tables WHERE {here}")
+        dialect = self._dialect(connection)
         if not found:
             if not self.rows(connection, f"SELECT 1 FROM information_schema.schemata WHERE schema_name = {schema}"):
                 raise TableError(
                     f"The table {table.name} is to be in a database that does not exist. Create it. Nothing was sent or written."
                 )
+            check_columns(table, [], dialect)
             return False
         if "VIEW" in str(found[0][0]) or found[0][1] != "InnoDB":
             kind = "a view" if "VIEW" in str(found[0][0]) else f"kept by {found[0][1]}, which has no transactions"
             raise TableError(f"The table {table.name} exists and cannot be written: it is {kind}. Nothing was sent or written.")
-        columns = "column_name, column_type, is_nullable, column_default, extra, collation_name"
+        columns = "column_name, column_type, is_nullable, column_default, extra, collation_name, privileges"
         rows = self.rows(connection, f"SELECT {columns} FROM information_schema.columns WHERE {here} ORDER BY ordinal_position")
-        check_columns(table, [_found(*row) for row in rows], Dialect(_CLASSES, {**_TYPES, "text": self._key_text(connection)}, _KEYS))
+        check_columns(table, [_found(*row) for row in rows], dialect)
         return True
+
+    def _dialect(self, connection: Any) -> Dialect:
+        most = (65, 38 if self._is_mariadb(connection) else 30)
+        return Dialect(_CLASSES, {**_TYPES, "text": self._key_text(connection)}, _KEYS, (_DIGITS, _SCALE), most)
 
     @staticmethod
     def _check_names(table: ResultTable) -> None:
@@ -127,9 +133,11 @@ class MySQL(Warehouse):
     def _text(text: str) -> str:
         return "'{}'".format(text.replace("\\", "\\\\").replace("'", "''"))
 
+    def _is_mariadb(self, connection: Any) -> bool:
+        return "mariadb" in str(self.rows(connection, "SELECT VERSION()")[0][0]).lower()
+
     def _collation(self, connection: Any) -> str:
-        version = str(self.rows(connection, "SELECT VERSION()")[0][0])
-        return "utf8mb4_nopad_bin" if "mariadb" in version.lower() else "utf8mb4_0900_bin"
+        return "utf8mb4_nopad_bin" if self._is_mariadb(connection) else "utf8mb4_0900_bin"
 
     def _key_text(self, connection: Any, characters: int = _KEY_CHARACTERS) -> str:
         return f"VARCHAR({characters}) CHARACTER SET utf8mb4 COLLATE {self._collation(connection)}"
@@ -204,12 +212,13 @@ class MySQL(Warehouse):
         )
 
 
-def _found(name: str, kind: Any, nullable: str, default: Any, extra: str, collation: str | None) -> FoundColumn:
+def _found(name: str, kind: Any, nullable: str, default: Any, extra: str, collation: str | None, rights: str) -> FoundColumn:
     made = "generated" in extra.lower() and "default_generated" not in extra.lower()
     kind = kind.decode() if isinstance(kind, bytes) else str(kind)
     # MariaDB's nopad ones, and MySQL's only one that does not pad
     exact = collation is None or collation.endswith("_nopad_bin") or collation == "utf8mb4_0900_bin"
-    return FoundColumn(name, kind, nullable == "YES", default is not None or "auto_increment" in extra, made, exact)
+    writable = {"insert", "update"} <= set(rights.split(","))
+    return FoundColumn(name, kind, nullable == "YES", default is not None or "auto_increment" in extra, made, exact, writable)
 
 
 def _kind(told: str) -> str:
