@@ -10,6 +10,7 @@ from airflow.providers.common.compat.sdk import DecoratedOperator, task_decorato
 
 from airflow_provider_batchkit.exceptions import BatchInputError
 from airflow_provider_batchkit.operators.resumable import Leg
+from airflow_provider_batchkit.operators.shown import SHOWN_AS
 from airflow_provider_batchkit.operators.submit import SubmitBatchOperator
 from airflow_provider_batchkit.operators.tasks import batchkit_errors
 
@@ -38,7 +39,7 @@ class ClaudeBatchDecoratedOperator(DecoratedOperator, SubmitBatchOperator):
         # the requests exist while the task runs, and nowhere else: a million of them are not for the UI's page of rendered fields
         *(field for field in SubmitBatchOperator.template_fields if field not in _SOURCES),
     )
-    template_fields_renderers = DecoratedOperator.template_fields_renderers
+    template_fields_renderers = {**DecoratedOperator.template_fields_renderers, **SHOWN_AS}  # noqa: RUF012 - Airflow's own attribute
     custom_operator_name = "@task.claude_batch"
 
     def __init__(

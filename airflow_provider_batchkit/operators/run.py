@@ -13,6 +13,7 @@ from airflow_provider_batchkit.jobs.waiting import Done, WaitFor
 from airflow_provider_batchkit.operators.fetch import LandingOperator, refuse_replace
 from airflow_provider_batchkit.operators.publish import publish_summary
 from airflow_provider_batchkit.operators.resumable import Leg
+from airflow_provider_batchkit.operators.shown import shown_of
 from airflow_provider_batchkit.operators.submit import SubmitBatchOperator
 from airflow_provider_batchkit.request.system import system_problem_of_task
 
@@ -78,6 +79,7 @@ class RunBatchOperator(SubmitBatchOperator, LandingOperator):
             self.rounds = parse_rounds(rounds, max_rounds, retry_invalid_output=self.retry_invalid_output)
         except BatchInputError as e:
             raise BatchInputError(f"Task {self.task_id}: {e}") from None
+        self.asks, self.caps = shown_of(self)
         for number, one in enumerate(self.rounds, start=1):
             problem = system_problem_of_task(
                 None if "system" in one.params else self.system,

@@ -19,6 +19,7 @@ from airflow_provider_batchkit.model import MAX_BYTES_PER_BATCH, MAX_REQUESTS_PE
 from airflow_provider_batchkit.operators.items import items_of
 from airflow_provider_batchkit.operators.kill import OwnsBatches
 from airflow_provider_batchkit.operators.resumable import Leg, ResumableOperator
+from airflow_provider_batchkit.operators.shown import SHOWN, SHOWN_AS, shown_of
 from airflow_provider_batchkit.operators.tasks import as_batch_ids, attempt_id_of, own_params
 from airflow_provider_batchkit.request.failures import KNOWN_FAILURES, WORTH_ASKING, Reason
 from airflow_provider_batchkit.request.system import kept_for_s, system_problem_of_task
@@ -111,9 +112,10 @@ class SubmitBatchOperator(OwnsBatches, ResumableOperator):
         "input_conn_id",
         "only_failed_of",
         "table",
+        *SHOWN,
     )
     template_ext: Sequence[str] = (".sql",)
-    template_fields_renderers = {"sql": "sql", "requests": "json"}  # noqa: RUF012 - Airflow's own attribute
+    template_fields_renderers = {"sql": "sql", "requests": "json", **SHOWN_AS}  # noqa: RUF012 - Airflow's own attribute
     ui_color = "#e8ded2"
     #: of a task that lands its answers itself
     rounds: Sequence[Round] = ()
@@ -201,6 +203,7 @@ class SubmitBatchOperator(OwnsBatches, ResumableOperator):
         # every operator has a method of the parameter's own name
         self.is_dry_run = dry_run
         self._refuse_bad_parameters()
+        self.asks, self.caps = shown_of(self)
 
     def _refuse_bad_parameters(self) -> None:
         """:raises BatchInputError: for parameters that could not work, when the DAG is parsed"""

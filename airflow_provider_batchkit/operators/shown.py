@@ -1,0 +1,58 @@
+"""What Airflow's page of rendered templates shows of a task beside its template fields: what it asks of each row, and its caps.
+
+The page shows template fields alone, and Airflow renders those with its own context, in which there is no row. So these are values of
+their own, wrapped so that Airflow takes them as they are. They are JSON, and alike at every parse: Airflow makes a new version of the DAG
+where they differ.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from decimal import Decimal
+from typing import TYPE_CHECKING, Any
+
+from airflow.providers.common.compat.sdk import literal
+
+if TYPE_CHECKING:
+    from airflow_provider_batchkit.cost.budget import Budget
+    from airflow_provider_batchkit.jobs.rounds import Round
+
+#: the names of the two fields, and how the page shows them
+SHOWN = ("asks", "caps")
+SHOWN_AS = dict.fromkeys(SHOWN, "json")
+
+
+def shown_of(task: Any) -> tuple[Any, Any]:
+    """The row's templates and further parameters of a task, as they are given; and what bounds it."""
+    asks = {"prompt": task.prompt, "system": task.system, "params": task.request_params}
+    caps = {
+        "max_tokens": task.max_tokens,
+        "max_cost_usd": task.max_cost_usd,
+        "budget": None if task.budget is None else _budget(task.budget),
+        "rounds": [_round(one) for one in task.rounds] if len(task.rounds) > 1 else None,
+        "dry_run": task.is_dry_run,
+    }
+    return tuple(literal(json.loads(json.dumps(_given(part), default=_text))) for part in (asks, caps))  # type: ignore[return-value]
+
+
+def _budget(budget: Budget) -> dict[str, Any]:
+    names = ("name", "usd", "tokens", "window", "on_exceeded", "alert_at")
+    return _given({name: getattr(budget, name) for name in names})
+
+
+def _round(one: Round) -> dict[str, Any]:
+    return _given({name: getattr(one, name) for name in ("ask", "model", "max_tokens", "params")})
+
+
+def _given(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value not in (None, (), {})}
+
+
+def _text(value: Any) -> Any:
+    """A value that JSON does not have. An address in memory would differ at every parse."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, Sequence):
+        return list(value)
+    return str(value) if isinstance(value, Decimal) else f"<{type(value).__name__}>"
