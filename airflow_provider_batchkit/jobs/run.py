@@ -127,8 +127,9 @@ class RunStep:
             return begun + 1
         number = next((number for number in left if ledger.count_failed(job_id, self.asking.wanted(number))), None)
         if number is None and ledger.count_failed(job_id, self.asking.wanted(len(self.asking.rounds) + 1)):
-            # a round that the account has stopped does not count
-            return begun + 1
+            # A round that the account has stopped does not count. Its rows are asked beyond the last of the rounds: one that is left would
+            # ask other outcomes, in another way.
+            return max(begun, len(self.asking.rounds)) + 1
         return number
 
     def _problem(self, batches: Sequence[BatchRecord], *, more: bool) -> str | None:

@@ -58,6 +58,25 @@ def test_an_account_that_is_not_mended_stops_each_attempt_after_one_round(home: 
         assert CREDIT in summary["stopped"] and len(summary["rounds"]) == attempt
 
 
+def test_rounds_that_ask_other_outcomes_do_not_lose_what_the_account_has_stopped(
+    home: Path, database: Database, api: SimulatorProcess
+) -> None:
+    """A cleared task asks the stopped rows as the first round did, also where a round is left that asks something else."""
+    from airflow_provider_batchkit import Round
+
+    fill(database, {1: "one", 2: "two [[sim:credit-once]]", 3: "three [[sim:credit-once]]"})
+    legs = Legs(rounds=[Round(), Round(ask=["truncated"], max_tokens=50, model="claude-opus-5")])
+    first = legs.run()
+    assert first["counts"] == {"errored": 2, "succeeded": 1} and CREDIT in first["stopped"]
+    asked = api.stats()["requests_accepted"]
+    second = legs.run()
+    assert second["counts"] == {"succeeded": 3} and second["stopped"] is None
+    assert api.stats()["requests_accepted"] == asked + 2
+    assert {model for (model,) in rows(database, "SELECT DISTINCT model FROM answers")} == {"claude-opus-4-8"}
+    assert legs.run()["counts"] == second["counts"]
+    assert api.stats()["requests_accepted"] == asked + 2
+
+
 def test_what_passes_by_type_and_text_is_asked_again_and_the_rest_is_not(
     home: Path, database: Database, api: SimulatorProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:

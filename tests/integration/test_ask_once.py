@@ -57,6 +57,29 @@ def test_a_row_that_changes_back_is_asked_again(warehouse: Warehouse) -> None:
     assert warehouse.rows("SELECT response FROM answers WHERE id = 0") == [{"response": answer_for("About old product 0")}]
 
 
+def test_a_row_that_changes_back_after_a_failure_is_asked_where_the_failure_is_in_the_table(warehouse: Warehouse) -> None:
+    """With include_failed the failed row may be what the table holds; without it the old answer is there still, and is not bought."""
+    month(warehouse, catalog(2), "2026-01")
+    changed = [{"id": 0, "name": "[[sim:errored]]"}, *catalog(2)[1:]]
+    report = warehouse.submit(changed, run_id="2026-02", model="claude-opus-4-8", skip_unchanged=True)
+    warehouse.fetch(report.batch_ids, run_id="2026-02", include_failed=True)
+    month(warehouse, catalog(2), "2026-03")
+    assert warehouse.rows("SELECT status, response FROM answers WHERE id = 0") == [
+        {"status": "succeeded", "response": answer_for("About old product 0")}
+    ]
+
+
+def test_an_older_answer_that_was_written_again_counts_as_the_latest(warehouse: Warehouse) -> None:
+    """``rewrite`` puts January's answer over February's: what February asked is asked again."""
+    january = warehouse.submit(catalog(2), run_id="2026-01", model="claude-opus-4-8", skip_unchanged=True)
+    warehouse.fetch(january.batch_ids, run_id="2026-01")
+    new = catalog(2, changed=range(1))
+    month(warehouse, new, "2026-02")
+    warehouse.fetch(january.batch_ids, run_id="2026-01", rewrite=True)
+    assert month(warehouse, new, "2026-03")[0] == 1
+    assert warehouse.rows("SELECT response FROM answers WHERE id = 0") == [{"response": answer_for("About new product 0")}]
+
+
 @pytest.mark.parametrize("how", [{"prompt": "Now about {{ row.name }}"}, {"max_tokens": 101}])
 def test_a_changed_prompt_or_parameter_counts_as_changed(warehouse: Warehouse, how: dict[str, Any]) -> None:
     """The whole request is compared, not the row."""
