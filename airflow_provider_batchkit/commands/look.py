@@ -91,6 +91,8 @@ def _batch_row(one: BatchView, snapshot: BatchSnapshot | None, now: datetime, on
     return {
         **who,
         "api_status": None if snapshot is None else snapshot.processing_status,
+        # a batch that ended long ago and has not landed waits for a task that may have failed
+        "ended_ago": None if snapshot is None or snapshot.ended_at is None else now - snapshot.ended_at,
         "done": None if snapshot is None else snapshot.counts.total - snapshot.counts.processing,
         "age": now - (created or record.intended_at),
         "left": None if created is None else max(created + _LIFE - now, timedelta(0)),
@@ -129,13 +131,19 @@ def failed(given: argparse.Namespace) -> int:
     from airflow_provider_batchkit.hooks.settings import configured_failures
     from airflow_provider_batchkit.ledger.overview import Overview
 
+    if not given.rows and (given.status or given.error_type):
+        raise BatchInputError("--status and --error-type choose among rows: give --rows, too.")
     with open_ledger(given.conn_id) as ledger:
         overview = Overview(ledger.engine)
-        if overview.job(given.job) is None:
+        if overview.dag_of(given.job) is None:
             raise BatchInputError(f"The ledger has no job {given.job}. `jobs` lists those that it has.")
         empty = "Every row that has landed has a whole answer."
         if given.rows:
-            show(overview.failed_keys(given.job, limit=given.limit), given.output, empty=empty)
+            rows = overview.failed_keys(given.job, limit=given.limit + 1, status=given.status, error_type=given.error_type)
+            fits_none = "No row without a whole answer has this status and type." if given.status or given.error_type else empty
+            show(rows[: given.limit], given.output, empty=fits_none)
+            if len(rows) > given.limit:
+                print(f"There are more; --limit shows more than {given.limit}.", file=sys.stderr)
             return 0
         reasons, others = overview.failed_rows(given.job, configured_failures())
     rows = [

@@ -112,6 +112,8 @@ COMMANDS = (
         (
             Argument("job", metavar="JOB", help="id of the job, as `jobs` and the task's log name it"),
             Argument("--rows", action="store_true", help="each row with its key, instead of the reasons"),
+            Argument("--status", metavar="STATUS", help="with --rows: only rows with this outcome, such as errored or expired"),
+            Argument("--error-type", metavar="TYPE", help="with --rows: only rows with this type of error, such as overloaded_error"),
             _LIMIT,
             _LEDGER,
             _OUTPUT,

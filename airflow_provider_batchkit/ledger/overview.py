@@ -200,18 +200,25 @@ class Overview(Reasons):
         with self.engine.connect() as connection:
             return sorted(connection.execute(statement).scalars())
 
-    def jobs(self, show: Filter, *, limit: int = 50, before: str | None = None) -> JobPage:
+    def jobs(self, show: Filter, *, limit: int = 50, before: str | None = None, oldest_first: bool = False) -> JobPage:
         """A page of jobs, the latest first.
 
         :param before: what the page before this one gave as ``next``
+        :param oldest_first: the other way round, without further pages: of jobs in flight the oldest are those that may be stuck
         """
         statement = sa.select(job).where(*show.conditions(), *_older(before))
-        statement = statement.order_by(job.c.created_at.desc(), job.c.job_id.desc()).limit(limit + 1)
+        order = (job.c.created_at, job.c.job_id)
+        statement = statement.order_by(*(order if oldest_first else (one.desc() for one in order))).limit(limit + 1)
         with self.engine.connect() as connection:
             rows = connection.execute(statement).all()
             views = _views(connection, rows[:limit])
         last = rows[limit - 1] if len(rows) > limit else None
         return JobPage(views, None if last is None else f"{last.created_at.isoformat()} {last.job_id}")
+
+    def dag_of(self, job_id: str) -> str | None:
+        """The DAG of a job; None where the ledger does not have it."""
+        with self.engine.connect() as connection:
+            return connection.execute(sa.select(job.c.dag_id).where(job.c.job_id == job_id)).scalar()
 
     def job(self, job_id: str) -> JobDetail | None:
         """One job; None where the ledger does not have it."""
@@ -232,8 +239,8 @@ class Overview(Reasons):
                 _tables(connection, job_id),
             )
 
-    def batches(self, show: Filter, *, only_open: bool = False, limit: int = 200) -> list[BatchView]:
-        """Batches of the jobs that the filter shows, the latest first. A state shows batches in it only."""
+    def batches(self, show: Filter, *, only_open: bool = False, limit: int = 200, oldest_first: bool = False) -> list[BatchView]:
+        """Batches of the jobs that the filter shows, the latest first unless said. A state shows batches in it only."""
         statement = _batches().where(*show.conditions())
         states = OPEN if only_open else None
         if show.state not in (None, DOUBT):
@@ -243,7 +250,8 @@ class Overview(Reasons):
         if show.state == DOUBT:
             statement = statement.where(batch.c.state == BatchState.SENDING.value, batch.c.doubt_at.is_not(None))
         with self.engine.connect() as connection:
-            rows = connection.execute(statement.order_by(batch.c.intended_at.desc(), batch.c.job_id, batch.c.shard).limit(limit))
+            began = batch.c.intended_at if oldest_first else batch.c.intended_at.desc()
+            rows = connection.execute(statement.order_by(began, batch.c.job_id, batch.c.shard).limit(limit))
             return [_batch_view(row) for row in rows]
 
     def batch(self, batch_id: str) -> BatchView | None:

@@ -50,6 +50,25 @@ class Reasons:
             shown = [self._reason(connection, job_id, one, failures) for one in kinds]
         return shown, int(total) - sum(one.rows for one in shown)
 
+    def keys_like(self, job_id: str, key: str, *, limit: int = 500, after: str | None = None) -> list[str]:
+        """Keys of the job's rows that failed for the same reason as the row with this key, in the order of their text.
+
+        :param after: the last key of the page before
+        """
+        one = failed.alias("one")
+        errored = one.c.status == RequestStatus.ERRORED.value
+        same = (
+            one.c.job_id == failed.c.job_id,
+            one.c.status == failed.c.status,
+            one.c.error_type.is_not_distinct_from(failed.c.error_type),
+            sa.or_(sa.not_(errored), one.c.error_message.is_not_distinct_from(failed.c.error_message)),
+        )
+        statement = sa.select(failed.c.key).join(one, sa.and_(*same)).where(failed.c.job_id == job_id, one.c.key == key)
+        if after is not None:
+            statement = statement.where(failed.c.key > after)
+        with self.engine.connect() as connection:
+            return list(connection.execute(statement.order_by(failed.c.key).limit(limit)).scalars())
+
     @staticmethod
     def _reason(connection: Connection, job_id: str, one: Any, failures: Failures) -> FailedRows:
         here = [failed.c.job_id == job_id, failed.c.status == one.status, failed.c.error_type.is_not_distinct_from(one.error_type)]
@@ -59,11 +78,22 @@ class Reasons:
         advice = advice_for(one.status, one.error_type, failures.reason(Failure(one.status, one.error_type, one.words)))
         return FailedRows(one.status, one.error_type, one.message, int(one.rows), tuple(keys), advice)
 
-    def failed_keys(self, job_id: str, *, limit: int = 1000, after: str | None = None) -> list[dict[str, Any]]:
-        """Rows of a job that have no whole answer, by key: ``key``, ``status``, ``error_type``, ``error_message``."""
+    def failed_keys(
+        self, job_id: str, *, limit: int = 1000, after: str | None = None, status: str | None = None, error_type: str | None = None
+    ) -> list[dict[str, Any]]:
+        """Rows of a job that have no whole answer, by key: ``key``, ``status``, ``error_type``, ``error_message``.
+
+        :param after: the last key of the page before
+        :param status: only rows with this outcome
+        :param error_type: only rows with this type of error
+        """
         columns = (failed.c.key, failed.c.status, failed.c.error_type, failed.c.error_message)
         statement = sa.select(*columns).where(failed.c.job_id == job_id).order_by(failed.c.key).limit(limit)
         if after is not None:
             statement = statement.where(failed.c.key > after)
+        if status is not None:
+            statement = statement.where(failed.c.status == status)
+        if error_type is not None:
+            statement = statement.where(failed.c.error_type == error_type)
         with self.engine.connect() as connection:
             return [dict(row) for row in connection.execute(statement).mappings()]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from datetime import UTC, date, datetime, timedelta
+from datetime import date, datetime
 from decimal import Decimal
 from typing import Any
 
@@ -128,17 +128,21 @@ class Spending(Budgets):
             found = connection.execute(names.order_by(budget_table.c.name)).scalars().all()
         return [status for name in found if (status := self.budget_status(name)) is not None]
 
-    def latencies(self, *, days: int = 30, dag_ids: Collection[str] | None = None) -> list[Latency]:
-        """How long batches took in the last days; nothing on databases without the roll-up's views."""
+    def latencies(self, *, since: datetime, until: datetime | None = None, dag_ids: Collection[str] | None = None) -> list[Latency]:
+        """How long batches took that were created on whole days (UTC) of a span; nothing on databases without the roll-up's views."""
         if self.engine.dialect.name not in DIALECTS:
             return []
         view = latency().subquery()
-        first = (datetime.now(UTC) - timedelta(days=days)).date()
         # SQLite has dates as text
-        since = sa.literal(first.isoformat()) if self.engine.dialect.name == "sqlite" else sa.literal(first, sa.Date())
-        statement = sa.select(view).where(
-            sa.cast(view.c.day, sa.Text()) >= since if self.engine.dialect.name == "sqlite" else view.c.day >= since
-        )
+        as_text = self.engine.dialect.name == "sqlite"
+        on: sa.ColumnElement[Any] = sa.cast(view.c.day, sa.Text()) if as_text else view.c.day
+
+        def literal(at: datetime) -> sa.ColumnElement[Any]:
+            return sa.literal(at.date().isoformat()) if as_text else sa.literal(at.date(), sa.Date())
+
+        statement = sa.select(view).where(on >= literal(since))
+        if until is not None:
+            statement = statement.where(on < literal(until))
         if dag_ids is not None:
             statement = statement.where(view.c.dag_id.in_(sorted(dag_ids)))
         with self.engine.connect() as connection:

@@ -20,6 +20,7 @@ from fastapi.responses import JSONResponse
 from sqlalchemy.engine import Engine
 
 from airflow_provider_batchkit.api.cancel import Fate
+from airflow_provider_batchkit.cost.budget import window_of
 from airflow_provider_batchkit.exceptions import BatchKitError
 from airflow_provider_batchkit.hooks.settings import configured_failures, ledger_conn_ids, show_content
 from airflow_provider_batchkit.ledger.overview import STATES, BatchView, Filter, JobDetail, Overview
@@ -35,6 +36,9 @@ log = logging.getLogger(__name__)
 _HERE = Path(__file__).parent
 #: jobs in flight that are shown at once
 _IN_FLIGHT = 200
+#: keys of failed rows that are shown at once, and the length of one as text
+_KEYS = 500
+_KEY_CHARS = 4_000
 _HEADERS = {
     "Cache-Control": "no-store",
     "X-Content-Type-Options": "nosniff",
@@ -46,6 +50,7 @@ _HEADERS = {
 
 _Text = Annotated[str | None, Query(max_length=250)]
 _Ledger = Annotated[str, Query(max_length=250)]
+_Key = Annotated[str, Query(max_length=_KEY_CHARS)]
 
 
 def create_app() -> FastAPI:
@@ -62,6 +67,7 @@ def create_app() -> FastAPI:
     ):
         app.get(path, response_model=None)(answer)
     app.get("/api/dags/{dag_id}/jobs/{job_id}", dependencies=[may_see], response_model=None)(page.job)
+    app.get("/api/dags/{dag_id}/jobs/{job_id}/failed", dependencies=[may_see], response_model=None)(page.failed)
     cancel = "/api/dags/{dag_id}/batches/{batch_id}/cancel"
     app.post(cancel, dependencies=[from_page, may_edit_runs], response_model=None)(page.cancel)
     for name, kind in (("page.js", "text/javascript"), ("icon.svg", "image/svg+xml"), ("icon-dark.svg", "image/svg+xml")):
@@ -151,24 +157,29 @@ class _Page:
     ) -> dict[str, Any]:
         """Jobs with an open batch, in all ledgers."""
         show = Filter(visible, dag_id, run_id, task_id, map_index, state="open")
-        jobs, troubles = list[dict[str, Any]](), list[dict[str, str]]()
+        jobs, troubles, more = list[dict[str, Any]](), list[dict[str, str]](), False
         for conn_id in ledger_conn_ids():
             try:
-                jobs += self._ledgers.read(conn_id, partial(self._open_jobs, conn_id, show))
+                found, further = self._ledgers.read(conn_id, partial(self._open_jobs, conn_id, show))
+                jobs += found
+                more = more or further
             except TroubleError as e:
                 troubles.append(_trouble(e.trouble))
         jobs.sort(key=lambda one: one["oldest_at"] or one["began_at"])
-        return {"jobs": jobs, "troubles": troubles, "now": datetime.now(UTC).isoformat()}
+        return {"jobs": jobs, "more": more, "troubles": troubles, "now": datetime.now(UTC).isoformat()}
 
     @staticmethod
-    def _open_jobs(conn_id: str, show: Filter, engine: Engine) -> list[dict[str, Any]]:
+    def _open_jobs(conn_id: str, show: Filter, engine: Engine) -> tuple[list[dict[str, Any]], bool]:
+        """Jobs in flight, and whether there are younger ones that are not shown: the oldest are those that may be stuck."""
         overview = Overview(engine)
-        jobs = overview.jobs(show, limit=_IN_FLIGHT).jobs
+        page = overview.jobs(show, limit=_IN_FLIGHT, oldest_first=True)
+        jobs = page.jobs
         batches = defaultdict[str, list[BatchView]](list)
         for one in overview.open_batches([job.job_id for job in jobs]):
             batches[one.record.job_id].append(one)
         usual = overview.usual((job.dag_id, job.task_id) for job in jobs)
-        return [answers.open_job_json(conn_id, job, batches[job.job_id], usual[job.dag_id, job.task_id]) for job in jobs]
+        shown = [answers.open_job_json(conn_id, job, batches[job.job_id], usual[job.dag_id, job.task_id]) for job in jobs]
+        return shown, page.next is not None
 
     def progress(self, visible: VisibleDep) -> dict[str, Any]:
         """How far open batches are: one list call a connection, of which everybody sees the batches of his own DAGs."""
@@ -176,7 +187,7 @@ class _Page:
         for conn_id in ledger_conn_ids():
             try:
                 open_batches += self._ledgers.read(
-                    conn_id, lambda engine: Overview(engine).batches(Filter(state="open"), limit=5 * _IN_FLIGHT)
+                    conn_id, lambda engine: Overview(engine).batches(Filter(state="open"), limit=5 * _IN_FLIGHT, oldest_first=True)
                 )
             except TroubleError:
                 continue  # the list of jobs names it
@@ -234,27 +245,47 @@ class _Page:
             raise _refuse(404, "The ledger has no such job of this DAG.", "It may have been in another ledger.")
         return answers.detail_json(ledger, *found, show_content=show_content())
 
+    def failed(
+        self, dag_id: str, job_id: str, ledger: _Ledger, like: _Key, after: Annotated[str | None, Query(max_length=_KEY_CHARS)] = None
+    ) -> dict[str, Any]:
+        """Keys of a job's rows that failed for the same reason as the row with the key ``like``, a page at a time."""
+
+        def question(engine: Engine) -> list[str] | None:
+            overview = Overview(engine)
+            # the permission was for the DAG in the path
+            return overview.keys_like(job_id, like, limit=_KEYS + 1, after=after) if overview.dag_of(job_id) == dag_id else None
+
+        keys = self._ledgers.read(_known(ledger), question)
+        if keys is None:
+            raise _refuse(404, "The ledger has no such job of this DAG.", "It may have been in another ledger.")
+        return {"keys": keys[:_KEYS], "next": keys[_KEYS - 1] if len(keys) > _KEYS else None}
+
     def spend(
         self,
         visible: VisibleDep,
         ledger: _Ledger,
         by: Literal["day", "dag", "model"] = "day",
         days: Annotated[int, Query(ge=1, le=1000)] = 30,
+        month: Annotated[str | None, Query(pattern=r"^2\d{3}-(0[1-9]|1[0-2])$")] = None,
         dag_id: _Text = None,
         model: _Text = None,
     ) -> dict[str, Any]:
-        """What landed batches cost, budgets, and how long batches took."""
+        """What landed batches cost that were created in the last days or in a month (UTC), budgets, and how long batches took."""
         dag_ids = visible if dag_id is None else visible & {dag_id}
         today = datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
-        since = today - timedelta(days=days - 1)
+        since, until = today - timedelta(days=days - 1), None
+        if month is not None:
+            since = datetime.fromisoformat(f"{month}-01").replace(tzinfo=UTC)
+            until = window_of("month", since)[1]
 
         def question(engine: Engine) -> dict[str, Any]:
             books = Spending(engine)
             return {
-                "spent": [answers.spent_json(one) for one in books.spent(by, since=since, dag_ids=dag_ids, model=model)],
+                "spent": [answers.spent_json(one) for one in books.spent(by, since=since, until=until, dag_ids=dag_ids, model=model)],
                 "budgets": [answers.budget_json(one) for one in books.budgets(dag_ids)],
-                "latency": [answers.latency_json(one) for one in books.latencies(days=days, dag_ids=dag_ids)],
+                "latency": [answers.latency_json(one) for one in books.latencies(since=since, until=until, dag_ids=dag_ids)],
                 "since": since.date().isoformat(),
+                "until": None if until is None else (until - timedelta(days=1)).date().isoformat(),
             }
 
         return self._ledgers.read(_known(ledger), question)

@@ -11,6 +11,8 @@
   const API = `${ROOT}/batchkit/api`;
   const FAST_MS = 5000;
   const SLOW_MS = 30000;
+  // so long after its end a batch has landed, unless a task has failed
+  const LANDS_WITHIN_S = 1800;
 
   // --- values for people ---
 
@@ -50,6 +52,7 @@
     doubt: ["in doubt", "warn"],
     sending: ["sending", "busy"],
     submitted: ["running", "busy"],
+    ended: ["ended", "idle"],
     prepared: ["landing", "busy"],
     landed: ["landed", "good"],
     gone: ["gone", "bad"],
@@ -179,9 +182,26 @@
     );
   }
 
+  /** Whether the API has ended everything of a job that it had: since when, or null. */
+  function endedAt(batches, seen) {
+    const looks = batches.map((batch) => seen[batch.batch_id]);
+    return looks.length && looks.every((look) => look && look.status === "ended" && look.ended_at) ? looks.map((look) => look.ended_at).sort().pop() : null;
+  }
+
+  /** What a person ought to do about a job in flight; null where it goes its way. */
+  function concern(state, batches, seen, expiresAt, now) {
+    if (state === "doubt") return "Nobody saw whether the API accepted a batch. The task settles that by proof when it is tried again, and its log says what it waits for. Open the job for the command that decides it by hand.";
+    const sending = batches.filter((batch) => batch.state === "sending" && since(batch.intended_at, now) > LANDS_WITHIN_S);
+    if (sending.length) return `A batch has been on its way for ${span(since(sending[0].intended_at, now))}: its task has died or hangs. Look at the task; its next try finds out what became of the batch.`;
+    const ended = endedAt(batches, seen);
+    if (ended && since(ended, now) > LANDS_WITHIN_S) return `Everything ended ${span(since(ended, now))} ago and has not landed. Look in the run for a sensor or a fetch that failed or was not started, and clear it: that costs nothing.`;
+    if (!ended && expiresAt && since(expiresAt, now) > 0) return "The 24 hours of a batch are over, and it has not landed. Look in the run for a sensor or a fetch that failed or was not started, and clear it: what was answered is still there.";
+    return null;
+  }
+
   // --- in flight ---
 
-  function InFlight({ place, open }) {
+  function InFlight({ place, open, ledgers }) {
     const where = query({ dag_id: place.dagId, run_id: place.runId, task_id: place.taskId, map_index: place.mapIndex });
     const jobs = useAnswer(`/in-flight${where}`, FAST_MS);
     const progress = useAnswer(jobs.data && jobs.data.jobs.length ? "/progress" : null, FAST_MS);
@@ -191,6 +211,7 @@
     const list = jobs.data.jobs;
     const requests = list.reduce((sum, one) => sum + one.open_requests, 0);
     const bounds = list.map((one) => one.open_bound_usd);
+    const worries = list.map((one) => concern(one.state, one.open, seen, one.expires_at, now));
     const atMost = bounds.includes(null) ? null : String(bounds.reduce((sum, one) => sum + Number(one), 0));
     return h(
       React.Fragment,
@@ -208,7 +229,8 @@
             h(
               Cards,
               null,
-              h(Card, { title: "Jobs in flight", value: number(list.length) }),
+              h(Card, { title: "Jobs in flight", value: number(list.length), hint: jobs.data.more ? "the oldest; there are more" : null }),
+              h(Card, { title: "Need a look", value: number(worries.filter(Boolean).length) }),
               h(Card, { title: "Requests", value: number(requests) }),
               h(Card, { title: "Can cost at most", value: atMost === null ? "not bounded" : money(atMost) }),
             ),
@@ -216,24 +238,28 @@
               Table,
               { label: "Jobs in flight" },
               head(["Job"], ["State"], ["Model"], ["Requests done", "bk-wide"], ["Age"], ["Time left"], ["Expected", "bk-num"], ["At most", "bk-num"], ["Budget"]),
-              h("tbody", null, list.map((one) => h(OpenJob, { key: one.ledger + one.job_id, one, seen, place, open, now }))),
+              h("tbody", null, list.map((one, index) => h(OpenJob, { key: one.ledger + one.job_id, one, seen, place, open, now, worry: worries[index] }))),
             ),
           ),
+      place.dagId || !ledgers.length
+        ? null
+        : h("p", { className: "bk-hint" }, "Only what a ledger knows is here. Batches of the workspace that belong to none: ", h("code", { className: "bk-wrap" }, `python -m airflow_provider_batchkit orphans --conn-id ${ledgers.join(",")}`)),
     );
   }
 
-  function OpenJob({ one, seen, place, open, now }) {
+  function OpenJob({ one, seen, place, open, now, worry }) {
     const known = one.open.filter((batch) => seen[batch.batch_id]);
     const done = known.reduce((sum, batch) => sum + seen[batch.batch_id].done, 0);
     const ended = known.filter((batch) => seen[batch.batch_id].status === "ended").length;
     const canceling = known.some((batch) => seen[batch.batch_id].status === "canceling");
     const left = one.expires_at ? (Date.parse(one.expires_at) - now) / 1000 : null;
     const late = left !== null && left < 3600;
-    return h(
+    const over = endedAt(one.open, seen) !== null;
+    const line = h(
       "tr",
       null,
       cell("Job", h(Who, { one, place, open })),
-      cell("State", h("span", null, h(Badge, { state: one.state }), canceling ? h("span", { className: "bk-hint" }, " being canceled") : null)),
+      cell("State", h("span", null, h(Badge, { state: over && one.state === "submitted" ? "ended" : one.state }), canceling ? h("span", { className: "bk-hint" }, " being canceled") : null)),
       cell("Model", one.models.length ? h("span", null, one.models.join(", "), one.models_of_this_job ? null : h("span", { className: "bk-hint" }, " (as in earlier runs)")) : DASH),
       cell(
         "Requests done",
@@ -246,11 +272,12 @@
         "bk-wide",
       ),
       cell("Age", span(since(one.oldest_at || one.began_at, now)), "bk-short"),
-      cell("Time left", left === null ? DASH : h("span", { className: late ? "bk-late" : undefined }, left <= 0 ? "expired" : span(left)), "bk-short"),
+      cell("Time left", left === null || over ? DASH : h("span", { className: late ? "bk-late" : undefined }, left <= 0 ? "expired" : span(left)), "bk-short"),
       cell("Expected", one.expected_usd === null ? DASH : money(one.expected_usd), "bk-num"),
       cell("At most", one.open_bound_usd === null ? "not bounded" : money(one.open_bound_usd), "bk-num"),
       cell("Budget", one.budgets.join(", ") || DASH),
     );
+    return worry ? h(React.Fragment, null, line, h("tr", { className: "bk-worry" }, h("td", { colSpan: 9, "data-label": "To do" }, worry))) : line;
   }
 
   // --- history ---
@@ -344,19 +371,23 @@
   function Job({ chosen, close }) {
     const job = useAnswer(`/dags/${path(chosen.dag_id)}/jobs/${path(chosen.job_id)}${query({ ledger: chosen.ledger })}`, FAST_MS);
     const one = job.data;
-    const open = one && one.batch_list.some((batch) => ["submitted", "sending", "prepared"].includes(batch.state));
+    const open = one && one.batch_list.some((batch) => ["submitted", "sending", "doubt", "prepared"].includes(batch.state));
     const progress = useAnswer(open ? "/progress" : null, FAST_MS);
     const [asking, setAsking] = useState(null);
     const now = useNow();
     const back = close ? h("button", { className: "bk-button", onClick: close }, "← back") : null;
     if (!one) return h(React.Fragment, null, back, job.error ? h(Trouble, { error: job.error }) : h(Loading));
     const seen = (progress.data && progress.data.batches) || {};
+    const live = one.batch_list.filter((batch) => ["submitted", "sending", "doubt", "prepared"].includes(batch.state));
+    const born = live.map((batch) => batch.created_at).filter(Boolean).sort()[0];
+    const worry = concern(one.state, live, seen, born ? new Date(Date.parse(born) + 24 * 3600 * 1000).toISOString() : null, now);
+    const over = endedAt(live, seen) !== null && one.state === "submitted";
     const bills = Object.entries(one.bills);
     const tokens = bills.reduce((sum, [, bill]) => [sum[0] + bill.input_tokens + bill.cache_write_5m_tokens + bill.cache_write_1h_tokens + bill.cache_read_tokens, sum[1] + bill.output_tokens], [0, 0]);
     return h(
       React.Fragment,
       null,
-      h("div", { className: "bk-title" }, back, h("h2", null, `${one.dag_id} · ${taskName(one)}`), h(Badge, { state: one.state })),
+      h("div", { className: "bk-title" }, back, h("h2", null, `${one.dag_id} · ${taskName(one)}`), h(Badge, { state: over ? "ended" : one.state })),
       h(
         "div",
         { className: "bk-hint bk-where" },
@@ -368,6 +399,7 @@
         one.budgets.length ? h("span", null, `budget ${one.budgets.join(", ")}`) : null,
       ),
       job.error ? h(Trouble, { error: job.error }) : null,
+      worry ? h(Note, { kind: "warn", title: "This job needs a look." }, worry) : null,
       h(
         Cards,
         null,
@@ -382,7 +414,7 @@
         Table,
         { label: "Batches" },
         head(["Batch"], ["State"], ["Round", "bk-num"], ["Requests", "bk-wide"], ["Timeline"], ["Cost", "bk-num"], [""]),
-        h("tbody", null, one.batch_list.map((batch) => h(BatchRow, { key: batch.shard, batch, look: seen[batch.batch_id], now, ask: () => setAsking(batch) }))),
+        h("tbody", null, one.batch_list.map((batch) => h(BatchRow, { key: batch.shard, batch, ledger: one.ledger, look: seen[batch.batch_id], now, ask: () => setAsking(batch) }))),
       ),
       bills.length
         ? h(
@@ -419,7 +451,7 @@
     );
   }
 
-  function BatchRow({ batch, look, now, ask: cancel }) {
+  function BatchRow({ batch, ledger, look, now, ask: cancel }) {
     const running = batch.state === "submitted" && (!look || look.status === "in_progress");
     const steps = [
       ["rendered", batch.intended_at],
@@ -431,13 +463,35 @@
     return h(
       "tr",
       null,
-      cell("Batch", h("div", null, batch.batch_id ? h("code", null, batch.batch_id) : "no id yet", batch.note ? h("div", { className: "bk-hint" }, batch.note) : null, batch.settle ? h("div", { className: "bk-hint" }, "Its task settles it by proof. To decide it yourself: ", h("code", { className: "bk-wrap" }, batch.settle.replaceAll("`", ""))) : null)),
-      cell("State", h("span", null, h(Badge, { state: batch.state }), look && look.status !== "in_progress" && batch.state === "submitted" ? h("span", { className: "bk-hint" }, ` ${look.status}`) : null)),
+      cell("Batch", h("div", null, batch.batch_id ? h("code", null, batch.batch_id) : "no id yet", batch.note ? h("div", { className: "bk-hint" }, batch.note) : null, batch.settle ? h("div", { className: "bk-hint" }, "Its task settles it by proof. To decide it yourself: ", h("code", { className: "bk-wrap" }, batch.settle.replaceAll("`", "").replaceAll(" CONN ", ` ${ledger} `).replace(/ \(CONN is .*\)$/, ""))) : null)),
+      cell("State", h("span", null, h(Badge, { state: look && look.status === "ended" && batch.state === "submitted" ? "ended" : batch.state }), look && look.status === "canceling" && batch.state === "submitted" ? h("span", { className: "bk-hint" }, " canceling") : null)),
       cell("Round", number(batch.round), "bk-num"),
       cell("Requests", look ? h("div", null, h(Bar, { part: look.done, whole: look.total, label: "requests done" }), h("div", { className: "bk-hint" }, `${number(look.done)} of ${number(look.total)}`)) : h("div", null, number(batch.requests), counts ? h("div", { className: "bk-hint" }, counts) : null), "bk-wide"),
       cell("Timeline", h("ol", { className: "bk-steps" }, steps.map(([name, at], place) => h("li", { key: name, title: at }, h("b", null, name), " ", time(at), place ? h("span", { className: "bk-hint" }, ` +${span((Date.parse(at) - Date.parse(steps[place - 1][1])) / 1000)}`) : null)), running ? h("li", { className: "bk-hint" }, `running for ${span(since(batch.created_at, now))}`) : null)),
       cell("Cost", batch.cost_usd !== null ? money(batch.cost_usd) : batch.bound_usd !== null ? h("span", { className: "bk-hint" }, `at most ${money(batch.bound_usd)}`) : DASH, "bk-num"),
       cell("", running && batch.batch_id ? h("button", { className: "bk-button bk-danger", onClick: cancel }, "Cancel …") : null, "bk-num"),
+    );
+  }
+
+  /** Keys of rows that failed for one reason: some, and on demand all of them, a page at a time. */
+  function Keys({ one, row }) {
+    const [all, setAll] = useState({ keys: row.keys, next: null, begun: false, busy: false, error: null });
+    const rest = row.rows - all.keys.length;
+    const more = async () => {
+      setAll((old) => ({ ...old, busy: true, error: null }));
+      try {
+        const found = await ask(`/dags/${path(one.dag_id)}/jobs/${path(one.job_id)}/failed${query({ ledger: one.ledger, like: row.keys[0], after: all.next })}`);
+        setAll((old) => ({ keys: old.begun ? [...old.keys, ...found.keys] : found.keys, next: found.next, begun: true, busy: false, error: null }));
+      } catch (error) {
+        setAll((old) => ({ ...old, busy: false, error }));
+      }
+    };
+    return h(
+      "div",
+      { className: "bk-keys" },
+      all.keys.map((key) => h("code", { key }, key)),
+      rest > 0 && (!all.begun || all.next) ? h("button", { className: "bk-more", onClick: more, disabled: all.busy }, all.busy ? "…" : `show ${number(rest)} more`) : null,
+      all.error ? h("span", { className: "bk-hint", role: "alert" }, `${all.error.message} ${all.error.todo || ""}`) : null,
     );
   }
 
@@ -456,10 +510,10 @@
           one.failures.map((row, place) =>
             h(
               "tr",
-              { key: place },
+              { key: [row.status, row.error_type, row.message || place].join("/") },
               cell("Rows", number(row.rows), "bk-num"),
               cell("What happened", h("div", null, h("b", null, [row.status.replace("_", " "), row.error_type].filter(Boolean).join(" · ")), row.message ? h("div", { className: "bk-words" }, row.message) : row.message_hidden ? h("div", { className: "bk-hint" }, "The words may quote an answer; [batchkit] show_content shows them.") : null)),
-              cell("Keys", h("div", { className: "bk-keys" }, row.keys.map((key) => h("code", { key }, key)), row.rows > row.keys.length ? h("span", { className: "bk-hint" }, `and ${number(row.rows - row.keys.length)} more`) : null)),
+              cell("Keys", h(Keys, { one, row })),
               cell("What helps", row.advice),
             ),
           ),
@@ -507,10 +561,19 @@
 
   // --- spend ---
 
+  /** The present month and the twelve before it, in UTC, as the server takes them and as people read them. */
+  function months() {
+    const today = new Date();
+    return Array.from({ length: 13 }, (_, back) => {
+      const first = new Date(Date.UTC(today.getUTCFullYear(), today.getUTCMonth() - back, 1));
+      return [first.toISOString().slice(0, 7), first.toLocaleString("en-GB", { month: "long", year: "numeric", timeZone: "UTC" })];
+    });
+  }
+
   function Spend({ place, ledger }) {
     const [by, setBy] = useState("day");
-    const [days, setDays] = useState(30);
-    const answer = useAnswer(`/spend${query({ ledger, by, days, dag_id: place.dagId })}`, SLOW_MS, true);
+    const [over, setOver] = useState("30");
+    const answer = useAnswer(`/spend${query({ ledger, by, [over.includes("-") ? "month" : "days"]: over, dag_id: place.dagId })}`, SLOW_MS, true);
     const data = answer.data;
     const spent = data ? data.spent : [];
     const total = (name) => (spent.some((one) => one[name] === null) ? null : String(spent.reduce((sum, one) => sum + Number(one[name]), 0)));
@@ -519,16 +582,16 @@
     return h(
       React.Fragment,
       null,
-      h("div", { className: "bk-filters" }, pick(by, setBy, "Summed up by", [["day", "day (UTC)"], ["dag", "DAG"], ["model", "model"]]), pick(days, (value) => setDays(Number(value)), "Over", [[7, "7 days"], [30, "30 days"], [90, "90 days"], [366, "a year"]])),
+      h("div", { className: "bk-filters" }, pick(by, setBy, "Summed up by", [["day", "day (UTC)"], ["dag", "DAG"], ["model", "model"]]), pick(over, setOver, "Over", [["7", "7 days"], ["30", "30 days"], ["90", "90 days"], ["366", "a year"], ...months()])),
       answer.error ? h(Trouble, { error: answer.error }) : null,
       !data
         ? answer.error ? null : h(Loading)
         : h(
             "div",
             { className: answer.stale ? "bk-stale" : undefined, "aria-busy": Boolean(answer.stale) },
-            h(Cards, null, h(Card, { title: "Spent", value: money(total("batch_cost_usd")), hint: `batches created since ${data.since}` }), h(Card, { title: "Saved", value: money(total("savings_usd")), hint: `of ${money(total("standard_cost_usd"))} at standard price` }), h(Card, { title: "Requests", value: number(spent.reduce((sum, one) => sum + one.requests, 0)) })),
+            h(Cards, null, h(Card, { title: "Spent", value: money(total("batch_cost_usd")), hint: `batches created ${data.until ? `from ${data.since} to ${data.until}` : `since ${data.since}`} (UTC)` }), h(Card, { title: "Saved", value: money(total("savings_usd")), hint: `of ${money(total("standard_cost_usd"))} at standard price` }), h(Card, { title: "Requests", value: number(spent.reduce((sum, one) => sum + one.requests, 0)) })),
             spent.length === 0
-              ? h(Note, { title: "Nothing has landed in this time." }, "What a batch costs is known when it lands. Choose a longer time above.")
+              ? h(Note, { title: "Nothing has landed in this time." }, "What a batch costs is known when it lands. Choose another time above.")
               : h(
                   Table,
                   { label: "Spending" },
@@ -540,7 +603,7 @@
                       h(
                         "tr",
                         { key: one.name },
-                        cell(by, one.name),
+                        cell(by === "dag" ? "DAG" : by === "day" ? "Day" : "Model", one.name),
                         cell("", h(Bar, { part: Number(one.batch_cost_usd || 0), whole: most, label: `share of the largest` }), "bk-wide bk-bars"),
                         cell("Cost", money(one.batch_cost_usd), "bk-num"),
                         cell("Saved", money(one.savings_usd), "bk-num"),
@@ -564,12 +627,13 @@
     const spent = Number(usd ? one.spent_usd : one.spent_tokens);
     const reserved = Number(usd ? one.reserved_usd : one.reserved_tokens);
     const text = (value) => (usd ? money(String(value)) : `${number(value)} tokens`);
-    const share = percent(spent + reserved, cap);
+    const share = Math.floor(percent(spent + reserved, cap));
+    const close = share >= 80;
     return h(
       "div",
       { className: "bk-budget" },
-      h("div", { className: "bk-budget-head" }, h("b", null, one.name), h("span", { className: "bk-hint" }, `${text(usd ? one.cap_usd : one.cap_tokens)} ${one.window === "ever" ? "for good" : `a ${one.window}`}`)),
-      h("span", { className: "bk-bar bk-thick", role: "img", "aria-label": `${share.toFixed(0)} % of the budget is spent or reserved` }, h("span", { className: `bk-fill ${share >= 80 ? "bk-hot" : ""}`, style: { width: `${percent(spent, cap)}%` } }), h("span", { className: "bk-fill bk-reserved", style: { width: `${Math.min(percent(reserved, cap), 100 - percent(spent, cap))}%` } })),
+      h("div", { className: "bk-budget-head" }, h("span", null, h("b", null, one.name), " ", h("span", { className: close ? "bk-late" : "bk-hint" }, `${share} % used${close ? ", close to its cap" : ""}`)), h("span", { className: "bk-hint" }, `${text(usd ? one.cap_usd : one.cap_tokens)} ${one.window === "ever" ? "for good" : `a ${one.window}`}`)),
+      h("span", { className: "bk-bar bk-thick", role: "img", "aria-label": `${share} % of the budget is spent or reserved` }, h("span", { className: `bk-fill ${close ? "bk-hot" : ""}`, style: { width: `${percent(spent, cap)}%` } }), h("span", { className: "bk-fill bk-reserved", style: { width: `${Math.min(percent(reserved, cap), 100 - percent(spent, cap))}%` } })),
       h("div", { className: "bk-hint" }, `spent ${text(spent)}, reserved ${text(reserved)}, left ${text(usd ? one.remaining_usd : one.remaining_tokens)}`, one.ends_at ? `; ends ${time(one.ends_at)}` : ""),
     );
   }
@@ -645,7 +709,7 @@
               readable.length > 1 && view !== "flight" ? h("label", { className: "bk-field bk-ledger" }, "Ledger", h("select", { value: ledger, onChange: (event) => setPicked(event.target.value) }, readable.map((name) => h("option", { key: name, value: name }, name)))) : null,
             ),
             view !== "flight" ? h(Troubles, { list: about.data.troubles }) : null,
-            view === "flight" ? h(InFlight, { place, open }) : readable.length === 0 ? null : view === "history" ? h(History, { place, open, about: about.data, ledger }) : h(Spend, { place, ledger }),
+            view === "flight" ? h(InFlight, { place, open, ledgers: about.data.ledgers }) : readable.length === 0 ? null : view === "history" ? h(History, { place, open, about: about.data, ledger }) : h(Spend, { place, ledger }),
           );
     }
     return h("div", { className: "bk-root" }, h("div", { className: "bk" }, dagId ? null : h("h1", null, "Batches"), content));
@@ -676,6 +740,7 @@
 .bk-bar { display: flex; height: 6px; border-radius: 99px; background: var(--line); overflow: hidden; margin: 6px 0 4px; } .bk-thick { height: 10px; } .bk-fill { background: var(--accent); min-width: 0; transition: width .4s; } .bk-reserved { opacity: .45; } .bk-hot { background: var(--warn); }
 .bk-note { border: 1px solid var(--line); border-left: 4px solid var(--mild); border-radius: 6px; padding: 12px 14px; margin: 12px 0; background: var(--soft); } .bk-note.bk-bad { border-left-color: var(--bad); } .bk-note.bk-warn { border-left-color: var(--warn); }
 .bk-code { background: var(--ground); border: 1px solid var(--line); border-radius: 6px; padding: 8px 10px; margin: 8px 0; font-size: 12px; white-space: pre-wrap; font-family: ui-monospace, monospace; } .bk-wrap { white-space: pre-wrap; }
+.bk-table .bk-worry td { border-top: 0; padding-top: 0; color: var(--warn); } .bk-more { border: 0; background: none; padding: 0; color: var(--accent); font-size: 12px; cursor: pointer; } .bk-more:hover { text-decoration: underline; }
 .bk-stale { opacity: .55; } .bk-loading { padding: 32px; text-align: center; color: var(--mild); }
 .bk-filters { display: flex; flex-wrap: wrap; gap: 12px; align-items: end; margin-bottom: 12px; } .bk-field { display: flex; flex-direction: column; gap: 2px; font-size: 12px; color: var(--mild); } .bk-check { display: flex; gap: 6px; align-items: center; padding: 7px 0; }
 .bk-field select, .bk-field input { color: var(--ink); background: var(--ground); border: 1px solid var(--line); border-radius: 6px; padding: 0 8px; height: 34px; font-size: 14px; max-width: 240px; color-scheme: light; } .dark .bk-field select, .dark .bk-field input { color-scheme: dark; }
@@ -684,7 +749,7 @@
 .bk-steps { list-style: none; padding: 0; margin: 0; font-size: 12px; } .bk-words { white-space: pre-wrap; } .bk-keys { display: flex; flex-wrap: wrap; gap: 2px 8px; align-items: baseline; } .bk-budgets { display: grid; grid-template-columns: repeat(auto-fit, minmax(260px, 1fr)); gap: 12px; } .bk-budget-head { display: flex; justify-content: space-between; gap: 8px; flex-wrap: wrap; }
 .bk-veil { position: fixed; inset: 0; background: rgba(0,0,0,.5); display: flex; align-items: center; justify-content: center; padding: 16px; z-index: 1500; } .bk-dialog { background: var(--ground); border: 1px solid var(--line); border-radius: 10px; padding: 20px; max-width: 480px; width: 100%; } .bk-dialog h3 { margin-top: 0; } .bk-actions { display: flex; gap: 10px; justify-content: flex-end; flex-wrap: wrap; margin-top: 16px; }
 .bk-root { container-type: inline-size; width: 100%; }
-@container (max-width: 640px) { .bk { padding: 10px; } .bk-table thead { display: none; } .bk-table, .bk-table tbody, .bk-table tr, .bk-table td { display: block; width: 100%; } .bk-table tr { padding: 8px 0; border-top: 1px solid var(--line); } .bk-table tr:first-child { border-top: 0; }
+@container (max-width: 640px) { .bk { padding: 10px; } .bk-table thead { display: none; } .bk-table, .bk-table tbody, .bk-table tr, .bk-table td { display: block; width: 100%; } .bk-table tr { padding: 8px 0; border-top: 1px solid var(--line); } .bk-table tr:first-child, .bk-table .bk-worry { border-top: 0; } .bk-table .bk-worry td { padding: 0 12px 3px; }
   .bk-table td, .bk-table .bk-num { border: 0; padding: 3px 12px; text-align: left; white-space: normal; display: grid; grid-template-columns: 104px minmax(0, 1fr); gap: 8px; } .bk-table td::before { content: attr(data-label); color: var(--mild); font-size: 12px; padding-top: 1px; } .bk-table td:empty { display: none; } .bk-cards { grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 8px; } .bk-card-value { font-size: 17px; } }
 `;
 

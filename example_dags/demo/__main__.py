@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import logging
 import os
+import shlex
 import shutil
 import sqlite3
 import subprocess
@@ -80,6 +81,13 @@ def set_environment(catalog: Path) -> None:
     )
 
 
+def write_commands_file(path: Path) -> None:
+    """The settings with which commands in another terminal find the demo's ledger and its API, as a file for the shell's ``source``."""
+    names = ("AIRFLOW_HOME", "AIRFLOW_CONN_WAREHOUSE", "AIRFLOW_CONN_ANTHROPIC_DEFAULT", "AIRFLOW__BATCHKIT__PAGE_LEDGER_CONN_IDS")
+    values = {**{name: os.environ[name] for name in names}, "AIRFLOW__BATCHKIT__LEDGER_CONN_ID": "warehouse"}
+    path.write_text("".join(f"export {name}={shlex.quote(value)}\n" for name, value in values.items()))
+
+
 def run_demo(catalog: Path) -> int:
     """One run of the example DAG in this process's terminal, then the table's first rows and the bill."""
     print("Preparing Airflow's own database ...")
@@ -128,8 +136,11 @@ def run_airflow(catalog: Path) -> int:
     """A real Airflow with UI, scheduler, DAG processor and triggerer until Ctrl-C."""
     print("Preparing Airflow's own database ...")
     _airflow("db", "migrate")
+    commands = FOLDER / "commands.env"
+    write_commands_file(commands)
     print("Starting Airflow, which takes half a minute ...", flush=True)
-    return serve(FOLDER / "airflow", catalog)
+    python = _relative(Path(sys.executable))
+    return serve(FOLDER / "airflow", catalog, f"source {_relative(commands)}; {python} -m airflow_provider_batchkit batches --open")
 
 
 def run_real(catalog: Path) -> int:

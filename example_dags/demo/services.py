@@ -31,8 +31,11 @@ _ASKED_JOBS = (
 _STOP_SECONDS = 20
 
 
-def serve(home: Path, catalog: Path) -> int:
-    """Run all of it until Ctrl-C. After each run of the DAG a part of the catalog changes, so that the next one has something to ask."""
+def serve(home: Path, catalog: Path, command: str) -> int:
+    """Run all of it until Ctrl-C. After each run of the DAG a part of the catalog changes, so that the next one has something to ask.
+
+    :param command: what shows the same in another terminal
+    """
     api, worker_logs, trigger_logs = _free_ports(3)
     url = f"http://127.0.0.1:{api}"
     os.environ.update(
@@ -59,7 +62,8 @@ def serve(home: Path, catalog: Path) -> int:
             time.sleep(1)
         if _running(home, parts):
             print(f"Airflow is up: {url}/dags/{DAG_ID}  (logs: {os.path.relpath(home)}/*.log)")
-            print("Trigger the DAG there. A batch takes a minute, and the page Batches shows it run. Ctrl-C ends everything.\n", flush=True)
+            print("Trigger the DAG there. A batch takes a minute, and the page Batches shows it run. Ctrl-C ends everything.")
+            print(f"The same in another terminal:  {command}\n", flush=True)
         while _running(home, parts):
             if asked_jobs(catalog) != asked:
                 asked = _change(catalog)

@@ -106,8 +106,8 @@ def questions(engine: sa.Engine) -> dict[str, Callable[[], object]]:
     month = datetime.now(UTC) - timedelta(days=30)
     return {
         "the filters' choices": lambda: (overview.dag_ids(), overview.models(dags)),
-        "in flight": lambda: overview.jobs(Filter(dags, state="open"), limit=200),
-        "open batches": lambda: overview.batches(Filter(state="open"), limit=1000),
+        "in flight": lambda: overview.jobs(Filter(dags, state="open"), limit=200, oldest_first=True),
+        "open batches": lambda: overview.batches(Filter(state="open"), limit=1000, oldest_first=True),
         "what jobs in flight usually cost": lambda: overview.usual((f"dag_{number}", "submit") for number in range(DAGS)),
         "history, first page": lambda: overview.jobs(Filter(dags), limit=25),
         "history, second page": lambda: overview.jobs(Filter(dags), limit=25, before=page),
@@ -115,11 +115,12 @@ def questions(engine: sa.Engine) -> dict[str, Callable[[], object]]:
         "history, of a model": lambda: overview.jobs(Filter(dags, model="claude-sonnet-5"), limit=25),
         "history, nothing fits": lambda: overview.jobs(Filter(dags, state="gone"), limit=25),
         "one job": lambda: (overview.job(some), overview.failed_rows(some)),
+        "keys of one reason": lambda: overview.keys_like(some, "[0]"),
         "spent by day": lambda: books.spent("day", since=month, dag_ids=dags),
         "spent by DAG, all time": lambda: books.spent("dag", dag_ids=dags),
         "spent by model": lambda: books.spent("model", since=month, dag_ids=dags),
         "budgets": lambda: books.budgets(dags),
-        "latency of a month": lambda: books.latencies(days=30, dag_ids=dags),
+        "latency of a month": lambda: books.latencies(since=month, dag_ids=dags),
     }
 
 

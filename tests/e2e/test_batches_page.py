@@ -6,6 +6,7 @@ import importlib.util
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,9 @@ def test_history_leads_to_a_job_with_its_failed_rows(office: Office) -> None:
         failed = page.get_by_label("Failures").get_by_role("row").nth(1)
         failed.wait_for(timeout=WAIT_MS)
         assert "errored" in failed.inner_text() and "[28]" in failed.inner_text()
+        failed.get_by_role("button", name="more").click()
+        failed.get_by_text("[144]", exact=True).wait_for(timeout=WAIT_MS)
+        assert failed.get_by_role("button").count() == 0
         assert page.get_by_text("landed", exact=True).count() >= 1
         page.go_back()
         page.get_by_label("failed rows only").wait_for(timeout=WAIT_MS)
@@ -129,7 +133,36 @@ def test_spending_adds_up_by_dag_and_shows_the_budget(office: Office) -> None:
         page.get_by_label("Summed up by").select_option("dag")
         page.get_by_label("Spending").get_by_role("row").filter(has_text=DAGS[0]).wait_for(timeout=WAIT_MS)
         page.get_by_text("spent $").first.wait_for(timeout=WAIT_MS)
-        assert "$40.00 a month" in page.locator(".bk-budget").inner_text()
+        assert "$40.00 a month" in page.locator(".bk-budget").inner_text() and "% used" in page.locator(".bk-budget").inner_text()
+
+
+def test_what_a_month_cost_is_one_choice_away(office: Office) -> None:
+    """The months before are named; one in which nothing landed says so."""
+    began = datetime.now(UTC).replace(day=1)
+    this, before = (f"{at:%B %Y}" for at in (began, began - timedelta(days=200)))
+    with office.open() as page:
+        page.goto(f"{office.airflow.url}/plugin/batches#view=spend")
+        page.get_by_label("Over").select_option(label=before)
+        page.get_by_text("Nothing has landed in this time.").wait_for(timeout=WAIT_MS)
+        page.get_by_label("Over").select_option(label=this)
+        page.get_by_text(f"batches created from {began:%Y-%m}-01 to").wait_for(timeout=WAIT_MS)
+
+
+def test_a_job_that_has_ended_and_does_not_land_needs_a_look(office: Office) -> None:
+    """Half an hour after its end, in the list and at the job; no button cancels what has ended."""
+    run(office.shelf, office.sim, "manual__left", 5, seconds=0)
+    with office.open() as page:
+        page.goto(f"{office.airflow.url}/plugin/batches")
+        line = page.get_by_role("row").filter(has_text="manual__left")
+        line.get_by_text("ended", exact=True).wait_for(timeout=WAIT_MS)
+        assert page.get_by_text("has not landed").count() == 0
+        page.clock.set_fixed_time(datetime.now(UTC) + timedelta(hours=2))
+        page.get_by_text("Everything ended 2 h 0 min ago and has not landed.").or_(
+            page.get_by_text("Everything ended 1 h 59 min ago and has not landed.")
+        ).first.wait_for(timeout=WAIT_MS)
+        line.get_by_role("button").click()
+        page.get_by_text("This job needs a look.").wait_for(timeout=WAIT_MS)
+        assert page.get_by_role("button", name="Cancel …").count() == 0
 
 
 def test_the_tab_of_a_dag_shows_its_own_jobs_only(office: Office) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -24,8 +25,8 @@ def command(what: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def airflow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
-    """A client of the Airflow that ``make airflow`` starts after ``make demo``."""
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[str, str]]]:
+    """The folder and the environment of a ``make airflow`` that runs after ``make demo``; what it prints is in ``stdout``."""
     folder = tmp_path_factory.mktemp("demo")
     env = {name: value for name, value in os.environ.items() if not name.startswith(("AIRFLOW_", "ANTHROPIC_"))}
     env |= {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
@@ -35,17 +36,33 @@ def airflow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
         process = subprocess.Popen(command("airflow"), cwd=folder, env=env, stdout=file, stderr=file, start_new_session=True)
     try:
         deadline = time.monotonic() + 240
-        while "Airflow is up: " not in output.read_text():
+        while "The same in another terminal: " not in output.read_text():
             assert process.poll() is None, output.read_text()
             assert time.monotonic() < deadline, output.read_text()
             time.sleep(1)
-        url = output.read_text().partition("Airflow is up: ")[2].partition("/dags/")[0]
-        token = httpx.get(f"{url}/auth/token").json()["access_token"]
-        with httpx.Client(base_url=f"{url}/api/v2", headers={"Authorization": f"Bearer {token}"}, timeout=60) as client:
-            yield client
+        yield folder, env
     finally:
         process.terminate()
         process.wait(60)
+
+
+@pytest.fixture(scope="module")
+def airflow(demo: tuple[Path, dict[str, str]]) -> Iterator[httpx.Client]:
+    """A client of the demo's Airflow."""
+    url = (demo[0] / "stdout").read_text().partition("Airflow is up: ")[2].partition("/dags/")[0]
+    token = httpx.get(f"{url}/auth/token").json()["access_token"]
+    with httpx.Client(base_url=f"{url}/api/v2", headers={"Authorization": f"Bearer {token}"}, timeout=60) as client:
+        yield client
+
+
+def test_the_commands_see_the_demo_from_another_terminal(demo: tuple[Path, dict[str, str]]) -> None:
+    """What is printed can be typed as it stands; the ledger need not be named."""
+    folder, env = demo
+    typed = (folder / "stdout").read_text().partition("The same in another terminal: ")[2].partition("\n")[0].strip()
+    assert typed.endswith(" batches --open")
+    everything = typed.removesuffix(" batches --open") + " batches --output json"
+    said = subprocess.run(["bash", "-c", everything], cwd=folder, env=env, check=True, capture_output=True, text=True, timeout=120)
+    assert ROWS in [one["requests"] for one in json.loads(said.stdout)]
 
 
 def runs(airflow: httpx.Client) -> dict[str, dict[str, Any]]:

@@ -87,7 +87,9 @@ def test_what_is_in_flight_shows_its_age_its_progress_and_the_time_left(warehous
     for state, ids in (("open", [batch_id]), ("submitted", [batch_id]), ("doubt", [])):
         assert [one["batch"] for one in read(capsys, "batches", "--state", state)] == ids
     sim.end(batch_id)
-    assert [(one["api_status"], one["done"]) for one in read(capsys, "batches", "--open")] == [("ended", 5)]
+    (line,) = read(capsys, "batches", "--open")
+    # how long it has waited for somebody to land it
+    assert (line["api_status"], line["done"]) == ("ended", 5) and 0 <= line["ended_ago"] < 60
     warehouse.fetch([batch_id], run_id="running")
     assert "Nothing is in flight." in run(capsys, "batches", "--open")
 
@@ -144,6 +146,16 @@ def test_failed_says_why_with_keys_and_what_helps(warehouse: Warehouse, sim: Sim
     helps = "worth asking again: by a further round (max_rounds of RunBatchOperator), or by a submit with only_failed_of"
     assert (second["rows"], second["status"], second["what_helps"]) == (1, "expired", helps)
     assert [one["key"] for one in read(capsys, "failed", job, "--rows", "--limit", "2")] == ["[10]", "[11]"]
+    for which, keys in (
+        (["--status", "expired"], ["[20]"]),
+        (["--error-type", "invalid_request_error"], ["[10]", "[11]", "[12]", "[13]"]),
+        (["--status", "expired", "--error-type", "invalid_request_error"], []),
+    ):
+        assert [one["key"] for one in read(capsys, "failed", job, "--rows", *which)] == keys
+    assert main(["failed", job, "--rows", "--limit", "2", "--conn-id", "warehouse"]) == 0
+    assert "There are more" in capsys.readouterr().err
+    assert main(["failed", job, "--status", "expired", "--conn-id", "warehouse"]) == 1
+    assert "give --rows" in capsys.readouterr().err
     assert main(["failed", "nojob", "--conn-id", "warehouse"]) == 1
     assert "has no job nojob" in capsys.readouterr().err
 

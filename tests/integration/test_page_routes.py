@@ -8,12 +8,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import pytest
+import sqlalchemy as sa
 from airflow.api_fastapi.auth.managers.models.resource_details import DagAccessEntity
 from airflow.api_fastapi.auth.managers.simple.simple_auth_manager import SimpleAuthManager
 from airflow.api_fastapi.auth.managers.simple.user import SimpleAuthManagerUser
@@ -22,6 +24,7 @@ from fastapi.testclient import TestClient
 
 from airflow_provider_batchkit.cost.budget import Budget
 from airflow_provider_batchkit.jobs.caps import Limits
+from airflow_provider_batchkit.ledger.tables import batch
 from airflow_provider_batchkit.simulator import Simulator, SimulatorSettings
 from airflow_provider_batchkit.ui.access import CANCEL_EVENT
 from airflow_provider_batchkit.ui.app import create_app
@@ -34,11 +37,13 @@ RIGHTS = {
     "admin": {"dag": {"GET", "PUT"}, "other": {"GET", "PUT"}},
     "viewer": {"dag": {"GET"}},
     "stranger": {"other": {"GET", "PUT"}},
-    "blind": {"dag": {"GET", "PUT"}},
+    "blind": {"dag": {"GET"}},
 }
 #: who may see DAGs and no task instance
 WITHOUT_TASKS = {"blind"}
 HEADERS = {"X-BatchKit": "page"}
+#: what any of the routes must be given
+PARAMS = {"ledger": "warehouse", "like": "[7]"}
 
 
 class PerDag(SimpleAuthManager):
@@ -134,7 +139,7 @@ def test_every_route_demands_a_login(warehouse: Warehouse, sim: Simulator, auth:
     forged.cookies.set("_token", "eyJhbGciOiJub25lIn0.eyJzdWIiOiJhZG1pbiJ9.")
     for method, path in addresses(job_id, batch_id):
         for who, statuses in ((anonymous, {401}), (forged, {401, 403})):
-            answer = who.request(method, path, params={"ledger": "warehouse"}, headers=HEADERS)
+            answer = who.request(method, path, params=PARAMS, headers=HEADERS)
             assert answer.status_code in statuses, (method, path, answer.text)
             assert "job" not in answer.text and batch_id not in answer.text
     assert warehouse.kit.get(batch_id).processing_status == "in_progress"
@@ -147,7 +152,7 @@ def test_who_may_see_nothing_of_a_dag_finds_nothing_of_it_on_any_route(warehouse
     (batch_id,) = warehouse.submit(products(), run_id="running").batch_ids
     stranger = client(auth, "stranger")
     for method, path in addresses(job_id, batch_id):
-        answer = stranger.request(method, path, params={"ledger": "warehouse"}, headers=HEADERS)
+        answer = stranger.request(method, path, params=PARAMS, headers=HEADERS)
         assert answer.status_code == (403 if "/dags/" in path else 200), (method, path, answer.text)
         if "/api/" in path:
             for word in ('"dag"', job_id, batch_id, "running", "[7]", "catalog", "claude"):
@@ -166,7 +171,7 @@ def test_who_may_see_a_dag_without_its_task_instances_finds_no_job(warehouse: Wa
     (batch_id,) = warehouse.submit(products(), run_id="running").batch_ids
     blind = client(auth, "blind")
     for method, path in addresses(job_id, batch_id):
-        answer = blind.request(method, path, params={"ledger": "warehouse"}, headers={})
+        answer = blind.request(method, path, params=PARAMS, headers=HEADERS)
         assert answer.status_code == (403 if "/dags/" in path else 200), (method, path, answer.text)
         if "/api/" in path:
             for word in ('"dag"', job_id, batch_id, "running", "[7]", "catalog", "claude"):
@@ -206,12 +211,12 @@ def test_odd_values_find_nothing_and_harm_nobody(warehouse: Warehouse, sim: Simu
         for name in re.findall(r"{(\w+)}", route.path):
             for odd in ODD:
                 path = route.path.format(**{**values, name: quote(odd, safe="")})
-                answer = admin.request(method, path, params={"ledger": "warehouse"}, headers=HEADERS)
+                answer = admin.request(method, path, params=PARAMS, headers=HEADERS)
                 assert answer.status_code in (403, 404, 422), (path, answer.text)
                 asked += 1
         for name in (one.alias for one in route.dependant.query_params):
             for odd in ODD:
-                answer = admin.request(method, route.path.format(**values), params={"ledger": "warehouse", name: odd}, headers=HEADERS)
+                answer = admin.request(method, route.path.format(**values), params={**PARAMS, name: odd}, headers=HEADERS)
                 # a right answer to a question that nothing fits, and of a batch that has been canceled before
                 assert answer.status_code in (200, 404, 409, 422), (route.path, name, odd, answer.text)
                 assert not re.search("Traceback|SELECT|sqlalche.me|psycopg", answer.text), (route.path, answer.text)
@@ -228,7 +233,7 @@ def test_who_may_see_a_dag_sees_its_jobs_and_may_not_cancel(warehouse: Warehouse
     (batch_id,) = warehouse.submit(products(), run_id="running").batch_ids
     viewer = client(auth, "viewer")
     for method, path in addresses(job_id, batch_id):
-        answer = viewer.request(method, path, params={"ledger": "warehouse"}, headers=HEADERS)
+        answer = viewer.request(method, path, params=PARAMS, headers=HEADERS)
         assert answer.status_code == (403 if method == "POST" else 200), (method, path, answer.text)
         assert answer.headers["cache-control"] == "no-store"
         assert answer.headers["x-content-type-options"] == "nosniff"
@@ -247,7 +252,7 @@ def test_what_is_in_flight_and_how_far(warehouse: Warehouse, sim: Simulator, aut
     assert (one["run_id"], one["state"], one["open_requests"], one["ledger"]) == ("running", "submitted", 6, "warehouse")
     assert (one["models"], one["models_of_this_job"]) == (["claude-haiku-5-5"], False)
     # two of three requests were billed at $0.0000035
-    assert (one["expected_usd"], [batch["batch_id"] for batch in one["open"]]) == ("0.000014", [batch_id])
+    assert (one["expected_usd"], [its["batch_id"] for its in one["open"]]) == ("0.000014", [batch_id])
     assert Decimal(one["open_bound_usd"]) >= Decimal(one["expected_usd"])
     before = calls(sim)
     for _ in range(3):
@@ -296,9 +301,9 @@ def test_one_job_has_its_timeline_its_bill_and_why_rows_failed(warehouse: Wareho
     warehouse.fetch(warehouse.submit(rows, output_schema=schema, run_id="typed").batch_ids, run_id="typed")
     admin, path = client(auth, "admin"), f"/api/dags/dag/jobs/{warehouse.job('typed').job_id}"
     one = admin.get(path, params={"ledger": "warehouse"}).json()
-    (batch,) = one["batch_list"]
-    assert batch["intended_at"] <= batch["submitted_at"] <= batch["landed_at"] and batch["created_at"] <= batch["ended_at"]
-    assert batch["counts"]["errored"] == 1 and batch["console_url"].endswith(batch["batch_id"])
+    (shown,) = one["batch_list"]
+    assert shown["intended_at"] <= shown["submitted_at"] <= shown["landed_at"] and shown["created_at"] <= shown["ended_at"]
+    assert shown["counts"]["errored"] == 1 and shown["console_url"].endswith(shown["batch_id"])
     assert one["bills"]["claude-haiku-5-5"]["input_tokens"] == 1000 and one["tables"] == [{"table": one["tables"][0]["table"], "rows": 1}]
     by_status = {row["status"]: row for row in one["failures"]}
     assert by_status["errored"]["keys"] == ["[7]"] and by_status["errored"]["message"]
@@ -306,6 +311,71 @@ def test_one_job_has_its_timeline_its_bill_and_why_rows_failed(warehouse: Wareho
     monkeypatch.setenv("AIRFLOW__BATCHKIT__SHOW_CONTENT", "True")
     one = admin.get(path, params={"ledger": "warehouse"}).json()
     assert all(row["message"] and not row["message_hidden"] for row in one["failures"])
+
+
+def test_all_keys_of_a_reason_come_a_page_at_a_time(warehouse: Warehouse, auth: PerDag, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that failed as the named row did, and no others; a key that did not fail has none."""
+    from airflow_provider_batchkit.ui import app
+
+    marks = {0: "errored", 1: "overloaded", 2: "refusal"}
+    rows = [{"id": i, "name": f"{i} [[sim:{marks[i % 4]}]]" if i % 4 in marks else f"{i}"} for i in range(20, 44)]
+    warehouse.fetch(warehouse.submit(rows, run_id="typed").batch_ids, run_id="typed")
+    admin, path = client(auth, "admin"), f"/api/dags/dag/jobs/{warehouse.job('typed').job_id}"
+    reasons = admin.get(path, params={"ledger": "warehouse"}).json()["failures"]
+    assert [one["rows"] for one in reasons] == [6, 6, 6]
+    monkeypatch.setattr(app, "_KEYS", 4)
+    for reason in reasons:
+        asked = {"ledger": "warehouse", "like": reason["keys"][0]}
+        first = admin.get(f"{path}/failed", params=asked).json()
+        second = admin.get(f"{path}/failed", params={**asked, "after": first["next"]}).json()
+        kind = int(reason["keys"][0].strip("[]")) % 4
+        assert first["keys"] + second["keys"] == [f"[{i}]" for i in range(20, 44) if i % 4 == kind]
+        assert (len(first["keys"]), second["next"]) == (4, None)
+    assert admin.get(f"{path}/failed", params={"ledger": "warehouse", "like": "[23]"}).json()["keys"] == []
+    elsewhere = client(auth, "stranger").get(f"{path.replace('/dag/', '/other/')}/failed", params={"ledger": "warehouse", "like": "[20]"})
+    assert elsewhere.status_code == 404
+
+
+def test_of_many_jobs_in_flight_the_oldest_are_shown(
+    warehouse: Warehouse, sim: Simulator, auth: PerDag, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are those that may be stuck; the answer says that there are more, and how far those that it shows are."""
+    from airflow_provider_batchkit.ui import app
+
+    sim.set(clock="manual")
+    ids = [warehouse.submit(products(), run_id=f"run-{number}").batch_ids[0] for number in range(4)]
+    admin = client(auth, "admin")
+    whole = admin.get("/api/in-flight").json()
+    assert ([one["run_id"] for one in whole["jobs"]], whole["more"]) == (["run-0", "run-1", "run-2", "run-3"], False)
+    monkeypatch.setattr(app, "_IN_FLIGHT", 2)
+    part = admin.get("/api/in-flight").json()
+    assert ([one["run_id"] for one in part["jobs"]], part["more"]) == (["run-0", "run-1"], True)
+    assert set(ids[:2]) <= admin.get("/api/progress").json()["batches"].keys()
+
+
+def test_spend_of_a_month_has_its_batches_only(warehouse: Warehouse, auth: PerDag) -> None:
+    """From its first moment to its last one, in UTC; so has the latency."""
+    times = {
+        "oct-first": "2026-10-01T00:00:00",
+        "oct-last": "2026-10-31T23:59:59",
+        "sep": "2026-09-30T23:59:59",
+        "nov": "2026-11-01T00:00:00",
+    }
+    for run_id, at in times.items():
+        job_id = landed(warehouse, run_id=run_id)
+        began = datetime.fromisoformat(at).replace(tzinfo=UTC)
+        with warehouse.engine.begin() as connection:
+            values = {"created_at": began, "ended_at": began + timedelta(minutes=9)}
+            connection.execute(sa.update(batch).where(batch.c.job_id == job_id).values(**values))
+    admin = client(auth, "admin")
+    found = admin.get("/api/spend", params={"ledger": "warehouse", "month": "2026-10"}).json()
+    assert [(one["name"], one["batch_cost_usd"]) for one in found["spent"]] == [("2026-10-01", "0.00015"), ("2026-10-31", "0.00015")]
+    assert (found["since"], found["until"]) == ("2026-10-01", "2026-10-31")
+    assert sorted(one["day"] for one in found["latency"]) == ["2026-10-01", "2026-10-31"]
+    (dag,) = admin.get("/api/spend", params={"ledger": "warehouse", "month": "2026-10", "by": "dag"}).json()["spent"]
+    assert (dag["name"], dag["batch_cost_usd"]) == ("dag", "0.0003")
+    for wrong in ("2026-13", "2026-1", "0000-01", "9999-12", "x"):
+        assert admin.get("/api/spend", params={"ledger": "warehouse", "month": wrong}).status_code == 422, wrong
 
 
 def test_spend_adds_up_and_shows_budgets_and_latency(warehouse: Warehouse, auth: PerDag) -> None:
