@@ -10,7 +10,7 @@ from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 from airflow_provider_batchkit.commands.ledgers import open_ledger, reason_of
-from airflow_provider_batchkit.commands.output import plain_values, show, show_document
+from airflow_provider_batchkit.commands.output import plain_values, show, show_document, text_of
 from airflow_provider_batchkit.exceptions import BatchInputError
 
 if TYPE_CHECKING:
@@ -171,7 +171,7 @@ def spend(given: argparse.Namespace) -> int:
     with open_ledger(given.conn_id) as ledger:
         books = Spending(ledger.engine)
         spent = books.spent(given.by, since=since, until=given.until, dag_ids=None if given.dag_id is None else [given.dag_id])
-        budgets = books.budgets()
+        budgets = [(one, books.told_alerts(one)) for one in books.budgets()]
     rows: list[dict[str, Any]] = [
         {
             given.by: one.name,
@@ -186,7 +186,7 @@ def spend(given: argparse.Namespace) -> int:
         }
         for one in spent
     ]
-    caps = [
+    caps: list[dict[str, Any]] = [
         {
             "budget": one.name,
             "window": one.window,
@@ -199,8 +199,9 @@ def spend(given: argparse.Namespace) -> int:
             "reserved_tokens": one.reserved_tokens,
             "left_tokens": one.remaining_tokens,
             "ends_at": one.ends_at,
+            "alerts": {alert.percent: alert.told_at for alert in alerts},
         }
-        for one in budgets
+        for one, alerts in budgets
     ]
     if given.output in ("json", "yaml"):
         show_document({"spend": [plain_values(row) for row in rows], "budgets": [plain_values(row) for row in caps]}, given.output)
@@ -210,7 +211,8 @@ def spend(given: argparse.Namespace) -> int:
     show(rows, given.output, empty=f"No batch that was created since {since:%Y-%m-%d} has landed.")
     if caps:
         print()
-        show(caps, given.output, empty="")
+        told = [[f"{alert.percent} at {text_of(alert.told_at)}" for alert in alerts] for _, alerts in budgets]
+        show([{**row, "alerts": alerts} for row, alerts in zip(caps, told, strict=True)], given.output, empty="")
     return 0
 
 

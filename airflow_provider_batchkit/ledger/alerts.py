@@ -124,6 +124,11 @@ def _window(budget: str, window: str, start: datetime | None) -> dict[str, Any]:
     return {"budget": budget, "window": window, "window_start": start or _EPOCH}
 
 
+def marks_of(budget: str, window: str, start: datetime | None) -> list[sa.ColumnElement[bool]]:
+    """What holds for the marks of a budget in one window."""
+    return [alert.c[name] == value for name, value in _window(budget, window, start).items()]
+
+
 def _claim(connection: Connection, key: dict[str, Any], thresholds: list[int], now: datetime) -> list[int]:
     """Those of the thresholds that nobody has told or tells now."""
     here = [alert.c[name] == value for name, value in key.items()]
@@ -138,10 +143,8 @@ def _claim(connection: Connection, key: dict[str, Any], thresholds: list[int], n
 
 def _of(claim: AlertClaim) -> list[sa.ColumnElement[bool]]:
     """The marks of a claim, unless another task has taken it for dead and claimed them anew."""
-    key = _window(claim.status.name, claim.status.window, claim.starts_at)
-    mine = [alert.c[name] == value for name, value in key.items()]
     return [
-        *mine,
+        *marks_of(claim.status.name, claim.status.window, claim.starts_at),
         alert.c.notifier == claim.notifier,
         alert.c.threshold.in_(claim.thresholds),
         alert.c.claimed_at == claim.claimed_at,

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from datetime import date, datetime
+from datetime import UTC, date, datetime
 from decimal import Decimal
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Engine
 
-from airflow_provider_batchkit.cost.budget import BudgetStatus
+from airflow_provider_batchkit.cost.budget import SHARE_UNIT, BudgetStatus, window_of
+from airflow_provider_batchkit.ledger.alerts import marks_of
 from airflow_provider_batchkit.ledger.budgets import Budgets
 from airflow_provider_batchkit.ledger.overview import usd
 from airflow_provider_batchkit.ledger.rollup import DIALECTS, latency, utc_day
-from airflow_provider_batchkit.ledger.tables import batch, bill, job
+from airflow_provider_batchkit.ledger.tables import alert, batch, bill, job
 from airflow_provider_batchkit.ledger.tables import budget as budget_table
 
 #: what spending is summed up by
@@ -54,6 +55,21 @@ class Latency:
     p50_s: float
     p95_s: float
     max_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class ToldAlert:
+    """A share of a budget's cap that was reached, and told."""
+
+    #: of the cap, above 0 and at most 1
+    share: Decimal
+    #: when the first notifier had taken it
+    told_at: datetime
+
+    @property
+    def percent(self) -> str:
+        """The share for people."""
+        return f"{(self.share * 100).normalize():f}%"
 
 
 class Spending(Budgets):
@@ -127,6 +143,21 @@ class Spending(Budgets):
         with self.engine.connect() as connection:
             found = connection.execute(names.order_by(budget_table.c.name)).scalars().all()
         return [status for name in found if (status := self.budget_status(name)) is not None]
+
+    def told_alerts(self, status: BudgetStatus, *, at: datetime | None = None) -> list[ToldAlert]:
+        """The alerts of a budget that were told in the window that holds ``at`` (now), the lowest share first."""
+        if not sa.inspect(self.engine).has_table(alert.name):
+            return []
+        start = window_of(status.window, at or datetime.now(UTC))[0]
+        told = sa.func.min(alert.c.told_at, type_=alert.c.told_at.type).label("told_at")
+        statement = (
+            sa.select(alert.c.threshold, told)
+            .where(*marks_of(status.name, status.window, start), alert.c.told_at.is_not(None))
+            .group_by(alert.c.threshold)
+            .order_by(alert.c.threshold)
+        )
+        with self.engine.connect() as connection:
+            return [ToldAlert(Decimal(row.threshold) / SHARE_UNIT, row.told_at) for row in connection.execute(statement)]
 
     def latencies(self, *, since: datetime, until: datetime | None = None, dag_ids: Collection[str] | None = None) -> list[Latency]:
         """How long batches took that were created on whole days (UTC) of a span; nothing on databases without the roll-up's views."""

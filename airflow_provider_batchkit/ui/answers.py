@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import date, datetime, timedelta
 from decimal import Decimal
@@ -12,7 +12,7 @@ from typing import Any
 from airflow_provider_batchkit.cost.budget import BudgetStatus
 from airflow_provider_batchkit.ledger.overview import BatchView, JobDetail, JobView, Usual
 from airflow_provider_batchkit.ledger.reasons import FailedRows
-from airflow_provider_batchkit.ledger.spending import Latency, Spent
+from airflow_provider_batchkit.ledger.spending import Latency, Spent, ToldAlert
 from airflow_provider_batchkit.links import console_url
 from airflow_provider_batchkit.model import COST_QUANTUM, BatchSnapshot, RequestStatus, format_usd_exact
 
@@ -117,9 +117,11 @@ def spent_json(one: Spent) -> dict[str, Any]:
     return values
 
 
-def budget_json(one: BudgetStatus) -> dict[str, Any]:
-    """A budget in its present window."""
-    values: dict[str, Any] = plain({**asdict(one), "remaining_usd": one.remaining_usd, "remaining_tokens": one.remaining_tokens})
+def budget_json(one: BudgetStatus, alerts: Sequence[ToldAlert] = ()) -> dict[str, Any]:
+    """A budget in its present window, with its alerts that were told in it."""
+    told = [{"percent": alert.percent, "told_at": alert.told_at} for alert in alerts]
+    rest = {"remaining_usd": one.remaining_usd, "remaining_tokens": one.remaining_tokens, "alerts": told}
+    values: dict[str, Any] = plain({**asdict(one), **rest})
     return values
 
 

@@ -282,7 +282,7 @@ class _Page:
             books = Spending(engine)
             return {
                 "spent": [answers.spent_json(one) for one in books.spent(by, since=since, until=until, dag_ids=dag_ids, model=model)],
-                "budgets": [answers.budget_json(one) for one in books.budgets(dag_ids)],
+                "budgets": [answers.budget_json(one, books.told_alerts(one)) for one in books.budgets(dag_ids)],
                 "latency": [answers.latency_json(one) for one in books.latencies(since=since, until=until, dag_ids=dag_ids)],
                 "since": since.date().isoformat(),
                 "until": None if until is None else (until - timedelta(days=1)).date().isoformat(),

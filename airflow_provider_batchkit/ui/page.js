@@ -635,6 +635,7 @@
       h("div", { className: "bk-budget-head" }, h("span", null, h("b", null, one.name), " ", h("span", { className: close ? "bk-late" : "bk-hint" }, `${share} % used${close ? ", close to its cap" : ""}`)), h("span", { className: "bk-hint" }, `${text(usd ? one.cap_usd : one.cap_tokens)} ${one.window === "ever" ? "for good" : `a ${one.window}`}`)),
       h("span", { className: "bk-bar bk-thick", role: "img", "aria-label": `${share} % of the budget is spent or reserved` }, h("span", { className: `bk-fill ${close ? "bk-hot" : ""}`, style: { width: `${percent(spent, cap)}%` } }), h("span", { className: "bk-fill bk-reserved", style: { width: `${Math.min(percent(reserved, cap), 100 - percent(spent, cap))}%` } })),
       h("div", { className: "bk-hint" }, `spent ${text(spent)}, reserved ${text(reserved)}, left ${text(usd ? one.remaining_usd : one.remaining_tokens)}`, one.ends_at ? `; ends ${time(one.ends_at)}` : ""),
+      one.alerts.length ? h("div", { className: "bk-hint" }, `Alerts: ${one.alerts.map((alert) => `${alert.percent} at ${time(alert.told_at)}`).join(", ")}`) : null,
     );
   }
 

@@ -160,6 +160,20 @@ def test_failed_says_why_with_keys_and_what_helps(warehouse: Warehouse, sim: Sim
     assert "has no job nojob" in capsys.readouterr().err
 
 
+def test_spend_says_which_alerts_of_a_budget_were_told_and_when(warehouse: Warehouse, capsys: Out) -> None:
+    """Those of the present window; a claim that nobody has taken is none."""
+    budget = Budget("catalog", Decimal("0.01"), alert_at=["0.001", "0.002", 1], notifiers=[print, print])
+    warehouse.submit(products(), limits=Limits(budget=budget))
+    first, _ = warehouse.ledger.claim_alerts(budget)
+    assert read(capsys, "spend")["budgets"][0]["alerts"] == {}
+    warehouse.ledger.alert_told(first)
+    (cap,) = read(capsys, "spend")["budgets"]
+    assert list(cap["alerts"]) == ["0.1%", "0.2%"]
+    when = datetime.fromisoformat(cap["alerts"]["0.1%"])
+    assert abs(datetime.now(UTC) - when) < timedelta(minutes=5)
+    assert f"0.1% at {when:%Y-%m-%d %H:%M}" in " ".join(run(capsys, "spend", "--output", "plain").split())
+
+
 @pytest.mark.parametrize(("by", "names"), [("dag", ["dag"]), ("model", ["claude-opus-4-8", "claude-haiku-5-5"]), ("day", None)])
 def test_spend_adds_up_by_day_dag_and_model_with_the_budgets(
     warehouse: Warehouse, sim: Simulator, capsys: Out, by: str, names: list[str] | None

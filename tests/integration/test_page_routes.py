@@ -380,12 +380,19 @@ def test_spend_of_a_month_has_its_batches_only(warehouse: Warehouse, auth: PerDa
 
 def test_spend_adds_up_and_shows_budgets_and_latency(warehouse: Warehouse, auth: PerDag) -> None:
     """By day, DAG and model the same whole."""
-    landed(warehouse, limits=Limits(budget=Budget("catalog", Decimal(5))))
+    budget = Budget("catalog", Decimal(5), alert_at=["0.0001"], notifiers=[print])
+    landed(warehouse, limits=Limits(budget=budget))
+    with warehouse.engine.begin() as connection:
+        connection.exec_driver_sql("UPDATE batchkit_batch SET batch_cost_picousd = 1500000000")
+    (claim,) = warehouse.ledger.claim_alerts(budget)
+    warehouse.ledger.alert_told(claim)
     admin = client(auth, "admin")
     for by in ("day", "dag", "model"):
         found = admin.get("/api/spend", params={"ledger": "warehouse", "by": by}).json()
         assert [one["batch_cost_usd"] for one in found["spent"]] == ["0.00015"]
-    assert [(one["name"], one["cap_usd"], one["spent_usd"]) for one in found["budgets"]] == [("catalog", "5.00", "0.00015")]
+    assert [(one["name"], one["cap_usd"], one["spent_usd"]) for one in found["budgets"]] == [("catalog", "5.00", "0.0015")]
+    ((alert,),) = (one["alerts"] for one in found["budgets"])
+    assert alert["percent"] == "0.01%" and datetime.fromisoformat(alert["told_at"]).tzinfo is not None
     assert [(one["dag_id"], one["batches"]) for one in found["latency"]] == [("dag", 1)]
 
 
