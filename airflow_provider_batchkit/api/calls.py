@@ -7,6 +7,7 @@ cut makes another batch that is billed. Refusals that prove that nothing was acc
 from __future__ import annotations
 
 import logging
+import math
 import random
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
@@ -21,6 +22,7 @@ from airflow_provider_batchkit.api.refusals import advice, api_message, refuses_
 from airflow_provider_batchkit.api.wire import (
     BATCHES,
     COUNT_TOKENS,
+    ApiClock,
     Page,
     batch_of,
     batch_path,
@@ -70,6 +72,8 @@ _MOVED = frozenset({301, 307, 308})
 _JITTER = 0.25
 #: Shares of a POST's total time: for handing the body over, for its last bytes, and for the answer.
 _BODY_SHARE, _LAST_SHARE, _ANSWER_SHARE = 0.5, 0.1, 0.4
+#: seconds: no header holds a task for longer
+_LONGEST_PAUSE_S = 86_400.0
 #: seconds before a call is made again whose answer was none; doubled each time
 _AGAIN_S = 0.5
 
@@ -205,14 +209,17 @@ class BatchApi:
         with seeing(f"Batch {batch_id}"):
             return self._ask(self.client.get, batch_path(batch_id), lambda response: batch_of(response, batch_id))
 
-    def recent(self, since: datetime) -> Iterator[BatchSnapshot]:
+    def recent(self, since: datetime, clock: ApiClock | None = None) -> Iterator[BatchSnapshot]:
         """Batches of the workspace created at or after ``since`` (aware), newest first; as many pages as that takes.
 
+        :param clock: learns the API's time. Where it is behind, the list goes back further by as much: ``since`` is by the other clock
         :raises anthropic.APIResponseValidationError: when a page, or a member of one, cannot be read: any batch may be missing
         """
 
         def read(response: httpx2.Response) -> Page:
             page = page_of(response)
+            if clock is not None:
+                clock.note(response)
             if page.odd is not None or (page.batches and page.batches[-1].id == query.get("after_id")):
                 raise no_answer(response, page.odd or "it is the page before it")
             return page
@@ -221,8 +228,9 @@ class BatchApi:
         while True:
             with seeing("The list of batches"):
                 page = self._ask(self.client.get, BATCHES, read, params=query)
+            first = since if clock is None else since - clock.behind
             for batch in page.batches:
-                if utc(batch.created_at) < since:
+                if utc(batch.created_at) < first:
                     return
                 yield batch.snapshot()
             if not page.more or not page.batches:
@@ -383,10 +391,12 @@ def _refuse_late(started: float, seconds: float) -> None:
 
 
 def _retry_after(error: anthropic.APIStatusError) -> float | None:
+    """Seconds that the API asks to wait, a day at most; None when it names no number of them."""
     try:
-        return max(float(error.response.headers.get("retry-after", "")), 0.0)
+        seconds = float(error.response.headers.get("retry-after", ""))
     except ValueError:
         return None
+    return None if math.isnan(seconds) else min(max(seconds, 0.0), _LONGEST_PAUSE_S)
 
 
 def poll_failure(error: anthropic.APIError) -> dict[str, Any]:

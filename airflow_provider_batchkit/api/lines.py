@@ -6,7 +6,7 @@ looked at again. Memory: the lines of one block, a few times over.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -136,7 +136,7 @@ class _Columns:
                 self._note_failure(place)
         messages = self._messages
         usages = [message.usage or _UNTOLD for message in messages]
-        written = [usage.cache_creation or _written(usage) for usage in usages]
+        written = [_written(usage) for usage in usages]
         texts, contents = self._texts()
         details = [message.stop_details for message in messages]
         reasons = [message.stop_reason for message in messages]
@@ -231,6 +231,9 @@ class _Columns:
         untold = self._read.half_told
         if None in block.input_tokens or None in block.output_tokens:
             untold = untold | self._untold(block, usages)
+        in_doubt = [place for place, usage in enumerate(usages) if usage.cache_creation_input_tokens or usage.iterations]
+        if in_doubt:
+            untold = untold | self._half_split(block, usages, in_doubt)
         special = {place for place in untold if block.billed[place]}
         special.update([place for place, usage in enumerate(usages) if usage.iterations])
         if REFUSED in self._error_types:
@@ -252,6 +255,14 @@ class _Columns:
                 self._read.faults.append(OddMember(block.custom_ids[place], f"result.message.usage{member}", problem))
                 column[place] = 0
                 places.add(place)
+        return places
+
+    def _half_split(self, block: ResultBlock, usages: Sequence[decode.WireUsage], among: Iterable[int]) -> set[int]:
+        """The places whose cache writes are more than their split by lifetime tells: nobody knows the price of the rest."""
+        places = {place for place in among if any(map(_has_rest, (usages[place], *(usages[place].iterations or ()))))}
+        for place in places:
+            member = "result.message.usage.cache_creation"
+            self._read.faults.append(OddMember(block.custom_ids[place], member, "tells fewer tokens than the sum beside it"))
         return places
 
     def _is_before_output(self, place: int) -> bool:
@@ -311,6 +322,13 @@ def _written(usage: decode.WireUsage | decode.Iteration) -> decode.CacheCreation
     if usage.cache_creation is not None:
         return usage.cache_creation
     return decode.CacheCreation(usage.cache_creation_input_tokens) if usage.cache_creation_input_tokens else _NOT_CACHED
+
+
+def _has_rest(usage: decode.WireUsage | decode.Iteration) -> bool:
+    """Whether tokens were written to the cache for a lifetime that the split does not name."""
+    split = usage.cache_creation
+    whole = usage.cache_creation_input_tokens
+    return bool(split is not None and whole and whole > split.ephemeral_5m_input_tokens + split.ephemeral_1h_input_tokens)
 
 
 def _iterations(iterations: Sequence[decode.Iteration], model: str | None, own: Usage) -> list[tuple[str | None, Usage]]:

@@ -10,9 +10,10 @@ A proxy may answer 200 with a page of its own. What is not the answer that the A
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
+from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote
 
@@ -65,6 +66,26 @@ def model_path(model: str) -> str:
     if not model.strip("."):
         raise BatchInputError(f"{model!r} is no model.")
     return f"{_MODELS}/{quote(model, safe='')}"
+
+
+class ApiClock:
+    """How far the API's clock is from another one, as the ``date`` of its answers tells. Times of batches are by the API's clock."""
+
+    def __init__(self, now: Callable[[], datetime]) -> None:
+        """:param now: the other clock; aware"""
+        self._now = now
+        #: how far the API's clock was ahead or behind, at most; one of them is zero unless the clocks drift apart
+        self.ahead = self.behind = timedelta(0)
+
+    def note(self, response: httpx2.Response) -> None:
+        """Learn from an answer. One without a date, or with an unreadable one, tells nothing."""
+        try:
+            told = utc(parsedate_to_datetime(response.headers["date"]))
+        except (KeyError, ValueError, OverflowError):
+            return
+        difference = told - self._now()
+        # a date is in whole seconds, cut off
+        self.ahead, self.behind = max(self.ahead, difference), max(self.behind, -difference - timedelta(seconds=1))
 
 
 class _Counts(msgspec.Struct, gc=False):

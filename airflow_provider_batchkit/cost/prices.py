@@ -60,6 +60,9 @@ REFUSALS_BILLED_FROM = datetime(2026, 9, 24, tzinfo=UTC)
 OVERRIDE_TOKEN_FIELDS = {f"{name}_usd_per_mtok": name for name in ("input", "output", "cache_write_5m", "cache_write_1h", "cache_read")}
 OVERRIDE_FIELDS = (*OVERRIDE_TOKEN_FIELDS, "web_search_usd_per_1k", "batch_discount")
 
+#: What may follow a model's name: a date, "latest", and the version of a release. ``claude-2.1`` has another form.
+_NAME_SUFFIX = re.compile(r"([-@](\d{8}|\d{4}-\d\d-\d\d|latest))?(-v\d+(:\d+)?)?$|(?<=^claude-2)\.\d$")
+
 #: Wide enough that a product of a price and its factors is never rounded, whatever the caller's decimal context.
 _EXACT = Context(prec=60)
 
@@ -214,7 +217,7 @@ class PriceBook:
     def _resolve(self, model: str, at: datetime) -> ModelRates | None:
         try:
             _, info = self._load().find_provider_model(model, None, "anthropic", None)
-            published = _published_rates(info, at)
+            published = _published_rates(info, at) if _is_named(info, model) else None
         except LookupError:
             published = None
         override = self._overrides.get(model) or self._overrides.get(re.sub(r"-\d{8}$", "", model))
@@ -242,6 +245,31 @@ def _fetch_live(url: str | None) -> DataSnapshot | None:
         log.warning("Prices could not be updated from %s (%s: %s); using the bundled ones.", url, type(error).__name__, error)
         return None
     return snapshot
+
+
+def _is_named(info: ModelInfo, model: str) -> bool:
+    """Whether ``model`` is a name of the model that the data found for it.
+
+    Much of the data matches by the beginning of a name: ``claude-opus-4-1`` would lend its price to a ``claude-opus-4-10``. Only a date and
+    a version may follow a name.
+    """
+    name = model.lower()
+    clauses = list(_clauses(info.match))
+    if any(re.fullmatch(clause.regex, name) for clause in clauses if hasattr(clause, "regex")):
+        return True
+    spelled = [getattr(clause, kind) for clause in clauses for kind in ("equals", "starts_with") if hasattr(clause, kind)]
+    return _base(name) in {_base(known.rstrip("@").lower()) for known in (info.id, *spelled)}
+
+
+def _base(name: str) -> str:
+    return _NAME_SUFFIX.sub("", name)
+
+
+def _clauses(match: Any) -> Iterator[Any]:
+    """The single clauses of a model's rule."""
+    for clause in getattr(match, "or_", None) or getattr(match, "and_", None) or ():
+        yield from _clauses(clause)
+    yield match
 
 
 def _published_rates(info: ModelInfo, at: datetime) -> ModelRates | None:

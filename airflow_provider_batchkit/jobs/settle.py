@@ -21,6 +21,7 @@ from datetime import datetime, timedelta
 
 from airflow_provider_batchkit.api.polling import ABSENCE_S, ENDED
 from airflow_provider_batchkit.api.results import parse_blocks
+from airflow_provider_batchkit.api.wire import ApiClock
 from airflow_provider_batchkit.exceptions import (
     BatchNotEndedError,
     BatchNotVisibleError,
@@ -139,20 +140,26 @@ class Settler:
 
     def look(self, records: Sequence[BatchRecord]) -> WaitFor | None:
         """One look at the workspace's list for all of ``records``, which are in doubt."""
-        began = self._ledger.now()
+        began, clock = self._ledger.now(), ApiClock(self._ledger.now)
         skew = timedelta(seconds=self._times.skew_s)
         with _uncertain(records):
-            listed = list(self._kit.recent(min(record.intended_at for record in records) - skew))
+            listed = list(self._kit.recent(min(record.intended_at for record in records) - skew, clock))
+        if max(clock.ahead, clock.behind) > skew:
+            log.warning(
+                "The API's clock is %s of the ledger's by %s: batches are looked for at the times of both. Set the clock of the ledger's "
+                "database, or of this machine where the ledger is a file.",
+                *("ahead", clock.ahead) if clock.ahead > clock.behind else ("behind", clock.behind),
+            )
         for batch_id in sorted(self._waited_for - {s.batch_id for s in listed}):
             log.warning("%s, which was waited for, is not in the workspace's list any more: it was deleted, or is hidden for now", batch_id)
         self._waited_for.clear()
-        waits = [self._decide(record, listed, began) for record in records]
+        waits = [self._decide(record, listed, began, clock) for record in records]
         return together(wait for wait in waits if wait is not None)
 
-    def _decide(self, record: BatchRecord, listed: Sequence[BatchSnapshot], began: datetime) -> WaitFor | None:
+    def _decide(self, record: BatchRecord, listed: Sequence[BatchSnapshot], began: datetime, clock: ApiClock) -> WaitFor | None:
         assert record.doubt_at is not None, "a row is settled only after its doubt has begun"
         running, unread, own = [], [], []
-        for candidate in self._candidates(record, listed):
+        for candidate in self._candidates(record, listed, clock):
             if candidate.processing_status != ENDED:
                 running.append(candidate)
                 continue
@@ -171,7 +178,7 @@ class Settler:
         self._ledger.note_unseen(record, None, lease=self._lease)
         waits = [self._until_readable(record, candidate, began) for candidate in unread]
         if running:
-            waits.append(_until_ended(record, running, began))
+            waits.append(_until_ended(record, running, began, clock.behind))
         return together(waits)
 
     @staticmethod
@@ -191,13 +198,14 @@ class Settler:
                 other.batch_id, record,
             )  # fmt: skip
 
-    def _candidates(self, record: BatchRecord, listed: Sequence[BatchSnapshot]) -> Iterator[BatchSnapshot]:
+    def _candidates(self, record: BatchRecord, listed: Sequence[BatchSnapshot], clock: ApiClock) -> Iterator[BatchSnapshot]:
         """Batches that may be the record's: of its size, created when it may have been, and nobody's yet. A size that the API does not
         tell rules none out.
         """
         assert record.doubt_at is not None
         skew = timedelta(seconds=self._times.skew_s)
-        first, last = record.intended_at - skew, record.doubt_at + timedelta(seconds=self._times.window_s) + skew
+        first = record.intended_at - skew - clock.behind
+        last = record.doubt_at + timedelta(seconds=self._times.window_s) + skew + clock.ahead
         possible = [s for s in listed if (s.counts.total == record.requests or not s.counted) and first <= s.created_at <= last]
         taken = self._ledger.claims([s.batch_id for s in possible])
         for candidate in possible:
@@ -351,10 +359,13 @@ def _pair(record: BatchRecord, candidate: BatchSnapshot) -> tuple[str, int, str]
     return record.job_id, record.shard, candidate.batch_id
 
 
-def _until_ended(record: BatchRecord, running: Sequence[BatchSnapshot], began: datetime) -> WaitFor:
-    """:raises SubmitUncertainError: when a candidate runs on although the API should have ended it"""
+def _until_ended(record: BatchRecord, running: Sequence[BatchSnapshot], began: datetime, behind: timedelta) -> WaitFor:
+    """
+    :param behind: how far the API's clock, by which a batch expires, is behind the ledger's
+    :raises SubmitUncertainError: when a candidate runs on although the API should have ended it
+    """
     names = " or ".join(candidate.batch_id for candidate in running)
-    latest = max((candidate.expires_at or candidate.created_at + _LIFE) for candidate in running) + timedelta(hours=1)
+    latest = max((candidate.expires_at or candidate.created_at + _LIFE) for candidate in running) + timedelta(hours=1) + behind
     if began > latest:
         raise SubmitUncertainError(
             f"{record} may be {names}, which still runs although the API ends every batch within a day of its creation. Nothing was sent. "

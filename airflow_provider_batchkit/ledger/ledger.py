@@ -27,7 +27,7 @@ from airflow_provider_batchkit.ledger.outputs import Outputs
 from airflow_provider_batchkit.ledger.records import BatchRecord, Intent, JobRecord, make_job_id, record_of
 from airflow_provider_batchkit.ledger.rollup import create_views
 from airflow_provider_batchkit.ledger.rounds import Rounds
-from airflow_provider_batchkit.ledger.states import BatchState
+from airflow_provider_batchkit.ledger.states import NEVER_ACCEPTED, BatchState
 from airflow_provider_batchkit.ledger.tables import VERSION, batch, former_id, job, landing, metadata, version
 from airflow_provider_batchkit.model import CostTally
 from airflow_provider_batchkit.request.dedupe import Known
@@ -162,9 +162,11 @@ class Ledger(BatchMoves, Loads, Rounds, Account, budgets.Budgets, Alerts, Histor
         """Note (column, type) of the source's key, which fetch needs for the result table.
 
         :param characters: characters that the keys have → a key that has it
-        :raises BatchInputError: for a character that the database cannot store: the key would land as another one
+        :raises BatchInputError: for a character that the database cannot store: the key would land as another one; and for other columns
+            than those of the rows that the job has asked
         """
         with write_transaction(self.engine) as connection:
+            self._refuse_another_key(connection, job_id, [name for name, _ in columns])
             codec = storage_codec(connection)
             lacking = next((key for character, key in (characters or {}).items() if codec and not can_store(character, codec)), None)
             if lacking is not None:
@@ -173,6 +175,22 @@ class Ledger(BatchMoves, Loads, Rounds, Account, budgets.Budgets, Alerts, Histor
                     "Use a database in UTF8, or another key. Nothing was sent."
                 )
             connection.execute(sa.update(job).where(job.c.job_id == job_id).values(key_columns=json.dumps(columns)))
+
+    @staticmethod
+    def _refuse_another_key(connection: Connection, job_id: str, names: Sequence[str]) -> None:
+        """A job's rows are known by the values of its key alone: under other columns, or in another order, they would be other rows.
+
+        :raises BatchInputError: when the job has asked rows by other columns
+        """
+        text = connection.execute(sa.select(job.c.key_columns).where(job.c.job_id == job_id)).scalar_one()
+        before = [name for name, _ in json.loads(text)]
+        asked = sa.select(batch.c.shard).where(batch.c.job_id == job_id, batch.c.state.not_in(NEVER_ACCEPTED))
+        if before and before != list(names) and connection.execute(asked.limit(1)).first() is not None:
+            raise BatchInputError(
+                f"This task has asked rows in this DAG run by the key ({', '.join(before)}), and its key is now ({', '.join(names)}): the "
+                "answers would land under the wrong rows. Nothing was sent by this attempt. Set the key back and clear the task; another "
+                "key takes a new DAG run. What was asked can be fetched as it is."
+            )
 
     def key_columns(self, job_id: str) -> list[tuple[str, str]]:
         """(column, type) of the source's key."""

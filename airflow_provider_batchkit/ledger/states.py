@@ -29,6 +29,9 @@ class BatchState(str, Enum):
     GONE = "gone"
 
 
+#: states of batches that the API never had: their requests were not asked
+NEVER_ACCEPTED = (BatchState.REJECTED.value, BatchState.VOID.value)
+
 MOVES: dict[BatchState, frozenset[BatchState]] = {
     BatchState.SENDING: frozenset({BatchState.SUBMITTED, BatchState.REJECTED, BatchState.VOID}),
     # to void, and to submitted under another id, only when a person says so

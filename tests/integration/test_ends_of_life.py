@@ -97,9 +97,9 @@ def test_a_batch_that_shows_late_is_still_found(warehouse: Warehouse, sim: Simul
     """The list may lag behind the acceptance: the batch is looked for until settle_seconds are over, and beyond."""
     recent, looks = warehouse.kit.recent, []
 
-    def lagging(since: datetime) -> Iterator[BatchSnapshot]:
+    def lagging(since: datetime, clock: Any = None) -> Iterator[BatchSnapshot]:
         looks.append(since)
-        return iter(()) if len(looks) < 2 else recent(since)
+        return iter(()) if len(looks) < 2 else recent(since, clock)
 
     warehouse.kit.recent = lagging  # type: ignore[method-assign]  # a list that lags
     sim.set(clock="instant")

@@ -10,7 +10,14 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from airflow_provider_batchkit.exceptions import LeaseLostError, LedgerError, SubmitRefusedError, SubmitUncertainError
+from airflow_provider_batchkit.exceptions import (
+    BatchInputError,
+    LeaseLostError,
+    LedgerError,
+    SubmitRefusedError,
+    SubmitThrottledError,
+    SubmitUncertainError,
+)
 from airflow_provider_batchkit.jobs.settle import DEFAULT_TIMES, Settler
 from airflow_provider_batchkit.ledger import BatchState
 from airflow_provider_batchkit.simulator import Simulator, SimulatorProcess, SimulatorSettings, answer_for
@@ -292,3 +299,57 @@ def test_tables_of_another_version_are_refused(warehouse: Warehouse) -> None:
     warehouse.execute("UPDATE batchkit_version SET version = 99")
     with pytest.raises(LedgerError, match="of version 99"):
         warehouse.submit(products(1))
+
+
+# --- what changes between two attempts ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", [("b", "a"), ("a",), ("a", "name"), ("a", "b", "name")])
+def test_another_key_in_a_retry_puts_no_answer_under_another_row(warehouse: Warehouse, sim: Simulator, key: tuple[str, ...]) -> None:
+    """The ledger knows rows by the values of their key alone: with its columns in another order, values would change places."""
+    rows = [{"a": f"x{i}", "b": f"y{i}", "name": f"product {i}"} for i in range(4)]
+    sim.faults.add("status", status=400, after=1)
+    with pytest.raises(SubmitRefusedError):
+        warehouse.submit(rows, key=("a", "b"), max_requests=2)
+    with pytest.raises(BatchInputError, match=r"by the key \(a, b\), and its key is now .*Nothing was sent by this attempt"):
+        warehouse.submit(rows, key=key, max_requests=2)
+    assert sim.stats()["requests_accepted"] == 3
+    warehouse.fetch(warehouse.submit(rows, key=("a", "b"), max_requests=2).batch_ids)
+    found = warehouse.rows("SELECT a, b, response FROM answers ORDER BY a")
+    assert [tuple(row.values()) for row in found] == [(f"x{i}", f"y{i}", answer_for(f"About product {i}")) for i in range(4)]
+
+
+def test_a_key_may_change_while_nothing_was_accepted(warehouse: Warehouse, sim: Simulator) -> None:
+    """A DAG that is mended after the API refused everything goes on with its new key."""
+    rows = [{"a": f"x{i}", "b": f"y{i}", "name": f"product {i}"} for i in range(2)]
+    sim.faults.add("status", status=400)
+    with pytest.raises(SubmitRefusedError):
+        warehouse.submit(rows, key=("a",))
+    warehouse.fetch(warehouse.submit(rows, key=("b",)).batch_ids)
+    assert [row["b"] for row in warehouse.rows("SELECT b FROM answers ORDER BY b")] == ["y0", "y1"]
+
+
+@pytest.mark.parametrize("retry_after", ["nan", "inf", "1e400", "99999999999999", "-5", "soon"])
+def test_a_retry_after_that_is_no_time_to_wait_fails_no_task(warehouse: Warehouse, sim: Simulator, retry_after: str) -> None:
+    """What the header says decides how long to wait, a day at most, and nothing else."""
+    sim.faults.add("status", status=429, headers={"retry-after": retry_after})
+    if retry_after in ("inf", "1e400", "99999999999999"):
+        with pytest.raises(SubmitThrottledError, match="Nothing of this shard was accepted or billed"):
+            warehouse.submit(products(3))
+        assert states(warehouse) == ["rejected"]
+    assert warehouse.submit(products(3)).waits_for is None
+    assert (states(warehouse)[-1], sim.stats()["posts"], sim.stats()["batches_accepted"]) == ("submitted", 3, 2)
+
+
+def test_cache_writes_of_a_lifetime_that_nobody_knows_make_the_cost_unknown(warehouse: Warehouse, sim: Simulator) -> None:
+    """A split that tells less than the sum beside it leaves tokens without a price: they are never billed at nothing."""
+    usage = {"input_tokens": 10, "output_tokens": 5, "cache_creation_input_tokens": 1000}
+    known = {"ephemeral_5m_input_tokens": 400, "ephemeral_1h_input_tokens": 600}
+    splits = [{"ephemeral_24h_input_tokens": 1000}, known | {"ephemeral_1h_input_tokens": 0}, known, None]
+    for line, split in enumerate(splits, start=1):
+        sim.faults.add("set_member", member="result.message.usage", value=usage | {"cache_creation": split}, line=line)
+    report = warehouse.fetch(warehouse.submit(products(4)).batch_ids)
+    costs = warehouse.rows("SELECT cost_usd FROM answers")
+    assert sorted(row["cost_usd"] is None for row in costs) == [False, False, True, True]
+    assert report.tally.batch_cost_usd is None
+    assert len(warehouse.rows("SELECT id FROM answers WHERE status = 'succeeded'")) == 4

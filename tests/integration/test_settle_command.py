@@ -66,7 +66,7 @@ def test_is_gives_the_shard_its_batch_and_says_whether_that_is_proved(
 ) -> None:
     """An ended batch is read first."""
     sim.faults.add("cut_after_accept")
-    warehouse.kit.recent = lambda _: iter(())  # type: ignore[method-assign,assignment]  # a list that never shows it
+    warehouse.kit.recent = lambda *_: iter(())  # type: ignore[method-assign]  # a list that never shows it
     with pytest.raises(SubmitUncertainError):
         warehouse.submit(products(), settle_seconds=SETTLE)
     job, batch_id = warehouse.job().job_id, sim.stats()["batches"][0]["id"]
@@ -128,7 +128,7 @@ def test_a_row_that_changes_while_a_person_reads_is_left_alone(
 ) -> None:
     """The waiting task proves the shard before "yes" is typed: nothing proved is given up or overwritten."""
     sim.faults.add("cut_after_accept")
-    recent, warehouse.kit.recent = warehouse.kit.recent, lambda _: iter(())  # type: ignore[method-assign,assignment]
+    recent, warehouse.kit.recent = warehouse.kit.recent, lambda *_: iter(())  # type: ignore[method-assign]
     with pytest.raises(SubmitUncertainError):
         warehouse.submit(products(), settle_seconds=SETTLE)
     warehouse.kit.recent = recent  # type: ignore[method-assign]

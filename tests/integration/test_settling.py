@@ -177,10 +177,27 @@ def test_foreign_batches_that_come_later_do_not_keep_a_doubt_open(
     assert wait is not None
     sim.set(skew_seconds=2_000)
     (foreign,) = warehouse.kit.submit([f"Foreign {i}" for i in range(3)], model="claude-haiku-5-5", max_tokens=5)
+    sim.set(skew_seconds=0.0)
     times = SettleTimes(settle_s=0.1, absence_s=0.1)
     record = warehouse.ledger.batches(warehouse.job().job_id)[0]
     look = Settler(warehouse.kit, warehouse.ledger, times, lease=1).look([record])
     assert look is None or foreign not in look.batch_ids
+
+
+@pytest.mark.parametrize("skew", [-90_000.0, -7_200.0, 7_200.0, 90_000.0])
+def test_clocks_that_are_hours_apart_buy_nothing_twice(
+    warehouse: Warehouse, sim: Simulator, skew: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A batch's time is by the API's clock, which its answers tell, and the intent is by the ledger's: the batch is found all the same."""
+    sim.set(skew_seconds=skew)
+    batch_id = die_after_the_post(warehouse, sim)
+    wait = warehouse.submit(products(3), settle_seconds=SETTLE).waits_for
+    assert wait is not None
+    assert wait.batch_ids == (batch_id,)
+    sim.end(batch_id)
+    assert warehouse.submit(products(3), settle_seconds=SETTLE).batch_ids == [batch_id]
+    assert sim.stats()["batches_accepted"] == 2
+    assert f"The API's clock is {'ahead' if skew > 0 else 'behind'} of the ledger's" in caplog.text
 
 
 def test_an_ended_candidate_whose_results_cannot_be_read_now_is_waited_for(warehouse: Warehouse, sim: Simulator) -> None:
@@ -288,8 +305,8 @@ def test_only_a_look_that_began_after_the_deadline_can_show_that_nothing_was_acc
     shown = threading.Event()
     recent = warehouse.kit.recent
 
-    def slow(since: datetime) -> Iterator[BatchSnapshot]:
-        found = [] if not shown.is_set() else list(recent(since))
+    def slow(since: datetime, clock: Any = None) -> Iterator[BatchSnapshot]:
+        found = [] if not shown.is_set() else list(recent(since, clock))
         if not shown.is_set():
             time.sleep(2 * SETTLE)
             shown.set()
@@ -308,10 +325,10 @@ def test_a_batch_that_is_missing_from_the_list_for_a_moment_is_not_bought_again(
     """One empty look after the deadline proves nothing: the series of empty looks must be longer than a batch may be missing."""
     recent, looks = warehouse.kit.recent, 0
 
-    def flickering(since: datetime) -> Iterator[BatchSnapshot]:
+    def flickering(since: datetime, clock: Any = None) -> Iterator[BatchSnapshot]:
         nonlocal looks
         looks += 1
-        return iter(()) if looks < 2 else recent(since)
+        return iter(()) if looks < 2 else recent(since, clock)
 
     batch_id = die_after_the_post(warehouse, sim)
     warehouse.kit.recent = flickering  # type: ignore[method-assign]  # a list that misses a batch once
@@ -358,7 +375,7 @@ def test_a_younger_attempt_begins_the_series_of_looks_anew(warehouse: Warehouse,
         lease = warehouse.ledger.open_job(job, str(uuid6.uuid7()))
         (record,) = warehouse.ledger.batches(job.job_id)
         assert record.unseen_since is None
-        warehouse.kit.recent = lambda _: iter(())  # type: ignore[method-assign,assignment]  # the list misses it, each time for a moment
+        warehouse.kit.recent = lambda *_: iter(())  # type: ignore[method-assign]  # the list misses it, each time for a moment
         time.sleep(0.4)
         assert Settler(warehouse.kit, warehouse.ledger, times, lease=lease).look([record]) is not None
         warehouse.kit.recent = recent  # type: ignore[method-assign]
@@ -414,8 +431,8 @@ def test_a_candidate_that_should_have_ended_long_ago_is_named(warehouse: Warehou
     batch_id = die_after_the_post(warehouse, sim)
     real = warehouse.kit.recent
 
-    def old(since: datetime) -> Iterator[BatchSnapshot]:
-        for found in real(since):
+    def old(since: datetime, clock: Any = None) -> Iterator[BatchSnapshot]:
+        for found in real(since, clock):
             yield replace(found, expires_at=datetime.now(UTC) - timedelta(hours=2))
 
     warehouse.kit.recent = old  # type: ignore[method-assign]

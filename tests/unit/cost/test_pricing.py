@@ -173,6 +173,33 @@ def test_fifty_thousand_rows_of_opus_cost_four_hundred_dollars() -> None:
     assert format_tally(tally).splitlines()[-1] == "batch $400.00  standard $800.00  savings $400.00"
 
 
+@pytest.mark.parametrize(
+    "name", ["claude-opus-4-10", "claude-opus-4-80", "claude-sonnet-4-50", "claude-opus-4-8-mini", "claude-haiku-4-5-thinking"]
+)
+def test_a_new_model_does_not_get_the_price_of_one_whose_name_begins_alike(name: str) -> None:
+    """The data matches by beginnings: a bill at another model's price looks like any other bill."""
+    assert PriceBook().rates(name, NOW) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "same_as"),
+    [
+        ("claude-opus-4-8-20260501", "claude-opus-4-8"),
+        ("claude-sonnet-5@20260101", "claude-sonnet-5"),
+        ("claude-sonnet-4-20250514", "claude-sonnet-4-0"),
+        ("claude-3-5-sonnet-20241022-v2:0", "claude-3-5-sonnet"),
+        ("claude-3-7-sonnet-latest", "claude-3-7-sonnet-20250219"),
+        ("claude-opus-5-2026-08-01", "claude-opus-5"),
+        ("claude-haiku-5.5", "claude-haiku-5-5"),
+    ],
+)
+def test_a_date_and_a_version_behind_a_name_change_no_price(name: str, same_as: str) -> None:
+    """Answers name the dated model."""
+    rates = PriceBook().rates(same_as, NOW)
+    assert rates is not None
+    assert PriceBook().rates(name, NOW) == rates
+
+
 def test_an_unknown_model_is_none_counted_and_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
     """Its cost is never zero, its tokens count, and a million rows do not make a million log lines."""
     book = PriceBook()
