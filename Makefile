@@ -40,6 +40,14 @@ airflow: $(VENV)/.runtime ## the same catalog in a real Airflow with its UI; Ctr
 test: $(VENV)/.dev ## the whole test suite, with a real PostgreSQL and a real Airflow
 	@$(BIN)/python -m pytest -n 2 $(ARGS)
 
+# an environment of its own: the provider needs SQLAlchemy below 2.1, and constraints.txt has a newer one
+.PHONY: test-snowflake
+test-snowflake: ## results in Snowflake, on an emulation of it: Airflow 3.2.2 and the provider, in .matrix/snowflake
+	@[ -x .matrix/snowflake/bin/python ] || $(PYTHON) -m venv .matrix/snowflake
+	@.ci/install .matrix/snowflake/bin/python constraints-3.2.2.txt --editable ".[snowflake-test]"
+	@.matrix/snowflake/bin/python -m pytest -n 0 -k snowflake tests/integration/test_results_elsewhere.py \
+		tests/integration/test_results_snowflake.py tests/crash/test_two_databases.py $(ARGS)
+
 .PHONY: test-browser
 test-browser: $(VENV)/.dev ## the Batches page in a real browser, which must be there: apt-get install chromium
 	@command -v chromium >/dev/null || { echo "There is no chromium on PATH: apt-get update && apt-get install -y chromium"; exit 1; }

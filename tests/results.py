@@ -16,7 +16,10 @@ from airflow_provider_batchkit.landing import Warehouse
 from airflow_provider_batchkit.landing.warehouse import warehouse_of
 
 #: every database and driver that results can land in, and what it takes to have it
-RESULTS = ("sqlite", "postgres-psycopg3", "postgres-psycopg2", "duckdb", "mysql-pymysql", "mysql-mysqlclient", "mysql-connector")
+RESULTS = (
+    *("sqlite", "postgres-psycopg3", "postgres-psycopg2", "duckdb"),
+    *("mysql-pymysql", "mysql-mysqlclient", "mysql-connector", "snowflake"),
+)
 
 
 class Results:
@@ -34,14 +37,20 @@ class Results:
 
     def run(self, *statements: str) -> None:
         """Run statements."""
-        with self.adapter.open() as connection, self.adapter.transaction(connection):
+        with self.adapter.open() as connection, self._together(connection):
             for statement in statements:
                 self.adapter.run(connection, statement)
+
+    def _together(self, connection: Any) -> contextlib.AbstractContextManager[None]:
+        # each DDL statement is a transaction of its own in Snowflake
+        return contextlib.nullcontext() if self.kind == "snowflake" else self.adapter.transaction(connection)
 
     def tables(self) -> set[str]:
         """Names of its tables."""
         if self.kind == "sqlite":
             return {name for (name,) in self.rows("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        if self.kind == "snowflake":
+            return {name.lower() for (name,) in self.rows("SELECT table_name FROM information_schema.tables")}
         here = {"mysql": " WHERE table_schema = DATABASE()"}.get(self.kind, "")
         return {name for (name,) in self.rows(f"SELECT table_name FROM information_schema.tables{here}")}
 
@@ -64,6 +73,8 @@ def results_in(kind: str, folder: Path, request: pytest.FixtureRequest) -> Itera
             yield Results(kind, lambda: driver.connect(plain))
         case "mysql-pymysql" | "mysql-mysqlclient" | "mysql-connector":
             yield Results(kind, mysql_client(kind.partition("-")[2], request.getfixturevalue("mariadb_port")))
+        case "snowflake":
+            yield Results(kind, fakesnow_connect())
         case _:
             raise ValueError(kind)
 
@@ -79,3 +90,14 @@ def mysql_client(client: str, port: int) -> Callable[[], Any]:
     ):
         cursor.execute(f"CREATE DATABASE {name}")
     return lambda: driver.connect(host="127.0.0.1", port=port, user="root", database=name)
+
+
+def fakesnow_connect(**how: Any) -> Callable[[], Any]:
+    """What connects to a new account of fakesnow, an emulation of Snowflake's connector on DuckDB.
+
+    It has the connector's errors, PUT, stages, COPY and the information schema. It has no locks that wait, no roles and no collations,
+    enforces keys, and knows no session parameter but AUTOCOMMIT.
+    """
+    instance = pytest.importorskip("fakesnow.instance", reason="fakesnow is not installed: make test-snowflake installs it")
+    account = instance.FakeSnow(nop_regexes=[r"ALTER SESSION SET (?!AUTOCOMMIT)"])
+    return lambda: account.connect(**(how or {"database": "LAKE", "schema": "SHOP"}))

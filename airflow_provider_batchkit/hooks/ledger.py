@@ -107,8 +107,8 @@ def results_of(task: Any) -> Warehouse | None:
     if kind is None:
         raise BatchInputError(
             f"Results cannot land in {task.sql_conn_id!r}, which is a {type(hook).__name__}. They land in DuckDB, MySQL, MariaDB, "
-            "PostgreSQL and SQLite; for every other database write them to files with output_path, and load these with its own operator. "
-            "Nothing was read or sent."
+            "PostgreSQL, Snowflake and SQLite; for every other database write them to files with output_path, and load these with its own "
+            "operator. Nothing was read or sent."
         )
     if kind in _LEDGERS and _address(place.conn_id) == _address(task.sql_conn_id):
         return None

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import Engine
 
 #: what to install for a connection type whose hook is missing
-_EXTRAS = {"duckdb": "duckdb", "mysql": "mysql", "postgres": "postgres", "sqlite": "sqlite"}
+_EXTRAS = {"duckdb": "duckdb", "mysql": "mysql", "postgres": "postgres", "snowflake": "snowflake", "sqlite": "sqlite"}
 #: the databases that this package knows, by the class of their hook; a hook of a user's own may derive from it
-KINDS = {"PostgresHook": "postgres", "SqliteHook": "sqlite", "DuckDBHook": "duckdb", "MySqlHook": "mysql"}
+KINDS = {"PostgresHook": "postgres", "SqliteHook": "sqlite", "DuckDBHook": "duckdb", "MySqlHook": "mysql", "SnowflakeHook": "snowflake"}
 
 
 @contextmanager

@@ -28,7 +28,7 @@ from tests.results import Results, results_in
 from tests.warehouse import Warehouse, kit_for
 
 #: (ledger, results)
-PAIRS = [("sqlite", "duckdb"), ("postgres", "mysql-pymysql")]
+PAIRS = [("sqlite", "duckdb"), ("postgres", "mysql-pymysql"), ("sqlite", "snowflake")]
 #: likewise, with ``make test ARGS='-m long'``
 RARER = [("sqlite", "sqlite"), ("postgres", "postgres-psycopg3"), ("sqlite", "postgres-psycopg2"), ("postgres", "duckdb")]
 HOW = ["merge", "append", "replace"]

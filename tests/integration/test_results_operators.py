@@ -123,23 +123,22 @@ def test_a_database_in_memory_is_refused(file: Path, api: SimulatorProcess, monk
     assert asked(api) == before
 
 
+@pytest.mark.parametrize("name", ["TrinoHook", "DatabricksSqlHook"])
 def test_another_database_is_refused_by_name_and_files_are_named_as_the_way(
-    file: Path, api: SimulatorProcess, monkeypatch: pytest.MonkeyPatch
+    file: Path, api: SimulatorProcess, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     """Before anything is read or paid."""
     from airflow.providers.common.sql.hooks.sql import DbApiHook
 
-    class NoSuchWarehouseHook(DbApiHook):
-        conn_name_attr = "conn_id"
-
+    hook = type(name, (DbApiHook,), {"conn_name_attr": "conn_id"})
     from airflow_provider_batchkit.hooks import sql
 
     real = sql._hook_of
-    monkeypatch.setattr(sql, "_hook_of", lambda c: NoSuchWarehouseHook() if c.conn_id == "results" else real(c))
+    monkeypatch.setattr(sql, "_hook_of", lambda c: hook() if c.conn_id == "results" else real(c))
     before = asked(api)
-    with pytest.raises(AirflowFailException, match=r"NoSuchWarehouseHook.*output_path.*Nothing was read or sent"):
+    with pytest.raises(AirflowFailException, match=rf"{name}.*Snowflake.*output_path.*Nothing was read or sent"):
         run().run()
-    with pytest.raises(AirflowFailException, match="NoSuchWarehouseHook"):
+    with pytest.raises(AirflowFailException, match=name):
         fetch(["msgbatch_1"], sql_conn_id="results").run()
     assert asked(api) == before
 

@@ -10,7 +10,7 @@ from airflow_provider_batchkit.landing.warehouse.base import Warehouse
 __all__ = ["KINDS", "Warehouse", "warehouse_of"]
 
 #: databases that have a module here
-KINDS = ("duckdb", "mysql", "postgres", "sqlite")
+KINDS = ("duckdb", "mysql", "postgres", "snowflake", "sqlite")
 
 
 def warehouse_of(kind: str, conn_id: str, connect: Callable[[], Any]) -> Warehouse:
@@ -33,6 +33,10 @@ def warehouse_of(kind: str, conn_id: str, connect: Callable[[], Any]) -> Warehou
             from airflow_provider_batchkit.landing.warehouse.postgres import PostgreSQL
 
             return PostgreSQL(conn_id, connect)
+        case "snowflake":
+            from airflow_provider_batchkit.landing.warehouse.snowflake import Snowflake
+
+            return Snowflake(conn_id, connect)
         case "sqlite":
             from airflow_provider_batchkit.landing.warehouse.sqlite import SQLite
 

@@ -231,12 +231,16 @@ class Warehouse(ABC):
     def _raise_fence(self, connection: Any, table: ResultTable, fence: str, turn: int) -> bool:
         books, name = self.beside(table, FENCE), self.literal(fence)
         with self.transaction(connection):
+            self.lock(connection, table)
             self.run(connection, f"UPDATE {books} SET turn = {2 * turn} WHERE name = {name} AND turn < {2 * turn}")
             found = self.rows(connection, f"SELECT turn FROM {books} WHERE name = {name}")
             if not found:
                 self.run(connection, f"INSERT INTO {books} (name, turn) VALUES ({name}, {2 * turn})")
                 return True
             return int(found[0][0]) == 2 * turn
+
+    def lock(self, connection: Any, table: ResultTable) -> None:  # noqa: B027 - the fence row itself is a lock on most databases
+        """Begin a transaction of the fence: wait for those that run, where an UPDATE of the fence row would not see what they commit."""
 
     def is_conflict(self, error: Exception) -> bool:
         """Whether an error says that another transaction was in the way, and that the same may succeed later."""
@@ -261,6 +265,7 @@ class Warehouse(ABC):
         books, name = self.beside(table, FENCE), self.literal(fence)
         try:
             with self.transaction(connection):
+                self.lock(connection, table)
                 self.run(connection, f"UPDATE {books} SET turn = {2 * how.turn + 1} WHERE name = {name} AND turn = {2 * how.turn}")
                 if self.rows(connection, f"SELECT turn FROM {books} WHERE name = {name}") != [(2 * how.turn + 1,)]:
                     raise _Fenced  # noqa: TRY301 - it rolls the transaction back
@@ -314,9 +319,9 @@ class Warehouse(ABC):
     def _changed(table: ResultTable) -> list[str]:
         return [name for name in table.column_names if name not in table.key_names]
 
-    def _better(self, how: Publish) -> str:
-        over = "" if how.older is None else f" AND t.batch_id IN ({', '.join(map(self.literal, how.older)) or 'NULL'})"
-        return f"((s.status = '{_SUCCEEDED}'{over}) OR t.status IS NULL OR t.status <> '{_SUCCEEDED}')"
+    def _better(self, how: Publish, t: str = "t") -> str:
+        over = "" if how.older is None else f" AND {t}.batch_id IN ({', '.join(map(self.literal, how.older)) or 'NULL'})"
+        return f"((s.status = '{_SUCCEEDED}'{over}) OR {t}.status IS NULL OR {t}.status <> '{_SUCCEEDED}')"
 
     def _same(self, table: ResultTable, left: str, right: str) -> str:
         return " AND ".join(f"{left}.{self.quote(name)} = {right}.{self.quote(name)}" for name in table.key_names)
