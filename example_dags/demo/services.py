@@ -14,10 +14,11 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
+
+import psutil
 
 from . import DAG_ID
 from .catalog import change_products
@@ -28,7 +29,19 @@ _ASKED_JOBS = (
     "SELECT COUNT(DISTINCT job_id) FROM batchkit_batch JOIN batchkit_job USING (job_id)"
     " WHERE dag_id = ? AND state IN ('submitted', 'prepared', 'landed')"
 )
-_STOP_SECONDS = 20
+#: seconds in which the parts may end by themselves: Ctrl-C is to end everything within five
+_STOP_SECONDS = 3.0
+
+
+_OPEN_JOBS = (
+    "SELECT DISTINCT job_id, dag_id, run_id FROM batchkit_job JOIN batchkit_batch USING (job_id)"
+    " WHERE state IN ('sending', 'submitted', 'prepared')"
+)
+#: the ledger's tables with rows of single jobs
+_OF_JOBS = (
+    *("batchkit_journal", "batchkit_succeeded", "batchkit_failed", "batchkit_bill", "batchkit_budget_hold", "batchkit_batch"),
+    "batchkit_job",
+)
 
 
 def serve(home: Path, catalog: Path, command: str) -> int:
@@ -52,6 +65,7 @@ def serve(home: Path, catalog: Path, command: str) -> int:
     parts: dict[str, subprocess.Popen[bytes]] = {}
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
+        set_aside(home, catalog)
         # without an earlier demo, the first run asks for everything anyway
         asked = _change(catalog)
         _start(home, parts, "api-server")
@@ -85,6 +99,30 @@ def asked_jobs(catalog: Path) -> int:
             return int(connection.execute(_ASKED_JOBS, (DAG_ID,)).fetchone()[0])
         except sqlite3.OperationalError:  # no ledger yet
             return 0
+
+
+def set_aside(home: Path, catalog: Path) -> int:
+    """Take away the runs whose batches an earlier simulator had when it ended, with what the ledger has of them; says so, and how many.
+
+    Their batches ended with that simulator, as no batch of the real API does, so they would wait for nothing and then fail.
+    """
+    with contextlib.closing(sqlite3.connect(catalog, timeout=60)) as ledger, ledger:
+        try:
+            jobs = ledger.execute(_OPEN_JOBS).fetchall()
+        except sqlite3.OperationalError:  # no ledger yet
+            return 0
+        for table in _OF_JOBS:
+            ledger.executemany(f"DELETE FROM {table} WHERE job_id = ?", [(job_id,) for job_id, _, _ in jobs])
+    with contextlib.closing(sqlite3.connect(home / "airflow.db", timeout=60)) as airflow, airflow:
+        airflow.execute("PRAGMA foreign_keys = ON")  # a run's tasks go with it
+        runs = airflow.execute("DELETE FROM dag_run WHERE state IN ('running', 'queued') RETURNING run_id").fetchall()
+        airflow.executemany("DELETE FROM dag_run WHERE dag_id = ? AND run_id = ?", [(dag_id, run_id) for _, dag_id, run_id in jobs])
+    if jobs or runs:
+        print(
+            f"When Airflow was ended, {max(len(jobs), len(runs))} runs were under way. Their batches ended with the simulator, which "
+            "those of the real API do not, so these runs are taken away: press Trigger, and the next run asks their products."
+        )
+    return len(jobs)
 
 
 def _change(catalog: Path) -> int:
@@ -125,21 +163,30 @@ def _all_healthy(health: dict[str, Any]) -> bool:
 
 
 def _end(processes: list[subprocess.Popen[bytes]]) -> None:
-    """End what runs, and kill what is left of each one's own process group."""
-    for process in _alive(processes):
-        process.terminate()
-    until = time.monotonic() + _STOP_SECONDS
+    """End what runs, and kill what has not ended in time: the parts, and whatever they have started, in whichever process group."""
+    family = _family(processes)
     for process in processes:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(max(0.1, until - time.monotonic()))
+        if process.poll() is None:
+            process.terminate()
+    psutil.wait_procs(family, timeout=_STOP_SECONDS)
+    for one in {*family, *_family(processes)}:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            one.kill()
     for process in processes:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 
-def _alive(processes: list[subprocess.Popen[bytes]]) -> Iterator[subprocess.Popen[bytes]]:
-    return (process for process in processes if process.poll() is None)
+def _family(processes: list[subprocess.Popen[bytes]]) -> list[psutil.Process]:
+    """The processes that run, and all that descend from them."""
+    found: list[psutil.Process] = []
+    for process in processes:
+        if process.poll() is None:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                parent = psutil.Process(process.pid)
+                found += [parent, *parent.children(recursive=True)]
+    return found
 
 
 def _free_ports(count: int) -> list[int]:

@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import sqlite3
 import subprocess
 import sys
+import time
 from contextlib import closing
 from decimal import Decimal
 from pathlib import Path
 
+import psutil
 import pytest
 
 from airflow_provider_batchkit.model import COST_QUANTUM
-from example_dags.demo import ANSWER_TOKENS, DAG_ID, PROMPT_TOKENS
+from example_dags.demo import ANSWER_TOKENS, DAG_ID, PROMPT_TOKENS, services
 from example_dags.demo.catalog import change_products, fill_catalog
 from example_dags.demo.services import asked_jobs
 
@@ -95,6 +98,43 @@ def test_each_change_is_to_other_products_and_keeps_the_length_of_their_prompts(
     assert [len(part) for part in changed] == [10, 10]
     assert not changed[0] & changed[1]
     assert {sku: len((name + attributes).encode()) for sku, (name, attributes) in seen.items()} == sizes
+
+
+def test_the_parts_end_within_five_seconds_with_all_that_they_have_started(tmp_path: Path) -> None:
+    """Also one that does not end by itself, and a child that has a session of its own."""
+    child = "import time; open('child', 'w').close(); time.sleep(300)"
+    part = (
+        "import signal, subprocess, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+        f"print(subprocess.Popen([sys.executable, '-c', {child!r}], start_new_session=True).pid, flush=True); time.sleep(300)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", part], stdout=subprocess.PIPE, cwd=tmp_path, start_new_session=True)
+    assert process.stdout is not None
+    started = psutil.Process(int(process.stdout.readline()))
+    began = time.monotonic()
+    services._end([process])
+    assert time.monotonic() - began < 5
+    assert process.poll() is not None
+    psutil.wait_procs([started], timeout=5)
+    assert not started.is_running() or started.status() == psutil.STATUS_ZOMBIE
+    process.stdout.close()
+
+
+def test_a_run_whose_batches_ended_with_the_simulator_is_taken_away(demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It would wait for what is not there, and turn red. The run that had landed stays."""
+    folder = tmp_path / "restarted"
+    shutil.copytree(demo / ".demo", folder)
+    home, catalog = folder / "airflow", folder / "catalog.db"
+    assert services.set_aside(home, catalog) == 0 and "under way" not in capsys.readouterr().out
+    with closing(sqlite3.connect(catalog)) as ledger, ledger:
+        ledger.execute("UPDATE batchkit_batch SET state = 'submitted'")
+    with closing(sqlite3.connect(home / "airflow.db")) as airflow, airflow:
+        airflow.execute("UPDATE dag_run SET state = 'running'")
+    assert services.set_aside(home, catalog) == 1
+    assert "1 runs were under way" in capsys.readouterr().out
+    with closing(sqlite3.connect(catalog)) as ledger:
+        assert [ledger.execute(f"SELECT COUNT(*) FROM {table}").fetchone() for table in ("batchkit_job", "batchkit_batch")] == [(0,), (0,)]
+    with closing(sqlite3.connect(home / "airflow.db")) as airflow:
+        assert [airflow.execute(f"SELECT COUNT(*) FROM {table}").fetchone() for table in ("dag_run", "task_instance")] == [(0,), (0,)]
 
 
 def test_jobs_that_have_asked_are_counted_in_the_ledger(demo: Path, tmp_path: Path) -> None:
