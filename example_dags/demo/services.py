@@ -109,9 +109,9 @@ def set_aside(home: Path, catalog: Path) -> int:
     with contextlib.closing(sqlite3.connect(catalog, timeout=60)) as ledger, ledger:
         try:
             jobs = ledger.execute(_OPEN_JOBS).fetchall()
-        except sqlite3.OperationalError:  # no ledger yet
-            return 0
-        for table in _OF_JOBS:
+        except sqlite3.OperationalError:  # no ledger yet, but its first task may have been killed
+            jobs = []
+        for table in _OF_JOBS if jobs else ():
             ledger.executemany(f"DELETE FROM {table} WHERE job_id = ?", [(job_id,) for job_id, _, _ in jobs])
     with contextlib.closing(sqlite3.connect(home / "airflow.db", timeout=60)) as airflow, airflow:
         airflow.execute("PRAGMA foreign_keys = ON")  # a run's tasks go with it
