@@ -195,6 +195,23 @@ def test_what_the_role_lacks_is_named_before_anything_is_sent(lake: Results) -> 
         adapter.check(connection, table_named("answers"))
 
 
+def test_a_role_that_may_not_create_tables_is_found_before_anything_is_sent(lake: Results) -> None:
+    """By a staging table that is made and dropped; one that can be made is gone afterwards."""
+    errors = pytest.importorskip("snowflake.connector.errors", reason="snowflake-connector-python is not installed")
+
+    def refuse(statement: str) -> None:
+        if statement.startswith("CREATE"):
+            raise errors.ProgrammingError("Insufficient privileges to operate on schema 'SHOP'", errno=3001, sqlstate="42501")
+
+    table = table_named("answers")
+    with lake.adapter.open() as connection:
+        lake.adapter.probe(connection, table)
+    assert not [name for name in lake.tables() if name.startswith("batchkit")]
+    adapter = warehouse_of("snowflake", "lake", lambda: Watched(lake.connect(), refuse))
+    with adapter.open() as connection, pytest.raises(TableError, match=r"on schema 'SHOP'.*CREATE TABLE on the schema"):
+        adapter.probe(connection, table)
+
+
 # --- sessions and locks -------------------------------------------------------------------------------------------------------------------
 
 
