@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from airflow_provider_batchkit.landing.report import BatchFigures
-from airflow_provider_batchkit.landing.rounds import forget_failures, lock_jobs
+from airflow_provider_batchkit.landing.rounds import forget_failures, lock_jobs, overtaken_keys
 from airflow_provider_batchkit.ledger import Ledger, outcomes
 from airflow_provider_batchkit.ledger.account import note_duration
 from airflow_provider_batchkit.ledger.bulk import bulk_loader
@@ -83,6 +83,7 @@ def _record(connection: Connection, batch_id: str) -> BatchRecord | None:
 
 def _settle(connection: Connection, load_id: str, published_by: str, record: BatchRecord, batch_id: str, left_out: set[str]) -> None:
     """Write each source row's outcome and cost, as a landing beside the ledger does."""
+    overtaken = overtaken_keys(connection, record)
     outcomes.forget(connection, record.job_id, record.shard)
     forget_failures(connection, record, left_out)
     owner = (sa.literal(record.job_id), sa.literal(record.shard))
@@ -92,7 +93,8 @@ def _settle(connection: Connection, load_id: str, published_by: str, record: Bat
     names = ["job_id", "shard", "part", "asked", "source_rows", "entries"]
     connection.execute(sa.insert(succeeded).from_select(names, sa.select(*owner, *part).where(here)))
     for owner_id, rows in parts_of(connection, load_id, published_by, "failed"):
-        if owner_id != batch_id:
+        rows = [row for row in rows if row[0] not in overtaken]
+        if owner_id != batch_id or not rows:
             continue
         key, custom_id, asked, status, error_type, error_message, batch_cost, standard_cost = zip(*rows, strict=True)
         with bulk_loader(connection, failed) as loader:

@@ -7,7 +7,7 @@ gave it, so batches that land again in any order come to the same.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any
@@ -57,10 +57,8 @@ class OtherRounds:
             outcomes = {key: outcome_rank(status, error_type) for key, status, error_type in connection.execute(earlier)}
             ranks = {key: outcomes[key] for key in keys.those_of(outcomes)}
         if later:
-            own = sa.select(failed.c.key).where(failed.c.job_id == record.job_id, failed.c.shard == record.shard)
-            standing = set(connection.execute(own).scalars())
-            asked = (entry.key for shard in sorted(later) for entry in journal.entries(connection, record.job_id, shard))
-            ranks |= dict.fromkeys(keys.those_of(asked) - standing, _STANDS)
+            standing = _standing(connection, record)
+            ranks |= dict.fromkeys(keys.those_of(_asked_in(connection, record, later)) - standing, _STANDS)
         return cls(later, ranks)
 
     def check(self, connection: Connection, record: BatchRecord) -> None:
@@ -70,6 +68,27 @@ class OtherRounds:
         """
         if not _landed_later(connection, record) <= self.later:
             raise Overtaken(f"A later round of asking landed while the results of {record} were read.")
+
+
+def overtaken_keys(connection: Connection, record: BatchRecord) -> set[str]:
+    """Keys of a batch, and of its later rounds, whose outcome in a later round stands. To be called when the job is locked, before the
+    batch's outcomes are written.
+
+    Two rounds of a job may be published at once in two tables, each behind its own fence. The later one may have been written to the ledger
+    since the other's results were read.
+    """
+    later = _landed_later(connection, record)
+    return set(_asked_in(connection, record, later)) - _standing(connection, record) if later else set()
+
+
+def _standing(connection: Connection, record: BatchRecord) -> set[str]:
+    """Keys whose outcome in this batch stands, other than a plain success."""
+    own = sa.select(failed.c.key).where(failed.c.job_id == record.job_id, failed.c.shard == record.shard)
+    return set(connection.execute(own).scalars())
+
+
+def _asked_in(connection: Connection, record: BatchRecord, shards: Iterable[int]) -> Iterator[str]:
+    return (entry.key for shard in sorted(shards) for entry in journal.entries(connection, record.job_id, shard))
 
 
 def lock_jobs(connection: Connection, records: Iterable[BatchRecord]) -> None:

@@ -305,6 +305,35 @@ def test_replace_keeps_the_old_rows_until_every_batch_is_whole(pair: tuple[Wareh
     assert sorted(results.rows("SELECT id, batch_id FROM answers")) == [(0, ids[0]), (1, ids[0]), (2, ids[1]), (3, ids[1])]
 
 
+def test_two_rounds_of_a_job_that_land_in_two_tables_at_once_leave_each_row_its_best_outcome(
+    pair: tuple[Warehouse, Results], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each table has a turn of its own, so the second round lands while the first lands anew in another table."""
+    warehouse, results = pair
+    rows = [{"id": 1, "name": "late [[sim:expired-once]]"}, {"id": 2, "name": "fine"}, {"id": 3, "name": "never [[sim:overloaded]]"}]
+    (first,) = warehouse.submit(rows, prompt="{{ row.name }}").batch_ids
+    warehouse.fetch([first], into=results.adapter)
+    again = warehouse.submit(rows, prompt="{{ row.name }}", round_number=2, only=["[1]", "[3]"]).batch_ids
+    (second,) = [batch_id for batch_id in again if batch_id != first]
+
+    def meanwhile(real: Callable[..., Any], *arguments: Any, **more: Any) -> Any:
+        patch.undo()
+        warehouse.fetch([second], "second", into=results.adapter, include_failed=True)
+        return real(*arguments, **more)
+
+    with monkeypatch.context() as patch:
+        at("module", "flip", warehouse, results, patch, meanwhile)
+        warehouse.fetch([first], "first", into=results.adapter, include_failed=True)
+    failed = warehouse.rows("SELECT key, status, shard FROM batchkit_failed")
+    assert [(row["key"], row["status"]) for row in failed] == [("[3]", "errored")]
+    (last,) = warehouse.rows(f"SELECT shard FROM batchkit_batch WHERE batch_id = '{second}'")
+    assert failed[0]["shard"] == last["shard"]
+    found = {row["key"]: row["status"] for row in warehouse.rows("SELECT key, status FROM batchkit_request")}
+    assert found == {"[1]": "succeeded", "[2]": "succeeded", "[3]": "errored"}
+    assert sorted(results.rows("SELECT id, status FROM first")) == [(1, "expired"), (2, "succeeded"), (3, "errored")]
+    assert sorted(results.rows("SELECT id, status FROM second")) == [(1, "succeeded"), (3, "errored")]
+
+
 _CHILD = """
 import os, sys
 import duckdb, sqlalchemy as sa
