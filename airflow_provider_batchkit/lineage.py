@@ -97,7 +97,8 @@ def _add_result_table(task: Any, lineage: OperatorLineage[Any, Any]) -> None:
 def _add_result_files(task: Any, lineage: OperatorLineage[Any, Any]) -> None:
     from openlineage.client.event_v2 import OutputDataset
 
-    if getattr(task, "output_path", None) is None:
+    # a submit has the place too, and writes nothing there
+    if getattr(task, "output_path", None) is None or not hasattr(task, "write_disposition"):
         return
     # OpenLineage documentation, "Dataset Naming": s3://bucket and the key, or file and the path
     scheme, _, rest = str(task.output_path).rpartition("://")

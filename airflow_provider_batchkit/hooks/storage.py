@@ -117,7 +117,7 @@ class ResultFiles:
         return NewResultFile(self._path(batch_id), batch_id)
 
     def check(self) -> None:
-        """Prove that files can be written: one is, and is taken away.
+        """Prove that files can be written, and moved to their place: one is written, and is taken away.
 
         :raises BatchInputError: when they cannot
         """
@@ -128,8 +128,15 @@ class ResultFiles:
         try:
             with probe as stream:
                 stream.write(b"")
+            probe.remove()
         except (OSError, ValueError, ImportError) as e:
-            raise BatchInputError(f"{self.name}: no result file can be written there: {e}. Nothing was sent.") from e
+            raise BatchInputError(
+                f"{self.name}: no result file can be written there, or not be taken away again: {e}. Nothing was sent."
+            ) from e
+        except Exception as e:
+            # a storage's own error, which may pass
+            e.add_note(f"{self.name}: no result file can be written there. Nothing was sent.")
+            raise
         finally:
             probe.discard()
 
@@ -179,6 +186,10 @@ class NewResultFile:
         """Move it to its place, over a file that is there."""
         self._storage.mv(self._own, self._place)
         self._published = True
+
+    def remove(self) -> None:
+        """Take the hidden file away."""
+        self._storage.rm_file(self._own)
 
     def discard(self) -> None:
         """Take away what is not in its place; behind one that is, also what killed attempts have left."""

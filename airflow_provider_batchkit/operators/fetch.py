@@ -14,14 +14,14 @@ from airflow_provider_batchkit.hooks.settings import DEFAULT_CONN_ID, configured
 from airflow_provider_batchkit.jobs.waiting import Done, WaitFor
 from airflow_provider_batchkit.links import ConsoleLink, push_console_link
 from airflow_provider_batchkit.model import RequestStatus
+from airflow_provider_batchkit.operators.output import OutputOperator
 from airflow_provider_batchkit.operators.publish import publish_summary
-from airflow_provider_batchkit.operators.resumable import Leg, ResumableOperator
+from airflow_provider_batchkit.operators.resumable import Leg
 from airflow_provider_batchkit.operators.tasks import as_batch_ids, attempt_id_of
 
 if TYPE_CHECKING:
     from airflow.providers.common.compat.sdk import Context
 
-    from airflow_provider_batchkit.hooks.storage import ResultFiles
     from airflow_provider_batchkit.jobs.advance import Landing
     from airflow_provider_batchkit.landing import LandingReport
     from airflow_provider_batchkit.ledger import Ledger
@@ -35,7 +35,7 @@ def refuse_replace(what: str, write_disposition: str) -> None:
         )
 
 
-class LandingOperator(ResumableOperator):
+class LandingOperator(OutputOperator):
     """The parameters of every task that writes results to a table or to files, checked, and what it does with them."""
 
     table: Any
@@ -43,9 +43,6 @@ class LandingOperator(ResumableOperator):
     def __init__(
         self,
         *,
-        output_path: Any = None,
-        output_format: str | None = None,
-        output_conn_id: str | None = None,
         write_disposition: str = "merge",
         include_failed: bool = False,
         fail_on_error_rate: float | None = None,
@@ -54,9 +51,6 @@ class LandingOperator(ResumableOperator):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.output_path = output_path
-        self.output_format = output_format
-        self.output_conn_id = output_conn_id
         self.write_disposition = write_disposition
         self.include_failed = include_failed
         self.fail_on_error_rate = fail_on_error_rate
@@ -71,8 +65,6 @@ class LandingOperator(ResumableOperator):
 
     def _refuse_bad_target(self) -> None:
         """:raises BatchInputError: when the DAG is parsed, for results that have no place, or a table without a database"""
-        from airflow_provider_batchkit.hooks.storage import output_form
-
         if self.table is None and self.output_path is None:
             raise BatchInputError(f"Task {self.task_id}: give table or output_path, or both: its results have no place.")
         if self.table is not None and self.sql_conn_id is None:
@@ -82,18 +74,7 @@ class LandingOperator(ResumableOperator):
                 f"Task {self.task_id}: write_disposition={self.write_disposition!r} is for a table. Results in files are one file a batch, "
                 "which takes the place of that batch's file alone."
             )
-        if self.output_path is None and (self.output_format or self.output_conn_id):
-            raise BatchInputError(f"Task {self.task_id}: output_format and output_conn_id are for output_path, which is missing.")
-        if isinstance(self.output_path, str) and "{{" not in self.output_path:
-            try:
-                output_form(self.output_path, self.output_format)
-            except BatchInputError as e:
-                raise BatchInputError(f"Task {self.task_id}: {e}") from None
-
-    def _files(self) -> ResultFiles | None:
-        from airflow_provider_batchkit.hooks.storage import ResultFiles
-
-        return None if self.output_path is None else ResultFiles(self.output_path, self.output_format, self.output_conn_id)
+        self._refuse_bad_output()
 
     def _file_summary(self, batch_ids: Sequence[str]) -> dict[str, Any]:
         """What the summary says of files: where they lie, and each batch's."""

@@ -59,8 +59,6 @@ class RunBatchOperator(SubmitBatchOperator, LandingOperator):
         as killing it on Airflow 3.3, and paid work must survive that
     """
 
-    template_fields: Sequence[str] = (*SubmitBatchOperator.template_fields, "output_path", "output_conn_id")
-
     def __init__(
         self,
         *,
@@ -107,9 +105,8 @@ class RunBatchOperator(SubmitBatchOperator, LandingOperator):
         self._refuse_mapped_replace(leg.context)
         if self.is_dry_run:
             return super()._advance(leg, ledger)
-        files = self._files()
-        if files is not None and leg.about is None:
-            files.check()
+        if leg.about is None:
+            self._prove_output()
         attempt = self._attempt(leg, ledger)
         asking, landing = self._asking(leg, attempt.job_id), self._landing(leg, ledger)
         step = RunStep(attempt, asking, landing, self.poke_interval, self.timeout)

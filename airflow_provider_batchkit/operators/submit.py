@@ -18,7 +18,8 @@ from airflow_provider_batchkit.links import ConsoleLink
 from airflow_provider_batchkit.model import MAX_BYTES_PER_BATCH, MAX_REQUESTS_PER_BATCH, parse_usd
 from airflow_provider_batchkit.operators.items import items_of
 from airflow_provider_batchkit.operators.kill import OwnsBatches
-from airflow_provider_batchkit.operators.resumable import Leg, ResumableOperator
+from airflow_provider_batchkit.operators.output import OutputOperator
+from airflow_provider_batchkit.operators.resumable import Leg
 from airflow_provider_batchkit.operators.shown import SHOWN, SHOWN_AS, shown_of
 from airflow_provider_batchkit.operators.tasks import as_batch_ids, attempt_id_of, own_params
 from airflow_provider_batchkit.request.failures import KNOWN_FAILURES, WORTH_ASKING, Reason
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from airflow_provider_batchkit.request.build import RequestBuilder
 
 
-class SubmitBatchOperator(OwnsBatches, ResumableOperator):
+class SubmitBatchOperator(OwnsBatches, OutputOperator):
     """Ask Claude about every row of a source, as message batches at half price. Returns the list of batch ids.
 
     Every request is journaled in the ``batchkit_*`` tables of the ledger before it is sent, so a retry, a cleared task or a killed
@@ -69,6 +70,8 @@ class SubmitBatchOperator(OwnsBatches, ResumableOperator):
     :param max_requests_per_batch: 1 to 100,000
     :param max_bytes_per_batch: bytes of a batch's body, at most 256,000,000
     :param table: the result table that a later task writes, where that is known: it is checked before anything is sent (templated)
+    :param output_path: the place of the result files that a later task writes, where that is known: before anything is sent, a file is
+        written there and taken away (templated); with ``output_format`` and ``output_conn_id`` as that task has them
     :param dedupe: rows that ask exactly the same share one request; the answer lands for each
     :param skip_unchanged: leave out rows whose very request has succeeded in an earlier run of this task, and landed in the same table:
         ``table``, else the one table in which that run has landed. A changed row, prompt, model or parameter is asked. What the earlier
@@ -112,6 +115,8 @@ class SubmitBatchOperator(OwnsBatches, ResumableOperator):
         "input_conn_id",
         "only_failed_of",
         "table",
+        "output_path",
+        "output_conn_id",
         *SHOWN,
     )
     template_ext: Sequence[str] = (".sql",)
@@ -223,6 +228,7 @@ class SubmitBatchOperator(OwnsBatches, ResumableOperator):
         )
         if problem:
             raise BatchInputError(f"Task {self.task_id}: {problem}.")
+        self._refuse_bad_output()
         if self.on_empty not in ("skip", "succeed", "fail"):
             raise BatchInputError(f"Task {self.task_id}: on_empty must be 'skip', 'succeed' or 'fail', not {self.on_empty!r}.")
 
@@ -233,6 +239,8 @@ class SubmitBatchOperator(OwnsBatches, ResumableOperator):
     def _advance(self, leg: Leg, ledger: Ledger) -> Done[Any] | WaitFor:
         from airflow_provider_batchkit.jobs.advance import ask
 
+        if leg.about is None and not self.is_dry_run:
+            self._prove_output()
         attempt = self._attempt(leg, ledger)
         return ask(attempt, self._asking(leg, attempt.job_id), leg, rehearse=self.is_dry_run)
 

@@ -359,6 +359,66 @@ def test_a_place_that_cannot_be_written_is_found_before_anything_is_sent(
     assert len(api.stats()["batches"]) == before
 
 
+def staged(**parameters: Any) -> Task:
+    """The first task of a stage whose last one writes files."""
+    from airflow.sdk import DAG
+
+    from airflow_provider_batchkit.operators.stages import batch_stage
+
+    def make(task_id: str, **given: Any) -> Any:
+        with DAG("stages", schedule=None):
+            return batch_stage(task_id, **given).submit
+
+    return Task(make, "copy", **{**SOURCE, **parameters})  # type: ignore[arg-type] # whatever makes an operator
+
+
+def decorated(**parameters: Any) -> Task:
+    """A task whose function says what to ask."""
+    from airflow_provider_batchkit.decorators.claude_batch import ClaudeBatchDecoratedOperator
+
+    how = {"key": None, "sql_conn_id": None, "ledger_conn_id": "warehouse", "model": "claude-haiku-5-5", "max_tokens": 10, **parameters}
+    return Task(ClaudeBatchDecoratedOperator, "ask", python_callable=lambda: ["tea?"], **how)
+
+
+@pytest.mark.parametrize("make", [staged, decorated])
+def test_a_task_that_sends_what_a_later_one_writes_proves_the_place_too(
+    home: Path, database: Database, api: SimulatorProcess, tmp_path: Path, make: Any
+) -> None:
+    """The stage gives the place to both of its tasks; with the decorator it is a parameter as any of the submit's."""
+    fill(database, 1)
+    (tmp_path / "taken").write_text("a file, not a folder")
+    before, out = len(api.stats()["batches"]), tmp_path / "out"
+    for place, says in (
+        (str(tmp_path / "taken" / "answers"), r"no result file can be written there.*Nothing was sent"),
+        ("nowhere://bucket/answers", r"no file can be written there.*provider of the storage must be installed"),
+    ):
+        with pytest.raises(AirflowFailException, match=says):
+            make(output_path=place).run()
+    assert len(api.stats()["batches"]) == before
+    assert len(make(output_path=f"{out}/*.parquet").run()) == 1
+    assert list(out.iterdir()) == []
+    with pytest.raises(BatchInputError, match="are for output_path, which is missing"):
+        decorated(output_format="parquet").make()
+
+
+def test_a_file_that_cannot_be_taken_away_is_found_before_anything_is_sent(
+    home: Path, database: Database, api: SimulatorProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A result file is moved to its place, for which object storage copies and deletes."""
+    from fsspec.implementations.local import LocalFileSystem
+
+    fill(database, 1)
+    before = len(api.stats()["batches"])
+
+    def denied(*_: Any) -> None:
+        raise PermissionError("s3:DeleteObject is denied")
+
+    monkeypatch.setattr(LocalFileSystem, "rm_file", denied)
+    with pytest.raises(AirflowFailException, match=r"not be taken away again: s3:DeleteObject is denied\. Nothing was sent"):
+        run(output_path=str(tmp_path / "out")).run()
+    assert len(api.stats()["batches"]) == before
+
+
 @pytest.mark.parametrize(
     ("parameters", "says"),
     [
