@@ -13,10 +13,10 @@ import uuid6
 
 from airflow_provider_batchkit import BatchKit
 from airflow_provider_batchkit.jobs.advance import _note_key
-from airflow_provider_batchkit.jobs.fetch import fetch_job
+from airflow_provider_batchkit.jobs.fetch import FetchingTask, TableIn, fetch_job
 from airflow_provider_batchkit.jobs.settle import DEFAULT_TIMES, SettleTimes
 from airflow_provider_batchkit.jobs.submit import Attempt, SubmitOptions, SubmitReport, submit_job
-from airflow_provider_batchkit.landing import LandingReport, WriteDisposition
+from airflow_provider_batchkit.landing import LandingOptions, LandingReport, WriteDisposition
 from airflow_provider_batchkit.landing import Warehouse as Results
 from airflow_provider_batchkit.ledger import JobRecord, Ledger, prepare_engine
 from airflow_provider_batchkit.request.build import RequestBuilder, RequestDefaults, items_of
@@ -122,17 +122,16 @@ class Warehouse:
         **options: Any,
     ) -> LandingReport:
         """Land batches in a table; with ``into``, of another database."""
-        elsewhere = {} if into is None else {"warehouse": into, "attempt_id": attempt_id or str(uuid6.uuid7())}
+        how = {name: options.pop(name) for name in ("include_failed", "rewrite", "portable") if name in options}
         return fetch_job(
             self.kit,
             self.ledger,
             list(batch_ids),
-            table,
-            dag_id="dag",
-            run_id=run_id,
+            TableIn(table, into),
+            FetchingTask("dag", run_id, attempt_id or str(uuid6.uuid7())),
+            LandingOptions(WriteDisposition(disposition), **{"portable": self._portable, **how}),
             times=times_of(settle_seconds),
-            disposition=WriteDisposition(disposition),
-            **{**({"portable": self._portable} if into is None else elsewhere), **options},
+            **options,
         )
 
     def rows(self, sql: str) -> list[dict[str, Any]]:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any
 
 from airflow_provider_batchkit.api.blocks import ResultBlock
 from airflow_provider_batchkit.api.polling import ENDED
@@ -31,10 +31,11 @@ from airflow_provider_batchkit.kit import BatchKit
 from airflow_provider_batchkit.landing import (
     Batch,
     BatchFigures,
+    LandingOptions,
     LandingReport,
     OutputFiles,
+    Results,
     Warehouse,
-    WriteDisposition,
     land_batches,
     land_elsewhere,
     land_files,
@@ -49,29 +50,41 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 2.0, 300.0
 VANISHED = "not visible"
 
 
+@dataclass(frozen=True, slots=True)
+class TableIn:
+    """A result table: ``table`` or ``schema.table``, in a database."""
+
+    name: str
+    #: None for the ledger's own database
+    warehouse: Warehouse | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class FetchingTask:
+    """The task instance that fetches. An older version of the ledger may know a batch by another id in its DAG run."""
+
+    dag_id: str
+    run_id: str
+    #: where the table is in another database, a younger attempt has a greater id, and takes over
+    attempt_id: str = ""
+
+
 def fetch_job(
     kit: BatchKit,
     ledger: Ledger,
     batch_ids: Sequence[str],
-    table: str | OutputFiles,
+    target: TableIn | OutputFiles,
+    task: FetchingTask,
+    options: LandingOptions,
     *,
-    dag_id: str,
-    run_id: str,
     times: SettleTimes = DEFAULT_TIMES,
     unseen: Mapping[str, datetime] | None = None,
-    warehouse: Warehouse | None = None,
-    attempt_id: str = "",
     sleep: Callable[[float], None] = time.sleep,
-    **options: Any,
 ) -> LandingReport:
     """Land batches. Waits up to a minute for what the API does not show at the moment; an error's ``wait`` says how to wait longer.
 
-    :param table: the result table, or where result files lie, for which there is no disposition
-    :param dag_id: of the fetching task, with ``run_id``: an older version of the ledger may know a batch by another id there
+    :param target: the result table, or where result files lie, for which the disposition does not count
     :param unseen: of the ``wait`` of the error before, when this fetch goes on after it
-    :param warehouse: the database of the table; None for the ledger's own
-    :param attempt_id: of the fetching task instance, where the table is in another database: a younger attempt takes over
-    :param options: see :func:`~airflow_provider_batchkit.landing.land_batches`
     :raises BatchKitError: ``landed`` of the error tells what landed before it
     :raises BatchUnavailableError: a batch cannot be read; the others have landed, unless they are to replace the table's rows together
     :raises BatchInputError: ``replace`` of a job that asks a part of the source's rows only; nothing was deleted
@@ -81,25 +94,16 @@ def fetch_job(
     while True:
         try:
             fetch = _Fetch(kit, ledger, times, since)
-            batches = [fetch.find(batch_id, dag_id, run_id) for batch_id in batch_ids]
-            if options.get("disposition") is WriteDisposition.REPLACE:
+            batches = [fetch.find(batch_id, task) for batch_id in batch_ids]
+            if options.replaces:
                 _refuse_parts(ledger, batches)
-            if not isinstance(table, str):
-                report = land_files(ledger, table, batches, fetch.look, fetch.read_blocks, kit.price_book, **options)
-            elif warehouse is None:
-                report = land_batches(ledger, batches, table, fetch.look, fetch.read_blocks, kit.price_book, **options)
+            results = Results(fetch.look, fetch.read_blocks, kit.price_book)
+            if not isinstance(target, TableIn):
+                report = land_files(ledger, target, batches, results, options)
+            elif target.warehouse is None:
+                report = land_batches(ledger, batches, target.name, results, options)
             else:
-                report = land_elsewhere(
-                    ledger,
-                    warehouse,
-                    batches,
-                    table,
-                    fetch.look,
-                    fetch.read_blocks,
-                    kit.price_book,
-                    attempt_id=attempt_id,
-                    **options,
-                )
+                report = land_elsewhere(ledger, target.warehouse, batches, target.name, results, options, attempt_id=task.attempt_id)
         except BatchKitError as e:
             landed += e.landed
             e.landed = landed
@@ -126,13 +130,13 @@ class _Fetch:
         self._records: dict[str, BatchRecord | None] = {}
         self._unseen = unseen
 
-    def find(self, batch_id: str, dag_id: str, run_id: str) -> Batch:
+    def find(self, batch_id: str, task: FetchingTask) -> Batch:
         """The batch that an id stands for, with its row.
 
         :raises BatchUnavailableError: its rows were never accepted
         :raises SubmitUncertainError: its row is in doubt, which only a row of an older version of the ledger can be
         """
-        record = self._ledger.row_of(batch_id, dag_id, run_id)
+        record = self._ledger.row_of(batch_id, task.dag_id, task.run_id)
         if record is not None and record.state is BatchState.SENDING:
             record = self._prove(batch_id, record)
         if record is not None and record.batch_id is None:

@@ -29,16 +29,16 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from airflow_provider_batchkit.cost.prices import PriceBook
-from airflow_provider_batchkit.exceptions import BatchGoneError, BatchKitError, BatchUnavailableError, LeaseLostError, TableError
+from airflow_provider_batchkit.exceptions import BatchGoneError, BatchUnavailableError, LeaseLostError, TableError
 from airflow_provider_batchkit.landing.flip import flip, landing_part
-from airflow_provider_batchkit.landing.land import land_each, look_again, older_than
-from airflow_provider_batchkit.landing.plan import Batch, Look, Plan, common_key, common_schema
-from airflow_provider_batchkit.landing.reading import ReadBatch, ReadBlocks, Reading, landing_values, refuse_to_lose
+from airflow_provider_batchkit.landing.land import look_again, older_than
+from airflow_provider_batchkit.landing.plan import Batch, Plan, common_key, common_schema
+from airflow_provider_batchkit.landing.reading import ReadBatch, Reading, Results, landing_values, refuse_to_lose
 from airflow_provider_batchkit.landing.report import LandingReport
 from airflow_provider_batchkit.landing.rounds import Overtaken
 from airflow_provider_batchkit.landing.spool import Spool
 from airflow_provider_batchkit.landing.table import ResultTable, WriteDisposition
+from airflow_provider_batchkit.landing.target import LandingOptions, Seen, Target
 from airflow_provider_batchkit.landing.warehouse.base import Publish, Warehouse
 from airflow_provider_batchkit.ledger import BatchRecord, BatchState, Ledger
 from airflow_provider_batchkit.ledger.landings import landed_in
@@ -59,14 +59,10 @@ def land_elsewhere(
     warehouse: Warehouse,
     batches: Sequence[Batch],
     table_name: str,
-    look: Look,
-    read_blocks: ReadBlocks,
-    price_book: PriceBook,
+    results: Results,
+    options: LandingOptions,
     *,
     attempt_id: str,
-    disposition: WriteDisposition = WriteDisposition.MERGE,
-    include_failed: bool = False,
-    rewrite: bool = False,
 ) -> LandingReport:
     """:func:`~airflow_provider_batchkit.landing.land.land_batches` into another database.
 
@@ -81,107 +77,60 @@ def land_elsewhere(
     table = ResultTable(table_name, common_key(ledger, batches), common_schema(ledger, batches))
     with warehouse.open() as connection:
         if not warehouse.check(connection, table):
-            warehouse.create(connection, table, unique_key=disposition is not WriteDisposition.APPEND)
+            warehouse.create(connection, table, unique_key=options.disposition is not WriteDisposition.APPEND)
             warehouse.check(connection, table)
         warehouse.create_books(connection, table)
-        name = warehouse.known_as(connection, table_name)
-        empty = warehouse.is_empty(connection, table)
+        known_as = warehouse.known_as(connection, table_name)
         warehouse.rollback(connection)
-    fence = hashlib.sha256(f"{ledger.ledger_id()} {name.partition(':')[2]}".encode()).hexdigest()[:32]
-    reading = Reading(ledger, table, read_blocks, price_book, include_failed)
-    landing = _Landing(ledger, warehouse, table, name, fence, look, reading, disposition, attempt_id)
-    with ledger.engine.connect() as books:
-        plan = Plan.make(books, name, lambda: empty, batches, rewrite=rewrite)
-    land_each(batches, disposition, plan, landing.land_together, report)
+    fence = hashlib.sha256(f"{ledger.ledger_id()} {known_as.partition(':')[2]}".encode()).hexdigest()[:32]
+    reading = Reading(ledger, table, results, options.include_failed)
+    _Elsewhere(ledger, table, table_name, known_as, reading, options, warehouse, fence, attempt_id).land_all(batches, report)
     return report
 
 
 @dataclass(slots=True)
-class _Landing:
-    ledger: Ledger
+class _Elsewhere(Target):
+    """A table in another database."""
+
     warehouse: Warehouse
-    table: ResultTable
-    #: of the table, in the ledger
-    name: str
     #: of the table, in the warehouse
     fence: str
-    look: Look
-    reading: Reading
-    disposition: WriteDisposition
     attempt_id: str
 
-    def land_together(self, plan: Plan, batches: Sequence[Batch], report: LandingReport) -> Plan:
-        """Land batches as one load, or tell of them where all have landed already. Gives the plan for the next ones."""
-        while True:
-            late = None
-            if all(map(plan.has_landed, batches)) or self._would_replace_younger(plan, batches):
-                late = self._look_for_the_rest(plan, batches)
-                if late is None:
-                    self._recall(plan, batches, report)
-                    return plan
-            load = self.ledger.open_load(self._fetch_id(plan, batches), self.name, self.attempt_id)
-            published_by = self._published_by(load) if load.state is LoadState.PREPARED else None
-            if published_by is not None:
-                return self._flip(load, published_by, plan, batches, report)
-            try:
-                seen = late or [(self.look(batch), batch.record) for batch in batches]
-            except BatchUnavailableError as e:
-                if load.state is LoadState.PREPARED and e.wait is None:
-                    if self._was_published(load):
-                        return self._recall_anew(plan, batches, report)
-                    if isinstance(e, BatchGoneError):
-                        self._give_up(load, batches, e)
-                raise
-            try:
-                return self._land(load, seen, plan, batches, report)
-            except Overtaken as e:
-                log.info("%s Nothing was written: they are read again.", e)
-                plan = self._plan_again(plan)
+    def is_empty(self, books: Connection) -> bool:
+        with self.warehouse.open() as connection:
+            return self.warehouse.is_empty(connection, self.table)
+
+    def land(self, plan: Plan, batches: Sequence[Batch], late: Seen | None, report: LandingReport) -> Plan:
+        """Land batches as one load."""
+        load = self.ledger.open_load(self._fetch_id(plan, batches), self.known_as, self.attempt_id)
+        published_by = self._published_by(load) if load.state is LoadState.PREPARED else None
+        if published_by is not None:
+            return self._flip(load, published_by, plan, batches, report)
+        try:
+            seen = late or self.look_at(batches)
+        except BatchUnavailableError as e:
+            if load.state is LoadState.PREPARED and e.wait is None:
+                if self._was_published(load):
+                    return self._recall_anew(plan, batches, report)
+                if isinstance(e, BatchGoneError):
+                    self._give_up(load, batches, e)
+            raise
+        return self._land(load, seen, plan, batches, report)
 
     # --- what is there ------------------------------------------------------------------------------------------------------------
 
     def _fetch_id(self, plan: Plan, batches: Sequence[Batch]) -> str:
         """Names what lands where. What has landed is counted beside it, so a load that completes or rewrites another is a new one."""
-        what = [self.ledger.ledger_id(), self.name, plan.number, sorted(batch.batch_id for batch in batches)]
+        what = [self.ledger.ledger_id(), self.known_as, plan.number, sorted(batch.batch_id for batch in batches)]
         return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:32]
-
-    def _is_empty(self) -> bool:
-        with self.warehouse.open() as connection:
-            return self.warehouse.is_empty(connection, self.table)
-
-    def _plan_again(self, plan: Plan) -> Plan:
-        with self.ledger.engine.connect() as books:
-            return Plan.make(books, self.name, self._is_empty, plan.batches, rewrite=plan.rewrites)
-
-    def _would_replace_younger(self, plan: Plan, batches: Sequence[Batch]) -> bool:
-        if self.disposition is not WriteDisposition.REPLACE:
-            return False
-        with self.ledger.engine.connect() as books:
-            return plan.would_replace_younger(books, batches)
-
-    def _look_for_the_rest(self, plan: Plan, batches: Sequence[Batch]) -> list[tuple[BatchSnapshot, BatchRecord | None]] | None:
-        """A batch that landed without some of its answers, when it can be read again; None when nothing more can be had."""
-        (batch, *others) = batches
-        if others or not plan.is_torn(batch) or self.disposition is WriteDisposition.REPLACE:
-            return None
-        try:
-            return [(self.look(batch), batch.record)]
-        except BatchKitError as e:
-            log.warning("%s landed in %s without all of its answers, and cannot be read again: %s", batch.batch_id, self.table.name, e)
-            return None
-
-    def _recall(self, plan: Plan, batches: Sequence[Batch], report: LandingReport) -> None:
-        for batch in batches:
-            log.info("%s has landed in %s before; nothing is written for it again", batch.batch_id, self.table.name)
-            unfinished = self.ledger.unfinished(batch.record)
-            report.recall(plan.landed[batch.batch_id], unfinished, is_foreign=batch.record is None)
 
     def _recall_anew(self, plan: Plan, batches: Sequence[Batch], report: LandingReport) -> Plan:
         """Tell of batches that have just been called landed without being read."""
         with self.ledger.engine.connect() as books:
-            landed = landed_in(books, [batch.batch_id for batch in batches], self.name)
+            landed = landed_in(books, [batch.batch_id for batch in batches], self.known_as)
         plan = replace(plan, landed={**plan.landed, **landed})
-        self._recall(plan, batches, report)
+        self.recall(plan, batches, report)
         return plan
 
     # --- an earlier attempt's load --------------------------------------------------------------------------------------------------
@@ -227,7 +176,7 @@ class _Landing:
         together = [record for _, record in seen if record is not None]
         with tempfile.TemporaryDirectory(prefix="batchkit-spool-") as folder:
             read = [self._read(Path(folder) / str(place), one, together) for place, one in enumerate(seen)]
-            if self.disposition is WriteDisposition.REPLACE:
+            if self.options.replaces:
                 refuse_to_lose(self.table, [one.landed for one in read])
             now = datetime.now(UTC)
             if not self._prepare(load, read, plan, now):
@@ -244,7 +193,7 @@ class _Landing:
     def _read(self, path: Path, one: tuple[BatchSnapshot, BatchRecord | None], together: Sequence[BatchRecord]) -> ReadBatch[Spool]:
         snapshot, record = one
         return self.reading.read(
-            lambda keys, ranks: Spool(path, self.table, keys, ranks, include_failed=self.reading.include_failed), snapshot, record, together
+            lambda keys, ranks: Spool(path, self.table, keys, ranks, include_failed=self.options.include_failed), snapshot, record, together
         )
 
     def _prepare(self, load: Load, read: Sequence[ReadBatch[Spool]], plan: Plan, now: datetime) -> bool:
@@ -253,7 +202,7 @@ class _Landing:
             before = plan.before(one.batch_id)
             # what fills a table anew is as old as it was
             values = landing_values(one.landed, now if before is None else before.landed_at)
-            parts.append(landing_part(one.batch_id, self.name, plan.number, self.table.name, values, one.landed.read_s))
+            parts.append(landing_part(one.batch_id, self.known_as, plan.number, self.table.name, values, one.landed.read_s))
             parts += one.stage.parts(one.batch_id)
 
         def move(connection: Connection) -> None:
@@ -321,10 +270,10 @@ class _Landing:
         with self.ledger.engine.connect() as books:
             look_again(books, read, plan, lambda: self.warehouse.is_empty(connection, self.table))
             self.warehouse.rollback(connection)
-            if self.disposition is WriteDisposition.REPLACE:
+            if self.options.replaces:
                 if plan.would_replace_younger(books, [Batch(one.batch_id, one.record) for one in read]):
                     raise Overtaken(f"{self.table.name} was filled while the results were read.")
-                return Publish(load.load_id, self.attempt_id, stage, turn, self.disposition, batch_id)
+                return Publish(load.load_id, self.attempt_id, stage, turn, self.options.disposition, batch_id)
             found = older_than(books, batch_id, plan)
             older = None if found is None else list(books.execute(found).scalars())
             earlier: list[str] = []
@@ -332,7 +281,7 @@ class _Landing:
                 b = batch_table.c
                 before = sa.select(b.batch_id).where(b.job_id == record.job_id, b.round < record.round, b.batch_id.is_not(None))
                 earlier = list(books.execute(before).scalars())
-        return Publish(load.load_id, self.attempt_id, stage, turn, self.disposition, batch_id, older, earlier)
+        return Publish(load.load_id, self.attempt_id, stage, turn, self.options.disposition, batch_id, older, earlier)
 
     # --- turns --------------------------------------------------------------------------------------------------------------------
 
@@ -345,11 +294,11 @@ class _Landing:
                 raised = self.warehouse.raise_fence(connection, self.table, self.fence, turn)
                 yield connection, turn if raised else None
         finally:
-            self.ledger.give_turn_back(self.name, turn)
+            self.ledger.give_turn_back(self.known_as, turn)
 
     def _settle(self, connection: Any, turn: int) -> dict[str, str]:
         """Call landed what others, or earlier attempts, have published; says which loads it found. To be called behind the fence."""
-        found = self.warehouse.marked(connection, self.table, self.ledger.prepared_loads(self.name))
+        found = self.warehouse.marked(connection, self.table, self.ledger.prepared_loads(self.known_as))
         for load_id, published_by in found.items():
             if flip(self.ledger, load_id, published_by) is not None:
                 log.info("Load %s was published and is landed now (turn %d)", load_id, turn)

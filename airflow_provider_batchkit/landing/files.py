@@ -11,23 +11,22 @@ import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, BinaryIO, Protocol
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from airflow_provider_batchkit.cost.prices import PriceBook
-from airflow_provider_batchkit.exceptions import BatchKitError
 from airflow_provider_batchkit.landing.formats import FileColumn, require, row_writer, where
-from airflow_provider_batchkit.landing.land import land_each, look_again, note_landed
-from airflow_provider_batchkit.landing.plan import Batch, Look, Plan, common_key, common_schema
-from airflow_provider_batchkit.landing.reading import ReadBlocks, Reading
+from airflow_provider_batchkit.landing.land import look_again, note_landed
+from airflow_provider_batchkit.landing.plan import Batch, Plan, common_key, common_schema
+from airflow_provider_batchkit.landing.reading import Reading, Results
 from airflow_provider_batchkit.landing.report import LandedBatch, LandingReport
-from airflow_provider_batchkit.landing.rounds import Overtaken, lock_jobs
+from airflow_provider_batchkit.landing.rounds import lock_jobs
 from airflow_provider_batchkit.landing.stage import AskedKeys, TemporaryStage
 from airflow_provider_batchkit.landing.table import ResultTable, WriteDisposition
+from airflow_provider_batchkit.landing.target import LandingOptions, Seen, Target
 from airflow_provider_batchkit.landing.write import prepare_connection
 from airflow_provider_batchkit.ledger import Ledger
 from airflow_provider_batchkit.ledger.account import note_duration
@@ -142,24 +141,12 @@ def file_columns(table: ResultTable) -> list[FileColumn]:
     return [FileColumn(name, kinds[name]) for name in table.column_names]
 
 
-def land_files(
-    ledger: Ledger,
-    files: OutputFiles,
-    batches: Sequence[Batch],
-    look: Look,
-    read_blocks: ReadBlocks,
-    price_book: PriceBook,
-    *,
-    include_failed: bool = False,
-    rewrite: bool = False,
-) -> LandingReport:
+def land_files(ledger: Ledger, files: OutputFiles, batches: Sequence[Batch], results: Results, options: LandingOptions) -> LandingReport:
     """Land ended batches, in the order given, each in a file of its own.
 
     A batch that has landed and whose file is there is not read again. A file that is missing is written anew; so is one that lacks answers,
     when these can be had.
 
-    :param include_failed: also write a row, without a response, for each request that was not answered
-    :param rewrite: write also what has landed before
     :raises ResultStreamError: the results could not be read to their end; there is no file of that batch
     :raises WrongBatchError: a batch holds results that its row did not ask; there is no file of that batch
     """
@@ -169,52 +156,31 @@ def land_files(
         return report
     require(files.form)
     table = ResultTable("results", common_key(ledger, batches), common_schema(ledger, batches))
-    landing = _FileLanding(ledger, files, table, look, Reading(ledger, table, read_blocks, price_book, include_failed))
-    plan = landing.plan(batches, rewrite=rewrite)
-    land_each(batches, WriteDisposition.MERGE, plan, landing.land_together, report)
+    reading = Reading(ledger, table, results, options.include_failed)
+    _Files(ledger, table, files.name, files.name, reading, replace(options, disposition=WriteDisposition.MERGE), files).land_all(
+        batches, report
+    )
     return report
 
 
-@dataclass(frozen=True, slots=True)
-class _FileLanding:
-    ledger: Ledger
+@dataclass(slots=True)
+class _Files(Target):
+    """Files, one a batch."""
+
     files: OutputFiles
-    table: ResultTable
-    look: Look
-    reading: Reading
 
-    def plan(self, batches: Sequence[Batch], *, rewrite: bool) -> Plan:
-        with self.ledger.engine.connect() as connection:
-            return Plan.make(connection, self.files.name, _never, batches, rewrite=rewrite)
+    def is_empty(self, books: Connection) -> bool:
+        """Never: each file is looked for by itself."""
+        return False
 
-    def land_together(self, plan: Plan, batches: Sequence[Batch], report: LandingReport) -> Plan:
-        """Land one batch, or tell of it where it has landed already. Gives the plan for the next ones."""
-        (batch,) = batches
-        while True:
-            seen: BatchSnapshot | None = None
-            if plan.has_landed(batch) and self.files.exists(batch.batch_id):
-                seen = self._look_for_the_rest(plan, batch)
-                if seen is None:
-                    log.info("%s has landed in %s before; nothing is written for it again", batch.batch_id, self.files.name)
-                    unfinished = self.ledger.unfinished(batch.record)
-                    report.recall(plan.landed[batch.batch_id], unfinished, is_foreign=batch.record is None)
-                    return plan
-            try:
-                report.include(self._land(seen or self.look(batch), batch.record, plan))
-            except Overtaken as e:
-                log.info("%s Nothing was written: it is read again.", e)
-                plan = self.plan(plan.batches, rewrite=plan.rewrites)
-                continue
-            return plan
+    def has_landed(self, plan: Plan, batches: Sequence[Batch]) -> bool:
+        return all(plan.has_landed(batch) and self.files.exists(batch.batch_id) for batch in batches)
 
-    def _look_for_the_rest(self, plan: Plan, batch: Batch) -> BatchSnapshot | None:
-        if not plan.is_torn(batch):
-            return None
-        try:
-            return self.look(batch)
-        except BatchKitError as e:
-            log.warning("%s landed in %s without all of its answers, and cannot be read again: %s", batch.batch_id, self.files.name, e)
-            return None
+    def land(self, plan: Plan, batches: Sequence[Batch], late: Seen | None, report: LandingReport) -> Plan:
+        """Land a batch in its file."""
+        for snapshot, record in late or self.look_at(batches):
+            report.include(self._land(snapshot, record, plan))
+        return plan
 
     def _land(self, snapshot: BatchSnapshot, record: BatchRecord | None, plan: Plan) -> LandedBatch:
         now, batch_id = datetime.now(UTC), snapshot.batch_id
@@ -238,7 +204,7 @@ class _FileLanding:
                             stream=stream,
                             form=self.files.form,
                             constants=constants,
-                            include_failed=self.reading.include_failed,
+                            include_failed=self.options.include_failed,
                         ),
                         snapshot,
                         record,
@@ -247,7 +213,7 @@ class _FileLanding:
                 started = time.monotonic()
                 begin_writing(connection)
                 lock_jobs(connection, [] if record is None else [record])
-                look_again(connection, [read], plan, _never)
+                look_again(connection, [read], plan, lambda: False)
                 # the ledger keeps the name of a table that the batch has landed in as well
                 note_landed(self.ledger, connection, read, plan, now, self._spelled(connection, record))
                 created.publish()
@@ -263,8 +229,3 @@ class _FileLanding:
             return None
         found = sa.select(batch_table.c.landed_table).where(batch_table.c.job_id == record.job_id, batch_table.c.shard == record.shard)
         return self.files.name if connection.execute(found).scalar() is None else None
-
-
-def _never() -> bool:
-    """A place for files is not empty as a table is: each file is looked for by itself."""
-    return False

@@ -8,7 +8,6 @@ Memory: one map of a batch's ids and keys, what the ledger keeps of its answers,
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,14 +17,13 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from airflow_provider_batchkit.cost.prices import PriceBook
-from airflow_provider_batchkit.exceptions import BatchKitError
-from airflow_provider_batchkit.landing.plan import Batch, Look, Plan, common_key, common_schema
-from airflow_provider_batchkit.landing.reading import ReadBatch, ReadBlocks, Reading, landing_values, refuse_to_lose
+from airflow_provider_batchkit.landing.plan import Batch, Plan, common_key, common_schema
+from airflow_provider_batchkit.landing.reading import ReadBatch, Reading, Results, landing_values, refuse_to_lose
 from airflow_provider_batchkit.landing.report import LandedBatch, LandingReport
 from airflow_provider_batchkit.landing.rounds import Overtaken, lock_jobs
 from airflow_provider_batchkit.landing.stage import TemporaryStage
 from airflow_provider_batchkit.landing.table import ResultTable, WriteDisposition
+from airflow_provider_batchkit.landing.target import LandingOptions, Seen, Target
 from airflow_provider_batchkit.landing.warehouse.base import Warehouse
 from airflow_provider_batchkit.landing.write import TableWriter, prepare_connection, queue_for_table, settle_outcomes
 from airflow_provider_batchkit.ledger import journal
@@ -33,36 +31,16 @@ from airflow_provider_batchkit.ledger.account import note_duration
 from airflow_provider_batchkit.ledger.engine import begin_writing, prepare_engine
 from airflow_provider_batchkit.ledger.landings import note_landing, older_batches, younger_is_there
 from airflow_provider_batchkit.ledger.ledger import Ledger
-from airflow_provider_batchkit.ledger.records import BatchRecord
-from airflow_provider_batchkit.model import BatchSnapshot
 from airflow_provider_batchkit.schema import OutputSchema
 
-log = logging.getLogger(__name__)
 
-
-def land_batches(
-    ledger: Ledger,
-    batches: Sequence[Batch],
-    table_name: str,
-    look: Look,
-    read_blocks: ReadBlocks,
-    price_book: PriceBook,
-    *,
-    disposition: WriteDisposition = WriteDisposition.MERGE,
-    include_failed: bool = False,
-    portable: bool = False,
-    rewrite: bool = False,
-) -> LandingReport:
+def land_batches(ledger: Ledger, batches: Sequence[Batch], table_name: str, results: Results, options: LandingOptions) -> LandingReport:
     """Land ended batches in the order given. Each batch is one transaction; ``replace`` is one for all of them.
 
     A batch that has landed in the table is not written again; its counts and its bill come from the ledger. Where results were missing,
     they are read again, and what the table lacks is written. Where one batch cannot land, the others do before the error is raised.
 
     :param table_name: ``table`` or ``schema.table`` in the ledger's database; created when missing
-    :param look: raises when a batch cannot be read
-    :param include_failed: also write a row, without a response, for each request that was not answered
-    :param portable: use no database's own bulk path
-    :param rewrite: write also what has landed in the table before
     :raises TableError: the table does not fit; nothing was written
     :raises ResultStreamError: the results could not be read to their end; nothing of that batch was written
     :raises WrongBatchError: a batch holds results that its row did not ask; nothing of that batch was written
@@ -75,12 +53,12 @@ def land_batches(
     table = ResultTable(table_name, common_key(ledger, batches), common_schema(ledger, batches))
     exists = table.check(ledger.engine)
     if not exists:
-        table.create(ledger.engine, unique_key=disposition is not WriteDisposition.APPEND)
+        table.create(ledger.engine, unique_key=options.disposition is not WriteDisposition.APPEND)
     else:
         table.extend(ledger.engine)
-    landing = _Landing(ledger, table, look, Reading(ledger, table, read_blocks, price_book, include_failed), disposition, portable)
-    plan = landing.plan(batches, rewrite=rewrite)
-    land_each(batches, disposition, plan, landing.land_together, report)
+    with ledger.engine.connect() as connection:
+        known_as = table.identity(connection)
+    _Beside(ledger, table, table_name, known_as, Reading(ledger, table, results, options.include_failed), options).land_all(batches, report)
     return report
 
 
@@ -109,111 +87,46 @@ def check_table(
         table.check(ledger.engine)
 
 
-def land_each(
-    batches: Sequence[Batch],
-    disposition: WriteDisposition,
-    plan: Plan,
-    land_together: Callable[[Plan, Sequence[Batch], LandingReport], Plan],
-    report: LandingReport,
-) -> None:
-    """Land batches one after the other, or all of them at once for a ``replace``. Where one cannot land, the others do."""
-    together = [batches] if disposition is WriteDisposition.REPLACE else [[batch] for batch in batches]
-    failures: list[BatchKitError] = []
-    for ones in together:
-        try:
-            plan = land_together(plan, ones, report)
-        except BatchKitError as e:
-            failures.append(e)
-    if failures:
-        # the one that waiting or a retry may mend: the others come up again behind it
-        first = min(failures, key=lambda e: (e.wait is None, not e.retryable))
-        for other in failures:
-            if other is not first:
-                log.warning("%s", other)
-        first.landed = report.first
-        raise first
-
-
 @dataclass(slots=True)
-class _Landing:
-    ledger: Ledger
-    table: ResultTable
-    look: Look
-    reading: Reading
-    disposition: WriteDisposition
-    portable: bool
+class _Beside(Target):
+    """A table in the ledger's database."""
 
-    def plan(self, batches: Sequence[Batch], *, rewrite: bool) -> Plan:
-        """What is to be written of the batches now."""
-        with self.ledger.engine.connect() as connection:
-            return Plan.make(connection, self.table.identity(connection), self._is_empty(connection), batches, rewrite=rewrite)
+    def is_empty(self, books: Connection) -> bool:
+        return books.execute(sa.select(sa.literal(1)).select_from(self.table.table).limit(1)).first() is None
 
-    def _is_empty(self, connection: Connection) -> Callable[[], bool]:
-        return lambda: connection.execute(sa.select(sa.literal(1)).select_from(self.table.table).limit(1)).first() is None
+    def land(self, plan: Plan, batches: Sequence[Batch], late: Seen | None, report: LandingReport) -> Plan:
+        """Land batches in one transaction."""
+        seen = late or self.look_at(batches)
+        with prepare_engine(self.ledger.engine).begin() as connection:
+            landed = self._land(connection, seen, plan)
+        for one in landed:
+            report.include(one)
+        return plan
 
-    def land_together(self, plan: Plan, batches: Sequence[Batch], report: LandingReport) -> Plan:
-        """Land batches in one transaction, or tell of them where all have landed already. Gives the plan for the next ones."""
-        while True:
-            if all(map(plan.has_landed, batches)) or self._would_replace_younger(plan, batches):
-                late = self._look_for_the_rest(plan, batches)
-                if late is None:
-                    for batch in batches:
-                        log.info("%s has landed in %s before; nothing is written for it again", batch.batch_id, self.table.name)
-                        unfinished = self.ledger.unfinished(batch.record)
-                        report.recall(plan.landed[batch.batch_id], unfinished, is_foreign=batch.record is None)
-                    return plan
-                seen = late
-            else:
-                seen = [(self.look(batch), batch.record) for batch in batches]
-            try:
-                with prepare_engine(self.ledger.engine).begin() as connection:
-                    landed = self._land(connection, seen, plan)
-            except Overtaken as e:
-                log.info("%s Nothing was written: they are read again.", e)
-                plan = self.plan(plan.batches, rewrite=plan.rewrites)
-                continue
-            for one in landed:
-                report.include(one)
-            return plan
-
-    def _would_replace_younger(self, plan: Plan, batches: Sequence[Batch]) -> bool:
-        if self.disposition is not WriteDisposition.REPLACE:
-            return False
-        with self.ledger.engine.connect() as connection:
-            return plan.would_replace_younger(connection, batches)
-
-    def _look_for_the_rest(self, plan: Plan, batches: Sequence[Batch]) -> list[tuple[BatchSnapshot, BatchRecord | None]] | None:
-        """A batch that landed without some of its answers, when it can be read again; None when nothing more can be had."""
-        (batch, *others) = batches
-        if others or not plan.is_torn(batch) or self.disposition is WriteDisposition.REPLACE:
-            return None
-        try:
-            return [(self.look(batch), batch.record)]
-        except BatchKitError as e:
-            log.warning("%s landed in %s without all of its answers, and cannot be read again: %s", batch.batch_id, self.table.name, e)
-            return None
-
-    def _land(self, connection: Connection, batches: Sequence[tuple[BatchSnapshot, BatchRecord | None]], plan: Plan) -> list[LandedBatch]:
+    def _land(self, connection: Connection, batches: Seen, plan: Plan) -> list[LandedBatch]:
         """Land batches in the connection's transaction. Nothing but stages is written before the last result is read."""
         prepare_connection(connection)
         together = [record for _, record in batches if record is not None]
         filled = [
             self.reading.read(
-                lambda keys, ranks: TemporaryStage(connection, self.table, keys, ranks, portable=self.portable), snapshot, record, together
+                lambda keys, ranks: TemporaryStage(connection, self.table, keys, ranks, portable=self.options.portable),
+                snapshot,
+                record,
+                together,
             )
             for snapshot, record in batches
         ]
-        if self.disposition is WriteDisposition.REPLACE:
+        if self.options.replaces:
             refuse_to_lose(self.table, [batch.landed for batch in filled])
         now, started = datetime.now(UTC), time.monotonic()
-        writer = TableWriter(connection, self.table, self.disposition, include_failed=self.reading.include_failed, landed_at=now)
+        writer = TableWriter(connection, self.table, self.options.disposition, include_failed=self.options.include_failed, landed_at=now)
         begin_writing(connection)
         lock_jobs(connection, together)
         queue_for_table(connection, self.table)
         self._look_again(connection, filled, plan)
         for batch in filled:
             note_landed(self.ledger, connection, batch, plan, now, self.table.name)
-        if self.disposition is WriteDisposition.REPLACE:
+        if self.options.replaces:
             writer.empty()
         for batch in filled:
             batch_id = batch.landed.snapshot.batch_id
@@ -230,9 +143,8 @@ class _Landing:
 
         :raises Overtaken: when another landing, a later round or a further row came between the reading of the results and the locks
         """
-        look_again(connection, filled, plan, self._is_empty(connection))
-        together = [Batch(batch.batch_id, batch.record) for batch in filled]
-        if self._would_replace_younger(plan, together):
+        look_again(connection, filled, plan, lambda: self.is_empty(connection))
+        if self.would_replace_younger(connection, plan, [Batch(batch.batch_id, batch.record) for batch in filled]):
             raise Overtaken(f"{self.table.name} was filled while the results were read.")
 
 

@@ -17,6 +17,7 @@ from airflow_provider_batchkit.cost.prices import PriceBook
 from airflow_provider_batchkit.cost.tally import TallyBuilder
 from airflow_provider_batchkit.exceptions import ReplaceRefusedError, WrongBatchError
 from airflow_provider_batchkit.landing.answers import AnswerReader
+from airflow_provider_batchkit.landing.plan import Look
 from airflow_provider_batchkit.landing.report import NAMED, LandedBatch, log_faults, log_unfinished
 from airflow_provider_batchkit.landing.rounds import NO_OTHERS, OtherRounds
 from airflow_provider_batchkit.landing.stage import AskedKeys, Stage
@@ -56,13 +57,22 @@ class ReadBatch(Generic[AnyStage]):
 
 
 @dataclass(frozen=True, slots=True)
+class Results:
+    """Ended batches at the API, and what their results cost."""
+
+    #: raises when a batch cannot be read
+    look: Look
+    read_blocks: ReadBlocks
+    price_book: PriceBook
+
+
+@dataclass(frozen=True, slots=True)
 class Reading:
     """How the batches of a landing are read."""
 
     ledger: Ledger
     table: ResultTable
-    read_blocks: ReadBlocks
-    price_book: PriceBook
+    results: Results
     include_failed: bool
 
     def read(
@@ -82,13 +92,13 @@ class Reading:
                 others = OtherRounds.of(reading, record, together, keys)
         stage = make_stage(keys, others.ranks)
         answers = None if self.table.schema is None else AnswerReader(self.table.schema)
-        tally = TallyBuilder(self.price_book, snapshot.created_at)
+        tally = TallyBuilder(self.results.price_book, snapshot.created_at)
         foreign = FailedKinds() if record is None else None
         reconciler = Reconciler(None if keys is None else keys.billed)
         total = snapshot.counts.total
         progress = Progress(log, f"landing {snapshot.batch_id}", total)
         with stage.filling():
-            for results in self.read_blocks(snapshot.batch_id, reconciler, total, lambda size: progress.add(0, size)):
+            for results in self.results.read_blocks(snapshot.batch_id, reconciler, total, lambda size: progress.add(0, size)):
                 if foreign is not None:
                     refuse_our_own(snapshot, results)
                     foreign.add(results.custom_ids, results.statuses, results.error_types, results.error_messages)

@@ -94,28 +94,18 @@ class LandingOperator(OutputOperator):
 
     def _landing(self, leg: Leg, ledger: Ledger) -> Landing:
         from airflow_provider_batchkit.jobs.advance import Landing
-        from airflow_provider_batchkit.jobs.fetch import fetch_job
-        from airflow_provider_batchkit.landing import WriteDisposition
+        from airflow_provider_batchkit.jobs.fetch import FetchingTask, TableIn, fetch_job
+        from airflow_provider_batchkit.landing import LandingOptions, WriteDisposition
 
-        ti, files = leg.context["ti"], self._files()
-        fetch = partial(
-            fetch_job,
-            self.hook.kit,
-            ledger,
-            dag_id=ti.dag_id,
-            run_id=ti.run_id,
-            times=settle_times(),
-            unseen=leg.unseen,
-            include_failed=self.include_failed,
-            rewrite=self.rewrite,
-        )
-        results = results_of(self)
+        ti, files, results = leg.context["ti"], self._files(), results_of(self)
+        table = None if self.table is None else TableIn(self.table, results)
+        task = FetchingTask(ti.dag_id, ti.run_id, attempt_id_of(ti) if results is not None else "")
+        fetch = partial(fetch_job, self.hook.kit, ledger, times=settle_times(), unseen=leg.unseen)
 
         def land(ids: Sequence[str], how: WriteDisposition) -> LandingReport:
-            found = None
-            if self.table is not None:
-                found = fetch(ids, table=self.table, disposition=how, warehouse=results, attempt_id=attempt_id_of(ti))
-            return _land_files_too(found, lambda: fetch(ids, table=files)) if files is not None else found  # type: ignore[return-value]
+            options = LandingOptions(how, include_failed=self.include_failed, rewrite=self.rewrite)
+            found = None if table is None else fetch(ids, table, task, options)
+            return _land_files_too(found, lambda: fetch(ids, files, task, options)) if files is not None else found  # type: ignore[return-value]
 
         return Landing(self._place, WriteDisposition.parse(self.write_disposition), land, leg)
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from airflow_provider_batchkit.api.blocks import ResultBlock
 from airflow_provider_batchkit.api.results import Reconciler, parse_blocks
 from airflow_provider_batchkit.cost.prices import PriceBook
-from airflow_provider_batchkit.landing import Batch, land_batches
+from airflow_provider_batchkit.landing import Batch, LandingOptions, Results, land_batches
 from airflow_provider_batchkit.ledger.tables import batch
 from airflow_provider_batchkit.simulator import Simulator, SimulatorSettings
 from tests.databases import Database
@@ -100,7 +100,8 @@ def test_sums_are_exact_for_random_usages(warehouse: Warehouse, answers: list[An
         yield from itertools.starmap(reconciler.accept_block, parse_blocks(iter(lines)))
 
     batches = [Batch(b, warehouse.ledger.find(b)) for b in report.batch_ids]
-    landed = land_batches(warehouse.ledger, batches, table, lambda b: warehouse.kit.get(b.batch_id), read, BOOK, include_failed=True)
+    results = Results(lambda b: warehouse.kit.get(b.batch_id), read, BOOK)
+    landed = land_batches(warehouse.ledger, batches, table, results, LandingOptions(include_failed=True))
     tally = landed.tally
     billed = [answer for answer in answers if isinstance(answer, dict)]
     assert (landed.rows, tally.requests) == (len(rows), len(billed))
