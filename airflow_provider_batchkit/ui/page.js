@@ -3,6 +3,13 @@
 (() => {
   "use strict";
   const React = globalThis.React;
+  if (!React) {
+    // Airflow 3.1.0 keeps its React to itself, and so may others. A text is what a component may give without one.
+    globalThis.Batches = globalThis.AirflowPlugin = () =>
+      "The Batches page cannot be shown here: this version of Airflow gives its plugins no React. Airflow 3.1.8 and later do. Until then, type " +
+      "python -m airflow_provider_batchkit --help where Airflow is installed: the commands show the same, and more.";
+    return;
+  }
   const h = React.createElement;
   const { useCallback, useEffect, useRef, useState } = React;
 

@@ -4,16 +4,21 @@ FastAPI and everything behind the routes come with the first request.
 
 from __future__ import annotations
 
+import re
 import threading
 from typing import Any
 from urllib.parse import urlsplit
 
+import airflow
 from airflow.plugins_manager import AirflowPlugin
 from airflow.providers.common.compat.sdk import conf
 
 #: where the app lies below Airflow's base URL
 PREFIX = "/batchkit"
 _PLACES = ("nav", "dag", "dag_run", "task_instance")
+#: Airflow 3.1.0 gives a plugin's page neither React nor the login's cookie: there it would be an entry that leads to an error. 3.1.8 gives
+#: both; what is in between was not run
+_FIRST = (3, 1, 8)
 
 
 class LazyApp:
@@ -53,9 +58,15 @@ def _place(destination: str) -> dict[str, Any]:
     }
 
 
+def places(version: str) -> list[dict[str, Any]]:
+    """Where the page stands in this version of Airflow; nowhere before the first that can show it."""
+    known = tuple(int(part) for part in re.findall(r"\d+", version)[:3])
+    return [_place(destination) for destination in _PLACES] if known >= _FIRST else []
+
+
 class BatchKitPlugin(AirflowPlugin):
     """The Batches page in the navigation, and as a tab of DAGs, runs and task instances."""
 
     name = "batchkit"
     fastapi_apps = [{"app": LazyApp(), "url_prefix": PREFIX, "name": "BatchKit"}]  # noqa: RUF012 Airflow's own form of it
-    react_apps = [_place(destination) for destination in _PLACES]  # noqa: RUF012
+    react_apps = places(airflow.__version__)

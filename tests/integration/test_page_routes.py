@@ -491,11 +491,22 @@ print(*sorted(set(sys.modules) - before))
     assert float(seconds) <= 0.05
 
 
+def test_an_airflow_that_cannot_show_the_page_has_no_entry_that_leads_to_an_error() -> None:
+    """Airflow 3.1.0 gives plugins neither React nor the login's cookie."""
+    import airflow
+
+    from airflow_provider_batchkit.ui import plugin
+
+    assert [plugin.places(version) for version in ("3.1.0", "3.1.7", "3.1.7rc1")] == [[], [], []]
+    assert plugin.BatchKitPlugin.react_apps == plugin.places(airflow.__version__)
+
+
 def test_the_plugin_names_its_places_below_the_base_url(monkeypatch: pytest.MonkeyPatch) -> None:
     """A relative address of the bundle does not work before Airflow 3.3."""
     from airflow_provider_batchkit.ui import plugin
 
-    assert [one["destination"] for one in plugin.BatchKitPlugin.react_apps] == ["nav", "dag", "dag_run", "task_instance"]
-    assert len({one["url_route"] for one in plugin.BatchKitPlugin.react_apps}) == 4
+    for version in ("3.1.8", "3.2.0rc1", "3.10.0", "4.0"):
+        assert [one["destination"] for one in plugin.places(version)] == ["nav", "dag", "dag_run", "task_instance"]
+        assert len({one["url_route"] for one in plugin.places(version)}) == 4
     monkeypatch.setenv("AIRFLOW__API__BASE_URL", "https://airflow.example.com/team/a/")
     assert plugin.base_path() == "/team/a"
