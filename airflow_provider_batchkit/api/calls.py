@@ -65,6 +65,9 @@ _LAST_BYTES = 2
 _THROTTLED = frozenset({429, 529})
 #: a 4xx that does not prove a refusal: the request may have been taken
 _AMBIGUOUS_4XX = frozenset({408, 409})
+#: Statuses that say, whoever sends them, that the call was not carried out (RFC 9110). Any other 4xx, such as a proxy's 499, proves a
+#: refusal only where it comes with an error of the API's own.
+_REFUSED = frozenset({400, 401, 402, 403, 404, 405, 407, 411, 413, 414, 415, 417, 421, 422, 426, 428, 431})
 #: Redirects that say that the call was not carried out: it is to be made again, elsewhere (RFC 9110). 302 and 303 may follow a success.
 _MOVED = frozenset({301, 307, 308})
 
@@ -147,9 +150,10 @@ class BatchApi:
             return batch_of(self.client.post(BATCHES, content=body, cast_to=httpx2.Response, options=options))
         except anthropic.APIStatusError as e:
             status = e.status_code
-            if status in _THROTTLED:
+            if status == 429 or (status in _THROTTLED and e.type):
                 raise _NotTaken(f"the API answered {status} {e.type or ''}".strip(), _retry_after(e)) from e
-            if status in _MOVED or (400 <= status < 500 and status not in _AMBIGUOUS_4XX):
+            own = 400 <= status < 500 and status not in _AMBIGUOUS_4XX and e.type
+            if status in _MOVED | _REFUSED or own:
                 raise SubmitRefusedError(
                     f"The API refused shard {shard.number} ({shard.requests:,} requests, {shard.bytes:,} bytes) with {status} "
                     f"{e.type or 'error'}: {api_message(e)}. Nothing was accepted or billed. "

@@ -93,7 +93,9 @@ def as_batch_ids(value: Any) -> list[str]:
         except (ValueError, SyntaxError) as e:
             raise BatchInputError(f"batch_id {value!r} is neither an id nor a list of ids.") from e
     ids = [value] if isinstance(value, str) else value
-    if isinstance(ids, Mapping) or not isinstance(ids, Sequence):
+    if isinstance(ids, Mapping):
+        raise BatchInputError(f"batch_id must be an id or a list of ids, not a mapping with {', '.join(map(str, ids))}.")
+    if not isinstance(ids, Sequence):
         try:
             ids = list(ids)  # a lazy sequence of a mapped task's outputs
         except TypeError:

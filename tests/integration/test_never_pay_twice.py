@@ -341,6 +341,14 @@ def test_a_retry_after_that_is_no_time_to_wait_fails_no_task(warehouse: Warehous
     assert (states(warehouse)[-1], sim.stats()["posts"], sim.stats()["batches_accepted"]) == ("submitted", 3, 2)
 
 
+@pytest.mark.parametrize("status", [406, 410, 424, 425, 460, 499, 529])
+def test_a_gateways_page_with_a_status_of_its_own_is_no_refusal(warehouse: Warehouse, sim: Simulator, status: int) -> None:
+    """A proxy says 499 of a client that went away, whatever the API did with the request: the batch is looked for."""
+    sim.faults.add("html_after_accept", status=status)
+    assert len(warehouse.submit(products(3), settle_seconds=SETTLE).batch_ids) == 1
+    assert sim.stats()["requests_accepted"] == 4
+
+
 def test_cache_writes_of_a_lifetime_that_nobody_knows_make_the_cost_unknown(warehouse: Warehouse, sim: Simulator) -> None:
     """A split that tells less than the sum beside it leaves tokens without a price: they are never billed at nothing."""
     usage = {"input_tokens": 10, "output_tokens": 5, "cache_creation_input_tokens": 1000}

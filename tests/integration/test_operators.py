@@ -148,6 +148,16 @@ def test_a_sensor_that_times_out_fails_and_says_that_the_batch_goes_on(home: Pat
     assert run.states() == {"submit": "success", "wait": "failed", "soft": "skipped"}
 
 
+def test_a_mapping_is_no_list_of_ids() -> None:
+    """A fetch's summary in place of the submit's list: its names are not ids."""
+    from airflow_provider_batchkit.exceptions import BatchInputError
+    from airflow_provider_batchkit.operators.tasks import as_batch_ids
+
+    for given in ({"batch_ids": ["a"], "table": "t"}, [{"batch_ids": ["a"]}]):
+        with pytest.raises(BatchInputError, match="not a mapping with batch_ids"):
+            as_batch_ids(given)
+
+
 def test_a_list_of_ids_that_jinja_rendered_to_text_is_read(home: Path, database: Database) -> None:
     """The template '{{ ti.xcom_pull(...) }}' gives the list's repr; both it and the first id alone work."""
     run = run_dag(
