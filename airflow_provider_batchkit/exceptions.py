@@ -22,6 +22,7 @@
     ├── WrongBatchError            terminal   a batch has results that its row did not ask; nothing was written
     ├── ReplaceRefusedError        retry      a "replace" would have deleted rows without an answer to put in their place
     ├── WarehouseBusyError         retry      another process keeps the database of the results to itself
+    │   └── TurnTakenError         retry      another landing has the turn at the result table
     ├── BatchNotEndedError         retry      results were asked of a batch that is still running
     ├── BatchWaitTimeout           retry      the batch did not end in the time allowed; it goes on and can be waited for again
     ├── PollError                  retry      the API kept failing while we polled; the batch itself is untouched
@@ -34,6 +35,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import datetime
 from typing import Any, ClassVar
 
 
@@ -179,6 +181,14 @@ class WarehouseBusyError(BatchKitError):
     """The database of the results cannot be used at the moment. What is prepared is in the ledger, and a retry goes on from there."""
 
     retryable = True
+
+
+class TurnTakenError(WarehouseBusyError):
+    """Another landing has the turn at the result table, or its worker died with it. At ``free_at`` (aware, UTC) anybody may take it."""
+
+    def __init__(self, message: str, free_at: datetime) -> None:
+        super().__init__(message)
+        self.free_at = free_at
 
 
 class BatchNotEndedError(BatchKitError):

@@ -24,6 +24,7 @@ from airflow_provider_batchkit.exceptions import (
     BatchUnavailableError,
     BatchVanishedError,
     SubmitUncertainError,
+    TurnTakenError,
 )
 from airflow_provider_batchkit.jobs.settle import DEFAULT_TIMES, PATIENCE_S, Settler, SettleTimes, any_visible, unseen_since
 from airflow_provider_batchkit.jobs.waiting import WaitFor
@@ -46,6 +47,8 @@ from airflow_provider_batchkit.model import BatchSnapshot
 log = logging.getLogger(__name__)
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 2.0, 300.0
+#: a turn is free when its time is over, by the ledger's clock
+_BEHIND_A_TURN = timedelta(seconds=1)
 #: how the ledger's note of a batch begins that answered 404 for too long: unlike an archived one, it may be back
 VANISHED = "not visible"
 
@@ -105,6 +108,8 @@ def fetch_job(
             else:
                 report = land_elsewhere(ledger, target.warehouse, batches, target.name, results, options, attempt_id=task.attempt_id)
         except BatchKitError as e:
+            if isinstance(e, TurnTakenError):
+                e.wait = WaitFor((), e.free_at + _BEHIND_A_TURN, e.free_at + _BEHIND_A_TURN, str(e), about="turn")
             landed += e.landed
             e.landed = landed
             if e.wait is None or e.wait.batch_ids:

@@ -32,7 +32,7 @@ class WaitFor:
     latest: datetime
     #: one sentence for the log
     why: str
-    about: Literal["doubt", "primer", "throttle", "round", "unseen"] = "doubt"
+    about: Literal["doubt", "primer", "throttle", "round", "unseen", "turn"] = "doubt"
     #: What the API does not show → since when, where the ledger does not keep it. Whoever waits gives it to the next look.
     unseen: Mapping[str, datetime] = field(default_factory=dict)
 

@@ -18,6 +18,7 @@ import hashlib
 import json
 import logging
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -50,6 +51,8 @@ log = logging.getLogger(__name__)
 
 #: seconds after which a turn that was not given back may be taken: its owner is dead, stopped, or publishes still, which the fence awaits
 TURN_S = 300.0
+#: seconds that a landing waits for its turns in its worker slot
+PATIENCE_S = 20.0
 #: how staging tables are called, and how many characters of a load's id follow
 _STAGE, _ID = "batchkit_stage", 20
 
@@ -69,6 +72,7 @@ def land_elsewhere(
     :param attempt_id: of the task instance: a younger attempt has a greater one, and takes over
     :raises LeaseLostError: a younger attempt lands the same
     :raises WarehouseBusyError: another process keeps the database to itself
+    :raises TurnTakenError: another landing has the turn at the table; what is prepared is in the ledger, and the same call goes on
     """
     ledger.ensure()
     report = LandingReport(table=table_name)
@@ -84,7 +88,7 @@ def land_elsewhere(
         warehouse.rollback(connection)
     fence = hashlib.sha256(f"{ledger.ledger_id()} {known_as.partition(':')[2]}".encode()).hexdigest()[:32]
     reading = Reading(ledger, table, results, options.include_failed)
-    _Elsewhere(ledger, table, table_name, known_as, reading, options, warehouse, fence, attempt_id).land_all(batches, report)
+    _Elsewhere(ledger, table, table_name, known_as, reading, options, warehouse, fence, attempt_id, PATIENCE_S).land_all(batches, report)
     return report
 
 
@@ -96,6 +100,8 @@ class _Elsewhere(Target):
     #: of the table, in the warehouse
     fence: str
     attempt_id: str
+    #: seconds that are left of :data:`PATIENCE_S`
+    patience_s: float
 
     def is_empty(self, books: Connection) -> bool:
         with self.warehouse.open() as connection:
@@ -288,7 +294,11 @@ class _Elsewhere(Target):
     @contextmanager
     def _turn(self, load: Load) -> Iterator[tuple[Any, int | None]]:
         """A fresh turn at the table, with a connection and the fence raised to it; no turn where another one was later at the fence."""
-        turn = self.ledger.wait_for_turn(load, TURN_S)
+        began = time.monotonic()
+        try:
+            turn = self.ledger.wait_for_turn(load, TURN_S, self.patience_s)
+        finally:
+            self.patience_s = max(self.patience_s - (time.monotonic() - began), 0.0)
         try:
             with self.warehouse.open() as connection:
                 raised = self.warehouse.raise_fence(connection, self.table, self.fence, turn)

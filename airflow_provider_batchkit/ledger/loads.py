@@ -20,7 +20,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import IntegrityError
 
-from airflow_provider_batchkit.exceptions import LeaseLostError
+from airflow_provider_batchkit.exceptions import LeaseLostError, TurnTakenError
 from airflow_provider_batchkit.ledger.engine import clock, write_transaction
 from airflow_provider_batchkit.ledger.tables import load, prepared, turn, version
 
@@ -187,13 +187,28 @@ class Loads:
             connection.execute(sa.insert(turn).values(table_name=opened.table, **values))
             return number
 
-    def wait_for_turn(self, opened: Load, seconds: float) -> int:
-        """:meth:`take_turn`, as soon as it is free."""
-        pause = 0.05
+    def wait_for_turn(self, opened: Load, seconds: float, patience_s: float) -> int:
+        """:meth:`take_turn`, as soon as it is free.
+
+        :param patience_s: seconds that this call waits at most
+        :raises TurnTakenError: when another load has it still
+        """
+        end, pause = time.monotonic() + patience_s, 0.05
         while (number := self.take_turn(opened, seconds)) is None:
+            if time.monotonic() >= end:
+                raise self._turn_taken(opened)
             time.sleep(pause)
             pause = min(pause * 1.5, 2.0)
         return number
+
+    def _turn_taken(self, opened: Load) -> TurnTakenError:
+        with self.engine.connect() as connection:
+            found = connection.execute(sa.select(turn.c.load_id, turn.c.until).where(turn.c.table_name == opened.table)).one()
+        return TurnTakenError(
+            f"Load {found.load_id} has the turn at {opened.table}, until {found.until:%H:%M:%S} UTC at the latest: it is landing there, or "
+            "its worker died. Nothing is lost: this landing takes its turn afterwards.",
+            found.until,
+        )
 
     def give_turn_back(self, table: str, number: int) -> None:
         """Let others have the turn, unless somebody has taken it already."""

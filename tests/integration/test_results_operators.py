@@ -11,7 +11,7 @@ import pytest
 from airflow.providers.common.compat.sdk import AirflowFailException, TaskDeferred
 
 from airflow_provider_batchkit.simulator import SimulatorProcess
-from tests.databases import Database, sqlite_database
+from tests.databases import Database, rows, sqlite_database
 from tests.integration.test_fetch_operator import SOURCE, Task, fetch, fill, submit
 
 duckdb = pytest.importorskip("duckdb", reason="duckdb is not installed")
@@ -165,6 +165,35 @@ def test_a_file_that_another_process_has_is_waited_for_and_then_worth_a_retry(
         assert not isinstance(caught.value, AirflowFailException)
         other.stdin.close()
     assert fetch(ids, sql_conn_id="results").run()["rows"] == 3
+
+
+def test_a_turn_that_a_dead_worker_took_is_waited_for_without_a_worker_slot(
+    file: Path, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its load was never published. The task waits until the turn is over, and lands then; what it had staged goes."""
+    from airflow_provider_batchkit.landing import elsewhere
+    from airflow_provider_batchkit.ledger import Ledger
+
+    fetch(submit(**ELSEWHERE, table="answers").run(), sql_conn_id="results").run()
+    ledger = Ledger(database.engine())
+    ((name,),) = rows(database, "SELECT DISTINCT table_name FROM batchkit_load")
+    dead = ledger.open_load("f" * 32, name, "0190a000-0000-7000-8000-000000000000")
+    assert ledger.take_turn(dead, 90.0) is not None
+    monkeypatch.setattr(elsewhere, "PATIENCE_S", 0.2)
+
+    task = fetch(submit(**ELSEWHERE, table="answers", run_id="next").run(), sql_conn_id="results", run_id="next")
+    waits = task.run()
+    assert isinstance(waits, TaskDeferred)
+    assert waits.trigger.batch_ids == []
+    assert task.pushed["waits_for"]["about"] == "turn"
+    assert found(file, "SELECT count(DISTINCT batch_id) FROM answers") == [(1,)]
+
+    with database.engine().begin() as connection:
+        connection.exec_driver_sql("UPDATE batchkit_turn SET until = '2020-01-01 00:00:00'")
+    summary = task.go_on(waits)
+    assert summary["rows"] == 3
+    assert found(file, "SELECT count(*), count(DISTINCT batch_id) FROM answers") == [(3, 1)]
+    assert found(file, "SELECT table_name FROM duckdb_tables() WHERE table_name LIKE 'batchkit_stage%'") == []
 
 
 @pytest.mark.parametrize("client", ["mysqlclient", "mysql-connector-python"])
