@@ -1,4 +1,4 @@
-"""Results that were read together, column by column: a batch has up to 100,000, and each pays for every step that is taken for it alone."""
+"""Results that are read together, as columns. A batch has up to 100,000 results, and steps for each single result would dominate."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ class BilledPart(msgspec.Struct, frozen=True, gc=False):
 
     model: str | None
     usage: Usage
-    #: the category of a refusal before any output, ``""`` for none; None for everything else. It decides whether the part is billed
+    #: category of a refusal before any output: ``""`` where it has none, None for any other result. It decides whether the part is billed
     refusal: str | None = None
 
 
 @dataclass(slots=True, kw_only=True)
 class ResultBlock:
-    """What :class:`BatchItem` says of one result, for many of them, in the same order in every column."""
+    """The fields of :class:`BatchItem` for many results: columns in the same order."""
 
     custom_ids: Sequence[str]
     #: values of ``RequestStatus``
@@ -49,15 +49,15 @@ class ResultBlock:
     #: the API's ids of the messages, and of requests that failed
     message_ids: Sequence[str | None]
     request_ids: Sequence[str | None]
-    #: of an answer that is more than one block of plain text: its blocks as JSON; None where no result has one, like the next three
+    #: blocks, as JSON, of an answer that is more than one block of plain text. This column and the next three are None without any value
     contents: Sequence[str | None] | None = None
-    #: as JSON
+    #: the messages' ``stop_details`` as JSON
     stop_details: Sequence[str | None] | None = None
-    #: what is billed, where that is not simply the counts above at the model above
+    #: how a result is billed, where that is not simply its counts above at its model above
     bills: Sequence[tuple[BilledPart, ...] | None] | None = None
     #: whole messages as JSON, where they are kept
     messages: Sequence[bytes | None] | None = None
-    #: of the rows that pay for the results, where that is known
+    #: keys of the rows that pay for the results, where they are known
     keys: Sequence[str] | None = None
     _cached: bool | None = field(default=None, init=False, repr=False, compare=False)
 
@@ -78,21 +78,21 @@ class ResultBlock:
 
     @property
     def cached(self) -> bool:
-        """Whether a prompt among them was written to the cache or read from it."""
+        """Whether any of the prompts was written to the cache or read from it."""
         if self._cached is None:
             self._cached = any(self.cache_write_5m_tokens) or any(self.cache_write_1h_tokens) or any(self.cache_read_tokens)
         return self._cached
 
     @property
     def prompt_tokens(self) -> Sequence[int]:
-        """``Usage.prompt_tokens`` of each."""
+        """``Usage.prompt_tokens`` of each result."""
         if not self.cached:
             return self.input_tokens
         parts = (self.input_tokens, self.cache_write_5m_tokens, self.cache_write_1h_tokens, self.cache_read_tokens)
         return list(map(sum, zip(*parts, strict=True)))
 
     def rows(self, places: Sequence[int]) -> Self:
-        """The results at these places, any number of times."""
+        """The results at these places; a place may come more than once."""
         return type(self)(**{one.name: _at(places, getattr(self, one.name)) for one in fields(self) if one.init})
 
     @classmethod
@@ -169,6 +169,6 @@ class ResultBlock:
 def _at(places: Sequence[int], column: Sequence[Any] | None) -> Any:
     if column is None:
         return None
-    if len(places) < 2:  # a getter of one place gives no tuple, and there is none of no place
+    if len(places) < 2:  # itemgetter returns no tuple for one place, and needs at least one
         return [column[place] for place in places]
     return list(itemgetter(*places)(column))

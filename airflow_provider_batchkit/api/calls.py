@@ -63,21 +63,21 @@ _UPLOAD_CHUNK = 1 << 18
 _LAST_BYTES = 2
 
 _THROTTLED = frozenset({429, 529})
-#: a 4xx that does not prove a refusal: the request may have been taken
+#: These 4xx do not prove a refusal: the API may have taken the request.
 _AMBIGUOUS_4XX = frozenset({408, 409})
 #: Statuses that say, whoever sends them, that the call was not carried out (RFC 9110). Any other 4xx, such as a proxy's 499, proves a
 #: refusal only where it comes with an error of the API's own.
 _REFUSED = frozenset({400, 401, 402, 403, 404, 405, 407, 411, 413, 414, 415, 417, 421, 422, 426, 428, 431})
-#: Redirects that say that the call was not carried out: it is to be made again, elsewhere (RFC 9110). 302 and 303 may follow a success.
+#: Redirects that say that the call was not carried out and belongs elsewhere (RFC 9110). A 302 or 303 may follow a success.
 _MOVED = frozenset({301, 307, 308})
 
-#: A pause is made longer by chance, by this share of it at most: workers that were refused together do not come back together.
+#: A pause is lengthened by a random share, this one at most, so that workers that were refused together do not return together.
 _JITTER = 0.25
 #: Shares of a POST's total time: for handing the body over, for its last bytes, and for the answer.
 _BODY_SHARE, _LAST_SHARE, _ANSWER_SHARE = 0.5, 0.1, 0.4
-#: seconds: no header holds a task for longer
+#: seconds of the longest pause that a header can ask for
 _LONGEST_PAUSE_S = 86_400.0
-#: seconds before a call is made again whose answer was none; doubled each time
+#: seconds before a call without a valid answer is repeated; the pause doubles each time
 _AGAIN_S = 0.5
 
 _T = TypeVar("_T")
@@ -90,7 +90,7 @@ class BatchApi:
     throttle_wait_s = 900.0
     #: seconds that a POST takes at most, from its beginning until its sender gives it up
     post_s = 1200.0
-    #: seconds that a batch which answers 404 is looked at again before it is called gone
+    #: seconds for which a batch that answers 404 is looked for again before it is called gone
     absence_s = ABSENCE_S
 
     def __init__(self, client: anthropic.Anthropic) -> None:
@@ -106,7 +106,7 @@ class BatchApi:
         throttle_wait_s: float | None = None,
         sleep: Callable[[float], None] = time.sleep,
     ) -> BatchSnapshot:
-        """POST one shard, at most once accepted. 429 and 529 are retried, honouring ``retry-after``, with a pause that chance makes longer.
+        """POST one shard; at most one POST is accepted. 429 and 529 are retried after ``retry-after`` seconds and a random addition.
 
         :param fence: called just before the last bytes of the body go out; raising :class:`LeaseLostError` there aborts the upload,
             and a body that is not complete is never accepted
@@ -114,8 +114,8 @@ class BatchApi:
             fence itself took too long
         :param throttle_wait_s: seconds to wait in all while the API says "not now"
         :raises SubmitRefusedError: a definite 4xx
-        :raises SubmitThrottledError: not taken within the bound; says how long to wait before the next try
-        :raises SubmitUncertainError: anything that does not prove whether the batch was accepted
+        :raises SubmitThrottledError: the API did not take the batch within the bound; the error says how long to wait before the next try
+        :raises SubmitUncertainError: nothing proves whether the batch was accepted
         """
         post_s = self.post_s if post_s is None else post_s
         bound = self.throttle_wait_s if throttle_wait_s is None else throttle_wait_s
@@ -180,13 +180,13 @@ class BatchApi:
 
     @property
     def sends_betas(self) -> bool:
-        """Whether every call of the client carries an ``anthropic-beta`` header: then the API takes more than it does without."""
+        """Whether every call of the client carries an ``anthropic-beta`` header. With it, the API takes more than without."""
         return any(name.lower() == "anthropic-beta" for name in self.client.default_headers)
 
     def count_tokens(self, params: Mapping[str, Any]) -> int:
-        """Prompt tokens of a message with these params, counted by the API. Free; at most two tries of 30 seconds.
+        """Prompt tokens of a message with these params, counted by the API. The call is free, and is tried twice at most, 30 seconds each.
 
-        :raises RequestError: with the API's words, when it would refuse the message itself, now and later
+        :raises RequestError: the API would refuse the message itself, now and later; the error quotes the API
         """
         import anthropic
 
@@ -198,8 +198,9 @@ class BatchApi:
             raise
 
     def model_info(self, model: str) -> Mapping[str, Any]:
-        """What the API tells of a model, as it was sent: ``max_tokens``, ``capabilities``, ``lifecycle`` … Free; at most two tries of 30
-        seconds, and once for each model. Older versions of the SDK do not know all of it.
+        """The API's object for a model, as it was sent: ``max_tokens``, ``capabilities``, ``lifecycle`` … Older SDKs know fewer members.
+
+        The call is free, is tried twice at most (30 seconds each), and is made once for each model.
         """
         if model not in self._models:
             self._models[model] = self._ask(self.client.get, model_path(model), model_of, max_retries=1, timeout=30.0)
@@ -216,8 +217,8 @@ class BatchApi:
     def recent(self, since: datetime, clock: ApiClock | None = None) -> Iterator[BatchSnapshot]:
         """Batches of the workspace created at or after ``since`` (aware), newest first; as many pages as that takes.
 
-        :param clock: learns the API's time. Where it is behind, the list goes back further by as much: ``since`` is by the other clock
-        :raises anthropic.APIResponseValidationError: when a page, or a member of one, cannot be read: any batch may be missing
+        :param clock: learns the API's time. Where that is behind, the list goes back further by the lag: ``since`` is on the other clock
+        :raises anthropic.APIResponseValidationError: a page, or a member of one, cannot be read, so that any batch may be missing
         """
 
         def read(response: httpx2.Response) -> Page:
@@ -246,17 +247,17 @@ class BatchApi:
         return self._ask(self.client.post, batch_path(batch_id, "cancel"), lambda response: batch_of(response, batch_id))
 
     def delete(self, batch_id: str) -> None:
-        """Delete an ended batch with its results; one that is gone already is fine."""
+        """Delete an ended batch with its results. A batch that is already gone is no error."""
         import anthropic
 
         with suppress(anthropic.NotFoundError):
             self._ask(self.client.delete, batch_path(batch_id), deleted_of)
 
     def _ask(self, call: Callable[..., httpx2.Response], path: str, read: Callable[[httpx2.Response], _T], **options: Any) -> _T:
-        """The answer to a call that may be repeated. One that is none is asked for again, as often as the client retries what fails.
+        """The answer to a call that may be repeated. An answer that is not the API's is asked for again, as often as the client retries.
 
-        :param call: of the client, for ``path``
-        :param options: of the call
+        :param call: the client's method for ``path``
+        :param options: its keyword arguments
         :raises anthropic.APIResponseValidationError: when no answer of the API came
         """
         import anthropic
@@ -279,16 +280,16 @@ class BatchApi:
         raise AssertionError("the last try returns or raises")
 
     def stream_results(self, batch_id: str, *, chunk_bytes: int | None = None) -> Generator[bytes, None, None]:
-        """Raw chunks of an ended batch's JSONL results, once; closing the generator ends the download.
+        """Raw chunks of an ended batch's JSONL results, read once. Closing the generator ends the download.
 
-        They are read from the connection's own address, by the batch's path; the ``results_url`` that the API gives always names its own
-        host, also where the connection reaches it through another.
+        The results are read from the connection's own address, by the batch's path. The ``results_url`` that the API gives always names the
+        API's own host, even where the connection reaches it through another one.
 
-        :param chunk_bytes: of each chunk; as they arrive by default
+        :param chunk_bytes: size of each chunk; by default, chunks come as they arrive
         :raises BatchNotEndedError: while the batch runs
-        :raises BatchNotVisibleError: a 404, for the batch or for its results
-        :raises BatchUnavailableError: deleted, archived, or not of this workspace
-        :raises ResultStreamError: when the stream is cut, or holds something else
+        :raises BatchNotVisibleError: the API answers 404 for the batch or for its results
+        :raises BatchUnavailableError: the batch is deleted, archived, or not of this workspace
+        :raises ResultStreamError: the stream is cut, or holds something else
         """
         import anthropic
         import httpx2
@@ -329,8 +330,8 @@ class BatchApi:
 def _lines_of(response: httpx2.Response, chunk_bytes: int | None, *, expected: int) -> Iterator[bytes]:
     """The chunks of a result stream.
 
-    :param expected: result lines that the API counts
-    :raises anthropic.APIResponseValidationError: for a page in their place, and for nothing at all where lines are expected
+    :param expected: number of result lines, as the API counts them
+    :raises anthropic.APIResponseValidationError: a page came in place of the lines, or nothing came where lines are expected
     """
     begun = False
     for chunk in response.iter_bytes(chunk_bytes):
@@ -347,7 +348,7 @@ def _not_read(batch_id: str, why: str) -> ResultStreamError:
 
 
 class _NotTaken(Exception):
-    """A create call proved that nothing was accepted, and invites another try: a refusal for now, or no connection."""
+    """Nothing was accepted, and another try may succeed: the API refused for now, or there was no connection."""
 
     def __init__(self, what: str, retry_after: float | None) -> None:
         super().__init__(what)
@@ -369,8 +370,8 @@ def _bounded(timeout: Any, *, write_s: float, read_s: float) -> Any:
 def _fenced_body(shard: Shard, fence: Callable[[], None], seconds: float) -> Iterator[bytes]:
     """The body in chunks. ``fence`` is called when only the last two bytes are left, which go out right after it.
 
-    :param seconds: for all of it: a timeout of the client bounds each write, not their sum
-    :raises SubmitThrottledError: when the time is over before the last bytes; the body is then not complete
+    :param seconds: time for the whole body; the client's own timeout bounds each write, not their sum
+    :raises SubmitThrottledError: the time is over before the last bytes, so that the body is not complete
     """
     started = time.monotonic()
     left = shard.bytes - _LAST_BYTES
@@ -395,7 +396,7 @@ def _refuse_late(started: float, seconds: float) -> None:
 
 
 def _retry_after(error: anthropic.APIStatusError) -> float | None:
-    """Seconds that the API asks to wait, a day at most; None when it names no number of them."""
+    """Seconds that the API asks to wait, at most a day; None where it gives no number."""
     try:
         seconds = float(error.response.headers.get("retry-after", ""))
     except ValueError:
@@ -404,7 +405,7 @@ def _retry_after(error: anthropic.APIStatusError) -> float | None:
 
 
 def poll_failure(error: anthropic.APIError) -> dict[str, Any]:
-    """How a failed look counts, as keywords of :meth:`PollState.failed`: 401, 403 and other 4xx will not mend, the rest may."""
+    """Keywords of :meth:`PollState.failed` for a failed look. 401, 403 and other 4xx will not mend; other failures may."""
     import anthropic
 
     if isinstance(error, anthropic.APIStatusError):
@@ -428,7 +429,7 @@ def seeing(what: str) -> Iterator[None]:
 
 
 def unavailable(what: str, error: anthropic.APIStatusError) -> BatchUnavailableError:
-    """The error for something that the API does not show, by the status of its refusal."""
+    """The error for something that the API does not show, chosen by the status of its refusal."""
     message = api_message(error)
     if error.status_code == 404:
         return BatchNotVisibleError(

@@ -1,7 +1,7 @@
-"""Cancel many batches within the seconds that a killed task has. Each is canceled by itself: what fails for one stops no other.
+"""Cancel many batches within the seconds that a killed task has. Each batch is canceled by itself: a failure of one stops no other.
 
 What an answer of the API means for a batch is decided in one place, :func:`_course`. It does no I/O: :func:`cancel_batches` and
-:func:`cancel_batches_async` make the calls that it asks for, over a synchronous and an asynchronous client.
+:func:`cancel_batches_async` make the calls that it yields, over a synchronous and an asynchronous client.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ log = logging.getLogger(__name__)
 
 #: seconds for one call
 CALL_S = 10.0
-#: seconds in all. Airflow gives the handler of a trigger 30 by default (``[triggerer] on_kill_timeout``), and the summary must fit in
+#: seconds in all. Airflow gives a trigger's handler 30 by default (``[triggerer] on_kill_timeout``), and the summary must fit in
 TOTAL_S = 25.0
 #: batches that are canceled at the same time
 _PARALLEL = 8
 #: seconds before the one retry: the API's ``retry-after`` within these bounds
 _SHORTEST_PAUSE_S = 1.0
 _LONGEST_PAUSE_S = 5.0
-#: a refusal that says nothing about the batch itself: no look at the batch would add anything
+#: refusals that say nothing about the batch itself, so that a look at the batch would add nothing
 _NO_LOOK = frozenset({401, 403, 404, 429, 529})
-#: passing refusals below 500. The API was seen to answer 404 for a batch that is a second old (anthropic-sdk-python issue 1432)
+#: refusals below 500 that may pass. The API was seen to answer 404 for a batch that is a second old (anthropic-sdk-python issue 1432)
 _PASSING_4XX = frozenset({404, 429})
 
 
 class Fate(Enum):
     """What became of a batch that was to be canceled."""
 
-    #: it is being canceled: what it has answered stays answered and billed
+    #: it is being canceled; its answered requests stay answered and billed
     CANCELED = "canceled"
     #: it had ended before: there was nothing to cancel
     ENDED = "ended"
@@ -63,20 +63,20 @@ class Cancellation:
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    """A call that is to be made: a cancel, or else a retrieve, after ``pause_s`` seconds."""
+    """A call to be made after ``pause_s`` seconds: a cancel, or else a retrieve."""
 
     cancel: bool
     pause_s: float = 0.0
 
     def over(self, client: Any, batch_id: str) -> Any:
-        """The call's response, or something to await for it."""
+        """The call's response, or an awaitable of it."""
         import httpx2
 
         method, path = (client.post, batch_path(batch_id, "cancel")) if self.cancel else (client.get, batch_path(batch_id))
         return method(path, cast_to=httpx2.Response, options=own_address())
 
 
-#: A course yields calls, receives for each the batch's ``processing_status`` or the error, and returns what became of the batch.
+#: A course yields calls. For each it receives the batch's ``processing_status`` or the error; it returns what became of the batch.
 _Course = Generator[_Call, str | Exception, Cancellation]
 
 
@@ -97,7 +97,7 @@ def _course(batch_id: str) -> _Course:
 
 
 def _asked(*, cancel: bool) -> Generator[_Call, str | Exception, str | Exception]:
-    """The answer to a call, which is made once more after a passing refusal. Canceling twice is harmless."""
+    """The answer to a call. After a passing refusal the call is made once more; canceling twice is harmless."""
     answer = yield _Call(cancel)
     pause_s = _pause_before_retry(answer)
     if pause_s is not None:
@@ -106,7 +106,7 @@ def _asked(*, cancel: bool) -> Generator[_Call, str | Exception, str | Exception
 
 
 def _pause_before_retry(answer: str | Exception) -> float | None:
-    """Seconds until the call may be made once more; None where that cannot help."""
+    """Seconds until the call may be repeated once; None where that cannot help."""
     import anthropic
 
     if isinstance(answer, anthropic.APIResponseValidationError):
@@ -118,7 +118,7 @@ def _pause_before_retry(answer: str | Exception) -> float | None:
 
 
 def _leaves_open(error: Exception) -> bool:
-    """Whether the batch may have ended, or may be canceled all the same."""
+    """Whether the batch may have ended or been canceled in spite of the error."""
     import anthropic
 
     if isinstance(error, anthropic.APIStatusError):
@@ -141,7 +141,7 @@ def cancel_batches(client: anthropic.Anthropic, batch_ids: Iterable[str]) -> lis
         return []
     client = client.with_options(max_retries=0, timeout=CALL_S)
     deadline = time.monotonic() + TOTAL_S
-    # SimpleQueue, since the caller may be a signal handler
+    # SimpleQueue is reentrant, and the caller may be a signal handler
     left: queue.SimpleQueue[str] = queue.SimpleQueue()
     done: queue.SimpleQueue[Cancellation] = queue.SimpleQueue()
     for batch_id in report.batch_ids:
@@ -152,7 +152,7 @@ def cancel_batches(client: anthropic.Anthropic, batch_ids: Iterable[str]) -> lis
             while time.monotonic() < deadline:
                 done.put(_follow(client, left.get_nowait(), deadline))
 
-    # daemons: a call that hangs keeps neither the handler nor the end of the process waiting
+    # the threads are daemons: a call that hangs delays neither the handler nor the end of the process
     for number in range(min(_PARALLEL, len(report.batch_ids))):
         threading.Thread(target=work, name=f"batchkit-cancel-{number}", daemon=True).start()
     with suppress(queue.Empty):
@@ -162,7 +162,7 @@ def cancel_batches(client: anthropic.Anthropic, batch_ids: Iterable[str]) -> lis
 
 
 def _follow(client: anthropic.Anthropic, batch_id: str, deadline: float) -> Cancellation:
-    """Make the calls of one batch's course. None begins after ``deadline``, when the report is closed."""
+    """Make the calls of one batch's course. No call begins after ``deadline``, when the report is closed."""
     course = _course(batch_id)
     try:
         call = next(course)
@@ -173,7 +173,7 @@ def _follow(client: anthropic.Anthropic, batch_id: str, deadline: float) -> Canc
             answer: str | Exception
             try:
                 answer = batch_of(call.over(client, batch_id), batch_id).processing_status
-            except Exception as e:  # noqa: BLE001 - whatever it is, it is this batch's matter, and the course decides what it means
+            except Exception as e:  # noqa: BLE001 - any error concerns this batch alone, and the course decides what it means
                 answer = e
             call = course.send(answer)
     except StopIteration as end:
@@ -204,7 +204,7 @@ async def cancel_batches_async(client: anthropic.AsyncAnthropic, batch_ids: Iter
 
 
 async def _follow_async(client: anthropic.AsyncAnthropic, batch_id: str) -> Cancellation:
-    """As :func:`_follow`; the tasks that run it are canceled at the deadline."""
+    """The asynchronous form of :func:`_follow`. The tasks that run it are canceled at the deadline."""
     course = _course(batch_id)
     try:
         call = next(course)
@@ -226,7 +226,7 @@ def _late() -> str:
 
 
 class _Report:
-    """What became of the batches: a line in the log for each as soon as it is known, and one for all at the end."""
+    """What became of the batches. The log gets a line for each batch as soon as its fate is known, and one for all at the end."""
 
     def __init__(self, batch_ids: Iterable[str]) -> None:
         self.batch_ids = list(dict.fromkeys(batch_ids))
@@ -235,7 +235,7 @@ class _Report:
             log.info("Canceling %d batches: %s", len(self.batch_ids), ", ".join(self.batch_ids))
 
     def missing(self) -> list[str]:
-        """Batches that nothing is known of yet."""
+        """Batches whose fate is not known yet."""
         return [batch_id for batch_id in self.batch_ids if batch_id not in self._found]
 
     def note(self, one: Cancellation) -> None:

@@ -1,6 +1,6 @@
-"""The JSON of a result line: its documented members, and what is done about one that has others.
+"""The JSON of a result line: its documented members, and the handling of a line that has others.
 
-A line that the typed decoder refuses is read leniently: what is odd in it is passed over and named, and the rest is decoded as usual.
+A line that the typed decoder refuses is read leniently: odd members are skipped and named, and the rest is decoded as usual.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ class ErrorObject(_Known):
 
 
 class Error(_Known):
-    """What stands around it: in a line of the results an error is nested twice."""
+    """The outer object of an error: the results nest an error twice."""
 
     type: msgspec.Raw = _RAW
     error: ErrorObject | None = None
@@ -170,11 +170,11 @@ _ESCAPE = re.compile(
 
 
 class UnreadableLineError(Exception):
-    """A line that tells no result."""
+    """The line holds no result."""
 
 
 class Oddity(NamedTuple):
-    """What is odd in a line: the member's path, and what is the matter with it. What it held was passed over."""
+    """Something odd in a line: the member's path, and the problem. The member's value was skipped."""
 
     member: str
     problem: str
@@ -185,7 +185,7 @@ class ReadLine:
     """A line that was read by itself."""
 
     line: Line[Any]
-    #: JSON that every database takes
+    #: the line, as JSON that every database accepts
     json: bytes
     odd: list[Oddity] = field(default_factory=list)
 
@@ -196,10 +196,10 @@ class ReadLine:
 
 
 def read_together(whole: bytes, lines: Sequence[bytes]) -> tuple[Sequence[Line[Any]], bool] | None:
-    """``lines``, which are ``whole``, and whether none holds anything but plain text; None when one is odd, unreadable or blank."""
+    """Decode ``lines``, which ``whole`` holds, and say whether all are plain text. None when one is odd, unreadable or blank."""
     try:
-        # JSON may have newlines between its tokens and values without one between: here each stands between two objects, which no value
-        # holds; a line too short for that is an IndexError
+        # JSON may have newlines between its tokens, and no newline between two values. Where every line starts with { and ends with }, each
+        # newline stands between two objects, and no JSON value contains that. A line that is too short raises IndexError
         if set(map(_FIRST, lines)) != {ord("{")} or set(map(_LAST_BUT_ONE, lines)) != {ord("}")}:
             return None
     except IndexError:
@@ -214,9 +214,9 @@ def read_together(whole: bytes, lines: Sequence[bytes]) -> tuple[Sequence[Line[A
 
 
 def read_alone(line: bytes) -> ReadLine:
-    """A line, with what is odd in it.
+    """Decode a line, and note what is odd in it.
 
-    :raises UnreadableLineError: for what is no JSON object, or lacks its ``custom_id``, or has neither a type of result, a message nor an
+    :raises UnreadableLineError: the line is no JSON object, or lacks its ``custom_id``, or has neither a type of result, a message nor an
         error, or lacks the message of an answer
     """
     try:
@@ -229,7 +229,7 @@ def read_alone(line: bytes) -> ReadLine:
 
 
 def mended(line: bytes) -> bytes:
-    """JSON without lone surrogates, raw or escaped, and without bytes that are no UTF-8: U+FFFD stands for each. No database takes them."""
+    """The JSON with U+FFFD for each lone surrogate, raw or escaped, and for bytes that are not UTF-8: no database accepts those."""
     try:
         line.decode()
     except UnicodeDecodeError:
@@ -256,7 +256,7 @@ def _read_leniently(line: bytes) -> ReadLine:
     if not isinstance(result.get("type"), str):
         if not result.get("message") and not result.get("error"):
             raise UnreadableLineError("no result with a type")
-        # what it holds lands as that of an unknown type does
+        # the result lands as one of an unknown type does
         result["type"] = ""
     _lift(result, odd)
     try:
@@ -270,7 +270,7 @@ def _refuse(constant: str) -> None:
 
 
 def _lift(result: dict[str, Any], odd: list[Oddity]) -> None:
-    """Bring an error that is not nested, and an answer that is no list of blocks, into the documented form."""
+    """Convert an error that is not nested, and an answer that is no list of blocks, to the documented form."""
     error, message = result.get("error"), result.get("message")
     if isinstance(error, str):
         result["error"] = {"error": {"message": error}}
@@ -283,14 +283,14 @@ def _lift(result: dict[str, Any], odd: list[Oddity]) -> None:
         odd.append(Oddity("result.message.content", "is not a list"))
 
 
-#: in place of a value that is passed over
+#: stands in place of a value that is skipped
 _GONE = object()
 
 
 def _clean(value: Any, kind: Any, path: str, odd: list[Oddity]) -> Any:
-    """What a decoder of type ``kind`` takes of a value. What it would refuse is left out, and noted with its path."""
+    """The part of a value that a decoder of type ``kind`` accepts. What it would refuse is left out, and noted with its path."""
     if kind is msgspec.Raw or kind is Any:
-        # no more is asked of it than whether it is there
+        # apart from stop_details, only the presence of such a value is used
         return value if path == "result.message.stop_details" and _is_json(value) else bool(value) or None
     nullable = NoneType in get_args(kind)
     if value is None:
@@ -332,7 +332,7 @@ def _clean_members(value: dict[str, Any], kind: Any, path: str, odd: list[Oddity
         if taken is not _GONE:
             cleaned[name] = taken
     if kind is CacheCreation and any(o.problem != UNKNOWN for o in odd[before:]):
-        # half a split would hide the other half: the sum beside it counts
+        # a partial split would hide the missing part, so the sum beside it counts
         return _GONE
     return cleaned
 

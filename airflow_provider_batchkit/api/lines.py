@@ -1,7 +1,7 @@
 """Lines of the results → a block, column by column.
 
-Nearly all lines are alike: plain text, finished, billed as their usage says. What needs more is looked for by column, and only its rows are
-looked at again. Memory: the lines of one block, a few times over.
+Nearly all lines are alike: plain text, finished, billed as their usage says. The others are found by column, and only their rows are
+looked at again. Memory: a few times the lines of one block.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ _SUCCEEDED, _INVALID, _ERRORED = (s.value for s in (RequestStatus.SUCCEEDED, Req
 _NOT_ANSWERED = {status.value for status in (RequestStatus.ERRORED, RequestStatus.EXPIRED, RequestStatus.CANCELED)}
 #: the ``stop_reason`` of an answer that is whole
 FINISHED = frozenset({"end_turn", "stop_sequence", "tool_use"})
-#: ``error_type`` of a result whose type nobody knows
+#: ``error_type`` of a result of an unknown type
 _UNKNOWN_RESULT = "unknown_result"
-#: of a result that is not billed
+#: the message of a result that is not billed
 _NO_MESSAGE: decode.Message[Any] = decode.Message(usage=decode.WireUsage(input_tokens=0, output_tokens=0))
 _UNTOLD = decode.WireUsage()
 _NOT_CACHED = decode.CacheCreation()
@@ -35,7 +35,7 @@ _NOT_CACHED = decode.CacheCreation()
 class BrokenLine:
     """A line of the results that cannot be read."""
 
-    #: from 1
+    #: the line's number, from 1
     number: int
     reason: str
     #: the beginning of the line
@@ -44,7 +44,7 @@ class BrokenLine:
 
 @dataclass(frozen=True, slots=True)
 class OddMember:
-    """Something in a line that is not as the API documents it. It was passed over, and the answer counts."""
+    """A member of a line that is not as the API documents it. The member was skipped, and the answer counts."""
 
     custom_id: str
     #: its path in the line
@@ -56,7 +56,7 @@ LineFault = BrokenLine | OddMember
 
 
 def read_lines(whole: bytes, lines: Sequence[bytes], before: int, *, keep_messages: bool) -> tuple[ResultBlock, list[LineFault]]:
-    """The results of ``lines``, which are ``whole``, and what is wrong with them. Blank lines are passed over.
+    """The results of ``lines``, which ``whole`` holds, and the faults in them. Blank lines are skipped.
 
     :param before: the number of the line before these
     :param keep_messages: keep each whole message as bytes
@@ -79,7 +79,7 @@ class _Read:
 
     lines: Sequence[decode.Line[Any]]
     json: Sequence[bytes]
-    #: whether no answer among them holds anything but plain text
+    #: whether all answers are plain text
     plain: bool = False
     faults: list[LineFault] = field(default_factory=list)
     #: the places of lines whose usage could not be read whole
@@ -149,7 +149,7 @@ class _Columns:
             error_messages=self._error_messages,
             models=[message.model for message in messages],
             billed=self._billed,
-            # those that are missing are mended by _bill
+            # _bill replaces missing counts
             input_tokens=[usage.input_tokens for usage in usages],  # type: ignore[misc]
             output_tokens=[usage.output_tokens for usage in usages],  # type: ignore[misc]
             cache_write_5m_tokens=[one.ephemeral_5m_input_tokens for one in written],
@@ -192,7 +192,7 @@ class _Columns:
     # --- what was answered --------------------------------------------------------------------------------------------------------
 
     def _texts(self) -> tuple[list[str | None], list[str | None] | None]:
-        """The texts of the answers, and what is to be kept of those that are more than text."""
+        """The texts of the answers, and the content of those that are more than text."""
         answers = [message.content for message in self._messages]
         if self._read.plain:
             texts = [blocks[0].text if len(blocks) == 1 else None for blocks in answers]
@@ -208,7 +208,7 @@ class _Columns:
         return texts, contents
 
     def _tell_unfinished(self, block: ResultBlock) -> None:
-        """Give each answer that is not whole its ``error_type``, and its status."""
+        """Give each unfinished answer its ``error_type`` and its status."""
         for place, (reason, counts) in enumerate(zip(block.stop_reasons, block.billed, strict=True)):
             if reason in FINISHED or not counts:
                 continue
@@ -227,7 +227,7 @@ class _Columns:
     # --- what is billed -----------------------------------------------------------------------------------------------------------
 
     def _bill(self, block: ResultBlock, usages: Sequence[decode.WireUsage]) -> None:
-        """Find the results whose bill is not their own usage at their own model, and say what it is."""
+        """Find the results that are not billed as their own usage at their own model, and note how they are billed."""
         untold = self._read.half_told
         if None in block.input_tokens or None in block.output_tokens:
             untold = untold | self._untold(block, usages)
@@ -246,7 +246,7 @@ class _Columns:
         block.bills = bills
 
     def _untold(self, block: ResultBlock, usages: Sequence[decode.WireUsage]) -> set[int]:
-        """The places where the tokens of prompt or answer are missing or null. They count as none."""
+        """The places where the token count of the prompt or the answer is missing or null. Such a count is taken as zero."""
         places: set[int] = set()
         columns: list[tuple[str, Any]] = [("input_tokens", block.input_tokens), ("output_tokens", block.output_tokens)]
         for name, column in columns:
@@ -258,7 +258,7 @@ class _Columns:
         return places
 
     def _half_split(self, block: ResultBlock, usages: Sequence[decode.WireUsage], among: Iterable[int]) -> set[int]:
-        """The places whose cache writes are more than their split by lifetime tells: nobody knows the price of the rest."""
+        """The places with more cache writes than their split by lifetime accounts for. The price of the rest is unknown."""
         places = {place for place in among if any(map(_has_rest, (usages[place], *(usages[place].iterations or ()))))}
         for place in places:
             member = "result.message.usage.cache_creation"
@@ -269,7 +269,7 @@ class _Columns:
         return all(one.type == "fallback" for one in self._messages[place].content)
 
     def _parts(self, block: ResultBlock, place: int, usage: decode.WireUsage, *, told: bool) -> tuple[BilledPart, ...]:
-        """What is billed of a result; its counts become the sums."""
+        """The billed parts of a result. The result's counts become their sums."""
         model = block.models[place]
         own = Usage(*[column[place] for column in block.counts], block.inference_geos[place], block.speeds[place])  # type: ignore[call-arg,arg-type]
         parts = [(model, own)] if told or any(own.counts) else []
@@ -291,7 +291,7 @@ def _is_plain(block: decode.Block) -> bool:
 
 
 def _read_blocks(blocks: Sequence[Any], line: bytes) -> tuple[str, str | None]:
-    """Text and content of an answer that is not one block of plain text. The only call of an answer without text is its text."""
+    """Text and content of an answer that is not one block of plain text. Without text, the input of the only tool call is the text."""
     text = "".join([block.text or "" for block in blocks if block.type == "text"])
     if all(map(_is_plain, blocks)):
         return text, None
@@ -332,12 +332,12 @@ def _has_rest(usage: decode.WireUsage | decode.Iteration) -> bool:
 
 
 def _iterations(iterations: Sequence[decode.Iteration], model: str | None, own: Usage) -> list[tuple[str | None, Usage]]:
-    """What is billed of the iterations of a request, each at its own model. The usage at the top leaves compaction and the advisor out.
+    """The billed iterations of a request, each at its own model. The usage at the top excludes compaction and the advisor.
 
     Where a fallback model has answered, a ``message`` of another model is an attempt that was declined, which is not billed (anthropic's
     types, ``BetaFallbackMessageIterationUsage``).
 
-    :param own: the usage at the top, which counts the searches of all, and whatever no iteration tells
+    :param own: the usage at the top. It counts the searches of all iterations, and everything that no iteration reports
     """
     serving = {one.model for one in iterations if one.type == "fallback_message"}
     billed = [one for one in iterations if one.type != "message" or not serving or (one.model or model) in serving]

@@ -1,4 +1,4 @@
-"""Looks at batches with the clock in hand: what :mod:`.polling` decides without one."""
+"""Looks at batches on a real clock. :mod:`.polling` decides without a clock."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 
 def look(get: Callable[[str], BatchSnapshot], state: PollState) -> None:
-    """One look at every open batch of ``state``, which is told what was seen or why looking failed. Its news goes to the log.
+    """Look once at every open batch of ``state``, and note in it what was seen or why the look failed. Its news goes to the log.
 
     :param get: retrieves a batch; the state's times are on the monotonic clock
     """
@@ -43,7 +43,7 @@ def look(get: Callable[[str], BatchSnapshot], state: PollState) -> None:
 def pause_after(error: BatchNotVisibleError, unseen: Unseen) -> float:
     """Seconds until the next look, after one that was answered with a 404.
 
-    :raises BatchNotVisibleError: ``error``, when what it is about was looked for long enough
+    :raises BatchNotVisibleError: ``error`` itself, when its object was looked for long enough
     """
     unseen.again(time.monotonic())
     if unseen.is_gone:

@@ -1,4 +1,4 @@
-"""When to look at a batch again, and what to make of what was seen. No clock, no I/O: one decision class for trigger, poke and kit."""
+"""When to look at a batch again, and what a look means. No clock, no I/O: trigger, poke and kit share one decision class."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ _KNOWN = frozenset({IN_PROGRESS, CANCELING, ENDED})
 #: failed looks in a row before polling gives up; a look that succeeds starts the count anew
 MAX_FAILURES = 20
 _MAX_BACKOFF_S = 300.0
-#: Seconds that a batch which answers 404 is looked at again before it is called gone. Live batches answer 404 now and then: seconds after
-#: their creation, and once more in the middle (anthropic-sdk-python issue 1432)
+#: Seconds for which a batch that answers 404 is looked for again before it is called gone. Live batches answer 404 now and then: seconds
+#: after their creation, and once more in the middle (anthropic-sdk-python issue 1432)
 ABSENCE_S = 900.0
-#: the first look after a 404; the distances double
+#: seconds from the first 404 to the next look; the pauses double
 _FIRST_PAUSE_S = 2.0
 #: a batch is called gone after at least so many looks, however far apart they are
 _LOOKS_AT_LEAST = 3
-#: a batch is looked at every twentieth of its age, in whole intervals, so that all that share an interval stay on one beat
+#: The pause between looks is a twentieth of the batch's age, in whole intervals, so that waits with the same interval stay in step.
 _AGE_SHARE = 0.05
-#: and at least every so many intervals
+#: the longest pause between looks, in intervals
 _MAX_INTERVALS = 4
-#: seconds between two lines about how far the batches are
+#: seconds between two progress lines
 _TOLD_EVERY_S = 60.0
-#: a batch ends so long after its creation at the latest (API documentation)
+#: seconds from a batch's creation to its end at the latest (API documentation)
 _LIFE_S = 24 * 3600.0
 
 
@@ -55,14 +55,14 @@ class TimedOut:
 
 @dataclass(frozen=True, slots=True)
 class GaveUp:
-    """Looking failed too often in a row, or in a way that will not mend."""
+    """Looks failed too often in a row, or in a way that will not mend."""
 
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
 class Late:
-    """A batch runs for longer than somebody wants to hear of."""
+    """A running batch is older than ``late_after`` seconds."""
 
 
 Decision = Wait | Ended | TimedOut | GaveUp | Late
@@ -70,14 +70,14 @@ Decision = Wait | Ended | TimedOut | GaveUp | Late
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """How far batches are."""
+    """Progress of batches."""
 
     batches: int
     ended: int
-    #: requests of the batches that have been seen, and those of them that are done. The API may count none before a batch has ended
+    #: requests of the batches that have been seen, and how many are done. The API may count none as done before a batch has ended
     requests: int
     done: int
-    #: of the batches that run: the one that was created first, its age, and the time until the first of them expires, in seconds
+    #: of the running batches: the id of the oldest, its age in seconds, and the seconds until the first of them expires
     oldest: str | None = None
     age_s: float = 0.0
     left_s: float = 0.0
@@ -93,26 +93,26 @@ class Figures:
 class Unseen:
     """An unbroken series of looks that were answered with a 404. Times are seconds on the caller's clock."""
 
-    #: seconds that the series lasts before it means that what was looked for is gone
+    #: seconds that the series must last before its object is called gone
     absence: float
-    #: the first look and the latest
+    #: times of the first look and of the latest
     since: float = 0.0
     last: float = 0.0
     looks: int = 0
 
     def again(self, now: float) -> None:
-        """A look has found nothing, the first or another."""
+        """Note a look that found nothing."""
         self.since, self.last = self.since if self.looks else now, now
         self.looks += 1
 
     @property
     def is_gone(self) -> bool:
-        """Whether it was looked for long enough, and often enough."""
+        """Whether the series has lasted long enough, with enough looks."""
         return self.last - self.since > self.absence and self.looks >= _LOOKS_AT_LEAST
 
     @property
     def pause(self) -> float:
-        """Seconds from the latest look to the next. They double; the last look comes as soon as it may be the last."""
+        """Seconds from the latest look to the next. The pauses double, but the last look comes as soon as the series may be long enough."""
         elapsed = self.last - self.since
         pause = min(max(elapsed, _FIRST_PAUSE_S), max(self.absence / _LOOKS_AT_LEAST, 0.01))
         left = self.absence - elapsed
@@ -122,8 +122,8 @@ class Unseen:
 def interval_at_age(interval: float, age: float) -> float:
     """Seconds until the next look at a batch that is ``age`` seconds old: 1 to 4 whole intervals, as many as fit a twentieth of its age.
 
-    ``interval`` is the shortest because that is what the word says to whoever set it. Most batches end within the hour, and those that do
-    not may take a day: with 60 s, one of up to 40 minutes is looked at every minute, and one of 80 minutes or more every 4 minutes.
+    ``interval`` is the shortest pause, as its name promises. Most batches end within the hour, and the others may take a day: with 60 s, a
+    batch of up to 40 minutes is looked at every minute, and one of 80 minutes or more every 4 minutes.
     """
     fitting = int(age * _AGE_SHARE / interval) if interval > 0 else 1
     return interval * min(max(fitting, 1), _MAX_INTERVALS)
@@ -138,9 +138,9 @@ def backoff(interval: float, failures: int, retry_after: float = 0.0) -> float:
 class PollState:
     """Watches batches until the last has ended, or the first.
 
-    Tell it what was seen (:meth:`saw`), which batches answered 404 (:meth:`hid`), or that looking failed (:meth:`failed`), then ask
-    :meth:`decide` what to do, and :meth:`news` what the log should say. Times are seconds on any clock that the caller uses throughout;
-    ``deadline`` is on the same clock.
+    Call :meth:`saw` with what was seen, :meth:`hid` with the batches that answered 404, or :meth:`failed` for a failed look. Then
+    :meth:`decide` gives the next step, and :meth:`news` the lines for the log. Times are seconds on any clock that the caller uses
+    throughout; ``deadline`` is on the same clock.
     """
 
     batch_ids: Sequence[str]
@@ -151,14 +151,14 @@ class PollState:
     #: intervals follow the age of the youngest open batch instead (:func:`interval_at_age`); ``now`` is then seconds since the epoch
     by_age: bool = False
     deadline: float | None = None
-    #: the wait is over as soon as one of the batches has ended; set when the state is made, and never changed
+    #: whether the wait is over as soon as one of the batches has ended; never changed later
     first: bool = False
     #: seconds that a batch may answer 404 before it is called gone
     absence: float = ABSENCE_S
-    #: decide that the wait is :class:`Late` once a running batch is so old, in seconds; ``now`` is then seconds since the epoch
+    #: age in seconds at which a running batch makes the wait :class:`Late`; ``now`` is then seconds since the epoch
     late_after: float | None = None
     seen: dict[str, BatchSnapshot] = field(default_factory=dict)
-    #: what the last line about how far the batches are was about, and when it was given
+    #: the figures of the last progress line, and its time
     _told: tuple[int, int, int] | None = None
     _told_at: float = 0.0
     _hidden: dict[str, Unseen] = field(default_factory=dict)
@@ -171,7 +171,7 @@ class PollState:
     _looks: int = 0
 
     def open_ids(self) -> list[str]:
-        """Batches to look at, in the order given: those not seen ended. None once the wait for the first is over."""
+        """Batches to look at, in the order given: those not seen ended. Empty once the wait for the first is over."""
         not_ended = [b for b in self.batch_ids if (s := self.seen.get(b)) is None or s.processing_status != ENDED]
         return [] if self.first and len(not_ended) < len(self.batch_ids) else not_ended
 
@@ -186,7 +186,7 @@ class PollState:
         self._looks += 1
 
     def note(self, snapshots: Iterable[BatchSnapshot]) -> None:
-        """Keep what was shown of some open batches, without counting it as a look: others may have failed to show.
+        """Keep snapshots of some open batches, without counting a successful look: looks at other batches may have failed.
 
         :raises PollError: for a status that the API does not document; guessing could end a wait early or never
         """
@@ -202,9 +202,9 @@ class PollState:
                 self._news.append(f"Batch {snapshot.batch_id} is visible again, after {series.looks} looks that found nothing.")
 
     def hid(self, errors: Mapping[str, str], now: float) -> None:
-        """Note open batches that answered 404 to a look at the time ``now``, with what the API said. The connection works.
+        """Note open batches that answered 404 to a look at the time ``now``, with the API's messages. The connection works.
 
-        A batch is gone when every look at it over ``absence`` seconds has answered so. Looks that failed in another way say nothing.
+        A batch is gone when every look at it over ``absence`` seconds got a 404. Looks that failed in another way are ignored.
         """
         self._failures = 0
         self._retry_after = 0.0
@@ -228,12 +228,12 @@ class PollState:
         return [batch_id for batch_id in self.open_ids() if batch_id in self._hidden]
 
     def news(self) -> list[str]:
-        """Sentences for the log that have come up since the last call."""
+        """Sentences for the log that are new since the last call."""
         told, self._news = self._news, []
         return told
 
     def progress(self, now: float) -> str | None:
-        """How far the batches are, at every change and at most once a minute; None when there is nothing to say.
+        """A progress line, at every change and at most once a minute; None when there is nothing to say.
 
         :param now: seconds since the epoch
         """
@@ -248,7 +248,7 @@ class PollState:
         return str(figures)
 
     def figures(self, now: float) -> Figures:
-        """How far the batches are, as they were last seen.
+        """Progress of the batches, as they were last seen.
 
         :param now: seconds since the epoch
         """
@@ -296,7 +296,7 @@ class PollState:
         return Wait(min([self._next_interval(now, open_ids), *(max(seconds, 0.0) for seconds in until)]))
 
     def _late_at(self) -> float | None:
-        """When the wait is late, in seconds since the epoch."""
+        """The time at which the wait is late, in seconds since the epoch."""
         running = [] if self.late_after is None else self._running()
         return min((snapshot.created_at.timestamp() + (self.late_after or 0.0) for snapshot in running), default=None)
 
@@ -327,7 +327,7 @@ class PollState:
 
 
 def validate_event(event: Mapping[str, object] | None) -> Mapping[str, object]:
-    """A trigger's event crosses processes and versions; anything malformed must fail loudly.
+    """Check a trigger's event. Events cross processes and versions, so anything malformed must fail loudly.
 
     :raises PollError: when the event is not one that :class:`BatchTrigger` sends
     """

@@ -12,14 +12,14 @@ from airflow_provider_batchkit.model import BatchSnapshot
 if TYPE_CHECKING:
     from airflow_provider_batchkit.api.calls import BatchApi
 
-#: batches of one page of the list. What is not on it is older than a thousand others, and its progress is left open
+#: batches on one page of the list. A batch beyond it is older than a thousand others, and its progress stays unknown
 _PAGE = 1000
 #: a batch's time in the list and in the answer to its creation may differ by a fraction of a second
 _EARLIER = timedelta(seconds=1)
 
 
 def listed(api: BatchApi, wanted: Mapping[str, datetime | None]) -> dict[str, BatchSnapshot]:
-    """Those of the wanted batches that the first page of the list shows.
+    """The wanted batches that the first page of the list shows.
 
     :param wanted: batch id → its creation, where that is known
     :raises anthropic.APIError: when the list cannot be had

@@ -1,4 +1,4 @@
-"""What the API's refusals mean: in whose words, about what, and what is to be done about them."""
+"""What the API's refusals mean: their words, what they are about, and what to do about them."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _BY_STATUS = {
     404: "Check the model's name and the connection's base URL.",
     413: "Lower max_bytes_per_batch.",
 }
-#: a token count does not take all that a message may hold
+#: A refusal in these words is about the token count, which does not take everything that a message may hold.
 _ABOUT_THE_COUNT = re.compile(r"\bcount_tokens\b|\btoken count|\bcounting tokens\b", re.IGNORECASE)
 
 
 def api_message(error: anthropic.APIStatusError) -> str:
     """The API's own words for an error, or the SDK's where it gave none.
 
-    The SDK's own ``api_message`` came in the course of its 2.x releases, so they are read from the body.
+    The SDK got an ``api_message`` of its own in the course of its 2.x releases, so the words are read from the body.
     """
     redirect = redirect_of(error.response)
     if redirect is not None:
@@ -42,16 +42,16 @@ def _reason(error: anthropic.APIStatusError) -> Reason:
 
 
 def advice(error: anthropic.APIStatusError) -> str:
-    """What to do about a refused batch; nothing where the message alone tells it."""
+    """What to do about a refused batch; empty where the message says enough."""
     if error.status_code != 401 and _reason(error) is Reason.ACCOUNT:
         return f"{ADVICE[Reason.ACCOUNT][0].upper()}{ADVICE[Reason.ACCOUNT][1:]}."
     return _BY_STATUS.get(error.status_code, "")
 
 
 def refuses_the_message(error: anthropic.APIStatusError) -> bool:
-    """Whether a refusal of a token count is about the message that was counted: not about the account, a download, or the count itself."""
+    """Whether a refused token count is about the message that was counted, not about the account, a download, or the count itself."""
     words = api_message(error)
     if error.status_code == 404:
-        # not every gateway has this call
+        # a gateway without this call answers 404, too
         return words.startswith("model:")
     return error.type == "invalid_request_error" and not _ABOUT_THE_COUNT.search(words) and _reason(error) is Reason.PERMANENT

@@ -1,4 +1,4 @@
-"""A stream of results → blocks of them, reconciled against what was asked.
+"""A stream of results → blocks, reconciled against the requests that were asked.
 
 Lines are split on the byte ``\\n`` only: U+2028 and U+0085 are legal inside a JSON string, and splitting text on them breaks lines.
 A line that cannot be read is kept as :class:`BrokenLine`, never dropped.
@@ -15,16 +15,16 @@ from typing import Any
 from airflow_provider_batchkit.api.blocks import ResultBlock
 from airflow_provider_batchkit.api.lines import BrokenLine, LineFault, read_lines
 
-#: of results that are read together: a step for all of them then costs each next to nothing, and memory holds them a few times over
+#: bytes of results that are read together: large enough that per-block steps cost little, and memory holds a block a few times over
 _BLOCK_BYTES = 1 << 19
 
 
 def parse_blocks(
     chunks: Iterable[bytes], *, block_bytes: int = _BLOCK_BYTES, keep_messages: bool = False
 ) -> Iterator[tuple[ResultBlock, list[LineFault]]]:
-    """Raw chunks of a results stream → some hundred results together, and what is wrong with their lines. Blank lines are passed over.
+    """Raw chunks of a results stream → blocks of some hundred results, each with the faults of its lines. Blank lines are skipped.
 
-    :param block_bytes: a block holds the lines that are whole when so many bytes have come since the last one
+    :param block_bytes: once so many bytes have come, the lines that are whole make a block
     :param keep_messages: keep each whole message as bytes
     """
     before = 0
@@ -35,7 +35,7 @@ def parse_blocks(
 
 
 def _whole_lines(chunks: Iterable[bytes], at_least: int = 1) -> Iterator[bytes]:
-    """The same bytes, cut behind the last newline that came with so many of them; at the end what follows the last newline of all."""
+    """The same bytes, cut after the last newline whenever ``at_least`` of them have come. The rest after the final newline comes last."""
     rest: list[bytes] = []
     size = 0
     for chunk in chunks:
@@ -51,7 +51,7 @@ def _whole_lines(chunks: Iterable[bytes], at_least: int = 1) -> Iterator[bytes]:
 
 
 def _lines(whole: bytes) -> list[bytes]:
-    # finds newlines five times as fast as counting or splitting
+    # readlines() finds newlines five times as fast as counting or splitting
     return BytesIO(whole).readlines()
 
 
@@ -62,12 +62,12 @@ class StreamFaults:
     broken: int = 0
     duplicate: int = 0
     foreign: int = 0
-    #: results that the API counts and the stream did not hold, also when read a second time
+    #: results that the API counts and that the stream lacked, even when it was read a second time
     short: int = 0
     broken_sample: str | None = None
     duplicate_sample: str | None = None
     foreign_sample: str | None = None
-    #: by member and problem of an :class:`OddMember`: how many results have it, and the ``custom_id`` of the first. Their answers count
+    #: (member, problem) of an :class:`OddMember` → its number of results; below, the ``custom_id`` of the first. These answers count
     odd: Counter[tuple[str, str]] = field(default_factory=Counter)
     odd_samples: dict[tuple[str, str], str] = field(default_factory=dict)
 
@@ -123,8 +123,8 @@ class StreamFaults:
 class Reconciler:
     """Gives every asked request exactly one outcome.
 
-    :meth:`accept_block` gives the first answers to what was asked; duplicates, foreign ids and what is wrong with lines are counted in
-    ``faults``. Resident: the ids asked and the ids answered.
+    :meth:`accept_block` passes on the first answer to each request. Duplicates, foreign ids and faults of lines are counted in ``faults``.
+    Memory: the ids asked and the ids answered.
     """
 
     def __init__(self, asked: Mapping[str, str] | None) -> None:
@@ -137,7 +137,7 @@ class Reconciler:
         self._this_read = self.answered
 
     def read_again(self) -> None:
-        """The stream starts over: what was answered stays answered, and what is wrong with the stream is counted anew."""
+        """Start over with the stream: answers are kept, and faults are counted anew."""
         self.faults = StreamFaults()
         self._this_read = set()
 
@@ -146,7 +146,7 @@ class Reconciler:
         return max(expected - len(self.answered) - self.faults.broken - self.faults.foreign, 0)
 
     def accept_block(self, block: ResultBlock, faults: Iterable[LineFault]) -> ResultBlock:
-        """Those of a block's results that are first answers, with their keys."""
+        """The first answers among a block's results, with their keys."""
         for fault in faults:
             self.faults.add(fault)
         keys = None if self._asked is None else list(map(self._asked.get, block.custom_ids))
@@ -161,7 +161,7 @@ class Reconciler:
         else:
             places = [place for place, custom_id in enumerate(block.custom_ids) if self._accept(custom_id)]
             block, keys = block.rows(places), keys and [keys[place] for place in places]
-        block.keys = keys  # type: ignore[assignment] # what was accepted was asked
+        block.keys = keys  # type: ignore[assignment] # every accepted result was asked, so it has a key
         return block
 
     def _accept(self, custom_id: str) -> bool:

@@ -3,8 +3,8 @@
 Every call goes to the connection's own address, by the batch's path. A redirect is not followed, and an address that an answer names is
 not used: the client would send the key along.
 
-A proxy may answer 200 with a page of its own. What is not the answer that the API documents is an
-``anthropic.APIResponseValidationError``, a passing fault, with the first bytes in its message.
+A proxy may answer 200 with a page of its own. Anything but the answer that the API documents raises an
+``anthropic.APIResponseValidationError``, a passing fault, whose message quotes the first bytes.
 """
 
 from __future__ import annotations
@@ -41,17 +41,17 @@ _T = TypeVar("_T")
 def own_address(**options: Any) -> RequestOptions:
     """Options of a call to the connection's own address and no other.
 
-    A client that follows a redirect to another host drops the ``Authorization`` header alone: ``x-api-key`` and a gateway's own headers
-    go along.
+    A client that follows a redirect to another host drops only the ``Authorization`` header. It sends ``x-api-key`` and a gateway's own
+    headers along.
     """
     found: RequestOptions = {"follow_redirects": False, **options}  # type: ignore[typeddict-item] # the names are the callers'
     return found
 
 
 def batch_path(batch_id: object, *more: str) -> str:
-    """The path of a batch, or of something of it.
+    """The path of a batch, or of something below it.
 
-    :raises BatchInputError: for a list of ids, and for an id that would make it another path
+    :raises BatchInputError: for a list of ids, and for an id that would lead to another path
     """
     if not isinstance(batch_id, str) or not batch_id.strip("."):
         raise BatchInputError(f"{batch_id!r} is no batch id.")
@@ -59,9 +59,9 @@ def batch_path(batch_id: object, *more: str) -> str:
 
 
 def model_path(model: str) -> str:
-    """The path of what the API tells of a model.
+    """The path of the API's information on a model.
 
-    :raises BatchInputError: for a name that would make it another path
+    :raises BatchInputError: for a name that would lead to another path
     """
     if not model.strip("."):
         raise BatchInputError(f"{model!r} is no model.")
@@ -69,22 +69,22 @@ def model_path(model: str) -> str:
 
 
 class ApiClock:
-    """How far the API's clock is from another one, as the ``date`` of its answers tells. Times of batches are by the API's clock."""
+    """How far the API's clock is from another one, by the ``date`` of its answers. Times of batches are on the API's clock."""
 
     def __init__(self, now: Callable[[], datetime]) -> None:
         """:param now: the other clock; aware"""
         self._now = now
-        #: how far the API's clock was ahead or behind, at most; one of them is zero unless the clocks drift apart
+        #: how far the API's clock was ahead at most, and behind at most; one of them is zero unless the clocks drift apart
         self.ahead = self.behind = timedelta(0)
 
     def note(self, response: httpx2.Response) -> None:
-        """Learn from an answer. One without a date, or with an unreadable one, tells nothing."""
+        """Learn from an answer's ``date``. An answer without a readable one is ignored."""
         try:
             told = utc(parsedate_to_datetime(response.headers["date"]))
         except (KeyError, ValueError, OverflowError):
             return
         difference = told - self._now()
-        # a date is in whole seconds, cut off
+        # a date is cut off to whole seconds
         self.ahead, self.behind = max(self.ahead, difference), max(self.behind, -difference - timedelta(seconds=1))
 
 
@@ -97,7 +97,7 @@ class _Counts(msgspec.Struct, gc=False):
 
 
 class WireBatch(msgspec.Struct, gc=False):
-    """What is read of a batch in the list. The SDK's models take 137 ms for a page of 1000, this takes 1 ms.
+    """The members of a listed batch that are read. The SDK's models take 137 ms for a page of 1000, this takes 1 ms.
 
     ``gc=False``: a thousand objects a page would set off the garbage collector again and again, and none of them can be in a cycle.
     """
@@ -148,7 +148,7 @@ class Page:
     """A page of the list, newest batch first."""
 
     batches: Sequence[WireBatch]
-    #: whether older ones follow
+    #: whether older batches follow
     more: bool
     #: why some of the page's members are left out; None when all could be read
     odd: str | None = None
@@ -163,10 +163,10 @@ _token_count = msgspec.json.Decoder(_TokenCount)
 
 
 def batch_of(response: httpx2.Response, batch_id: str | None = None) -> BatchSnapshot:
-    """The batch that an answer is about.
+    """The batch that an answer shows.
 
     :param batch_id: the batch that was asked for; None for a new one
-    :raises anthropic.APIResponseValidationError: for an answer that shows none, or another
+    :raises anthropic.APIResponseValidationError: the answer shows no batch, or another one
     """
     found = _decoded(response, _batch)
     if not found.id or batch_id not in (None, found.id):
@@ -217,7 +217,7 @@ def token_count_of(response: httpx2.Response) -> int:
 
 
 def model_of(response: httpx2.Response) -> dict[str, Any]:
-    """What the API tells of a model.
+    """The API's information on a model.
 
     :raises anthropic.APIResponseValidationError: for an answer that is no object
     """
@@ -245,7 +245,7 @@ _ERROR = re.compile(rb'\{\s*"type"\s*:\s*"error"')
 
 
 def redirect_of(response: httpx2.Response) -> str | None:
-    """What a redirect says, for messages; None for any other answer."""
+    """A redirect's description for messages; None for any other answer."""
     if response.status_code not in _REDIRECTS:
         return None
     target = _sample(response.headers.get("location", "").encode()) or "nowhere"
@@ -258,7 +258,7 @@ def redirect_of(response: httpx2.Response) -> str | None:
 def no_answer(response: httpx2.Response, why: str, start: bytes | None = None) -> anthropic.APIResponseValidationError:
     """The error for an answer with a good status that is not what the API sends.
 
-    :param start: its first bytes, where it is not read
+    :param start: the first bytes of its body, where that is not read
     """
     import anthropic
 
