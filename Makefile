@@ -106,8 +106,10 @@ $(VENV)/.runtime: pyproject.toml constraints.txt | $(BIN)/python
 	@$(call install,sqlite)
 	@touch $@
 
+# MySQL's provider needs a driver that is built from source; where its headers are missing, the tests that need it are skipped by name
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	@$(call install,dev)
+	@if pkg-config --exists libmariadb 2>/dev/null; then $(call install,mysql); fi
 	@touch $@
 
 $(VENV)/.bench: pyproject.toml constraints.txt | $(BIN)/python
