@@ -1,4 +1,4 @@
-"""What a job's books hold beside its states: the bill of a landed batch per model, and how long the steps took."""
+"""A job's bills and times: the bill of each landed batch per model, and how long the steps took."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ class Account:
     engine: Engine
 
     def tally_of(self, batch_id: str) -> tuple[CostTally, datetime] | None:
-        """What a landed batch was billed, and when it was created; None for one that has not landed."""
+        """The bill of a landed batch and the time of its creation; None when the batch has not landed."""
         statement = sa.select(batch.c.tally, batch.c.created_at).where(batch.c.batch_id == batch_id, batch.c.tally.is_not(None))
         with self.engine.connect() as connection:
             row = connection.execute(statement).first()
         return None if row is None else (CostTally.from_json(json.loads(row.tally)), row.created_at)
 
     def note_rendering(self, job_id: str, seconds: float, unchanged: int) -> None:
-        """Add what reading and rendering the source took to the job's time for it, and note how many rows were left out as answered."""
+        """Add the seconds of reading and rendering to the job's total, and note how many rows were left out as already answered."""
         total = sa.func.coalesce(job.c.rendering_ms, 0) + round(seconds * 1000)
         with write_transaction(self.engine) as connection:
             connection.execute(sa.update(job).where(job.c.job_id == job_id).values(rendering_ms=total, unchanged_rows=unchanged))
@@ -60,7 +60,7 @@ def write_bill(connection: Connection, job_id: str, shard: int, tally: CostTally
 
 def _line(line: ModelTally) -> dict[str, Any]:
     values = asdict(line)
-    # is in the batch's tally
+    # the savings are kept in the batch's tally only
     del values["cache_savings_usd"]
     for price in ("batch", "standard"):
         values[f"{price}_cost_picousd"] = pico(values.pop(f"{price}_cost_usd"))
@@ -68,6 +68,6 @@ def _line(line: ModelTally) -> dict[str, Any]:
 
 
 def note_duration(connection: Connection, job_id: str, shard: int, seconds: float) -> None:
-    """How long a batch's landing took, inside its transaction."""
+    """Note how long a batch's landing took, inside the landing's transaction."""
     here = (batch.c.job_id == job_id) & (batch.c.shard == shard)
     connection.execute(sa.update(batch).where(here).values(landing_ms=round(seconds * 1000)))

@@ -1,9 +1,9 @@
-"""Marks of what was told: each threshold of a budget once a window, and that a task's batches are late once, to each notifier.
+"""Marks of sent alerts. Each notifier gets an alert once per threshold and window of a budget, and once per task whose batches are late.
 
-A mark is *claimed* in a transaction before its notifier is called, and *told* in another one after it. Of tasks that reach a threshold at
-once, the one that has the lock of the budget's row claims it. A notifier that raised gives its claim back; the claim of a task that died,
-or whose notifier hangs, ends after ``CLAIM_S`` seconds. In both cases the next submit, or the task that waits, tells it. So an alert comes
-twice where a task dies between the notifier's return and the mark, and is not lost: that is the better end where it is about money.
+A mark is *claimed* in a transaction before its notifier is called, and *told* in another one after it. When several tasks reach a threshold
+at once, the one that holds the lock of the budget's row claims it. A notifier that raises gives its claim back. The claim of a task that
+died, or whose notifier hangs, ends after ``CLAIM_S`` seconds. In both cases the next submit, or the waiting task, sends the alert. When a
+task dies between the notifier's return and the mark, the alert is sent twice: with money at stake that is better than losing it.
 """
 
 from __future__ import annotations
@@ -21,46 +21,46 @@ from airflow_provider_batchkit.ledger.budgets import lock_budget, read_books, st
 from airflow_provider_batchkit.ledger.engine import clock, write_transaction
 from airflow_provider_batchkit.ledger.tables import alert, late
 
-#: a task that has not said for so long how its notifier ended is taken for dead, in seconds
+#: seconds after which a claim without a result ends, because its task counts as dead
 CLAIM_S = 600
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 @dataclass(frozen=True, slots=True)
 class AlertClaim:
-    """What one task is to tell one notifier now."""
+    """The alert that one task must send to one notifier now."""
 
-    #: the budget's books, held against the cap that the task gives
+    #: the budget's books, compared with the cap that the task gives
     status: BudgetStatus
-    #: of the window; None for ``ever``
+    #: the start of the budget's window; None for the window ``ever``
     starts_at: datetime | None
     #: the notifier's position in the budget's list
     notifier: int
-    #: in hundredths of a percent, ascending: all that this notifier was not told
+    #: the thresholds that this notifier has not been told yet, in hundredths of a percent, ascending
     thresholds: tuple[int, ...]
     claimed_at: datetime
 
 
 @dataclass(frozen=True, slots=True)
 class LateClaim:
-    """What one task is to tell of its late batches now."""
+    """The alerts that one task must send about its late batches now."""
 
-    #: of the task that waits
+    #: the job id of the waiting task
     job_id: str
-    #: positions in its list of notifiers
+    #: positions of the claimed notifiers in the task's list
     notifiers: tuple[int, ...]
     claimed_at: datetime
-    #: every other notifier has taken it before
+    #: whether every other notifier has already taken the alert
     rest_told: bool
 
 
 class Alerts:
-    """The part of the ledger that marks what was told."""
+    """The part of the ledger that marks sent alerts."""
 
     engine: Engine
 
     def claim_alerts(self, budget: Budget, *, at: datetime | None = None, refused: bool = False) -> list[AlertClaim]:
-        """Claim what is to be told now, one claim for each notifier that is to be told something.
+        """Claim the alerts that are due now, one claim for each notifier that has an alert due.
 
         :param at: a moment of the window; now by default
         :param refused: the budget has no room for what the task asks, so its whole cap counts as reached
@@ -82,17 +82,17 @@ class Alerts:
             return found
 
     def alert_told(self, claim: AlertClaim) -> None:
-        """The notifier has taken it: it is told no more in this window."""
+        """Mark the alert as told: the notifier has taken it and does not get it again in this window."""
         with write_transaction(self.engine) as connection:
             connection.execute(sa.update(alert).where(*_of(claim)).values(told_at=clock(connection)))
 
     def alert_untold(self, claim: AlertClaim) -> None:
-        """The notifier raised: the next submit tells it."""
+        """Give the claim back because the notifier raised: the next submit sends the alert."""
         with write_transaction(self.engine) as connection:
             connection.execute(sa.delete(alert).where(*_of(claim)))
 
     def claim_late(self, job_id: str, notifiers: int) -> LateClaim:
-        """Claim those of a task's notifiers that nobody has told of its late batches, or tells now."""
+        """Claim the notifiers of a task that have not been told of its late batches and that no other attempt is telling now."""
         with write_transaction(self.engine) as connection:
             now = clock(connection)
             dead = sa.and_(late.c.told_at.is_(None), late.c.claimed_at < now - timedelta(seconds=CLAIM_S))
@@ -105,17 +105,17 @@ class Alerts:
                     for position in due:
                         connection.execute(sa.insert(late).values(job_id=job_id, notifier=position, claimed_at=now))
             except IntegrityError:
-                # another attempt claims them at this moment
+                # another attempt has claimed them at this moment
                 return LateClaim(job_id, (), now, rest_told=False)
         return LateClaim(job_id, due, now, rest_told=all(told.values()))
 
     def late_told(self, claim: LateClaim, notifier: int) -> None:
-        """The notifier has taken it: it is not told again."""
+        """Mark the alert as told: the notifier has taken it and does not get it again."""
         with write_transaction(self.engine) as connection:
             connection.execute(sa.update(late).where(*_of_late(claim, notifier)).values(told_at=clock(connection)))
 
     def late_untold(self, claim: LateClaim, notifier: int) -> None:
-        """The notifier raised: it is told again."""
+        """Give the claim back because the notifier raised: it gets the alert again."""
         with write_transaction(self.engine) as connection:
             connection.execute(sa.delete(late).where(*_of_late(claim, notifier)))
 
@@ -125,12 +125,12 @@ def _window(budget: str, window: str, start: datetime | None) -> dict[str, Any]:
 
 
 def marks_of(budget: str, window: str, start: datetime | None) -> list[sa.ColumnElement[bool]]:
-    """What holds for the marks of a budget in one window."""
+    """The conditions that select the marks of a budget in one window."""
     return [alert.c[name] == value for name, value in _window(budget, window, start).items()]
 
 
 def _claim(connection: Connection, key: dict[str, Any], thresholds: list[int], now: datetime) -> list[int]:
-    """Those of the thresholds that nobody has told or tells now."""
+    """Claim the thresholds that are not marked yet, and return them."""
     here = [alert.c[name] == value for name, value in key.items()]
     dead = sa.and_(alert.c.told_at.is_(None), alert.c.claimed_at < now - timedelta(seconds=CLAIM_S))
     connection.execute(sa.delete(alert).where(*here, dead))
@@ -142,7 +142,7 @@ def _claim(connection: Connection, key: dict[str, Any], thresholds: list[int], n
 
 
 def _of(claim: AlertClaim) -> list[sa.ColumnElement[bool]]:
-    """The marks of a claim, unless another task has taken it for dead and claimed them anew."""
+    """The conditions that select a claim's marks. They match nothing once another task has declared the claim dead and claimed anew."""
     return [
         *marks_of(claim.status.name, claim.status.window, claim.starts_at),
         alert.c.notifier == claim.notifier,
@@ -153,7 +153,7 @@ def _of(claim: AlertClaim) -> list[sa.ColumnElement[bool]]:
 
 
 def _of_late(claim: LateClaim, notifier: int) -> list[sa.ColumnElement[bool]]:
-    """The mark of a claim, unless another attempt has taken it for dead and claimed it anew."""
+    """The conditions that select a claim's mark. They match nothing once another attempt has declared the claim dead and claimed anew."""
     return [
         late.c.job_id == claim.job_id,
         late.c.notifier == notifier,

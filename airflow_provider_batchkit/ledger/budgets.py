@@ -1,15 +1,15 @@
 """Budgets in the ledger. The books are the batch rows themselves, so they cannot disagree with them.
 
 A batch that counts in a budget has its name in its row, with the time that decides the window and the most that it can cost. It is reserved
-while it is ``sending``, ``submitted`` or ``gone`` (it may have been billed), spent once it is ``landed`` (at its real cost), and counts no
-more when it is ``rejected`` or ``void``: whatever moves a batch moves its money, in one statement.
+while it is ``sending``, ``submitted`` or ``gone`` (it may have been billed), spent once it is ``landed`` (at its real cost), and no longer
+counted when it is ``rejected`` or ``void``. The statement that moves a batch to another state moves its money, too.
 
 Before its first batch row an attempt takes a *hold*: the sum of all that it is about to send. Each intent draws its batch's part from the
 hold, in the intent's transaction. A hold counts as long as its attempt has the job's lease and lives; the next attempt of the job, or
 ``HOLD_S`` seconds without an intent, ends it.
 
-Whoever adds to a sum has the lock of the budget's row; whoever draws from a hold moves money inside the sum; everybody else takes away. The
-sum is read in one statement. So it may be read too high, never too low.
+A transaction that adds to a sum holds the lock of the budget's row. A draw from a hold moves money inside the sum, and every other change
+makes the sum smaller. The sum is read in one statement. So it may be read too high, never too low.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from airflow_provider_batchkit.model import COST_QUANTUM, PICO_PER_USD, Bound, C
 
 log = logging.getLogger(__name__)
 
-#: an attempt that has journaled no shard for so long is taken for dead, in seconds; one that lives after all asks again
+#: seconds without a journaled shard after which an attempt counts as dead and its hold ends; a live attempt then reserves again
 HOLD_S = 6 * 3600
 _TALLY_TOKENS = ("input_tokens", "output_tokens", "cache_write_5m_tokens", "cache_write_1h_tokens", "cache_read_tokens")
 
@@ -56,10 +56,10 @@ class Budgets:
     engine: Engine
 
     def reserve(self, job_id: str, lease: int, budget: Budget, asked: Bound) -> None:
-        """Hold ``asked`` for what an attempt is about to send. Replaces what an earlier attempt of the job held.
+        """Hold ``asked`` for what an attempt is about to send. It replaces the hold of an earlier attempt of the job.
 
         :param asked: bounded in both USD and tokens
-        :raises BudgetExceededError: it does not fit under the cap; nothing is held
+        :raises BudgetExceededError: when ``asked`` does not fit under the cap; nothing is held
         :raises LeaseLostError: when another attempt of the job has begun
         """
         with write_transaction(self.engine) as connection:
@@ -67,12 +67,15 @@ class Budgets:
             _take_hold(connection, job_id, lease, budget, asked)
 
     def give_up_hold(self, job_id: str, lease: int) -> None:
-        """An attempt has ended: what it held and did not send is free."""
+        """Free what an attempt held and did not send, because it has ended."""
         with write_transaction(self.engine) as connection:
             connection.execute(sa.delete(hold).where(hold.c.job_id == job_id, hold.c.lease == lease))
 
     def budget_status(self, name: str, *, at: datetime | None = None) -> BudgetStatus | None:
-        """The books of a budget in the window that holds ``at`` (now), by the cap and window last given; None when no task has named it."""
+        """The books of a budget in the window that contains ``at`` (default: now), compared with the cap last given.
+
+        None when no task has named the budget.
+        """
         now = at or datetime.now(UTC)
         with self.engine.connect() as connection:
             row = connection.execute(sa.select(budget_table).where(budget_table.c.name == name)).first()
@@ -86,9 +89,9 @@ class Budgets:
 
 
 def draw(connection: Connection, job_id: str, lease: int, bound: Bound, budget: Budget | None) -> dict[str, Any]:
-    """Columns of a new batch row: its bound, and where it counts. Draws it from the attempt's hold.
+    """Draw a batch's bound from the attempt's hold, and return the columns of the new batch row: its bound and its budget.
 
-    :raises BudgetExceededError: the hold had ended, and what it held is not free any more
+    :raises BudgetExceededError: when the hold had ended and its amount is no longer free
     """
     columns: dict[str, Any] = {"bound_picousd": None if bound.usd is None else _pico(bound.usd), "bound_tokens": bound.tokens}
     if budget is None:
@@ -101,7 +104,7 @@ def draw(connection: Connection, job_id: str, lease: int, bound: Bound, budget: 
 
 
 def put_back(connection: Connection, job_id: str, shard: int) -> None:
-    """A batch was rejected or void: its attempt, if it goes on, holds the money for the same requests again."""
+    """Return the money of a rejected or void batch to its attempt's hold, since an attempt that goes on needs it for the same requests."""
     row = connection.execute(
         sa.select(batch.c.budget, batch.c.bound_picousd, batch.c.bound_tokens).where(batch.c.job_id == job_id, batch.c.shard == shard)
     ).one()
@@ -114,7 +117,7 @@ def put_back(connection: Connection, job_id: str, shard: int) -> None:
 
 
 def status_of(budget: Budget, books: Books, at: datetime) -> BudgetStatus:
-    """Books, held against the cap that a task gives."""
+    """The books, compared with the cap that a task gives."""
     return _status(budget.name, budget.window, None if budget.usd is None else _pico(budget.usd), budget.tokens, books, at)
 
 
@@ -134,7 +137,7 @@ def settled(connection: Connection, job_id: str, shard: int, tally: CostTally) -
 
 
 def _draw(connection: Connection, job_id: str, lease: int, amounts: Mapping[str, Any]) -> bool:
-    """Whether the attempt's hold lives and had as much."""
+    """Draw the amounts from the attempt's hold; False when the hold has ended or is too small."""
     now = datetime.now(UTC)
     pico, tokens = amounts["bound_picousd"], amounts["bound_tokens"]
     drawn = connection.execute(
@@ -144,7 +147,7 @@ def _draw(connection: Connection, job_id: str, lease: int, amounts: Mapping[str,
             hold.c.lease == lease,
             hold.c.picousd >= pico,
             hold.c.tokens >= tokens,
-            # well before anybody else, whose clock may differ, counts it no more
+            # the attempt stops drawing at half of HOLD_S, well before an attempt whose clock differs stops counting the hold
             hold.c.held_at > now - timedelta(seconds=HOLD_S / 2),
         )
         .values(picousd=hold.c.picousd - pico, tokens=hold.c.tokens - tokens, held_at=now)
@@ -168,7 +171,7 @@ def _take_hold(connection: Connection, job_id: str, lease: int, budget: Budget, 
 
 
 def lock_budget(connection: Connection, budget: Budget, now: datetime) -> None:
-    """Lock the budget's row until the transaction ends, and note the cap that was given."""
+    """Lock the budget's row until the transaction ends, and note the cap that the task gave."""
     mine = budget_table.c.name == budget.name
     cap = {"window": budget.window, "cap_picousd": None if budget.usd is None else _pico(budget.usd), "cap_tokens": budget.tokens}
     if connection.execute(sa.update(budget_table).where(mine).values(asked_at=now)).rowcount == 0:
@@ -176,7 +179,7 @@ def lock_budget(connection: Connection, budget: Budget, now: datetime) -> None:
             with connection.begin_nested():
                 connection.execute(sa.insert(budget_table).values(name=budget.name, asked_at=now, **cap))
         except IntegrityError:
-            # another task named it for the first time a moment ago
+            # another task has just created the row
             connection.execute(sa.update(budget_table).where(mine).values(asked_at=now))
     known = dict(connection.execute(sa.select(*(budget_table.c[name] for name in cap)).where(mine)).mappings().one())
     if known != cap:
@@ -185,7 +188,7 @@ def lock_budget(connection: Connection, budget: Budget, now: datetime) -> None:
 
 
 def read_books(connection: Connection, name: str, window: str, at: datetime) -> Books:
-    """The sums of the window that holds ``at``."""
+    """The sums of the window that contains ``at``."""
     start, end = window_of(window, at)
 
     def total(column: sa.ColumnElement[int], *where: sa.ColumnElement[bool], time: sa.Column[Any]) -> sa.ScalarSelect[Any]:
@@ -208,7 +211,7 @@ def read_books(connection: Connection, name: str, window: str, at: datetime) -> 
         total(hold.c.picousd, living, time=hold.c.budget_at),
         total(hold.c.tokens, living, time=hold.c.budget_at),
     )
-    # one statement, so that money which moves from a hold to a batch meanwhile is not missed in both
+    # the sums are read in one statement, so that money which moves from a hold to a batch meanwhile is counted at least once
     spent_pico, spent_tokens, open_pico, open_tokens, held_pico, held_tokens = map(int, connection.execute(sa.select(*sums)).one())
     return Books(spent_pico, spent_tokens, open_pico + held_pico, open_tokens + held_tokens)
 

@@ -1,7 +1,7 @@
 """Bulk loading: many rows into a table, in the connection's own transaction.
 
-Four loaders write the same rows: PostgreSQL's COPY with psycopg 3, which runs on while the next rows are made, and with psycopg 2; SQLite's
-executemany on the driver; and SQLAlchemy Core anywhere.
+Four loaders write the same rows: PostgreSQL's COPY with psycopg 3, which stays open while the next rows are made; COPY with psycopg 2;
+INSERTs of many rows on SQLite's driver; and SQLAlchemy Core on any database.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ from sqlalchemy.engine import Connection
 
 log = logging.getLogger(__name__)
 
-#: the values of each of the table's columns, in the order of the rows, of which there are some
+#: one sequence of values per column of the table, in the order of the rows; there is at least one row
 BulkColumns = Sequence[Sequence[Any]]
 
-#: rows in one SQLite INSERT: that many values stay below the 999 parameters that a statement of any SQLite may have
+#: values in one SQLite INSERT: every SQLite allows 999 parameters in a statement
 _SQLITE_VALUES = 900
-#: a COPY is ended after so much and begun anew: what the server refuses shows at its end, and some versions of psycopg hold it all
+#: bytes after which a COPY is ended and another begun: the server reports errors only at the end, and some psycopg versions buffer it all
 _COPY_BYTES = 16 << 20
 
 
 class BulkLoader:
-    """Loads rows into a table, with SQLAlchemy Core. A context manager: behind it the rows are in the table, within it they may not be,
-    and the connection has to be left alone.
+    """Loads rows into a table, with SQLAlchemy Core. It is a context manager: after the block, the rows are in the table. Inside the block
+    they may not be, and nothing else may use the connection.
     """
 
     def __init__(self, connection: Connection, table: sa.Table) -> None:
         self._connection = connection
         self._table = table
-        #: Python's codec for the texts that the database can store; None where that is any text
+        #: Python's codec for the texts that the database can store; None where it can store any text
         self._codec = storage_codec(connection)
-        #: characters that the database lacks
+        #: how many characters were replaced because the database's encoding lacks them
         self._replaced = 0
 
     def write(self, columns: BulkColumns) -> None:
@@ -68,7 +68,7 @@ class BulkLoader:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None) -> None:
-        """Rows that were not written are given up on an error."""
+        """Finish the load. After an error, the rows that were not written are dropped."""
         if error is None and self._replaced:
             log.warning(
                 "%s characters that the database's encoding (%s) lacks were written as '?'. A database in UTF8 keeps every character; "
@@ -99,11 +99,11 @@ def _quoted(connection: Connection, table: sa.Table) -> tuple[str, str]:
 
 
 class _DriverLoader(BulkLoader):
-    """Many rows a statement, and once what they have in common: the driver pays for each statement and for each value."""
+    """Writes many rows per statement and binds each value that all rows share once: the driver pays per statement and per value."""
 
     def __init__(self, connection: Connection, table: sa.Table) -> None:
         super().__init__(connection, table)
-        #: of the columns whose values the driver does not take as they are
+        #: per column, the conversion to a value that the driver accepts; None where none is needed
         self._convert = [column.type.dialect_impl(connection.dialect).bind_processor(connection.dialect) for column in table.columns]
 
     def write(self, columns: BulkColumns) -> None:
@@ -131,14 +131,14 @@ def _is_of_one_value(column: Sequence[Any]) -> bool:
 
 @lru_cache
 def _marks(alike: tuple[bool, ...], rows: int) -> str:
-    """Placeholders of rows: those of the columns that are ``alike`` in all of them come first, once."""
+    """The placeholders of the rows. The columns that are ``alike`` in all rows have the first numbers, which every row repeats."""
     common, own = count(1), count(1 + sum(alike))
     numbers = [f"?{next(common)}" if same else None for same in alike]
     return ", ".join([f"({', '.join([number or f'?{next(own)}' for number in numbers])})" for _ in range(rows)])
 
 
 def _without_nul(value: Any) -> Any:
-    """PostgreSQL has no NUL in text."""
+    """The value with U+FFFD for each NUL, which PostgreSQL cannot store in text."""
     return value.replace("\0", "\ufffd") if isinstance(value, str) and "\0" in value else value
 
 
@@ -148,7 +148,7 @@ _COPY_ESCAPES = (("\\", "\\\\"), ("\t", "\\t"), ("\n", "\\n"), ("\r", "\\r"))
 
 def _copy_escaped(text: str) -> str:
     for character, escape in _COPY_ESCAPES:
-        # looking for a character is far faster than counting it, as replace does
+        # replace counts the character first, and a plain search is far faster
         if character in text:
             text = text.replace(character, escape)
     return text
@@ -177,7 +177,7 @@ def _copy_column(values: Sequence[Any]) -> Sequence[str]:
 
 
 def copy_data(columns: BulkColumns) -> str:
-    """The rows in COPY's text format. What neighbouring columns have in common in all rows is put together once."""
+    """The rows in COPY's text format. Neighbouring columns that have one value in all rows are formatted once."""
     rows = len(columns[0])
     parts: list[Sequence[str]] = []
     for same, several in groupby(columns, _is_of_one_value):
@@ -190,7 +190,7 @@ def copy_data(columns: BulkColumns) -> str:
 
 def _copy_statement(connection: Connection, table: sa.Table) -> str:
     name, names = _quoted(connection, table)
-    # the data is UTF-8, whatever the connection speaks; no parameters, so a percent sign in a name is not doubled
+    # the data is UTF-8, whatever the connection's encoding is; without parameters the driver leaves a percent sign in a name single
     return f"COPY {name} ({names}) FROM STDIN (ENCODING 'UTF8')".replace("%%", "%")
 
 
@@ -201,12 +201,12 @@ def storage_codec(connection: Connection) -> str | None:
     name = str(connection.exec_driver_sql("SHOW server_encoding").scalar_one())
     if name == "UTF8":
         return None
-    # PostgreSQL documentation, "Character Set Support": WIN1252, KOI8R and EUC_JP are cp1252, koi8_r and euc_jp
+    # Python names WIN1252, KOI8R and EUC_JP cp1252, koi8_r and euc_jp (PostgreSQL documentation, "Character Set Support")
     name = f"cp{name[3:]}" if name.startswith("WIN") else f"koi8_{name[4:]}" if name.startswith("KOI8") else name
     try:
         return codecs.lookup(name).name
     except LookupError:
-        return None  # such as SQL_ASCII, which takes any bytes
+        return None  # SQL_ASCII, for example, takes any bytes
 
 
 def can_store(text: str, codec: str) -> bool:
@@ -215,7 +215,7 @@ def can_store(text: str, codec: str) -> bool:
 
 
 class _CopyLoader(BulkLoader):
-    """A COPY for each call."""
+    """Runs one COPY per call."""
 
     def write(self, columns: BulkColumns) -> None:
         cursor: Any = self._connection.connection.cursor()
@@ -226,10 +226,10 @@ class _CopyLoader(BulkLoader):
 
 
 class _OpenCopyLoader(BulkLoader):
-    """One COPY for many calls: the server is not waited for between them, and what it refuses shows some calls later.
+    """Runs one COPY over many calls. The calls do not wait for the server, so an error of the server appears some calls later.
 
-    The COPY lasts as long as its rows take to come, a stalled download and its pauses included. A limit on how long a statement may run
-    is not meant for that, and is lifted until the last row is written.
+    The COPY lasts until its rows have come, which includes the pauses of a stalled download. The database's statement timeout is not
+    meant for that, so it is lifted until the last row is written.
     """
 
     def __init__(self, connection: Connection, table: sa.Table) -> None:

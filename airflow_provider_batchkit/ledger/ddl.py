@@ -1,4 +1,4 @@
-"""The ledger's tables and views as SQL text, for a database whose tables somebody else creates."""
+"""The ledger's tables and views as SQL text, for a database in which an administrator creates the tables."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from airflow_provider_batchkit.ledger.tables import VERSION, metadata, version
 
 
 def statements(dialect: str) -> list[str]:
-    """What creates a ledger on a database of this dialect (``postgresql``, ``sqlite``, ``mysql`` …), in order and without semicolons.
+    """The statements that create a ledger on this dialect (``postgresql``, ``sqlite``, ``mysql`` …), in order and without semicolons.
 
-    The last one writes the ledger's version and its id, which is random: each ledger needs its own. A task that finds both creates nothing.
+    The last one writes the ledger's version and its random id; each ledger needs its own id. A task that finds both creates nothing.
     """
     found = list[str]()
     engine: Any = sa.create_mock_engine(f"{dialect}://", lambda element, *_, **__: found.append(_text(element, engine.dialect)))

@@ -1,4 +1,4 @@
-"""A SQLAlchemy engine whose transactions mean what they say on every database."""
+"""SQLAlchemy engines and transactions that behave alike on every database."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ from airflow_provider_batchkit.exceptions import LedgerError
 
 log = logging.getLogger(__name__)
 
-#: milliseconds that one attempt waits for a lock, and how many attempts a writer makes: an hour in all. SQLite's queue has no order, and
-#: a landing of a million rows holds the lock for a minute.
+#: Milliseconds that one attempt waits for a lock; a writer makes several attempts, an hour in all. SQLite grants its lock in no fixed
+#: order, and a landing of a million rows holds it for a minute.
 _SQLITE_BUSY_MS = 120_000
 _SQLITE_ATTEMPTS = 30
 _BEGIN_OPTION = "batchkit_sqlite_begin"
 _PREPARED = "_batchkit_prepared"
-#: The current time, in UTC whatever the session's time zone is: CURRENT_TIMESTAMP of MySQL and SQL Server is local and does not say so.
+#: SQL for the current UTC time, whatever the session's time zone is. CURRENT_TIMESTAMP of MySQL and SQL Server is local time without zone.
 _UTC_NOW = {
     "postgresql": "clock_timestamp()",
     "mysql": "UTC_TIMESTAMP(6)",
     "mariadb": "UTC_TIMESTAMP(6)",
     "mssql": "SYSUTCDATETIME()",
 }
-#: the same as what the API's clock may be off (SettleTimes.skew_s)
+#: how far this process's clock may be off from the database's: as far as the API's (SettleTimes.skew_s)
 _CLOCKS_APART = timedelta(minutes=15)
 
 
 def prepare_engine(engine: Engine) -> Engine:
-    """Make a SQLite engine's transactions real, including DDL, and let it wait for locks; have PostgreSQL speak UTF-8.
+    """Make a SQLite engine's transactions include DDL and wait for locks; make PostgreSQL's connections use UTF-8.
 
-    Python's sqlite3 begins a transaction only before some statements and never around DDL, so ``BEGIN`` is ours here
+    Python's sqlite3 begins a transaction only before some statements and never around DDL, so this module sends ``BEGIN`` itself
     (SQLAlchemy documentation, "Serializable isolation / Savepoints / Transactional DDL" of the pysqlite dialect).
     """
     if getattr(engine, _PREPARED, False):
@@ -66,11 +66,11 @@ def prepare_engine(engine: Engine) -> Engine:
 
 
 def add_schema(engine: Engine, schema: str) -> None:
-    """Have PostgreSQL find the tables of a schema beside those of the connection's own ones, which come first."""
+    """Append a schema to PostgreSQL's search_path. The connection's own schemas come first."""
 
     def on_connect(dbapi_connection: Any, _record: Any) -> None:
         with closing(dbapi_connection.cursor()) as cursor:
-            # the names are quoted in the setting already
+            # the names in the setting are quoted already
             cursor.execute("SELECT set_config('search_path', current_setting('search_path') || ', ' || quote_ident(%s), false)", (schema,))
         dbapi_connection.commit()
 
@@ -79,10 +79,10 @@ def add_schema(engine: Engine, schema: str) -> None:
 
 
 def prepare_connection(dbapi_connection: Any) -> None:
-    """Have a driver's connection wait for SQLite's locks, or speak UTF-8 to PostgreSQL. Others are left as they are.
+    """Make a driver's connection wait for SQLite's locks, or use UTF-8 with PostgreSQL. Connections to other databases stay as they are.
 
     PostgreSQL's drivers encode and decode texts by the connection's encoding, which may lack characters that the database has. The server
-    converts between it and its own. A database without an encoding (SQL_ASCII) is left as it is: nothing is converted there.
+    converts between UTF-8 and the database's encoding. A database without an encoding (SQL_ASCII) converts nothing, so it stays as it is.
     """
     if isinstance(dbapi_connection, sqlite3.Connection):
         dbapi_connection.execute(f"PRAGMA busy_timeout = {_SQLITE_BUSY_MS}")
@@ -110,7 +110,7 @@ def clock(connection: Connection) -> datetime:
 
     A SQLite database is read and written by one machine, so its clock is this process's.
 
-    :raises LedgerError: when it is far from this process's. A batch would then be looked for at another time than its own, and not be found
+    :raises LedgerError: when it is far from this process's clock: a batch would then be looked for at a wrong time and not be found
     """
     here = datetime.now(UTC)
     if connection.dialect.name == "sqlite":
@@ -127,7 +127,7 @@ def clock(connection: Connection) -> datetime:
 
 
 def begin_writing(connection: Connection) -> None:
-    """Take SQLite's write lock until the end of the transaction. Other databases lock rows, and nothing is done there.
+    """Take SQLite's write lock until the end of the transaction. Other databases lock rows, so nothing is done for them.
 
     SQLite does not let a transaction that has read wait for the write lock: it fails at once ("database is locked") while another
     connection writes, since the two may wait for each other. So the transaction ends here, and another one begins with the lock.
@@ -139,7 +139,7 @@ def begin_writing(connection: Connection) -> None:
 
 
 def _begin_immediate(connection: Connection) -> None:
-    """Begin a transaction that holds the write lock, in several attempts: each of them is a wait of its own."""
+    """Begin a transaction that holds the write lock. Each of several attempts waits for the lock anew."""
     driver: Any = connection.connection.dbapi_connection
     dbapi: Any = connection.dialect.dbapi
     for attempt in range(1, _SQLITE_ATTEMPTS):
@@ -153,5 +153,5 @@ def _begin_immediate(connection: Connection) -> None:
             )
         else:
             return
-    # the last attempt's error is SQLAlchemy's
+    # SQLAlchemy reports an error of the last attempt
     connection.exec_driver_sql("BEGIN IMMEDIATE")

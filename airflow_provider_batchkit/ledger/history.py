@@ -1,4 +1,4 @@
-"""What earlier batches tell about the next one: what was answered, how long answers were, and what a job may have cost by now."""
+"""Facts from earlier batches that the next one needs: the answered rows, the length of answers, and the job's cost so far."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _RECENT = 20
 
 
 class History:
-    """The part of the ledger that tells what earlier batches did."""
+    """The part of the ledger that reads the history of tasks."""
 
     engine: Engine
 
@@ -37,8 +37,8 @@ class History:
     def answered(self, record: JobRecord, table: str | None) -> Iterator[tuple[str, str]]:
         """(key, digest) of every request that succeeded in an earlier run of the task and landed in its table, the latest landing first.
 
-        :param table: the task's result table, by the name that the ledger knows it by. None where the task does not know it: then an
-            earlier run counts when all that it landed is in one table, or else the same mapped instance of it when that landed in one
+        :param table: the task's result table, under the ledger's name for it. None where the task does not know it: then an earlier run
+            counts when all its landings are in one table, or else the run's same mapped instance when its landings are in one table
         """
         with self.engine.connect() as connection:
             landed = [row for row in landings_of(connection, record.dag_id, record.task_id) if row.run_id != record.run_id]
@@ -75,7 +75,7 @@ class History:
         return Decimal(sum(tally["output_tokens"] for tally in tallies)) / requests if requests else None
 
     def committed_usd(self, job_id: str) -> tuple[Decimal, list[str]]:
-        """What the job's batches have cost or may still cost, and those of them for which nobody knows."""
+        """The USD that the job's batches have cost or may still cost, and the names of the batches whose cost is unknown."""
         statement = sa.select(batch.c.batch_id, batch.c.shard, sa.func.coalesce(batch.c.batch_cost_picousd, batch.c.bound_picousd)).where(
             batch.c.job_id == job_id, batch.c.state.in_([state.value for state in HELD])
         )
@@ -86,8 +86,8 @@ class History:
 
 
 def _answered(connection: Connection, job_id: str, shard: int, round_number: int) -> Iterator[tuple[str, str]]:
-    """(key, digest) of the rows that a landed batch has answered. A later round may have asked otherwise, with another model or more room:
-    what counts is what the row was asked first, or it would be bought again in every run.
+    """(key, digest) of the rows that a landed batch has answered. The digest is that of the row's first request: a later round may ask with
+    another model or more tokens, and by the digest of that request the row would be paid for again in every run.
     """
     rows = ((row.key, row.digest) for row in outcomes.succeeded_rows(connection, job_id, shard))
     if round_number == 1:

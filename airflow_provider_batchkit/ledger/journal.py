@@ -1,7 +1,7 @@
-"""What each batch asks, as it was written before the POST: the index of its shard, in pieces of whole lines.
+"""The journal: the requests of each batch, written before the POST as the index of its shard, in pieces of whole lines.
 
-A million rows are journaled as bytes in a hundred statements, not as a million rows that the landing would have to find and change one
-by one. The landing notes the outcome of each; see ``outcomes``.
+A million source rows are journaled as bytes in a hundred statements. A million journal rows would have to be found and changed one by one
+when the batch lands. The landing notes the outcome of each source row; see ``outcomes``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from airflow_provider_batchkit.request.shards import IndexEntry, decode_entries
 
 
 def write(connection: Connection, job_id: str, shard: int, parts: Iterable[bytes]) -> None:
-    """Journal index lines of a shard, behind what is journaled of it already."""
+    """Append index lines of a shard to its journal."""
     last = last_part(connection, job_id, shard)
     for number, part in enumerate(parts, start=0 if last is None else last + 1):
         connection.execute(sa.insert(journal).values(job_id=job_id, shard=shard, part=number, entries=part))
@@ -29,9 +29,9 @@ def entries(connection: Connection, job_id: str, shard: int) -> Iterator[IndexEn
 
 
 def pieces(connection: Connection, job_id: str, shard: int) -> Iterator[list[IndexEntry]]:
-    """:func:`entries`, as many together as were written together."""
+    """:func:`entries`, in the pieces in which they were written."""
     statement = sa.select(journal.c.part).where(journal.c.job_id == job_id, journal.c.shard == shard).order_by(journal.c.part)
-    # one piece at a time, on every driver
+    # one statement per piece: some drivers would read all pieces into memory
     for number in connection.execute(statement).scalars().all():
         piece = sa.select(journal.c.entries).where(journal.c.job_id == job_id, journal.c.shard == shard, journal.c.part == number)
         yield decode_entries(connection.execute(piece).scalar_one())
@@ -43,11 +43,11 @@ def asks(connection: Connection, job_id: str, shard: int, custom_id: str) -> boo
 
 
 def last_part(connection: Connection, job_id: str, shard: int) -> int | None:
-    """The number of the last part that is journaled of a shard: a greater one later means that rows were added."""
+    """The number of the shard's last journaled part. A greater number later means that rows were added."""
     here = (journal.c.job_id == job_id) & (journal.c.shard == shard)
     return connection.execute(sa.select(sa.func.max(journal.c.part)).where(here)).scalar()
 
 
 def remove(connection: Connection, job_id: str, shard: int) -> None:
-    """Forget what a shard asks: nothing of it was accepted."""
+    """Delete the journal of a shard, none of whose requests was accepted."""
     connection.execute(sa.delete(journal).where(journal.c.job_id == job_id, journal.c.shard == shard))

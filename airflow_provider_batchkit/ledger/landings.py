@@ -1,4 +1,4 @@
-"""What has landed where: a row for each batch, result table and landing number.
+"""The landings: one row for each batch, result table and landing number.
 
 A fetch that has landed in a table writes nothing there again: a retry or a cleared task would overwrite what later runs have written. A
 table that is missing or empty is filled anew, under the next number.
@@ -27,7 +27,7 @@ class Landed:
     landed_at: datetime
     #: rows written to the result table
     rows: int
-    #: nothing more could be had of the batch from the API
+    #: whether the landing has everything that the API can give for the batch
     complete: bool
     counts: dict[str, int]
     tally: dict[str, Any]
@@ -36,7 +36,7 @@ class Landed:
 
 
 def landed_in(connection: Connection, batch_ids: Iterable[str], table: str) -> dict[str, Landed]:
-    """The latest landing of each batch that has landed in ``table``, given by its name in the database, by batch id."""
+    """Batch id → latest landing, for each batch that has landed in ``table`` (the table's name in the database)."""
     here = sa.and_(landing.c.table_name == table, landing.c.batch_id.in_(list(batch_ids)))
     rows = connection.execute(sa.select(landing).where(here).order_by(landing.c.number))
     return {
@@ -56,15 +56,15 @@ def landed_in(connection: Connection, batch_ids: Iterable[str], table: str) -> d
 
 
 def note_landing(connection: Connection, batch_id: str, table: str, number: int, values: Mapping[str, Any]) -> None:
-    """Note that a batch lands in a table, inside the landing's transaction; again where a landing that lacked answers is completed."""
+    """Note that a batch lands in a table, inside the landing's transaction. A landing that completes an earlier one is noted again."""
     here = (landing.c.batch_id == batch_id) & (landing.c.table_name == table) & (landing.c.number == number)
     if connection.execute(sa.update(landing).where(here).values(values)).rowcount == 0:
         connection.execute(sa.insert(landing).values(batch_id=batch_id, table_name=table, number=number, **values))
 
 
 def landings_of(connection: Connection, dag_id: str, task_id: str) -> Sequence[Any]:
-    """The latest landing of each batch of a task in each table, the latest of all first: job_id, shard, round, run_id,
-    map_index, table_name.
+    """The latest landing of each batch of a task in each table, newest first. Each row has job_id, shard, round, run_id, map_index and
+    table_name.
     """
     latest = sa.func.max(landing.c.landed_at).label("landed_at")
     where = (job.c.run_id, job.c.map_index, landing.c.table_name)

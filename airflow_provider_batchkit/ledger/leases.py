@@ -1,7 +1,7 @@
 """The lease of a job: only the youngest attempt that has opened it, in its latest opening, may write what leads to a POST.
 
-Attempts are ordered by the ids of their task instances, which Airflow makes anew for every try: UUIDv7, so their order is that of their
-birth. The try number is no order, because it begins again when a DAG run is deleted and made anew.
+Attempts are ordered by the ids of their task instances. Airflow makes a new UUIDv7 for every try, so a later try has a greater id. The try
+number does not order attempts, because it starts again when a DAG run is deleted and created anew.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def hold_lease(connection: Connection, job_id: str, lease: int) -> None:
 
 
 def lease_lost(job_id: str, lease: int) -> LeaseLostError:
-    """The error of an attempt that another one has taken over."""
+    """The error for an attempt whose lease another attempt has taken."""
     return LeaseLostError(
         f"Another attempt of job {job_id} has begun (this one holds lease {lease}). This attempt stops before it sends anything more; "
         "what it sent is in the ledger and belongs to the new attempt."

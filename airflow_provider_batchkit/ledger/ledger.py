@@ -1,4 +1,4 @@
-"""Every statement on the ledger, each under a name. Each method that writes is one transaction unless it takes a connection."""
+"""Every statement on the ledger, as a named method. Each method that writes is one transaction unless it takes a connection."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from airflow_provider_batchkit.model import CostTally
 from airflow_provider_batchkit.request.dedupe import Known
 from airflow_provider_batchkit.request.shards import IndexEntry, Shard, index_parts
 
-#: where statements find the ledger
+#: finds the schema in which statements find the ledger's tables
 _LEDGER_SCHEMA = sa.text(
     "SELECT n.nspname FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace"
     " WHERE c.oid = to_regclass('batchkit_version')"
@@ -44,15 +44,15 @@ class Ledger(BatchMoves, Loads, Rounds, Account, budgets.Budgets, Alerts, Histor
     """The door to the ``batchkit_*`` tables of one database."""
 
     def __init__(self, engine: Engine, schema: str | None = None) -> None:
-        """:param schema: of PostgreSQL, for a ledger that does not lie where the connection creates its tables"""
+        """:param schema: the PostgreSQL schema of a ledger that lies elsewhere than where the connection creates its tables"""
         self.engine = prepare_engine(engine)
         self._schema = schema
         if schema is not None:
             add_schema(self.engine, schema)
 
     def ensure(self) -> None:
-        """Create the tables and the roll-up's views where they are missing; migrate them where they are of an older version. Safe when
-        several tasks do so at once.
+        """Create the tables and the roll-up's views where they are missing, and migrate them from an older version. Several tasks may do so
+        at once.
 
         :raises LedgerError: when the tables are of a version that cannot be migrated, or of a newer one
         """
@@ -73,7 +73,7 @@ class Ledger(BatchMoves, Loads, Rounds, Account, budgets.Budgets, Alerts, Histor
                         found = VERSION
                 break
             except DBAPIError:
-                # another task created or migrated them between our look and our statement
+                # another task created or migrated them between our check and our statement
                 if attempt == 3:
                     raise
         if found != VERSION:
@@ -107,7 +107,7 @@ class Ledger(BatchMoves, Loads, Rounds, Account, budgets.Budgets, Alerts, Histor
     # --- jobs ---------------------------------------------------------------------------------------------------------------------
 
     def identify(self, dag_id: str, run_id: str, task_id: str, map_index: int = -1) -> JobRecord:
-        """The job of a task instance. A job that the ledger has keeps its id, also when the ledger was migrated or moved."""
+        """The job of a task instance. A job that is in the ledger keeps its id, even when the ledger was migrated or moved."""
         here = (job.c.dag_id == dag_id) & (job.c.run_id == run_id) & (job.c.task_id == task_id) & (job.c.map_index == map_index)
         known = ledger_id = None
         if self.exists():
@@ -117,7 +117,7 @@ class Ledger(BatchMoves, Loads, Rounds, Account, budgets.Budgets, Alerts, Histor
         return JobRecord(known or make_job_id(ledger_id or "", dag_id, run_id, task_id, map_index), dag_id, run_id, task_id, map_index)
 
     def open_job(self, record: JobRecord, attempt_id: str) -> int:
-        """Begin an attempt of a job, or go on with one: create the job's row or take over its lease. Rows that some sender left as
+        """Begin an attempt of a job, or continue one: create the job's row or take over its lease. Batch rows that a sender left as
         ``sending`` are in doubt from now on.
 
         :param attempt_id: a UUIDv7 in its text form: a younger attempt has a greater one
@@ -127,7 +127,7 @@ class Ledger(BatchMoves, Loads, Rounds, Account, budgets.Budgets, Alerts, Histor
         try:
             return self._take_lease(record, attempt_id)
         except IntegrityError:
-            # another first attempt created the row between our look and our INSERT
+            # another first attempt created the row between our SELECT and our INSERT
             return self._take_lease(record, attempt_id)
 
     def _take_lease(self, record: JobRecord, attempt_id: str) -> int:
@@ -152,7 +152,7 @@ class Ledger(BatchMoves, Loads, Rounds, Account, budgets.Budgets, Alerts, Histor
             refuse_older(record.job_id, attempt_id, found.attempt_id)
             if found.attempt_id != attempt_id:
                 connection.execute(sa.update(job).where(here).values(attempt_id=attempt_id))
-                # nobody knows what a batch did while no attempt looked: a younger attempt begins its series of looks anew
+                # a batch may have appeared while no attempt looked, so a younger attempt begins a new series of looks
                 unsettled = (batch.c.job_id == record.job_id) & (batch.c.state == BatchState.SENDING.value)
                 connection.execute(sa.update(batch).where(unsettled).values(unseen_since=None, unseen_at=None))
             self._doubt(connection, batch.c.job_id == record.job_id)
@@ -161,9 +161,9 @@ class Ledger(BatchMoves, Loads, Rounds, Account, budgets.Budgets, Alerts, Histor
     def set_key_columns(self, job_id: str, columns: Sequence[tuple[str, str]], characters: Mapping[str, str] | None = None) -> None:
         """Note (column, type) of the source's key, which fetch needs for the result table.
 
-        :param characters: characters that the keys have → a key that has it
-        :raises BatchInputError: for a character that the database cannot store: the key would land as another one; and for other columns
-            than those of the rows that the job has asked
+        :param characters: each character that occurs in the keys → a key that contains it
+        :raises BatchInputError: when the database cannot store a character, since the key would land as a different one; or when the job
+            has already asked rows by other columns
         """
         with write_transaction(self.engine) as connection:
             self._refuse_another_key(connection, job_id, [name for name, _ in columns])
@@ -178,7 +178,7 @@ class Ledger(BatchMoves, Loads, Rounds, Account, budgets.Budgets, Alerts, Histor
 
     @staticmethod
     def _refuse_another_key(connection: Connection, job_id: str, names: Sequence[str]) -> None:
-        """A job's rows are known by the values of its key alone: under other columns, or in another order, they would be other rows.
+        """Refuse other key columns. The ledger knows a row by its key's values alone, so other columns or another order mean other rows.
 
         :raises BatchInputError: when the job has asked rows by other columns
         """
@@ -204,7 +204,7 @@ class Ledger(BatchMoves, Loads, Rounds, Account, budgets.Budgets, Alerts, Histor
             connection.execute(sa.update(job).where(job.c.job_id == job_id).values(skip_unchanged=skips))
 
     def skips_unchanged(self, job_id: str) -> bool:
-        """Whether the job's task leaves out rows that an earlier run has answered: its batches are then a part of the source's rows."""
+        """Whether the job's task leaves out rows that an earlier run has answered: its batches then hold only part of the source's rows."""
         with self.engine.connect() as connection:
             return bool(connection.execute(sa.select(job.c.skip_unchanged).where(job.c.job_id == job_id)).scalar())
 
@@ -220,7 +220,7 @@ class Ledger(BatchMoves, Loads, Rounds, Account, budgets.Budgets, Alerts, Histor
     def known(self, job_id: str, round_number: int = 1) -> Iterator[Known]:
         """Rows that earlier attempts have in flight or landed in this round of the job, or in a later one.
 
-        :raises BatchInputError: when the job was pruned: nothing tells which of its rows are paid for
+        :raises BatchInputError: when the job was pruned: the ledger no longer knows which of its rows are paid for
         """
         with self.engine.connect() as connection:
             for shard, state in rounds.shards(connection, job_id, round_number):
@@ -238,11 +238,11 @@ class Ledger(BatchMoves, Loads, Rounds, Account, budgets.Budgets, Alerts, Histor
             yield from journal.pieces(connection, record.job_id, record.shard)
 
     def keys_of(self, record: BatchRecord) -> Iterator[str]:
-        """The keys of every source row that the batch was to answer."""
+        """The keys of every source row whose request was in the batch."""
         return (entry.key for piece in self.rows_of(record) for entry in piece)
 
     def unasked(self, record: BatchRecord) -> Iterator[str]:
-        """The keys of the batch's rows that are in no later round of its job."""
+        """The keys of the batch's rows that no later round of its job has asked."""
         later = {known.key for known in self.known(record.job_id, record.round + 1)}
         return (key for key in self.keys_of(record) if key not in later)
 
@@ -257,16 +257,17 @@ class Ledger(BatchMoves, Loads, Rounds, Account, budgets.Budgets, Alerts, Histor
             return journal.asks(connection, record.job_id, record.shard, custom_id)
 
     def add_copies(self, job_id: str, lease: int, copies: Iterable[tuple[int, bytes]]) -> None:
-        """Journal rows that share a request which an earlier attempt has sent and which has not landed, as (its shard, index lines).
+        """Journal rows that share a request which an earlier attempt has sent and which has not landed.
 
-        :raises LandedMeanwhileError: when it has landed by now: these rows would have no answer
+        :param copies: (the shard of that request, index lines)
+        :raises LandedMeanwhileError: when the request has landed by now: these rows would have no answer
         """
         with write_transaction(self.engine) as connection:
             hold_lease(connection, job_id, lease)
             for shard, part in copies:
                 running = [state.value for state in (BatchState.SENDING, BatchState.SUBMITTED)]
                 here = (batch.c.job_id == job_id) & (batch.c.shard == shard) & batch.c.state.in_(running)
-                # an update, so that a landing of the batch waits for these rows, or these rows for it
+                # the UPDATE locks the batch's row: a landing of the batch waits for this transaction, or this one for the landing
                 if connection.execute(sa.update(batch).where(here).values(requests=batch.c.requests)).rowcount == 0:
                     raise LandedMeanwhileError(
                         f"Shard {shard} of job {job_id} landed while rows that share its requests were added to it. Nothing was sent by "
@@ -283,7 +284,7 @@ class Ledger(BatchMoves, Loads, Rounds, Account, budgets.Budgets, Alerts, Histor
         return 0 if last is None else last + 1
 
     def intend(self, job_id: str, lease: int, shard: Shard, intent: Intent) -> None:
-        """Journal a shard's requests and its batch as ``sending``. Must be committed before the POST.
+        """Journal a shard's requests and its batch as ``sending``. The transaction must be committed before the POST.
 
         :raises LeaseLostError: when another attempt of the job has begun
         """
@@ -331,7 +332,7 @@ class Ledger(BatchMoves, Loads, Rounds, Account, budgets.Budgets, Alerts, Histor
         return self.find(batch_id) if row is None else record_of(row)
 
     def unfinished(self, record: BatchRecord | None) -> dict[str, int]:
-        """The rows of a landed batch whose last answer is unfinished, per ``error_type``; none for a batch of somebody else."""
+        """How many rows of a landed batch have an unfinished last answer, per ``error_type``; empty for a batch submitted elsewhere."""
         if record is None:
             return {}
         with self.engine.connect() as connection:
@@ -344,7 +345,7 @@ class Ledger(BatchMoves, Loads, Rounds, Account, budgets.Budgets, Alerts, Histor
             return [record_of(row) for row in connection.execute(sa.select(batch).where(batch.c.job_id == job_id, answers))]
 
     def claims(self, batch_ids: Sequence[str]) -> dict[str, BatchRecord]:
-        """Those of the ids that some row has, with the row."""
+        """Batch id → row, for each of the ids that the ledger has."""
         with self.engine.connect() as connection:
             rows = connection.execute(sa.select(batch).where(batch.c.batch_id.in_(batch_ids)))
             return {row.batch_id: record_of(row) for row in rows}
@@ -357,7 +358,7 @@ class Ledger(BatchMoves, Loads, Rounds, Account, budgets.Budgets, Alerts, Histor
     def landed(self, connection: Connection, record: BatchRecord, tally: CostTally, values: Mapping[str, Any]) -> None:
         """Move a batch to ``landed``, with its bill, inside the landing's own transaction.
 
-        Also a lock: a second landing of the batch waits here.
+        The UPDATE is also a lock: a second landing of the batch waits here.
         """
         more = {**bill_columns(tally), **budgets.settled(connection, record.job_id, record.shard, tally)}
         self._move(connection, record.job_id, record.shard, BatchState.LANDED, unseen_since=None, unseen_at=None, **values, **more)
@@ -365,7 +366,7 @@ class Ledger(BatchMoves, Loads, Rounds, Account, budgets.Budgets, Alerts, Histor
 
 
 def _enter(connection: Connection, schema: str) -> None:
-    """Create what this transaction creates in a schema.
+    """Make this transaction create its tables and views in a schema.
 
     :raises LedgerError: when there is no such schema, or another ledger would hide the one in it
     """
@@ -383,7 +384,7 @@ def _enter(connection: Connection, schema: str) -> None:
 
 
 def _version(connection: Connection) -> int | None:
-    """Of the tables; None where they are missing."""
+    """The version of the tables; None where they are missing."""
     if not sa.inspect(connection).has_table(version.name):
         return None
     return connection.execute(sa.select(version.c.version)).scalar()

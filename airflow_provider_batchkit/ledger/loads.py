@@ -1,8 +1,8 @@
-"""Loads: what a fetch lands in a table of another database, and whose turn at that table it is.
+"""Loads and turns. A load is what one fetch lands in a table of another database; a turn is the right to publish in that table.
 
 A load is ``open`` when an attempt has begun it, ``prepared`` when its outcomes and its bill are noted here, and ``landed`` when its rows
-are known to be in the table. Only the youngest attempt that has opened a load may prepare it or say that it landed; whoever has the turn at
-the table does so for every load whose marker is there.
+are known to be in the table. Only the youngest attempt that has opened a load may prepare it or mark it as landed; the holder of the turn
+at the table marks every load whose marker is in the table.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Load:
     table: str
     attempt_id: str
     state: LoadState
-    #: once prepared: by which attempt the last time, and how many rows it is to publish
+    #: the attempt that prepared the load last, and how many rows it will publish; None before
     prepared_by: str | None
     rows: int | None
 
@@ -70,14 +70,14 @@ class Loads:
     def open_load(self, fetch_id: str, table: str, attempt_id: str) -> Load:
         """Begin a load, or take over one that an older attempt has begun and that has not landed.
 
-        :param fetch_id: names what lands where
+        :param fetch_id: the id of these batches landing in this table, the same for every attempt
         :param attempt_id: a UUIDv7 in its text form: a younger attempt has a greater one
         :raises LeaseLostError: when a younger attempt has opened it
         """
         try:
             return self._open_load(fetch_id, table, attempt_id)
         except IntegrityError:
-            # another attempt created the row between our look and our INSERT
+            # another attempt created the row between our SELECT and our INSERT
             return self._open_load(fetch_id, table, attempt_id)
 
     def _open_load(self, fetch_id: str, table: str, attempt_id: str) -> Load:
@@ -99,7 +99,7 @@ class Loads:
     def prepare_load(self, opened: Load, rows: int, parts: Sequence[PreparedPart], also: Callable[[Connection], None]) -> bool:
         """Note what a load will write to the ledger, beside what older attempts noted. False when it has landed.
 
-        :param also: what is written in the same transaction
+        :param also: makes further writes in the same transaction
         :raises LeaseLostError: when a younger attempt has opened it
         """
         with write_transaction(self.engine) as connection:
@@ -143,8 +143,8 @@ class Loads:
             raise _load_lost(opened.load_id, opened.attempt_id)
 
     def done_loads(self, opened: Load) -> set[str]:
-        """The first characters of the ids of a table's loads that have landed, and of ``opened`` where this attempt still has its lease:
-        what older attempts have staged for them is not needed any more.
+        """The first 20 characters of the ids of the table's landed loads, and of ``opened`` where this attempt still has its lease. What
+        older attempts have staged for these loads is not needed any more.
         """
         mine = sa.and_(load.c.load_id == opened.load_id, load.c.attempt_id == opened.attempt_id)
         done = sa.and_(load.c.table_name == opened.table, sa.or_(load.c.state == LoadState.LANDED.value, mine))
@@ -152,7 +152,7 @@ class Loads:
             return {load_id[:20] for load_id in connection.execute(sa.select(load.c.load_id).where(done)).scalars()}
 
     def abandon_load(self, opened: Load) -> None:
-        """Forget a load that is known not to be published, and is not to be: other loads have landed its batches."""
+        """Delete a load that was not published and must not be, because other loads have landed its batches."""
         with write_transaction(self.engine) as connection:
             mine = sa.and_(load.c.load_id == opened.load_id, load.c.attempt_id == opened.attempt_id, load.c.state != LoadState.LANDED.value)
             if connection.execute(sa.delete(load).where(mine)).rowcount:
@@ -167,10 +167,10 @@ class Loads:
     # --- turns --------------------------------------------------------------------------------------------------------------------
 
     def take_turn(self, opened: Load, seconds: float) -> int | None:
-        """The number of a fresh turn at the load's table; None while another load has it. An older attempt of the same load has lost its,
-        and so has a load that is landed: its owner died before it gave the turn back.
+        """The number of a fresh turn at the load's table; None while another load has the turn. This takes over the turn of an older
+        attempt of the same load, and that of a landed load, whose owner died before it gave the turn back.
 
-        :param seconds: after which it may be taken by somebody else
+        :param seconds: after which another load may take the turn
         """
         with write_transaction(self.engine) as connection:
             connection.execute(sa.update(version).values(turns=sa.func.coalesce(version.c.turns, 0) + 1))
@@ -188,10 +188,10 @@ class Loads:
             return number
 
     def wait_for_turn(self, opened: Load, seconds: float, patience_s: float) -> int:
-        """:meth:`take_turn`, as soon as it is free.
+        """Wait until the turn is free, and take it; see :meth:`take_turn`.
 
         :param patience_s: seconds that this call waits at most
-        :raises TurnTakenError: when another load has it still
+        :raises TurnTakenError: when another load still has the turn after that
         """
         end, pause = time.monotonic() + patience_s, 0.05
         while (number := self.take_turn(opened, seconds)) is None:
@@ -211,15 +211,15 @@ class Loads:
         )
 
     def give_turn_back(self, table: str, number: int) -> None:
-        """Let others have the turn, unless somebody has taken it already."""
+        """Free the turn, unless another load has taken it already."""
         with write_transaction(self.engine) as connection:
             connection.execute(sa.update(turn).where(turn.c.table_name == table, turn.c.turn == number).values(load_id=None))
 
 
 def lock_prepared(connection: Connection, load_id: str, attempt_id: str | None) -> bool:
-    """Move a prepared load to ``landed``, in the transaction that writes what it prepared. False when it is landed, or prepared no more.
+    """Move a prepared load to ``landed``, in the transaction that writes what it prepared. False when the load is not prepared (any more).
 
-    :param attempt_id: whose lease is compared; None for whoever has seen the marker behind the fence
+    :param attempt_id: the attempt that must hold the lease; None for a caller that has seen the load's marker behind the fence
     :raises LeaseLostError: when another attempt has the lease
     """
     here = sa.and_(load.c.load_id == load_id, load.c.state == LoadState.PREPARED.value)
@@ -232,16 +232,16 @@ def lock_prepared(connection: Connection, load_id: str, attempt_id: str | None) 
 
 
 def parts_of(connection: Connection, load_id: str, attempt_id: str, kind: str) -> Iterator[tuple[str, Any]]:
-    """(batch id, entries) of the parts of a kind that an attempt has prepared."""
+    """(batch id, entries) of each part of this kind that an attempt has prepared."""
     here = sa.and_(prepared.c.load_id == load_id, prepared.c.attempt_id == attempt_id, prepared.c.kind == kind)
-    # one at a time, on every driver
+    # one statement per part: some drivers would read all parts into memory
     for part, batch_id in connection.execute(sa.select(prepared.c.part, prepared.c.batch_id).where(here).order_by(prepared.c.part)).all():
         text = connection.execute(sa.select(prepared.c.entries).where(here, prepared.c.part == part)).scalar_one()
         yield batch_id, json.loads(text)
 
 
 def drop_parts(connection: Connection, load_id: str) -> None:
-    """Forget what a load prepared: it is written."""
+    """Delete what a load prepared, once it is written or abandoned."""
     connection.execute(sa.delete(prepared).where(prepared.c.load_id == load_id))
 
 

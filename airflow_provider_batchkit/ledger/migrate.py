@@ -1,9 +1,8 @@
-"""A ledger of an older version is brought to the present one where it lies, in one transaction. Nothing is dropped but columns that
-nothing reads any more.
+"""Migration of an older ledger to the present version, in place and in one transaction. It drops only columns that nothing reads any more.
 
-Version 3 took a running batch of the right size for a doubtful row's own ("adopted"), unproved, and exchanged it when its results proved
-otherwise. Such rows go back to ``sending``, and are settled by proof. Their tasks may have handed the unproved id on, so it is kept:
-fetch finds the row by it.
+Version 3 gave a row in doubt a running batch of the right size ("adopted") without proof, and exchanged the batch when its results proved
+otherwise. Such rows go back to ``sending``, and are settled by proof. Their tasks may have passed the unproved id on, so the ledger keeps
+it, and fetch finds the row by it.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ OLDEST = 3
 def migrate(connection: Connection, found: int) -> None:
     """Bring a ledger of version ``found``, from :data:`OLDEST` on, to the present version."""
     if connection.dialect.name == "postgresql":
-        # nothing else may read or write the ledger between the old layout and the new one
+        # no other connection may read or write the ledger between the old layout and the new one
         connection.exec_driver_sql("LOCK TABLE batchkit_version, batchkit_job, batchkit_batch IN ACCESS EXCLUSIVE MODE")
         found = connection.execute(sa.select(version.c.version)).scalar_one()
     for number, step in ((3, _from_3), (4, _from_4)):
@@ -80,7 +79,10 @@ def _from_4(connection: Connection) -> None:
 
 
 def _drop_column(connection: Connection, name: str) -> None:
-    """Drop a column of ``batchkit_batch`` that nothing reads any more. One that a view of the user's reads stays, and may be null."""
+    """Drop a column of ``batchkit_batch`` that the ledger no longer reads. On PostgreSQL a column that a user's view reads stays, nullable.
+
+    :raises LedgerError: on another database, when a view or an index of the user's reads the column
+    """
     try:
         with connection.begin_nested():
             connection.exec_driver_sql(f"ALTER TABLE batchkit_batch DROP COLUMN {name}")
@@ -119,7 +121,7 @@ def _note_landings(connection: Connection) -> None:
 
 
 def _keep_former_ids(connection: Connection) -> None:
-    """Note the ids under which tasks know rows that had taken them unproved."""
+    """Note the unproved batch ids that rows had, since tasks may know the rows by them."""
     rows = {(row.job_id, row.shard): row for row in connection.execute(sa.select(_OLD)).all()}
     for (job_id, _), row in rows.items():
         known_as = row.batch_id if row.adopted else row.adopted_id
@@ -146,7 +148,7 @@ def _unsettle(connection: Connection) -> None:
             note=None,
         )
     )
-    # a row whose requests were taken back from another's batch: its tasks may fetch it before a submit opens its job
+    # these rows lost an unproved batch that was another row's; their tasks may fetch them before a submit opens the job
     known = sa.exists().where(former_id.c.job_id == _OLD.c.job_id, former_id.c.shard == _OLD.c.shard)
     waiting = sa.and_(_OLD.c.state == "sending", _OLD.c.doubt_at.is_(None), known)
     connection.execute(sa.update(_OLD).where(waiting).values(doubt_at=clock(connection)))

@@ -18,7 +18,7 @@ from airflow_provider_batchkit.ledger.states import BatchState, check_move, sour
 from airflow_provider_batchkit.ledger.tables import batch, job
 from airflow_provider_batchkit.model import COST_QUANTUM, BatchSnapshot
 
-#: A batch that is older than this may have been archived, and shows nothing (API documentation: 29 days).
+#: days after its creation for which a batch is a witness: an older one may have been archived (API documentation: 29 days)
 _WITNESS_DAYS = 28
 _WITNESSES = 10
 
@@ -29,14 +29,14 @@ class BatchMoves:
     engine: Engine
 
     def submitted(self, job_id: str, shard: int, found: BatchSnapshot) -> None:
-        """The API accepted the shard under this id: proved, by its answer or by the batch's results. Written whoever holds the lease.
+        """Note that the API accepted the shard under this id, as its answer or the batch's results have proved. This needs no lease.
 
         :raises LedgerError: when the row has another batch, is void or rejected, or another row has this batch
         """
         with write_transaction(self.engine) as connection:
             other = connection.execute(sa.select(batch).where(batch.c.batch_id == found.batch_id)).first()
             if other is not None and (other.job_id, other.shard) == (job_id, shard):
-                # whoever else had the answer or the proof was faster
+                # another attempt has already noted it
                 return
             if other is not None:
                 raise LedgerError(f"{found.batch_id} is already {record_of(other)} and cannot be shard {shard} of job {job_id} too.")
@@ -54,7 +54,7 @@ class BatchMoves:
             )
 
     def doubt(self, job_id: str, shard: int) -> None:
-        """The sender has given the POST up: from now on nobody knows whether it was accepted. A doubt that is there keeps its time."""
+        """Note a doubt: the sender has given the POST up, and it may have been accepted. A row that is already in doubt keeps its time."""
         with write_transaction(self.engine) as connection:
             self._doubt(connection, (batch.c.job_id == job_id) & (batch.c.shard == shard))
 
@@ -63,9 +63,9 @@ class BatchMoves:
         connection.execute(sa.update(batch).where(fresh).values(doubt_at=clock(connection)))
 
     def note_unseen(self, record: BatchRecord, since: datetime | None, at: datetime | None = None, *, lease: int | None = None) -> None:
-        """Keep the first and the last look of a series that showed nothing of the row's batch; None ends the series.
+        """Note the first and the last look of a series that showed nothing of the row's batch; None ends the series.
 
-        Nothing is written when the series is not what it was when ``record`` was read: whoever has looked meanwhile knows better.
+        Nothing is written when the series has changed since ``record`` was read: a later look of another task has precedence.
 
         :raises LeaseLostError: with ``lease``, when another attempt of the job has begun
         """
@@ -79,15 +79,15 @@ class BatchMoves:
             connection.execute(sa.update(batch).where(here).values(unseen_since=since, unseen_at=at))
 
     def rejected(self, job_id: str, shard: int, reason: str) -> None:
-        """The API refused the shard: its requests are free to be asked again."""
+        """Note that the API refused the shard. Its requests may be asked again."""
         with write_transaction(self.engine) as connection:
             _lock(connection, job_id)
             self._release(connection, job_id, shard, BatchState.REJECTED, reason)
 
     def void(self, record: BatchRecord, reason: str, lease: int) -> bool:
-        """The shard was never accepted: its requests are free to be asked again. False when somebody was faster, or has seen a candidate.
+        """Note that the shard was never accepted. Its requests may be asked again. False when the row or its series has changed meanwhile.
 
-        :param lease: of the attempt that has proved it
+        :param lease: the lease of the attempt that has proved it
         :raises LeaseLostError: when another attempt of the job has begun
         """
         here = (batch.c.job_id == record.job_id) & (batch.c.shard == record.shard)
@@ -100,9 +100,9 @@ class BatchMoves:
         return True
 
     def give_up(self, record: BatchRecord) -> None:
-        """A person says that the shard was never accepted, or gives its batch up: its requests are free to be asked again.
+        """Note a person's decision that the shard was never accepted, or that its batch is given up. Its requests may be asked again.
 
-        :raises LedgerError: when the row is not what it was when ``record`` was read
+        :raises LedgerError: when the row has changed since ``record`` was read
         """
         with write_transaction(self.engine) as connection:
             _lock(connection, record.job_id)
@@ -111,9 +111,9 @@ class BatchMoves:
             self._release(connection, record.job_id, record.shard, BatchState.VOID, reason, batch_id=None)
 
     def decide(self, record: BatchRecord, found: BatchSnapshot) -> None:
-        """A person says that this batch is the row's.
+        """Note a person's decision that this batch is the row's.
 
-        :raises LedgerError: when another row has the batch, or the row is not what it was when ``record`` was read
+        :raises LedgerError: when another row has the batch, or the row has changed since ``record`` was read
         """
         with write_transaction(self.engine) as connection:
             _refuse_changed(connection, record)
@@ -126,7 +126,7 @@ class BatchMoves:
             )
 
     def deleted(self, batch_id: str) -> None:
-        """This package has deleted a batch from the API: that it is not visible says nothing."""
+        """Note that this package has deleted a batch from the API, so that its absence there proves nothing."""
         with write_transaction(self.engine) as connection:
             connection.execute(sa.update(batch).where(batch.c.batch_id == batch_id).values(deleted_at=clock(connection)))
 
@@ -138,16 +138,16 @@ class BatchMoves:
         return None if pico is None else pico * COST_QUANTUM
 
     def gone(self, record: BatchRecord, reason: str) -> None:
-        """A batch was deleted or archived before it landed. It may have been billed, so budgets keep its bound.
+        """Note that a batch was deleted or archived before it landed. It may have been billed, so budgets keep its bound.
 
-        :param record: of a submitted batch, or of a prepared one whose rows are known not to be in the table
+        :param record: a submitted batch, or a prepared one whose rows are known not to be in the table
         """
         with write_transaction(self.engine) as connection:
             self._move(connection, record.job_id, record.shard, BatchState.GONE, source=record.state, note=reason)
 
     def prepared(self, connection: Connection, record: BatchRecord) -> None:
-        """A batch's outcomes and bill are noted, and its rows are on their way, inside the transaction that notes them. What has landed
-        elsewhere, or is gone, stays what it is until its rows are there.
+        """Move a batch to ``prepared``, inside the transaction that notes its outcomes and its bill. A batch that has landed elsewhere, or
+        is gone, keeps its state until its rows are in the table.
         """
         here = (batch.c.job_id == record.job_id) & (batch.c.shard == record.shard)
         found = [state.value for state in sources_of(BatchState.PREPARED)]
@@ -156,7 +156,7 @@ class BatchMoves:
     def witnesses(self, record: BatchRecord) -> list[str]:
         """Ids of the youngest batches that the row's connection submitted before the row was written, or for the row's job.
 
-        One of them must be visible with a key of the workspace that the row was sent to. What came later may be of another workspace.
+        A key of the workspace that the row was sent to sees at least one of them. Batches submitted later may be in another workspace.
         """
         kept = [BatchState.SUBMITTED.value, BatchState.PREPARED.value, BatchState.LANDED.value]
         before = sa.or_(batch.c.submitted_at < record.intended_at, batch.c.job_id == record.job_id)
@@ -172,7 +172,7 @@ class BatchMoves:
             return list(connection.execute(statement).scalars())
 
     def count_void(self, job_id: str, since: datetime) -> int:
-        """How many shards of a job that were intended since a time proved never to have been accepted."""
+        """How many of the job's shards intended since this time are void: proved never to have been accepted."""
         void = (batch.c.job_id == job_id) & (batch.c.state == BatchState.VOID.value) & (batch.c.intended_at >= since)
         with self.engine.connect() as connection:
             return int(connection.execute(sa.select(sa.func.count()).select_from(batch).where(void)).scalar_one())
@@ -182,7 +182,7 @@ class BatchMoves:
     def _move(
         self, connection: Connection, job_id: str, shard: int, target: BatchState, *, source: BatchState | None = None, **values: Any
     ) -> None:
-        """Move a row, from ``source`` where that is given, else from any state that the table allows."""
+        """Move a row to ``target`` from ``source``, or without ``source`` from any state that the table of moves allows."""
         here = (batch.c.job_id == job_id) & (batch.c.shard == shard)
         allowed = [state.value for state in sources_of(target) if source in (None, state)]
         moved = connection.execute(sa.update(batch).where(here, batch.c.state.in_(allowed)).values(state=target.value, **values))
@@ -201,7 +201,7 @@ class BatchMoves:
 
 
 def _lock(connection: Connection, job_id: str) -> None:
-    """Lock the job's row before any row of its batches, as whoever opens the job does."""
+    """Lock the job's row before any row of its batches, in the order in which opening a job locks them."""
     connection.execute(sa.update(job).where(job.c.job_id == job_id).values(lease=job.c.lease))
 
 

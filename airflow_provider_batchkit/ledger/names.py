@@ -7,7 +7,7 @@ from string import ascii_lowercase, ascii_uppercase
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-#: SQLite ignores the case of these letters alone
+#: SQLite ignores the case of ASCII letters only
 SQLITE_FOLDS = str.maketrans(ascii_uppercase, ascii_lowercase)
 
 _RESOLVE = sa.text(
@@ -17,7 +17,7 @@ _RESOLVE = sa.text(
 
 
 def table_identity(connection: Connection, name: str) -> str:
-    """The one name of a table, equal for every way to spell it. A table's own name holds no dot, so that two tables never share one.
+    """The one name of a table, equal for every spelling of it. A table's own name must not contain a dot, so two tables never share a name.
 
     PostgreSQL looks the table up as its statements do, under the connection's search_path. A table that does not exist has the name that
     it would have once it is created.

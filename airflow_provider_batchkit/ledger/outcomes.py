@@ -1,9 +1,9 @@
-"""What became of each source row, once its batch has landed.
+"""The outcome of each source row, once its batch has landed.
 
-A row that succeeded with a whole answer is final: nobody asks for it again, and nobody changes its outcome. Such rows lie together, some
-hundred in a row of ``batchkit_succeeded``: a million of them cost a landing a thousand inserts and no index. The others are what somebody
-looks for and what another round of asking changes: each has a row of ``batchkit_failed``, also one whose answer was truncated and has
-``succeeded`` all the same. The view ``batchkit_request`` shows all of them alike.
+The outcome of a row that succeeded with a whole answer is final: no round asks the row again. Such rows are stored together, some hundred
+in a row of ``batchkit_succeeded``: a million of them cost a landing a thousand inserts and no index. Every other row has a row of its own
+in ``batchkit_failed``, because people look it up and later rounds change it. That includes a row with the status ``succeeded`` whose answer
+was truncated. The view ``batchkit_request`` shows one row for each source row.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Succeeded(NamedTuple):
     """An entry of ``batchkit_succeeded``; costs in picodollars, None where the model has no known price."""
 
     key: str
-    #: of the request's params, and without dedupe of its key too: equal digests have asked the same
+    #: digest of the request's params, and without dedupe of its key, too: equal digests mean equal requests
     digest: str
     batch_cost: int | None
     standard_cost: int | None
@@ -34,18 +34,18 @@ _ENTRIES = msgspec.json.Decoder(list[Succeeded])
 
 
 def digests_of(custom_ids: Sequence[str]) -> list[str]:
-    """What stands behind the id of the one job that asked them, and a dash."""
+    """The digest in each ``custom_id``: the part after the job's id and a dash. All of them are from one job."""
     behind = slice(len(custom_ids[0].rpartition("-")[0]) + 1, None)
     return list(map(itemgetter(behind), custom_ids))
 
 
 def encode_succeeded(rows: Sequence[tuple[str, str, int | None, int | None]]) -> str:
-    """Rows that succeeded, each with the fields of :class:`Succeeded`, as ``entries`` of ``batchkit_succeeded``."""
+    """Encode rows that succeeded, each with the fields of :class:`Succeeded`, as ``entries`` of ``batchkit_succeeded``."""
     return msgspec.json.encode(rows).decode()
 
 
 def forget(connection: Connection, job_id: str, shard: int) -> None:
-    """Take out what an earlier landing of the batch noted."""
+    """Delete the outcomes that an earlier landing of the batch noted."""
     for table in (succeeded, failed):
         connection.execute(sa.delete(table).where(table.c.job_id == job_id, table.c.shard == shard))
 
@@ -57,7 +57,7 @@ def succeeded_rows(connection: Connection, job_id: str, shard: int) -> Iterator[
     for key, custom_id, batch_cost, standard_cost in connection.execute(cut).all():
         yield Succeeded(key, custom_id.rpartition("-")[2], batch_cost, standard_cost)
     here = (succeeded.c.job_id == job_id) & (succeeded.c.shard == shard)
-    # one piece at a time, on every driver
+    # one statement per part: some drivers would read all parts into memory
     for part in connection.execute(sa.select(succeeded.c.part).where(here).order_by(succeeded.c.part)).scalars().all():
         yield from _ENTRIES.decode(connection.execute(sa.select(succeeded.c.entries).where(here, succeeded.c.part == part)).scalar_one())
 

@@ -1,4 +1,4 @@
-"""What a job's answers are to look like: written before anything is sent, read when they land."""
+"""The schema of a job's answers: it is written before anything is sent, and read when the answers land."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ _ASKED = [state.value for state in HELD]
 
 
 class Outputs:
-    """The part of the ledger that knows what answers are to look like."""
+    """The part of the ledger that keeps the schemas of answers."""
 
     engine: Engine
 
     def note_output_schema(self, job_id: str, lease: int, schema: str | None, *, sends: bool) -> None:
-        """Note the schema that the job's requests ask for, as JSON; None for plain text. What was asked is read as it was asked.
+        """Note the schema that the job's requests ask for. Answers are read by the schema with which they were asked.
 
+        :param schema: the schema as JSON; None for plain text
         :param sends: whether this attempt has anything to send
-        :raises BatchInputError: when it has, and an earlier attempt has asked with another schema: their answers fit no one table
+        :raises BatchInputError: when it sends, and an earlier attempt has asked with another schema: the answers would not fit one table
         :raises LeaseLostError: when another attempt of the job has begun
         """
         with write_transaction(self.engine) as connection:

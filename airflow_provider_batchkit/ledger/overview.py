@@ -1,7 +1,7 @@
-"""What people look at: jobs and their batches, a page at a time, and why rows failed. Nothing here writes.
+"""The reading side of the ledger: jobs and their batches, a page at a time, and why rows failed. Nothing here writes.
 
-The command line and the Batches page read through this module and :mod:`.spending`, so that both say the same. Lists are cut in SQL, and
-figures are summed up for the jobs of one page only.
+The command line and the Batches page read through this module and :mod:`.spending`, so that both show the same figures. Lists are limited
+in SQL, and figures are summed up for the jobs of one page only.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from airflow_provider_batchkit.ledger.states import BatchState
 from airflow_provider_batchkit.ledger.tables import batch, bill, failed, job, landing
 from airflow_provider_batchkit.model import COST_QUANTUM, ModelTally, RequestStatus
 
-#: states of a batch in which something is still to come without anybody's doing
+#: states of a batch that goes on without a person's help
 OPEN = tuple(state.value for state in BatchState if state not in (BatchState.LANDED, BatchState.REJECTED, BatchState.VOID, BatchState.GONE))
-#: what a job is in, the first that fits: a state of one of its batches, or one of these
+#: A job's state is the first of _JOB_STATES that one of its batches has, and NOTHING when it has no batch.
 DOUBT, NOTHING = "doubt", "nothing sent"
 _JOB_STATES = (DOUBT, *OPEN, BatchState.GONE.value, BatchState.LANDED.value, BatchState.REJECTED.value, BatchState.VOID.value)
 #: what a list of jobs can be filtered by: a state, or ``open`` for any of :data:`OPEN`
 STATES = ("open", *_JOB_STATES)
-#: days whose landed batches say what a task's requests usually cost
+#: the usual cost of a task's requests comes from the batches that landed in so many days
 _USUAL_DAYS = 30
 
 
@@ -47,7 +47,7 @@ class Filter:
     model: str | None = None
     #: one of :data:`STATES`
     state: str | None = None
-    #: jobs that began in this span
+    #: only jobs that began at ``since`` or later and before ``until``
     since: datetime | None = None
     until: datetime | None = None
     #: only jobs with rows that have no whole answer
@@ -75,7 +75,7 @@ class Filter:
 
 def _in_state(state: str) -> sa.ColumnElement[bool]:
     """Jobs that have a batch in this state."""
-    # under a name of its own: the statement around it may read the table, too
+    # the alias keeps this subquery apart from the enclosing statement, which may read the table, too
     own = batch.alias("own")
     here = own.c.job_id == job.c.job_id
     if state == DOUBT:
@@ -94,24 +94,24 @@ class JobView:
     map_index: int
     #: one of :data:`STATES` but ``open``, or ``nothing sent``
     state: str
-    #: its first attempt began
+    #: when its first attempt began
     began_at: datetime
-    #: the API has had its oldest open batch since then
+    #: when the API created its oldest open batch
     oldest_at: datetime | None
-    #: the last landing
+    #: when the last landing began
     landed_at: datetime | None
     #: batches per state
     batches: dict[str, int]
-    #: requests in batches that the API has or had, in all rounds; those of open ones
+    #: requests of all rounds in batches that were not rejected or void, and the requests in open batches
     requests: int
     open_requests: int
     rounds: int
-    #: rows without a whole answer, by their last outcome; those of them whose answer is merely unfinished
+    #: rows without a whole answer by their last outcome, and how many of these have an unfinished answer
     failed: int
     unfinished: int
-    #: as the API reported them, once something has landed
+    #: the model names that the API reported; empty before the first landing
     models: tuple[str, ...]
-    #: of what has landed
+    #: the cost of the landed batches
     batch_cost_usd: Decimal | None
     standard_cost_usd: Decimal | None
     #: the most that the open batches can cost
@@ -121,13 +121,13 @@ class JobView:
 
     @property
     def savings_usd(self) -> Decimal | None:
-        """Standard price less batch price, of what has landed."""
+        """Standard price less batch price of the landed batches."""
         return None if self.batch_cost_usd is None or self.standard_cost_usd is None else self.standard_cost_usd - self.batch_cost_usd
 
 
 @dataclass(frozen=True, slots=True)
 class JobPage:
-    """Jobs, the latest first. ``next`` is what to give as ``before`` for the page of older ones; None on the last page."""
+    """Jobs, the latest first. ``next`` is the ``before`` of the next page, which has older jobs; None on the last page."""
 
     jobs: list[JobView]
     next: str | None
@@ -135,7 +135,7 @@ class JobPage:
 
 @dataclass(frozen=True, slots=True)
 class BatchView:
-    """A batch with the task instance whose it is."""
+    """A batch and the task instance that it belongs to."""
 
     record: BatchRecord
     dag_id: str
@@ -149,14 +149,14 @@ class BatchView:
 
     @property
     def state(self) -> str:
-        """The batch's state; ``doubt`` where nobody knows whether the API has it."""
+        """The batch's state; ``doubt`` while it is not known whether the API accepted it."""
         in_doubt = self.record.state is BatchState.SENDING and self.record.doubt_at is not None
         return DOUBT if in_doubt else self.record.state.value
 
 
 @dataclass(frozen=True, slots=True)
 class Usual:
-    """What a request of a task has cost, and which models it was billed for, in the last 30 days."""
+    """The mean cost of a request of a task, and the models that were billed, in the last 30 days."""
 
     cost_usd: Decimal | None = None
     models: tuple[str, ...] = ()
@@ -168,16 +168,16 @@ class JobDetail:
 
     job: JobView
     batches: list[BatchView]
-    #: per model; what the prompt cache saved is not known here
+    #: the bill per model, without the savings of the prompt cache, which are not known here
     bills: dict[str, ModelTally]
-    #: rows per outcome of each landed batch's landing, by shard
+    #: shard → rows per outcome of the landed batch, as JSON text
     counts: dict[int, str]
-    #: seconds that reading and rendering the source took, and each batch's landing, by shard
+    #: seconds of reading and rendering the source, and shard → seconds of the batch's landing
     rendering_s: float | None
     landing_s: dict[int, float]
-    #: rows that an earlier run had answered
+    #: rows that were not asked because an earlier run had answered them
     unchanged_rows: int
-    #: (table, rows written), summed up over the batches' latest landings
+    #: (table, rows written): the sums over the latest landing of each batch
     tables: list[tuple[str, int]]
 
 
@@ -203,8 +203,8 @@ class Overview(Reasons):
     def jobs(self, show: Filter, *, limit: int = 50, before: str | None = None, oldest_first: bool = False) -> JobPage:
         """A page of jobs, the latest first.
 
-        :param before: what the page before this one gave as ``next``
-        :param oldest_first: the other way round, without further pages: of jobs in flight the oldest are those that may be stuck
+        :param before: ``next`` of the page before this one
+        :param oldest_first: list the oldest first, on one page only: the oldest jobs in flight are the ones that may be stuck
         """
         statement = sa.select(job).where(*show.conditions(), *_older(before))
         order = (job.c.created_at, job.c.job_id)
@@ -240,7 +240,7 @@ class Overview(Reasons):
             )
 
     def batches(self, show: Filter, *, only_open: bool = False, limit: int = 200, oldest_first: bool = False) -> list[BatchView]:
-        """Batches of the jobs that the filter shows, the latest first unless said. A state shows batches in it only."""
+        """Batches of the jobs that the filter selects, the latest first by default. A filter by state selects batches in that state."""
         statement = _batches().where(*show.conditions())
         states = OPEN if only_open else None
         if show.state not in (None, DOUBT):
@@ -267,7 +267,7 @@ class Overview(Reasons):
             return [_batch_view(row) for row in connection.execute(statement.order_by(batch.c.job_id, batch.c.shard))]
 
     def usual(self, tasks: Iterable[tuple[str, str]]) -> dict[tuple[str, str], Usual]:
-        """What a request usually costs and is billed for, per (DAG, task): an estimate from what has landed, and no bound."""
+        """(DAG, task) → the usual cost and models of its requests. It is an estimate from landed batches, not an upper bound."""
         wanted = sorted(set(tasks))
         if not wanted:
             return {}
@@ -295,7 +295,7 @@ class Overview(Reasons):
             return sorted(connection.execute(statement).scalars())
 
     def in_doubt(self) -> list[BatchView]:
-        """Batches of which nobody knows yet whether the API has them, and under which id."""
+        """Batches in the state ``sending``: it is not known yet whether the API accepted them, and under which id."""
         statement = _batches().where(batch.c.state == BatchState.SENDING.value).order_by(batch.c.intended_at)
         with self.engine.connect() as connection:
             return [_batch_view(row) for row in connection.execute(statement)]
@@ -333,7 +333,7 @@ def usd(pico: int | None) -> Decimal | None:
 
 
 def _known_total(rows: Iterable[Any], name: str) -> Decimal | None:
-    """The sum over rows that each have a sum and the number of what is known and of all; None when something is not known."""
+    """The total of a column over rows of :func:`_figures`; None when the value of one of the batches is not known."""
     total = 0
     for row in rows:
         if getattr(row, f"{name}_known") < row.batches:
@@ -359,7 +359,7 @@ def _views(connection: Connection, jobs: Sequence[Any]) -> list[JobView]:
 
 
 def _figures(job_ids: list[str]) -> sa.Select[Any]:
-    """Sums over the batches of jobs, per job, state and what they share."""
+    """Sums over the batches of jobs, per job, state, connection and budget."""
     group = (batch.c.job_id, batch.c.state, batch.c.anthropic_conn_id, batch.c.budget)
     money = ("batch_cost_picousd", "standard_cost_picousd", "bound_picousd")
     return (

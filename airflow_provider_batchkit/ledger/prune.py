@@ -1,10 +1,10 @@
-"""Old records of single rows are deleted, where nothing can need them any more.
+"""Pruning: the deletion of old records of single source rows that nothing can need any more.
 
-What goes are a job's rows in ``batchkit_journal``, ``batchkit_succeeded`` and ``batchkit_failed``: nearly all bytes of a ledger. Those in
-``batchkit_job``, ``batchkit_batch``, ``batchkit_bill`` and ``batchkit_landing`` stay: budgets add them up, a fetch sees by them that it has
-landed, and people read them as history.
+Pruning deletes a job's rows in ``batchkit_journal``, ``batchkit_succeeded`` and ``batchkit_failed``, which are nearly all bytes of a
+ledger. The rows in ``batchkit_job``, ``batchkit_batch``, ``batchkit_bill`` and ``batchkit_landing`` stay: budgets add them up, a fetch
+sees by them that it has landed, and people read them as history.
 
-A job without its journal cannot tell which rows it has paid for. So the ledger refuses to let it ask anything
+Without its journal a job cannot tell which rows it has paid for. So the ledger refuses to let it ask anything
 (:meth:`.Ledger.known`): a run that is cleared after it was pruned fails, and pays nothing.
 """
 
@@ -21,7 +21,7 @@ from airflow_provider_batchkit.ledger.engine import clock, write_transaction
 from airflow_provider_batchkit.ledger.states import BatchState
 from airflow_provider_batchkit.ledger.tables import batch, failed, job, journal, succeeded
 
-#: results can be read for 29 days after a batch's creation (API documentation), and one for the clocks
+#: results can be read for 29 days after a batch's creation (API documentation); one more day allows for clocks that differ
 RESULTS_DAYS = 30
 
 NOT_LANDED = "a batch has not landed, is in doubt, or is gone and may have been billed"
@@ -34,19 +34,19 @@ _ENDED = (BatchState.LANDED.value, BatchState.REJECTED.value, BatchState.VOID.va
 
 @dataclass(slots=True)
 class PrunePlan:
-    """What can be pruned, and what is kept."""
+    """The jobs that can be pruned, and how many are kept."""
 
-    #: jobs with records of rows and no sign of life since the given time, by age
+    #: ids of jobs that can be pruned, the oldest first
     jobs: list[str] = field(default_factory=list)
-    #: their batches, and the rows that these answered
+    #: the number of these jobs' batches, and of the rows that they answered
     batches: int = 0
     source_rows: int = 0
-    #: of equally old jobs, how many are kept for which reason
+    #: reason → how many equally old jobs are kept for it
     kept: Counter[str] = field(default_factory=Counter)
 
 
 def plan(engine: Engine, before: datetime) -> PrunePlan:
-    """Which jobs have had no sign of life since ``before``, and what is to become of their records of rows."""
+    """The jobs in which nothing has happened since ``before``: which of them can be pruned, and why the others are kept."""
     found = PrunePlan()
     with engine.connect() as connection:
         for row in connection.execute(_old(before).order_by(job.c.created_at)).all():
@@ -61,9 +61,9 @@ def plan(engine: Engine, before: datetime) -> PrunePlan:
 
 
 def prune(engine: Engine, job_id: str, before: datetime) -> bool:
-    """Delete the records of a job's rows, in one transaction, unless something needs them by now; says whether it was done."""
+    """Delete the records of a job's rows in one transaction. False when something needs them by now; nothing is deleted then."""
     with write_transaction(engine) as connection:
-        # whoever opens the job waits here, and then finds that its journal has gone
+        # an attempt that opens the job waits for this lock, and then finds the journal gone
         connection.execute(sa.update(job).where(job.c.job_id == job_id).values(lease=job.c.lease))
         row = connection.execute(_old(before).where(job.c.job_id == job_id)).first()
         if row is None or _needed(connection, row) is not None:
@@ -96,7 +96,7 @@ def _needed(connection: Connection, row: sa.Row[tuple[str, str, str, int, dateti
     if _is(connection, sa.exists().where(batch.c.job_id == row.job_id, batch.c.state.not_in(_ENDED))):
         return NOT_LANDED
     of_task = (job.c.dag_id == row.dag_id) & (job.c.task_id == row.task_id)
-    # an attempt that has just begun has not noted yet whether it skips
+    # NULL counts as skipping: an attempt that has just begun has not noted yet whether it skips
     if _is(connection, sa.exists().where(of_task, sa.or_(job.c.skip_unchanged, job.c.skip_unchanged.is_(None)))):
         return SKIPS
     if row.youngest is not None and row.youngest > clock(connection) - timedelta(days=RESULTS_DAYS):

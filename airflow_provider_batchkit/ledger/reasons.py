@@ -23,10 +23,10 @@ class FailedRows:
 
     status: str
     error_type: str | None
-    #: of errors the API's words, which all of these rows have; of other outcomes one row's
+    #: for errors the API's message, which all of these rows have; for other outcomes the message of one of the rows
     message: str | None
     rows: int
-    #: some of them
+    #: the keys of some of these rows
     keys: tuple[str, ...]
     #: whether asking again may help, and what to do
     advice: str
@@ -38,7 +38,7 @@ class Reasons:
     engine: Engine
 
     def failed_rows(self, job_id: str, failures: Failures = KNOWN_FAILURES) -> tuple[list[FailedRows], int]:
-        """Why rows of a job have no whole answer, the most frequent first, and how many rows are beside the first 20 reasons."""
+        """Why rows of a job have no whole answer: the 20 most frequent reasons, and how many rows have another one."""
         words = sa.case((failed.c.status == RequestStatus.ERRORED.value, failed.c.error_message), else_=sa.null()).label("words")
         found = sa.select(failed.c.status, failed.c.error_type, words, failed.c.error_message).where(failed.c.job_id == job_id).subquery()
         kind = (found.c.status, found.c.error_type, found.c.words)

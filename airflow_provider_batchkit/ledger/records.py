@@ -1,4 +1,4 @@
-"""What the ledger tells of jobs, batches and rows, as plain values."""
+"""Jobs and batches of the ledger as plain values."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ OUR_CUSTOM_ID = re.compile(r"(?P<job_id>[0-9a-f]{20})-[0-9a-f]{40}")
 
 
 def make_job_id(ledger_id: str, dag_id: str, run_id: str, task_id: str, map_index: int = -1) -> str:
-    """20 hex characters that name a task instance in a ledger, the same on every attempt: the try number is not part of it."""
+    """20 hex characters that identify a task instance in a ledger. They are the same on every attempt, without the try number."""
     return hashlib.sha256(json.dumps([ledger_id, dag_id, run_id, task_id, map_index]).encode()).hexdigest()[:20]
 
 
@@ -44,12 +44,12 @@ class BatchRecord:
     batch_id: str | None
     anthropic_conn_id: str
     state: BatchState
-    #: of asking, from 1
+    #: the number of the round that asked it, from 1
     round: int
     requests: int
     body_bytes: int
     intended_at: datetime
-    #: its sender was found dead or gave the POST up
+    #: when its sender was found dead or gave the POST up; None when the row is not in doubt
     doubt_at: datetime | None
     #: the first and the last of an unbroken series of looks that showed nothing
     unseen_since: datetime | None
@@ -65,19 +65,19 @@ class BatchRecord:
 
     @property
     def settle_command(self) -> str:
-        """What a person types to decide what nothing proves."""
+        """The commands with which a person decides a doubt that cannot be proved either way."""
         command = f"python -m airflow_provider_batchkit settle {self.job_id} {self.shard} --sql-conn-id CONN"
         return f"`{command} --void` (its rows are asked again) or `{command} --is BATCH` (CONN is the connection of the task's ledger)"
 
 
 @dataclass(frozen=True, slots=True)
 class Intent:
-    """What is noted of a shard before it is sent."""
+    """The facts that are noted with a shard before it is sent."""
 
     anthropic_conn_id: str
     #: the most that the shard can cost
     bound: Bound
-    #: where that counts; the attempt holds at least as much of it
+    #: the budget in which the bound counts; the attempt's hold on it is at least as large
     budget: Budget | None = None
     round_number: int = 1
 

@@ -1,11 +1,11 @@
-"""The roll-up: what was spent and how long it took, as SQL views over the ledger.
+"""The roll-up: SQL views over the ledger that show what was spent and how long it took.
 
 ``batchkit_request``   one row per source row that has landed: its key, the request that asked for it last, the outcome and the cost
 ``batchkit_spend``     tokens, cost and savings per UTC day of the batch's creation, DAG, task and model
 ``batchkit_summary``   one row per job: rows and requests, cost, and the seconds of each step
-``batchkit_latency``   per UTC day and DAG: how many batches, and the median, 95th percentile and maximum of their latency
+``batchkit_latency``   one row per UTC day and DAG: the number of batches, and the median, 95th percentile and maximum of their latency
 
-Views exist on PostgreSQL and SQLite. Money stands there twice: as whole picodollars (1e-12 USD, ``…_picousd``), and in dollars
+Views exist on PostgreSQL and SQLite. They give money twice: as whole picodollars (1e-12 USD, ``…_picousd``), and in dollars
 (``…_usd``), which is NUMERIC on PostgreSQL and text with twelve decimals on SQLite, whose only fractions are binary floats. A cost is
 NULL as soon as one request in it has no known price; ``unpriced_requests`` says how many have none.
 """
@@ -50,13 +50,13 @@ class usd(GenericFunction[Any]):  # noqa: N801 - the name of a SQL function
 
 
 class json_items(GenericFunction[Any]):  # noqa: N801 - the name of a SQL function
-    """The items of a JSON array, given as text, as rows with one column, ``value``."""
+    """One row per item of a JSON array that is given as text, with one column, ``value``."""
 
     inherit_cache = True
 
 
 class json_at(GenericFunction[Any]):  # noqa: N801 - the name of a SQL function
-    """An item of a JSON array by its position, from 0, as text."""
+    """The item at a position (from 0) of a JSON array, as text."""
 
     type = sa.Text()
     inherit_cache = True
@@ -122,7 +122,7 @@ def _usd_sqlite(element: Any, compiler: Any, **kw: Any) -> str:
 
 
 def _known_sum(column: sa.ColumnElement[Any], rows: sa.ColumnElement[Any]) -> sa.ColumnElement[Any]:
-    """The sum of ``column``; NULL when it is NULL in one of the ``rows``."""
+    """The sum of ``column``; NULL when the column is NULL in one of the ``rows``."""
     return sa.case((sa.func.count(rows) == sa.func.count(column), sa.func.sum(column)))
 
 
@@ -131,7 +131,7 @@ def _seconds(milliseconds: sa.ColumnElement[Any]) -> sa.ColumnElement[Any]:
 
 
 def _with_money(inner: sa.Subquery) -> sa.Select[Any]:
-    """All columns of ``inner``, whose costs are picodollars, and behind them the savings and the dollars."""
+    """All columns of ``inner``, whose costs are picodollars, followed by the savings and the amounts in dollars."""
     batch_cost, standard_cost = inner.c.batch_cost_picousd, inner.c.standard_cost_picousd
     savings = standard_cost - batch_cost
     return sa.select(
@@ -194,13 +194,14 @@ def spend() -> sa.Select[Any]:
 
 
 def summary() -> sa.Select[Any]:
-    """``batchkit_summary``. Times of the API's clock and of ours are never subtracted from each other.
+    """``batchkit_summary``. A time of the API's clock and a time of ours are never subtracted from each other.
 
-    ``rendering_s`` reads and renders the source, ``submitting_s`` goes from the journaled intent to the journaled batch id, added up over
-    the batches, ``waiting_s`` from the first batch's creation to the last one's end, ``landing_s`` writes the results. ``source_rows``
-    counts each row once, ``requests`` and ``shared_rows``, which were answered by another row's request, in every round that asked them;
-    ``dedupe_hit_ratio`` is the share of the latter in all rows asked, 0 to 1. ``unchanged_rows`` were not asked, since an earlier run had
-    answered them; ``skip_hit_ratio`` is their share. All but ``open_batches`` and these is of what has landed.
+    ``rendering_s`` is the time of reading and rendering the source. ``submitting_s`` is the time from the journaled intent to the journaled
+    batch id, summed over the batches. ``waiting_s`` is the time from the first batch's creation to the last one's end, and ``landing_s``
+    is the time of writing the results. ``source_rows`` counts each row once. ``requests``, and ``shared_rows``, which another row's request
+    has answered, are counted in every round that asked them; ``dedupe_hit_ratio`` is the share of shared rows in all rows asked, 0 to 1.
+    ``unchanged_rows`` were not asked because an earlier run had answered them; ``skip_hit_ratio`` is their share. All columns but
+    ``open_batches`` and these last two count landed batches only.
     """
     is_landed = batch.c.state == BatchState.LANDED.value
 

@@ -1,4 +1,4 @@
-"""Rounds of asking: which rows of a job are worth asking again, and what became of all of them in the end.
+"""Rounds of asking: which rows of a job are worth asking again, and the last outcome of each row.
 
 A round asks again what failed in the rounds before it, under the same ids in batches of its own. It begins when every batch of the
 round before it has landed, so a key is in flight in one batch at most. ``batchkit_succeeded`` and ``batchkit_failed`` hold a
@@ -39,10 +39,10 @@ _KEYS_AT_A_TIME, _IDS_AT_A_TIME = 5_000, 500
 class Wanted:
     """Rows that a round asks again, by their last outcome."""
 
-    #: their error types or statuses; None for the rows that failed for one of ``reasons``
+    #: the wanted error types or statuses; None wants the rows that failed for one of ``reasons``
     outcomes: Collection[str] | None = None
     reasons: Collection[Reason] = WORTH_ASKING
-    #: tells the reason of a failure
+    #: classifies a failure by its reason
     failures: Failures = KNOWN_FAILURES
 
     def __contains__(self, failure: Failure) -> bool:
@@ -56,20 +56,20 @@ WORTH_A_ROUND = Wanted()
 
 @dataclass(slots=True)
 class Outcome:
-    """What became of a job's rows over all its rounds: each row counts once, by its last outcome; each batch has its own bill."""
+    """The result of a job over all its rounds: each row counts once, by its last outcome; each batch has its own bill."""
 
     batch_ids: list[str] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
-    #: rows whose answer is unfinished, per ``error_type``; they are among the counts, too
+    #: ``error_type`` → rows whose answer is unfinished; ``counts`` includes them
     unfinished: dict[str, int] = field(default_factory=dict)
     tally: CostTally = field(default_factory=CostTally)
-    #: per round: its batches, rows and requests asked, rows per outcome
+    #: one mapping per round: its batches, rows and requests, rows per outcome and cost
     rounds: list[dict[str, Any]] = field(default_factory=list)
-    #: rows without a whole answer, by kind; a truncated answer that succeeded is one of them, too
+    #: rows without a whole answer, by kind; a row that succeeded with a truncated answer is one of them
     kinds: list[FailedRows] = field(default_factory=list)
-    #: the batches that landed whole: nothing more could be had of them from the API
+    #: ids of the batches that landed whole: the API has nothing more for them
     complete_ids: list[str] = field(default_factory=list)
-    #: by the API's clock
+    #: the first batch's creation and the last one's end, by the API's clock
     created_at: datetime | None = None
     ended_at: datetime | None = None
 
@@ -95,12 +95,12 @@ class Rounds:
     engine: Engine
 
     def rounds_sent(self, job_id: str) -> int:
-        """How many rounds of a job have been sent whole; 0 also for a job that nobody has begun."""
+        """How many rounds of a job have been sent whole; 0 also for a job that has not begun."""
         with self.engine.connect() as connection:
             return int(connection.execute(sa.select(job.c.rounds_sent).where(job.c.job_id == job_id)).scalar() or 0)
 
     def note_sent(self, job_id: str, lease: int, round_number: int) -> None:
-        """Every request of the round is in a batch that the API has.
+        """Note that the round was sent whole: every request of it is in a batch that the API has accepted.
 
         :raises LeaseLostError: when another attempt of the job has begun
         """
@@ -110,12 +110,12 @@ class Rounds:
             connection.execute(sa.update(job).where(behind).values(rounds_sent=round_number))
 
     def count_failed(self, job_id: str, which: Wanted = WORTH_A_ROUND) -> int:
-        """How many rows of a job are wanted, by their last outcome."""
+        """How many rows of a job ``which`` selects by their last outcome."""
         with self.engine.connect() as connection:
             return sum(rows for failure, rows in _kinds(connection, failed.c.job_id == job_id) if failure in which)
 
     def failed_keys(self, job_id: str, which: Wanted = WORTH_A_ROUND, shard: int | None = None) -> Iterator[str]:
-        """Keys of the rows that :meth:`count_failed` counts; with ``shard`` only where their last outcome is one of this shard."""
+        """Keys of the rows that :meth:`count_failed` counts; with ``shard`` only rows whose last outcome is from this shard."""
         here = [failed.c.job_id == job_id] if shard is None else [failed.c.job_id == job_id, failed.c.shard == shard]
         with self.engine.connect() as connection:
             for row in _rows(connection, *here):
@@ -123,7 +123,7 @@ class Rounds:
                     yield row.key
 
     def stopped_by_account(self, job_id: str, shards: Collection[int], failures: Failures = KNOWN_FAILURES) -> str | None:
-        """How many rows of these shards failed for the account's sake, and with which words; None for no row."""
+        """How many rows of these shards failed because of the account, and with which error, as a text; None when no row did."""
         with self.engine.connect() as connection:
             kinds = list(_kinds(connection, failed.c.job_id == job_id, failed.c.shard.in_(shards)))
         account = [(failure, rows) for failure, rows in kinds if failures.reason(failure) is Reason.ACCOUNT]
@@ -133,16 +133,16 @@ class Rounds:
         return f"{sum(rows for _, rows in account):,} rows failed with {failure.error_type}: {failure.error_message}"
 
     def torn(self, job_id: str) -> list[str]:
-        """Landed batches of later rounds whose results lack lines. Answers to rows with an earlier outcome may be in what they lack."""
+        """Ids of landed batches of later rounds whose results lack lines. The missing lines may answer rows that failed earlier."""
         whole = sa.exists().where(landing.c.batch_id == batch.c.batch_id, landing.c.complete)
         here = (batch.c.job_id == job_id) & (batch.c.round > 1) & (batch.c.state == BatchState.LANDED.value)
         with self.engine.connect() as connection:
             return list(connection.execute(sa.select(batch.c.batch_id).where(here, ~whole).order_by(batch.c.shard)).scalars())
 
     def outcome(self, job_id: str, which: Wanted = WORTH_A_ROUND) -> Outcome:
-        """What has landed of a job.
+        """The result of the job's landed batches.
 
-        :param which: what a further round would ask, by its reasons
+        :param which: the rows that a further round would ask, by their reasons
         """
         found = Outcome()
         landed = sa.select(batch).where(batch.c.job_id == job_id, batch.c.state == BatchState.LANDED.value).order_by(batch.c.shard)
@@ -161,7 +161,7 @@ class Rounds:
         return found
 
     def failed_in(self, batch_ids: Collection[str], failures: Failures = KNOWN_FAILURES) -> list[FailedRows]:
-        """The rows of these landed batches that failed, over all their jobs. Batches that the ledger does not know add none."""
+        """The failed rows of these landed batches, which may be of several jobs. Batches that the ledger does not know add none."""
         shards = defaultdict[str, list[int]](list)
         found: list[FailedRows] = []
         with self.engine.connect() as connection:
@@ -175,25 +175,25 @@ class Rounds:
 
 
 def reopen(connection: Connection, job_id: str, shard: int) -> None:
-    """A shard proved never to have been accepted: its round is not sent whole any more."""
+    """Note that a shard's round is not sent whole any more, because the shard was not accepted."""
     number = sa.select(batch.c.round).where(batch.c.job_id == job_id, batch.c.shard == shard).scalar_subquery()
     connection.execute(sa.update(job).where(job.c.job_id == job_id, job.c.rounds_sent >= number).values(rounds_sent=number - 1))
 
 
 def shards(connection: Connection, job_id: str, round_number: int) -> list[tuple[int, BatchState]]:
-    """Numbers and states of the shards whose requests are journaled, of this round and later ones."""
+    """Numbers and states of the shards of this round and later ones whose requests are journaled."""
     statement = sa.select(batch.c.shard, batch.c.state).where(
         batch.c.job_id == job_id, batch.c.round >= round_number, batch.c.state.in_(_HELD)
     )
     return [(shard, BatchState(state)) for shard, state in connection.execute(statement.order_by(batch.c.shard))]
 
 
-#: the text of an error, where it tells the reason: what does not fit a schema says it in other words for each row
+#: the error's message, for errors of the API only: the message of an answer that does not fit its schema differs from row to row
 _WORDS = sa.case((failed.c.status == RequestStatus.ERRORED.value, failed.c.error_message), else_=sa.null()).label("words")
 
 
 def _kinds(connection: Connection, *here: sa.ColumnElement[bool]) -> Iterator[tuple[Failure, int]]:
-    """Failures that differ, with their rows."""
+    """The distinct failures, each with its number of rows."""
     found = sa.select(failed.c.status, failed.c.error_type, _WORDS).where(*here).subquery()
     kind = (found.c.status, found.c.error_type, found.c.words)
     statement = sa.select(*kind, sa.func.count()).group_by(*kind).order_by(*kind)
@@ -202,7 +202,7 @@ def _kinds(connection: Connection, *here: sa.ColumnElement[bool]) -> Iterator[tu
 
 
 def _rows(connection: Connection, *here: sa.ColumnElement[bool], limit: int | None = None, ordered: bool = False) -> sa.CursorResult[Any]:
-    """Keys of failed rows, each with what :class:`Failure` says of it."""
+    """The key and the fields of :class:`Failure` of each failed row."""
     statement = sa.select(failed.c.key, failed.c.status, failed.c.error_type, _WORDS).where(*here).limit(limit)
     if ordered:
         statement = statement.order_by(failed.c.key)

@@ -1,4 +1,4 @@
-"""What was spent, and what may still be: sums by day, DAG or model, budgets, and how long batches took. Nothing here writes."""
+"""Spending: sums by day, DAG or model, the books of budgets, and how long batches took. Nothing here writes."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from airflow_provider_batchkit.ledger.rollup import DIALECTS, latency, utc_day
 from airflow_provider_batchkit.ledger.tables import alert, batch, bill, job
 from airflow_provider_batchkit.ledger.tables import budget as budget_table
 
-#: what spending is summed up by
+#: the groups by which spending is summed up
 GROUPS = ("day", "dag", "model")
 
 
 @dataclass(frozen=True, slots=True)
 class Spent:
-    """What landed batches cost. Money is USD; None where a request in it has no known price."""
+    """The cost of landed batches. Money is USD; None when one of the requests has no known price."""
 
     #: the UTC day of the batches' creation, the DAG or the model
     name: str
@@ -47,7 +47,7 @@ class Spent:
 
 @dataclass(frozen=True, slots=True)
 class Latency:
-    """How long the batches of a DAG took from creation to end, in seconds, on one day (UTC) of their creation."""
+    """Seconds from creation to end of the batches of one DAG that were created on one day (UTC)."""
 
     day: date
     dag_id: str
@@ -59,16 +59,16 @@ class Latency:
 
 @dataclass(frozen=True, slots=True)
 class ToldAlert:
-    """A share of a budget's cap that was reached, and told."""
+    """An alert that was sent because a share of a budget's cap was reached."""
 
-    #: of the cap, above 0 and at most 1
+    #: the share of the cap, above 0 and at most 1
     share: Decimal
     #: when the first notifier had taken it
     told_at: datetime
 
     @property
     def percent(self) -> str:
-        """The share for people."""
+        """The share as a percentage for people."""
         return f"{(self.share * 100).normalize():f}%"
 
 
@@ -87,7 +87,10 @@ class Spending(Budgets):
         dag_ids: Collection[str] | None = None,
         model: str | None = None,
     ) -> list[Spent]:
-        """What batches that were created in a span cost: by ``day`` in the order of time, by ``dag`` or ``model`` the dearest first."""
+        """The cost of the batches created in a span. Days are in the order of time; DAGs and models come dearest first.
+
+        :param by: one of :data:`GROUPS`
+        """
         group: sa.ColumnElement[Any] = {"dag": job.c.dag_id, "model": bill.c.model}.get(by, self._day(batch.c.created_at))
         tokens = bill.c.input_tokens + bill.c.cache_write_5m_tokens + bill.c.cache_write_1h_tokens + bill.c.cache_read_tokens
         unpriced = sa.case((bill.c.batch_cost_picousd.is_(None), bill.c.requests), else_=0)
@@ -95,7 +98,7 @@ class Spending(Budgets):
         statement = (
             sa.select(
                 group.label("name"),
-                # a batch of several models has a bill for each
+                # a batch that used several models has one bill row per model
                 sa.func.count(sa.distinct(batch.c.batch_id)).label("batches"),
                 sa.func.sum(bill.c.requests).label("requests"),
                 sa.func.sum(tokens).label("input_tokens"),
@@ -135,7 +138,7 @@ class Spending(Budgets):
         return sorted(found, key=lambda one: (-(one.batch_cost_usd or Decimal(0)), one.name))
 
     def budgets(self, dag_ids: Collection[str] | None = None) -> list[BudgetStatus]:
-        """The books of every budget in its present window; with ``dag_ids`` of those in which one of these DAGs counts."""
+        """The books of every budget in its present window; with ``dag_ids`` only budgets in which a batch of one of these DAGs counts."""
         names = sa.select(budget_table.c.name)
         if dag_ids is not None:
             own = (batch.c.budget == budget_table.c.name) & (job.c.job_id == batch.c.job_id) & job.c.dag_id.in_(sorted(dag_ids))
@@ -145,7 +148,7 @@ class Spending(Budgets):
         return [status for name in found if (status := self.budget_status(name)) is not None]
 
     def told_alerts(self, status: BudgetStatus, *, at: datetime | None = None) -> list[ToldAlert]:
-        """The alerts of a budget that were told in the window that holds ``at`` (now), the lowest share first."""
+        """The alerts of a budget that were sent in the window that contains ``at`` (default: now), the lowest share first."""
         if not sa.inspect(self.engine).has_table(alert.name):
             return []
         start = window_of(status.window, at or datetime.now(UTC))[0]
@@ -160,11 +163,11 @@ class Spending(Budgets):
             return [ToldAlert(Decimal(row.threshold) / SHARE_UNIT, row.told_at) for row in connection.execute(statement)]
 
     def latencies(self, *, since: datetime, until: datetime | None = None, dag_ids: Collection[str] | None = None) -> list[Latency]:
-        """How long batches took that were created on whole days (UTC) of a span; nothing on databases without the roll-up's views."""
+        """Latencies of the batches created on whole days (UTC) of a span; empty on databases without the roll-up's views."""
         if self.engine.dialect.name not in DIALECTS:
             return []
         view = latency().subquery()
-        # SQLite has dates as text
+        # SQLite stores dates as text
         as_text = self.engine.dialect.name == "sqlite"
         on: sa.ColumnElement[Any] = sa.cast(view.c.day, sa.Text()) if as_text else view.c.day
 

@@ -1,6 +1,6 @@
-"""The states of a batch, as one table.
+"""The states of a batch, and its moves as one table.
 
-Every move of a batch is listed here and nowhere else, and a move that is not listed raises. A state without moves is an end.
+Every move of a batch is listed here and nowhere else, and a move that is not listed raises. A state without moves is final.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from airflow_provider_batchkit.exceptions import LedgerError
 
 
 class BatchState(str, Enum):
-    """Where a batch is, from our side."""
+    """The state of a batch in the ledger."""
 
     #: its requests are journaled; the POST may or may not have happened
     SENDING = "sending"
-    #: the API accepted it, which its answer or its results have proved, and its id is known
+    #: the API's answer or the batch's results have proved that the API accepted it, and its id is known
     SUBMITTED = "submitted"
-    #: its outcomes and its bill are in the ledger, and its rows are on their way into a table of another database
+    #: its outcomes and its bill are in the ledger, and its rows are not yet known to be in the table of another database
     PREPARED = "prepared"
     #: its results are in a table
     LANDED = "landed"
@@ -29,24 +29,24 @@ class BatchState(str, Enum):
     GONE = "gone"
 
 
-#: states of batches that the API never had: their requests were not asked
+#: states of batches that the API never accepted, so their requests were not asked
 NEVER_ACCEPTED = (BatchState.REJECTED.value, BatchState.VOID.value)
 
 MOVES: dict[BatchState, frozenset[BatchState]] = {
     BatchState.SENDING: frozenset({BatchState.SUBMITTED, BatchState.REJECTED, BatchState.VOID}),
-    # to void, and to submitted under another id, only when a person says so
+    # it becomes void, or submitted under another id, only by a person's decision
     BatchState.SUBMITTED: frozenset({BatchState.PREPARED, BatchState.LANDED, BatchState.GONE, BatchState.VOID, BatchState.SUBMITTED}),
-    # to gone only when its rows are known not to be in the table
+    # it becomes gone only when its rows are known not to be in the table
     BatchState.PREPARED: frozenset({BatchState.PREPARED, BatchState.LANDED, BatchState.GONE}),
     # a second table, or one that was emptied, may be filled from the same results
     BatchState.LANDED: frozenset({BatchState.LANDED}),
     BatchState.REJECTED: frozenset(),
     BatchState.VOID: frozenset(),
-    # landed: the API shows it again after all; void: a person gives it up
+    # it becomes landed when the API shows it again, and void when a person gives it up
     BatchState.GONE: frozenset({BatchState.LANDED, BatchState.VOID}),
 }
 
-#: Batches whose requests must not be asked again by themselves: they may have been, or were, accepted and billed.
+#: States in which a batch was, or may have been, accepted and billed: its requests are not asked again automatically.
 HELD = (BatchState.SENDING, BatchState.SUBMITTED, BatchState.PREPARED, BatchState.LANDED, BatchState.GONE)
 
 
@@ -56,7 +56,7 @@ def sources_of(target: BatchState) -> list[BatchState]:
 
 
 def check_move(what: str, source: BatchState, target: BatchState) -> None:
-    """Raise :class:`LedgerError` unless the table has the move."""
+    """:raises LedgerError: when the table of moves does not have this move"""
     if target not in MOVES[source]:
         allowed = ", ".join(sorted(s.value for s in MOVES[source])) or "nothing"
         raise LedgerError(f"{what} is {source.value} and cannot become {target.value}; from there it can become {allowed}.")

@@ -1,19 +1,19 @@
-"""The ledger's tables. Money is whole picodollars (1e-12 USD) in BIGINT: exact, and sums in SQL are exact too.
+"""The ledger's tables. Money is whole picodollars (1e-12 USD) in BIGINT, so amounts and their sums in SQL are exact.
 
 ``batchkit_job``       one row per task instance of a DAG run
 ``batchkit_batch``     one row per attempt to create a batch, with its state and, once landed, its bill
-``batchkit_journal``   what each batch asks, written before it is sent: some thousand source rows in a row
-``batchkit_succeeded`` the source rows that have been answered, and wholly, some hundred of them in a row
-``batchkit_failed``    one row per source row that has landed without a whole answer that can be used, by the last batch that asked for it
-``batchkit_bill``      one row per landed batch and model: its tokens and what they cost
+``batchkit_journal``   the requests of each batch, written before it is sent; one row holds some thousand source rows
+``batchkit_succeeded`` the source rows that have a whole answer; one row holds some hundred of them
+``batchkit_failed``    one row per source row that has landed without a whole, usable answer, from the last batch that asked for it
+``batchkit_bill``      one row per landed batch and model: its tokens and their cost
 ``batchkit_budget``    one row per budget, with the cap that was last given for it; its books are the rows of ``batchkit_batch``
-``batchkit_budget_hold``  one row per attempt that is about to send: what it holds of a budget and has not journaled yet
-``batchkit_alert``     one row per budget, window, threshold and notifier that was told of it, or is being told
-``batchkit_late``      one row per task and notifier that was told that the task's batches are late, or is being told
-``batchkit_landing``   one row per batch, table and landing number: what a fetch wrote to which result table
-``batchkit_load``      one row per fetch that lands in a table of another database: how far it has come
+``batchkit_budget_hold``  one row per attempt that is about to send: the part of a budget that it holds and has not journaled yet
+``batchkit_alert``     one row per alert of a budget that was sent or is being sent: budget, window, threshold and notifier
+``batchkit_late``      one row per alert of late batches that was sent or is being sent: task and notifier
+``batchkit_landing``   one row per batch, table and landing number: what a fetch wrote to a result table
+``batchkit_load``      one row per fetch that lands in a table of another database, with its state
 ``batchkit_prepared``  what such a fetch will write to the ledger once its rows are in the table
-``batchkit_turn``      one row per table of another database: who publishes there now
+``batchkit_turn``      one row per table of another database: the load that may publish there now
 ``batchkit_former_id`` one row per batch id under which the tasks of an older version of the ledger know a batch row
 """
 
@@ -25,12 +25,12 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.types import TypeDecorator
 
-#: of the tables' layout; written to ``batchkit_version``
+#: the version of the tables' layout, which is written to ``batchkit_version``
 VERSION = 5
 
 
 class UtcDateTime(TypeDecorator[datetime]):
-    """An aware UTC datetime; SQLite keeps it as naive UTC text, other databases with their time zone type."""
+    """An aware UTC datetime. SQLite stores it as naive UTC text, other databases in their type with a time zone."""
 
     impl = sa.DateTime(timezone=True)
     cache_ok = True
@@ -47,7 +47,7 @@ class UtcDateTime(TypeDecorator[datetime]):
         return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
 
 
-#: room for a piece of the journal, whose last line may be long
+#: size of a part of the journal in bytes, with room for a long last line
 _PART_BYTES = 1 << 22
 
 metadata = sa.MetaData()
@@ -58,7 +58,7 @@ version = sa.Table(
     "batchkit_version",
     metadata,
     sa.Column("version", sa.Integer, primary_key=True),
-    # random, made with the ledger: two deployments that run the same DAG in one workspace must not have equal job ids
+    # a random id: two deployments that run the same DAG in one workspace must not have equal job ids
     sa.Column("ledger_id", sa.String(32), nullable=False),
     # the last turn that was taken at a table of another database
     sa.Column("turns", sa.BigInteger),
@@ -77,17 +77,17 @@ job = sa.Table(
     sa.Column("lease", sa.Integer, nullable=False),
     # the youngest attempt that has opened the job, by its task instance's id: a UUIDv7, so a younger attempt has a greater id
     sa.Column("attempt_id", sa.String(36)),
-    # whether its task leaves out rows that an earlier run has answered: the job then asks a part of the source's rows
+    # whether its task leaves out rows that an earlier run has answered: the job then asks only part of the source's rows
     sa.Column("skip_unchanged", sa.Boolean),
-    # [[column, type], ...] of the source's key, for the result table
+    # JSON: [[column, type], ...] of the source's key, for the result table
     sa.Column("key_columns", sa.Text, nullable=False),
-    # the JSON Schema that its answers are to fit, as it was given; null for plain text
+    # the JSON Schema that its answers must fit, as the user gave it; null for plain text
     sa.Column("output_schema", sa.Text),
-    # reading and rendering the source took so long, in all attempts that sent anything
+    # the time of reading and rendering the source, summed over all attempts that sent anything
     sa.Column("rendering_ms", sa.BigInteger),
-    # rows of the source that the latest attempt left out, since an earlier run had answered their very request
+    # source rows that the latest attempt left out because an earlier run had answered the same request
     sa.Column("unchanged_rows", sa.BigInteger),
-    # so many rounds of asking have been sent whole
+    # how many rounds have been sent whole
     sa.Column("rounds_sent", sa.Integer, nullable=False, default=0),
     sa.Index("batchkit_job_task", "dag_id", "run_id", "task_id", "map_index", unique=True),
 )
@@ -100,34 +100,34 @@ batch = sa.Table(
     sa.Column("batch_id", sa.String(100), unique=True),
     sa.Column("anthropic_conn_id", sa.String(250), nullable=False),
     sa.Column("state", sa.String(10), nullable=False),
-    # 1 for what the job asks first; a later round asks again what failed in the rounds before it
+    # 1 for the first round; a later round asks again what failed in the rounds before it
     sa.Column("round", sa.Integer, nullable=False, default=1),
     sa.Column("requests", sa.Integer, nullable=False),
     sa.Column("body_bytes", sa.BigInteger, nullable=False),
-    # by the database's clock, as the next two: the row was written; its sender was found dead or gave the POST up
+    # when the row was written, and when its sender was found dead or gave the POST up; this and the next two are by the database's clock
     sa.Column("intended_at", UtcDateTime, nullable=False),
     sa.Column("doubt_at", UtcDateTime),
-    # the first and the last of an unbroken series of looks that showed nothing: of a row in doubt no candidate, of a submitted batch a 404
+    # the first and the last of an unbroken series of looks that showed no candidate for a row in doubt, or a 404 for a submitted batch
     sa.Column("unseen_since", UtcDateTime),
     sa.Column("unseen_at", UtcDateTime),
-    # the API's clock
+    # the batch's creation and end, by the API's clock
     sa.Column("created_at", UtcDateTime),
     sa.Column("ended_at", UtcDateTime),
-    # ours: this package deleted it from the API
+    # when this package deleted the batch from the API, by our clock
     sa.Column("deleted_at", UtcDateTime),
-    # ours: the batch id was journaled; its landing began, and took so long
+    # by our clock: when the batch id was journaled, when the landing began, and how long it took
     sa.Column("submitted_at", UtcDateTime),
     sa.Column("landed_at", UtcDateTime),
     sa.Column("landing_ms", sa.BigInteger),
     sa.Column("landed_table", sa.String(250)),
-    # rows per outcome, JSON, and all of them: rows that share a request count each
+    # JSON: rows per outcome, and the number of all rows; each row that shares a request counts
     sa.Column("counts", sa.Text),
     sa.Column("source_rows", sa.BigInteger),
-    # CostTally, JSON
+    # JSON of a CostTally
     sa.Column("tally", sa.Text),
     sa.Column("batch_cost_picousd", sa.BigInteger),
     sa.Column("standard_cost_picousd", sa.BigInteger),
-    # the most that it can cost and the most tokens it can use; null where nothing bounds it
+    # the upper bounds of its cost and its tokens; null where nothing bounds it
     sa.Column("bound_picousd", sa.BigInteger),
     sa.Column("bound_tokens", sa.BigInteger),
     # the budget that it counts in, and the time that decides the window
@@ -146,7 +146,7 @@ journal = sa.Table(
     sa.Column("job_id", sa.String(20), primary_key=True),
     sa.Column("shard", sa.Integer, primary_key=True),
     sa.Column("part", sa.Integer, primary_key=True),
-    # JSON lines [key, custom_id, bytes in the body]; 0 bytes for a row that shares another row's request
+    # JSON lines [key, custom_id, bytes in the body]; a row that shares another row's request has 0 bytes
     sa.Column("entries", sa.LargeBinary(_PART_BYTES), nullable=False),
 )
 
@@ -159,7 +159,7 @@ succeeded = sa.Table(
     # true when these rows' requests are in the batch's body, false when they share others'
     sa.Column("asked", sa.Boolean, nullable=False),
     sa.Column("source_rows", sa.Integer, nullable=False),
-    # a JSON array of [key, digest, batch cost, standard cost]; the custom_id is the job's id, a dash and the digest
+    # JSON: an array of [key, digest, batch cost, standard cost]; the custom_id is the job's id, a dash and the digest
     sa.Column("entries", sa.Text().with_variant(sa.Text(_PART_BYTES), "mysql", "mariadb"), nullable=False),
 )
 
@@ -183,7 +183,7 @@ failed = sa.Table(
 
 
 def keep_entries_plain(table: sa.Table) -> None:
-    """Have PostgreSQL store ``entries`` as they are: compressing them halves them, and takes five times as long as writing them."""
+    """Make PostgreSQL store ``entries`` uncompressed: compression halves their size but takes five times as long as writing them."""
     plain = sa.DDL("ALTER TABLE %(fullname)s ALTER COLUMN entries SET STORAGE EXTERNAL")  # type: ignore[no-untyped-call]
     sa.event.listen(table, "after_create", plain.execute_if(dialect="postgresql"))
 
@@ -229,7 +229,7 @@ budget_hold = sa.Table(
     sa.Column("picousd", sa.BigInteger, nullable=False),
     sa.Column("tokens", sa.BigInteger, nullable=False),
     sa.Column("budget_at", UtcDateTime, nullable=False),
-    # the attempt's last sign of life
+    # when the attempt last reserved or drew
     sa.Column("held_at", UtcDateTime, nullable=False),
     sa.Index("batchkit_budget_hold_budget", "budget"),
 )
@@ -241,11 +241,11 @@ alert = sa.Table(
     sa.Column("window", sa.String(10), primary_key=True),
     # the first moment of the window; the beginning of 1970 for one that never ends
     sa.Column("window_start", UtcDateTime, primary_key=True),
-    # of the cap, in hundredths of a percent
+    # the share of the cap, in hundredths of a percent
     sa.Column("threshold", sa.Integer, primary_key=True),
     # its position in the budget's list
     sa.Column("notifier", sa.Integer, primary_key=True),
-    # by the database's clock: a task began to tell it, and has told it
+    # when a task claimed the alert, and when its notifier had taken it, by the database's clock
     sa.Column("claimed_at", UtcDateTime, nullable=False),
     sa.Column("told_at", UtcDateTime),
 )
@@ -253,11 +253,11 @@ alert = sa.Table(
 late = sa.Table(
     "batchkit_late",
     metadata,
-    # of the task that waits: for a sensor the id that it would have as a job
+    # the job id of the waiting task; for a sensor the id that it would have as a job
     sa.Column("job_id", sa.String(20), primary_key=True),
     # its position in the task's list
     sa.Column("notifier", sa.Integer, primary_key=True),
-    # as in batchkit_alert
+    # the same times as in batchkit_alert
     sa.Column("claimed_at", UtcDateTime, nullable=False),
     sa.Column("told_at", UtcDateTime),
 )
@@ -271,12 +271,12 @@ landing = sa.Table(
     # from 1; a table that was dropped or emptied is filled anew under the next number
     sa.Column("number", sa.Integer, primary_key=True),
     sa.Column("landed_at", UtcDateTime, nullable=False),
-    # of the result table, and those of them that have an answer
+    # rows written to the result table, and how many of them have an answer
     sa.Column("rows_written", sa.BigInteger, nullable=False),
     sa.Column("rows_answered", sa.BigInteger, nullable=False),
-    # every request had a readable result line, and no line came that nobody had asked
+    # whether every request had a readable result line, and no line came for a request that was not asked
     sa.Column("complete", sa.Boolean, nullable=False),
-    # as in batchkit_batch; a batch that was submitted elsewhere has no row there
+    # the same figures as in batchkit_batch, where a batch that was submitted elsewhere has no row
     sa.Column("counts", sa.Text, nullable=False),
     sa.Column("tally", sa.Text, nullable=False),
     sa.Column("created_at", UtcDateTime),
@@ -287,14 +287,14 @@ load = sa.Table(
     "batchkit_load",
     metadata,
     sa.Column("load_id", sa.String(32), primary_key=True),
-    # what lands where: the same for every load of the same batches under the same landing number
+    # identifies batches, table and landing number: the same for every load of the same batches under the same landing number
     sa.Column("fetch_id", sa.String(32), nullable=False),
     sa.Column("table_name", sa.String(250), nullable=False),
-    # of LoadState
+    # a LoadState
     sa.Column("state", sa.String(10), nullable=False),
-    # the youngest attempt that has opened it, by its task instance's id
+    # the task instance's id of the youngest attempt that has opened it
     sa.Column("attempt_id", sa.String(36), nullable=False),
-    # once prepared: by which attempt the last time, and how many rows it is to publish
+    # the attempt that prepared it last, and how many rows it will publish; null before
     sa.Column("prepared_by", sa.String(36)),
     sa.Column("rows_staged", sa.BigInteger),
     sa.Column("opened_at", UtcDateTime, nullable=False),
@@ -306,13 +306,13 @@ prepared = sa.Table(
     "batchkit_prepared",
     metadata,
     sa.Column("load_id", sa.String(32), primary_key=True),
-    # whose rows these are the outcomes of: an older attempt may publish after a younger one has prepared
+    # the attempt that prepared this part: an older attempt may publish after a younger one has prepared
     sa.Column("attempt_id", sa.String(36), primary_key=True),
     sa.Column("batch_id", sa.String(100), primary_key=True),
     sa.Column("part", sa.Integer, primary_key=True),
     # "landing": values of batchkit_landing and more; "succeeded", "failed": source rows; "left_out": keys whose other outcome stands
     sa.Column("kind", sa.String(10), nullable=False),
-    # as in batchkit_succeeded
+    # the same meaning as in batchkit_succeeded
     sa.Column("asked", sa.Boolean),
     sa.Column("source_rows", sa.Integer),
     # JSON
@@ -324,9 +324,9 @@ turn = sa.Table(
     metadata,
     sa.Column("table_name", sa.String(250), primary_key=True),
     sa.Column("turn", sa.BigInteger, nullable=False),
-    # null: nobody has it
+    # the load that has the turn; null when the turn is free
     sa.Column("load_id", sa.String(32)),
-    # by the database's clock: whoever has not given it back by then is cut off
+    # when the turn ends even if its owner has not given it back, by the database's clock
     sa.Column("until", UtcDateTime),
 )
 
