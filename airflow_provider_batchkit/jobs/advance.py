@@ -1,7 +1,7 @@
-"""One resumable step of a task: what can be done now is done, and what cannot is given as a :class:`WaitFor`.
+"""One resumable step of a task: it does what can be done now, and returns a :class:`WaitFor` for the rest.
 
-Where a job is stands in the ledger alone. A step may be called again at any time: after a wait, however it ended, by a retry, or when
-the task was cleared. It holds a worker for a minute at most where there is only something to wait for.
+Only the ledger records how far a job has come. A step may be called again at any time: after a wait, however it ended, by a retry, or when
+the task was cleared. A step that can only wait holds its worker for a minute at most.
 """
 
 from __future__ import annotations
@@ -33,46 +33,47 @@ log = logging.getLogger(__name__)
 
 
 class Listener(Protocol):
-    """Hears at once what a step has done, since a later part of the step may fail."""
+    """Callbacks of a step. Each is called as soon as its part is done, since a later part of the step may fail."""
 
-    # requests were sent, or had been sent before
+    # called when requests were sent, now or by an earlier attempt
     def asked(self, report: SubmitReport) -> None: ...
 
-    # batches of the job that run or have landed
+    # called with the batches of the job that run or have landed
     def running(self, batch_ids: Sequence[str]) -> None: ...
 
-    # batches that had not landed before
+    # called with batches that have landed for the first time
     def landed(self, batches: Iterable[BatchFigures]) -> None: ...
 
-    # a submit since ``began`` has reserved from a budget with alerts, or was refused by it; an earlier one may have died before it said so
+    # called when a submit that began at ``began`` has reserved from a budget with alerts, or the budget refused it; an earlier submit may
+    # have died before this call
     def budgeted(self, ledger: Ledger, budget: Budget, began: datetime, refused: BudgetExceededError | None) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Asking:
-    """What a job asks, and how."""
+    """The rows and requests of a job, and how they are built."""
 
     options: SubmitOptions
     #: columns that identify a row
     key: Sequence[str]
-    #: opens the source. Each asking reads it anew
+    #: opens the source, which every round reads anew
     open_source: Callable[[], Iterable[Any] | Items]
     #: builds the requests of a round
     builder: Callable[[Round], RequestBuilder]
-    #: landed batches: the first round asks only what failed in them
+    #: ids of landed batches: the first round asks only the rows that failed in them
     only_failed_of: Sequence[str] | None = None
     rounds: Sequence[Round] = (Round(),)
-    #: failed rows that are asked again where a round does not say which
+    #: the failed rows that a round without outcomes of its own asks again
     which: Wanted = WORTH_A_ROUND
-    #: ask the rows of batches again that were deleted or archived before they landed
+    #: whether to ask again the rows of batches that were deleted or archived before they landed
     retry_gone: bool = False
 
     def round(self, number: int) -> Round:
-        """A round. One beyond the last makes up for a round that the account has stopped, and asks as the first."""
+        """The round with this number. A round beyond the last replaces one that the account has stopped, and asks as the first does."""
         return self.rounds[number - 1] if number <= len(self.rounds) else self.rounds[0]
 
     def wanted(self, number: int) -> Wanted:
-        """The failed rows that a later round asks."""
+        """The failed rows that the later round with this number asks."""
         if number > len(self.rounds):
             return replace(self.which, reasons={Reason.ACCOUNT})
         return replace(self.which, outcomes=self.rounds[number - 1].ask)
@@ -81,7 +82,7 @@ class Asking:
 def ask(
     attempt: Attempt, asking: Asking, listener: Listener, round_number: int = 1, *, rehearse: bool = False
 ) -> Done[SubmitReport] | WaitFor:
-    """A step of a task that sends what a round of its job has not sent yet, or that only finds out what it would send."""
+    """Send what a round of the job has not sent yet, or find out what it would send: one step of a task."""
     only = _only(attempt, asking, round_number)
     types, source = KeyTypes(asking.key), asking.open_source()
     requests = asking.builder(asking.round(round_number)).pieces(source, types.see)
@@ -95,7 +96,7 @@ def ask(
         with _budget_heard(attempt, options.limits.budget, listener):
             report = submit_job(attempt, requests, options, only=only, before_send=lambda: _note_key(attempt, options, types))
     if report.batch_ids and (report.waits_for is None or report.rows):
-        # else the source has not been read: there is nothing to tell but the wait
+        # without a read source there is only the wait to report
         listener.asked(report)
         log.info("%s", report)
     return report.waits_for or Done(report)
@@ -103,7 +104,7 @@ def ask(
 
 @contextmanager
 def _budget_heard(attempt: Attempt, budget: Budget | None, listener: Listener) -> Iterator[None]:
-    """Tell the listener of the budget after the submit, however that ended: what was sent before a refusal is reserved, too."""
+    """Call the listener's ``budgeted`` after the submit, however it ended: the budget also counts what was sent before a refusal."""
     if budget is None or not budget.alert_at:
         yield
         return
@@ -145,7 +146,7 @@ def _note_key(attempt: Attempt, options: SubmitOptions, types: KeyTypes) -> None
 
 @dataclass(frozen=True, slots=True)
 class Landing:
-    """Where a task's batches land, and how."""
+    """The place where a task's batches land, and the way in which they are written."""
 
     table: str
     disposition: WriteDisposition
@@ -154,7 +155,7 @@ class Landing:
     listener: Listener
 
     def land(self, batch_ids: Sequence[str], disposition: WriteDisposition | None = None) -> Done[LandingReport] | WaitFor:
-        """A step of a task that lands batches. ``disposition`` is one in place of the task's."""
+        """Land batches: one step of a task. ``disposition`` replaces the task's own."""
         try:
             report = self.fetch(batch_ids, disposition or self.disposition)
         except BatchKitError as e:

@@ -1,4 +1,4 @@
-"""Between the spooled shards and the first POST: the estimate, and the caps that stop a job before it is sent.
+"""The estimate, and the caps that stop a job before its first POST. Both need the spooled shards.
 
 ``max_cost_usd`` caps a job, over all its attempts; a budget caps all jobs that name it.
 """
@@ -28,9 +28,9 @@ log = logging.getLogger(__name__)
 class Limits:
     """What a job may cost."""
 
-    #: for all of the job's batches together
+    #: the cap on all of the job's batches together
     max_cost_usd: Decimal | None = None
-    #: for these and all other jobs that name it
+    #: the cap on this job and all others that name the budget
     budget: Budget | None = None
 
 
@@ -38,7 +38,7 @@ NO_LIMITS = Limits()
 
 
 class Spending:
-    """What one attempt of a job will cost, and whether it may."""
+    """The estimate of one attempt of a job, and the caps on it."""
 
     def __init__(self, kit: BatchKit, ledger: Ledger, job: JobRecord, lease: int, limits: Limits) -> None:
         self._kit = kit
@@ -46,11 +46,11 @@ class Spending:
         self._job = job
         self._lease = lease
         self._limits = limits
-        #: prices are those of one moment, also when an attempt goes over midnight
+        #: the moment whose prices count for the whole attempt, even when it runs past midnight
         self._at = datetime.now(UTC)
 
     def estimate(self, shards: Sequence[Shard], counted: Counted) -> Estimate:
-        """What they will cost; ``counted`` are the tokens of a sample."""
+        """The estimated cost of the shards; ``counted`` are the tokens of a sample."""
         return estimate_shards(
             shards,
             counted,
@@ -60,14 +60,14 @@ class Spending:
         )
 
     def bound(self, shard: Shard) -> Bound:
-        """The most that a shard can cost. The bounds of a shard's halves add up to no more than its own."""
+        """The most that a shard can cost. The bounds of the two halves of a shard add up to at most the shard's own bound."""
         return bound_of(shard.exposure, self._kit.price_book, self._at)
 
     @contextmanager
     def allowed(self, found: Estimate) -> Iterator[None]:
-        """Send inside this block: before it, the caps are checked and the budget holds the upper bound; after it, what is left is freed.
+        """Send inside this block. Before it, the caps are checked and the budget holds the upper bound; after it, the rest is freed.
 
-        :raises CostLimitError: it may cost too much, or nobody can tell; nothing is held
+        :raises CostLimitError: when the job may cost too much, or its cost has no bound; nothing is held
         """
         if self._limits.max_cost_usd is not None:
             self._refuse_above(self._limits.max_cost_usd, found)
@@ -83,7 +83,7 @@ class Spending:
             self._ledger.give_up_hold(self._job.job_id, self._lease)
 
     def _refuse_above(self, limit: Decimal, found: Estimate) -> None:
-        """Hold the upper bound, and what the job's batches of earlier attempts cost or may cost, against ``max_cost_usd``."""
+        """Compare ``max_cost_usd`` with the upper bound plus what the batches of earlier attempts cost or may cost."""
         _refuse_unbounded(f"max_cost_usd={usd_text(limit)}", found)
         assert found.upper_usd is not None
         committed, unknown = self._ledger.committed_usd(self._job.job_id)

@@ -1,6 +1,6 @@
-"""What a person decides about a shard that proof alone does not settle: that it was never accepted, or that a batch is its own.
+"""A person's decisions about a shard that no proof settles: that it was never accepted, or that a batch is its own.
 
-Each decision says first what it will do, what speaks against it, and what it may cost.
+Each decision first states what it will do, the evidence against it, and what it may cost.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Decision:
 
 
 def decide_void(ledger: Ledger, record: BatchRecord) -> Decision:
-    """That the shard was never accepted, or that its batch is given up: its requests are free to be asked again.
+    """Decide that the shard was never accepted, or that its batch is given up. Its requests may be asked again.
 
     :raises BatchInputError: when there is nothing to decide
     """
@@ -41,7 +41,7 @@ def decide_void(ledger: Ledger, record: BatchRecord) -> Decision:
 
 
 def decide_is(kit: BatchKit, ledger: Ledger, record: BatchRecord, batch_id: str) -> Decision:
-    """That a batch is the shard's.
+    """Decide that a batch is the shard's own.
 
     :raises BatchInputError: when there is nothing to decide, or the batch cannot be the shard's
     :raises BatchUnavailableError: when the batch is not visible

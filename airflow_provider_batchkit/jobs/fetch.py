@@ -1,7 +1,7 @@
 """Journaled jobs. A fetch: batch ids → their rows in the ledger → the API → the table.
 
-What the API does not show for a moment is looked for again; what it shows no more is named, and its rows are asked again only when the
-user says so.
+A batch that the API does not show for a moment is looked for again. A batch that stays missing is reported, and its rows are asked again
+only when the user says so.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ log = logging.getLogger(__name__)
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 2.0, 300.0
 #: a turn is free when its time is over, by the ledger's clock
 _BEHIND_A_TURN = timedelta(seconds=1)
-#: how the ledger's note of a batch begins that answered 404 for too long: unlike an archived one, it may be back
+#: start of the ledger's note of a batch that answered 404 for too long; unlike an archived batch, it may appear again
 VANISHED = "not visible"
 
 
@@ -64,11 +64,11 @@ class TableIn:
 
 @dataclass(frozen=True, slots=True)
 class FetchingTask:
-    """The task instance that fetches. An older version of the ledger may know a batch by another id in its DAG run."""
+    """The task instance that fetches. In its DAG run an older version of the ledger may know a batch by another id."""
 
     dag_id: str
     run_id: str
-    #: where the table is in another database, a younger attempt has a greater id, and takes over
+    #: a UUIDv7: where the table is in another database, the attempt with the greater id takes over
     attempt_id: str = ""
 
 
@@ -84,13 +84,13 @@ def fetch_job(
     unseen: Mapping[str, datetime] | None = None,
     sleep: Callable[[float], None] = time.sleep,
 ) -> LandingReport:
-    """Land batches. Waits up to a minute for what the API does not show at the moment; an error's ``wait`` says how to wait longer.
+    """Land batches. Waits up to a minute for a batch that the API does not show; the error's ``wait`` says how to wait longer.
 
-    :param target: the result table, or where result files lie, for which the disposition does not count
-    :param unseen: of the ``wait`` of the error before, when this fetch goes on after it
-    :raises BatchKitError: ``landed`` of the error tells what landed before it
-    :raises BatchUnavailableError: a batch cannot be read; the others have landed, unless they are to replace the table's rows together
-    :raises BatchInputError: ``replace`` of a job that asks a part of the source's rows only; nothing was deleted
+    :param target: the result table, or the place of result files, for which the disposition does not count
+    :param unseen: ``unseen`` of the previous error's ``wait``, when this fetch goes on after it
+    :raises BatchKitError: when a batch cannot land; ``landed`` of the error lists what landed before it
+    :raises BatchUnavailableError: when a batch cannot be read; the others have landed, unless all replace the table's rows together
+    :raises BatchInputError: for ``replace`` with a job that asks only part of the source's rows; nothing was deleted
     """
     ledger.ensure()
     slept, landed, since = 0.0, list[BatchFigures](), dict(unseen or {})
@@ -128,7 +128,7 @@ class _Fetch:
     """Looks at the batches of one fetch."""
 
     def __init__(self, kit: BatchKit, ledger: Ledger, times: SettleTimes, unseen: dict[str, datetime]) -> None:
-        """:param unseen: since when the API does not show something that the ledger has no place for; kept up to date here"""
+        """:param unseen: what the API does not show → since when, where the ledger does not keep it; it is updated here"""
         self._kit = kit
         self._ledger = ledger
         self._times = times
@@ -136,10 +136,10 @@ class _Fetch:
         self._unseen = unseen
 
     def find(self, batch_id: str, task: FetchingTask) -> Batch:
-        """The batch that an id stands for, with its row.
+        """The batch with this id, and its row in the ledger.
 
-        :raises BatchUnavailableError: its rows were never accepted
-        :raises SubmitUncertainError: its row is in doubt, which only a row of an older version of the ledger can be
+        :raises BatchUnavailableError: when its requests were never accepted
+        :raises SubmitUncertainError: when its row is in doubt, which happens only to rows of an older version of the ledger
         """
         record = self._ledger.row_of(batch_id, task.dag_id, task.run_id)
         if record is not None and record.state is BatchState.SENDING:
@@ -162,7 +162,7 @@ class _Fetch:
         return self._ledger.get(record.job_id, record.shard)
 
     def look(self, batch: Batch) -> BatchSnapshot:
-        """An ended batch."""
+        """Look at the batch, which must have ended."""
         try:
             found = self._kit.get(batch.batch_id)
         except BatchNotVisibleError as e:
@@ -180,7 +180,7 @@ class _Fetch:
         return found
 
     def read_blocks(self, batch_id: str, reconciler: Reconciler, expected: int, on_bytes: Callable[[int], None]) -> Iterator[ResultBlock]:
-        """:meth:`BatchKit.read_blocks` of a batch that :meth:`look` has shown. Its results may answer 404 for a while all the same."""
+        """:meth:`BatchKit.read_blocks` of a batch that :meth:`look` has shown. Its results may still answer 404 for a while."""
         try:
             yield from self._kit.read_blocks(batch_id, reconciler, expected, on_bytes)
         except BatchNotVisibleError as e:
@@ -189,7 +189,7 @@ class _Fetch:
         self._unseen.pop(f"the results of {batch_id}", None)
 
     def _unseen_for_now(self, error: BatchNotVisibleError, what: str, since: datetime) -> BatchNotVisibleError:
-        """``error`` with the wait for another look, as long as it is worth one without a retry of the task."""
+        """``error`` with a ``wait`` for another look, as long as the task need not be retried for it."""
         now, absence = self._ledger.now(), timedelta(seconds=self._times.absence_s)
         if now - since <= absence:
             pause = min(
@@ -202,7 +202,7 @@ class _Fetch:
         return error
 
     def _not_visible(self, batch_id: str, error: BatchNotVisibleError) -> BatchUnavailableError:
-        """A 404: to be waited for, unless that has gone on for too long while other batches of the connection are visible."""
+        """The error for a 404. It asks to wait, unless the 404s have lasted too long while other batches of the connection are visible."""
         import anthropic
 
         record = self._records[batch_id]

@@ -1,9 +1,9 @@
-"""Priming the prompt cache: the first request of a job goes out alone, and the rest when it has ended and its system prompt is cached.
+"""Priming the prompt cache: the first request of a job is sent alone, and the rest once it has ended and its system prompt is cached.
 
 The requests of a batch run at the same time, so a batch whose prompt is not cached yet mostly writes the cache for each request, at more
-than the plain price, and reads nothing. A single request before it writes once for all.
+than the plain price, and reads nothing. A single request before it writes the cache once for all of them.
 
-Nothing is kept beside the ledger: a job whose only batch has one request is a job whose primer is under way, on whatever attempt.
+The ledger is the only state: while the only batch of a job has one request, the job's primer is under way, on any attempt.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Priming:
-    """How a job is primed. Priming never stops a job: whatever becomes of the primer, the rest is sent in the end."""
+    """How a job is primed. Priming never stops a job: however the primer ends, the rest is sent afterwards."""
 
     #: how long the API keeps what the primer writes to the cache, in seconds
     ttl_s: float
     #: how long the rest waits for the primer, in seconds from its submit
     timeout_s: float
-    #: the waiting is over: say what became of the primer and send the rest
+    #: whether the wait is over: then the primer's result is logged and the rest is sent
     over: bool = False
 
     def wait(self, kit: BatchKit, batches: Sequence[BatchRecord]) -> WaitFor | None:
-        """What the job's next shard must wait for; None when it may go out, with a line in the log where that is worth less.
+        """The wait before the job's next shard; None when it may be sent. A warning is logged when the cache then saves less.
 
-        :param batches: the job's, by shard
+        :param batches: the job's batches, by shard
         """
         live = [b for b in batches if b.state in (BatchState.SUBMITTED, BatchState.PREPARED, BatchState.LANDED)]
         if len(live) != 1 or live[0].requests != 1:
@@ -44,7 +44,7 @@ class Priming:
         assert primer.batch_id is not None
         state = PollState([primer.batch_id], interval=0.0)
         kit.look(state)
-        # None when looking failed
+        # ``found`` is None when looking failed
         found, now = state.seen.get(primer.batch_id), datetime.now(UTC)
         if found is None or found.processing_status != ENDED:
             until = primer.intended_at + timedelta(seconds=self.timeout_s)

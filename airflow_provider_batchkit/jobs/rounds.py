@@ -8,22 +8,22 @@ from typing import Any
 
 from airflow_provider_batchkit.exceptions import BatchInputError
 
-#: what ``Round.ask`` takes beside the API's error types. A row whose result line is missing is not asked again: its answer may be there
-#: and billed, and is read again for nothing when the task is cleared
+#: Outcomes that ``Round.ask`` accepts beside the API's error types. A row whose result line is missing is not asked again: its answer may
+#: exist and be billed, and a cleared task reads it again at no cost.
 OUTCOMES = ("truncated", "paused", "refused", "invalid_output", "errored", "expired", "canceled")
 
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """One asking of a job's rows.
+    """One round of asking a job's rows.
 
     :param ask: outcomes of the rows that a later round asks again: ``"truncated"``, ``"paused"``, ``"refused"``, ``"invalid_output"``,
-        ``"errored"``, ``"expired"``, ``"canceled"``, or an error type of the API such as ``"overloaded_error"``. None in a later round
-        asks what failed for a passing reason; the first round asks every row and takes none
-    :param model: in place of the task's
-    :param max_tokens: in place of the task's
-    :param params: further Messages API parameters, over the task's
-    :raises BatchInputError: for an outcome that does not exist, or that another asking would pay for a second time
+        ``"errored"``, ``"expired"``, ``"canceled"``, or an error type of the API such as ``"overloaded_error"``. With None a later round
+        asks the rows that failed for a passing reason; the first round asks every row and must have None
+    :param model: model id in place of the task's
+    :param max_tokens: bound on an answer's length in tokens, in place of the task's
+    :param params: further Messages API parameters, which override the task's
+    :raises BatchInputError: for an outcome that does not exist, or whose rows another round would pay for a second time
     """
 
     ask: Collection[str] | None = None
@@ -48,7 +48,7 @@ class Round:
 
     @property
     def overrides(self) -> dict[str, Any]:
-        """The parameters of the Messages API that it changes."""
+        """The parameters of the Messages API that the round changes."""
         given = {"model": self.model, "max_tokens": self.max_tokens}
         return {**self.params, **{name: value for name, value in given.items() if value is not None}}
 
@@ -56,8 +56,8 @@ class Round:
 def parse_rounds(rounds: Sequence[Round] | None, max_rounds: int, *, retry_invalid_output: bool) -> tuple[Round, ...]:
     """The rounds of a job; ``max_rounds`` is the short form of rounds that ask again what failed for a passing reason.
 
-    :param retry_invalid_output: only without ``rounds``
-    :raises BatchInputError: for rounds that cannot be
+    :param retry_invalid_output: also ask answers again that do not fit the schema; allowed only without ``rounds``
+    :raises BatchInputError: for rounds that are not valid
     """
     if rounds is None:
         if type(max_rounds) is not int or max_rounds < 1:

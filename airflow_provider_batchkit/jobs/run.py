@@ -1,7 +1,7 @@
 """A resumable step of a job in rounds: each round is asked when every batch of the rounds before it has landed.
 
-A step goes on from where the ledger says that the job is, whichever attempt has brought it there, until it has to wait or nothing is left
-to ask. A cap, an account that answers nothing, or results that lack lines stop the asking; what has landed is the result all the same.
+A step continues from the job's state in the ledger, whichever attempt has written it, until it has to wait or nothing is left to ask. A
+cap, an account that answers nothing, or results that lack lines end the rounds; what has landed is still the result.
 """
 
 from __future__ import annotations
@@ -37,20 +37,20 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class RunResult:
-    """What became of a job in the end."""
+    """The result of a job."""
 
     outcome: Outcome
-    #: why no further round was asked; None where none was left to ask
+    #: why no further round was asked; None when no round was left to ask
     stopped: str | None
-    #: batches that are gone, with rows that no later round has asked
+    #: batches that are gone and have rows that no later round has asked
     gone: list[BatchRecord]
     #: the first round's report, when it found nothing to ask
     empty: SubmitReport | None
 
     def check(self, landing: Landing) -> None:
         """
-        :raises BatchGoneError: rows have no answer since their batch is gone
-        :raises ReplaceRefusedError: no row has an answer that could replace the table's rows
+        :raises BatchGoneError: when rows have no answer because their batch is gone
+        :raises ReplaceRefusedError: when no row has an answer that could replace the table's rows
         """
         if self.gone:
             vanished = any((b.note or "").startswith(VANISHED) for b in self.gone)
@@ -78,7 +78,7 @@ class RunStep:
     landing: Landing
     #: seconds between looks at running batches
     poke_interval: float
-    #: seconds that a round's batches are waited for
+    #: seconds of waiting for a round's batches
     timeout: float
     _stopped: str | None = None
     _empty: SubmitReport | None = None
@@ -88,7 +88,7 @@ class RunStep:
     def advance(self, *, land_again: bool) -> Done[RunResult] | WaitFor:
         """Go on until the job waits or is done.
 
-        :param land_again: begin with what has landed: the table may be another one now, or empty, and a batch that was gone may be back
+        :param land_again: begin with landed and gone batches: the table may be another one or empty now, and a gone batch may be back
         """
         self._landed_before = {b.shard for b in self._batches(BatchState.LANDED)}
         wait = self._land_again() if land_again else None
@@ -108,7 +108,7 @@ class RunStep:
         return [b for b in self.attempt.ledger.batches(self.attempt.job_id) if b.state in states]
 
     def _next_round(self) -> int | None:
-        """The round that is to be begun now, or that an earlier attempt has not sent whole; None when there is none."""
+        """The number of the round to begin now, or of one that an earlier attempt has not sent whole; None when there is none."""
         if self._stopped is not None:
             return None
         ledger, job_id = self.attempt.ledger, self.attempt.job_id
@@ -127,16 +127,16 @@ class RunStep:
             return begun + 1
         number = next((number for number in left if ledger.count_failed(job_id, self.asking.wanted(number))), None)
         if number is None and ledger.count_failed(job_id, self.asking.wanted(len(self.asking.rounds) + 1)):
-            # A round that the account has stopped does not count. Its rows are asked beyond the last of the rounds: one that is left would
-            # ask other outcomes, in another way.
+            # A round that the account has stopped does not count. Its rows are asked in a round beyond the last one, because a remaining
+            # round would ask other outcomes in another way.
             return max(begun, len(self.asking.rounds)) + 1
         return number
 
     def _problem(self, batches: Sequence[BatchRecord], *, more: bool) -> str | None:
-        """Why this attempt must not ask another round; ``more`` says that one is left."""
+        """Why this attempt must not ask another round; None when it may. ``more`` says whether a round is left."""
         # a UUIDv7 begins with its milliseconds
         began = datetime.fromtimestamp((uuid.UUID(self.attempt.attempt_id).int >> 80) / 1000, UTC)
-        # a failure that was there when the attempt began is what somebody has mended since
+        # a failure from before the attempt began does not count: the cause may have been fixed since
         fresh = [b.shard for b in batches if b.shard not in self._landed_before or (b.ended_at is not None and b.ended_at >= began)]
         words = self.attempt.ledger.stopped_by_account(self.attempt.job_id, fresh, self.asking.which.failures)
         if words is not None:
@@ -150,7 +150,7 @@ class RunStep:
         return None
 
     def _ask(self, round_number: int) -> WaitFor | None:
-        """A later round that the caps have no room for ends the asking, not the task: what landed is paid for."""
+        """Ask a round. When the caps have no room for a later round, no more is asked and the task goes on: what landed is paid for."""
         try:
             asked = ask(self.attempt, self.asking, self.landing.listener, round_number)
         except CostLimitError as e:
@@ -170,7 +170,7 @@ class RunStep:
         return None
 
     def _ended(self, running: Sequence[BatchRecord]) -> Sequence[BatchRecord] | WaitFor:
-        """All of the batches when they have ended, or those that are not visible, which the landing waits for; else the wait for all."""
+        """All of the batches when they have ended, or those that are not visible, for which the landing waits; else a wait for all."""
         hidden, open_ids = [], []
         for record in running:
             state = PollState([str(record.batch_id)], interval=self.poke_interval)
@@ -202,24 +202,24 @@ class RunStep:
         if disposition is WriteDisposition.REPLACE and any(
             b.batch_id not in ids for b in self.attempt.ledger.answered_batches(self.attempt.job_id)
         ):
-            # the job's first answers have replaced the old rows, and the later ones come beside them
+            # the job's first answers have replaced the old rows, and later answers are added to them
             disposition = WriteDisposition.MERGE
         try:
             landed = self.landing.land(ids, disposition)
         except ReplaceRefusedError as e:
             if e.torn:
                 raise
-            # nothing was answered: the outcomes are noted, the old rows stay, and a further round may have answers to put in their place
+            # no row was answered: the outcomes are noted, the old rows stay, and a further round may have answers that replace them
             log.warning("%s", e)
             landed = self.landing.land(ids, WriteDisposition.MERGE)
         except BatchGoneError as e:
             if self.landing.disposition is WriteDisposition.REPLACE and not self.asking.retry_gone:
                 raise
-            # said again at the end, unless a further round asks its rows
+            # the error is raised at the end, unless a further round asks these rows
             log.warning("%s", e)
             return None
         except BatchNotEndedError:
-            # it was not visible a moment ago, and runs
+            # a batch that was not visible a moment ago is running
             return None
         return landed if isinstance(landed, WaitFor) else None
 

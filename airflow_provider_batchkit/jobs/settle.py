@@ -1,4 +1,4 @@
-"""What became of a shard whose POST nobody saw end: proved to have been accepted, or proved never to have been.
+"""Settling a shard in doubt, whose POST ended unseen: it is proved to have been accepted, or proved never to have been.
 
 The API has no idempotency key, so the shard's batch is looked for among those of the workspace: of the same size, created when it may
 have been, and proved by no row of the ledger to be its own.
@@ -36,28 +36,28 @@ from airflow_provider_batchkit.model import BatchSnapshot
 
 log = logging.getLogger(__name__)
 
-#: a worker slot is held for no longer than this, in seconds; what takes longer is waited for without one
+#: seconds for which a wait may hold a worker slot; longer waits go on without one
 PATIENCE_S = 60.0
-#: the first looks follow each other at this distance, later ones at growing distances
+#: seconds between the first looks; later looks are further apart
 _FIRST_PAUSE_S = 5.0
-#: Results are read in pieces of this size, until so many lines are whole.
+#: Results are read in pieces of _PROOF_BYTES until _PROOF_LINES lines are whole.
 _PROOF_BYTES, _PROOF_LINES = 1 << 10, 5
-#: A series of looks that may prove a shard void has at least so many, at no greater distances.
+#: A series of looks proves a shard void only with at least so many looks, no further apart than planned.
 _LOOKS_AT_LEAST = 3
 #: A look that comes later than planned by more than this begins another series.
 _LOOK_OVERDUE = timedelta(minutes=2)
-#: the API ends or expires every batch within 24 hours of its creation (its documentation); an hour more for its queues
+#: the API ends or expires every batch within 24 hours of its creation (API documentation); one more hour allows for its queues
 _LIFE = timedelta(hours=25)
 
 
 @dataclass(frozen=True, slots=True)
 class SettleTimes:
-    """How long things may take, in seconds.
+    """The times of settling, in seconds.
 
-    ``settle_s`` is more than the POST's total time, late acceptance and slow visibility together.
+    ``settle_s`` must exceed the sum of the POST's total time, late acceptance and slow visibility.
     """
 
-    #: from the beginning of the doubt; only a look that begins later can prove that a shard was never accepted. The default is unproved
+    #: seconds from the beginning of a doubt; only a later look can prove that a shard was never accepted. The default is unproved
     settle_s: float = 900.0
     #: how long a batch that was visible may be missing from the list
     absence_s: float = ABSENCE_S
@@ -66,12 +66,12 @@ class SettleTimes:
 
     @property
     def post_s(self) -> float:
-        """The total time of a POST, from its last look at the lease until its sender gives it up."""
+        """The total time of a POST, from its last check of the lease until its sender gives it up."""
         return self.settle_s / 2
 
     @property
     def window_s(self) -> float:
-        """From the doubt until the last moment at which the batch may have been created: the POST's total time, and late acceptance."""
+        """Seconds after the doubt in which the batch may still be created: the POST's total time plus late acceptance."""
         return self.post_s + self.settle_s / 6
 
 
@@ -93,8 +93,8 @@ class Settler:
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         """
-        :param lease: of the attempt that settles; without one a row can be proved to have been accepted, never to be void
-        :param since: when the attempt began; what cannot be read is read again for so long from then on
+        :param lease: the lease of the settling attempt; without one a row can be proved to have been accepted, but not to be void
+        :param since: when the attempt began; results that cannot be read are read again for a limited time from then on
         :param waited_for: candidates that an earlier leg of the task has waited for
         """
         self._kit = kit
@@ -104,16 +104,16 @@ class Settler:
         self._since = since
         self._sleep = sleep
         self._waited_for = set(waited_for)
-        #: (job, shard, candidate): it proved to be another row's, which may be another row of this job, or nobody can read it any more
+        #: (job, shard, candidate) where the candidate is another row's, perhaps one of this job, or can no longer be read
         self._ruled_out: set[tuple[str, int, str]] = set()
 
     def settle(self, job_id: str) -> WaitFor | None:
-        """Move every ``sending`` row of the job to ``submitted`` or ``void``; gives what must be waited for before that is possible.
+        """Move every ``sending`` row of the job to ``submitted`` or ``void``; returns the wait that is needed before that is possible.
 
-        Sleeps only when all will be decided within a minute and no candidate runs.
+        It sleeps only when all will be decided within a minute and no candidate runs.
 
-        :raises SubmitUncertainError: what a retry, or a person, must decide
-        :raises LeaseLostError: another attempt of the job has begun
+        :raises SubmitUncertainError: when a retry, or a person, must decide
+        :raises LeaseLostError: when another attempt of the job has begun
         """
         in_doubt, slept = self._in_doubt(job_id), 0.0
         for record in in_doubt:
@@ -183,7 +183,7 @@ class Settler:
 
     @staticmethod
     def _name_strays(record: BatchRecord, proved: Iterable[BatchSnapshot], possible: Iterable[BatchSnapshot]) -> None:
-        """Say which batches the same POST has made, too: something on the way to the API, as a gateway, has repeated it."""
+        """Log further batches that the same POST has made, because something on the way to the API, such as a gateway, has repeated it."""
         for stray in proved:
             log.error(
                 "%s answers the same %s requests as %s: the POST was repeated on the way to the API, which makes a batch each time. Both "
@@ -199,8 +199,8 @@ class Settler:
             )  # fmt: skip
 
     def _candidates(self, record: BatchRecord, listed: Sequence[BatchSnapshot], clock: ApiClock) -> Iterator[BatchSnapshot]:
-        """Batches that may be the record's: of its size, created when it may have been, and nobody's yet. A size that the API does not
-        tell rules none out.
+        """Batches that may be the record's: they have its size, were created in its time, and belong to no row yet. A batch whose size the
+        API does not show is not ruled out.
         """
         assert record.doubt_at is not None
         skew = timedelta(seconds=self._times.skew_s)
@@ -218,9 +218,9 @@ class Settler:
             yield candidate
 
     def _proves(self, record: BatchRecord, candidate: BatchSnapshot) -> bool | None:
-        """Whether the first line of an ended batch's results is of the record's shard; None when it cannot be read now.
+        """Whether the first result lines of an ended batch belong to the record's shard; None when they cannot be read now.
 
-        A few more lines are read before a batch is ruled out, since a stray line may stand before those that were asked.
+        Several lines are read before a batch is ruled out, since a stray line may come before the lines of the shard.
         """
         import anthropic
 
@@ -239,7 +239,7 @@ class Settler:
         return False
 
     def _nothing_seen(self, record: BatchRecord, listed: Sequence[BatchSnapshot], began: datetime) -> WaitFor | None:
-        """No candidate: the first of a series of such looks after the deadline, a further one, or the proof."""
+        """Handle a look without a candidate: it begins a series of such looks after the deadline, continues one, or completes the proof."""
         assert record.doubt_at is not None
         deadline, absence = record.doubt_at + timedelta(seconds=self._times.settle_s), timedelta(seconds=self._times.absence_s)
         since = unseen_since(record, began, absence)
@@ -276,7 +276,7 @@ class Settler:
             log.warning("No batch of %s exists: it was never accepted and nothing was billed. Its rows are sent anew", record)
 
     def _require_witness(self, record: BatchRecord, listed: Sequence[BatchSnapshot]) -> None:
-        """A key of another workspace sees none of our batches: with it, "not found" proves nothing.
+        """Require a visible batch of ours. A key of another workspace sees none of our batches, so its "not found" proves nothing.
 
         :raises SubmitUncertainError: when no batch that this connection submitted before is visible
         """
@@ -296,9 +296,9 @@ class Settler:
         )
 
     def _until_readable(self, record: BatchRecord, candidate: BatchSnapshot, began: datetime) -> WaitFor:
-        """An ended candidate whose results cannot be read now is looked at again, at growing intervals.
+        """The wait for another look at an ended candidate whose results cannot be read now. The intervals grow.
 
-        :raises SubmitUncertainError: when that has gone on for too long
+        :raises SubmitUncertainError: when the results could not be read for too long
         """
         assert record.doubt_at is not None
         since = max(record.doubt_at, candidate.ended_at or candidate.created_at, self._since or record.doubt_at)
@@ -314,7 +314,7 @@ class Settler:
         return WaitFor((), began + timedelta(seconds=pause), latest, why)
 
     def first_custom_ids(self, batch_id: str) -> list[str]:
-        """The ``custom_id`` of the first readable result lines. Reads little more than these."""
+        """The ``custom_id`` values of the first readable result lines. It reads little more than these lines."""
         chunks = self._kit.stream_results(batch_id, chunk_bytes=_PROOF_BYTES)
         try:
             blocks = (block.custom_ids for block, _ in parse_blocks(chunks, block_bytes=1))
@@ -324,9 +324,9 @@ class Settler:
 
 
 def unseen_since(record: BatchRecord, now: datetime, absence: timedelta) -> datetime | None:
-    """The first of the row's series of looks that showed nothing, when the series goes on.
+    """The time of the first look in the row's unbroken series of looks that showed nothing; None when a new series must begin.
 
-    When nobody has looked for longer than was planned, the batch may have shown meanwhile, and another series begins.
+    After a longer pause than planned a new series begins, since the batch may have been visible in between.
     """
     last = record.unseen_at
     return record.unseen_since if last is not None and now - last <= absence + _LOOK_OVERDUE else None
@@ -335,8 +335,8 @@ def unseen_since(record: BatchRecord, now: datetime, absence: timedelta) -> date
 def any_visible(kit: BatchKit, batch_ids: Iterable[str]) -> bool:
     """Whether the connection sees one of these batches at least: False when every one answers 404.
 
-    :raises BatchUnavailableError: when none was seen, and one could not be looked at: a refused key says nothing about the workspace
-    :raises anthropic.APIError: likewise
+    :raises BatchUnavailableError: when none was seen and one could not be looked at: a refused key proves nothing about the workspace
+    :raises anthropic.APIError: in the same case, for other errors of the API
     """
     import anthropic
 
@@ -361,8 +361,8 @@ def _pair(record: BatchRecord, candidate: BatchSnapshot) -> tuple[str, int, str]
 
 def _until_ended(record: BatchRecord, running: Sequence[BatchSnapshot], began: datetime, behind: timedelta) -> WaitFor:
     """
-    :param behind: how far the API's clock, by which a batch expires, is behind the ledger's
-    :raises SubmitUncertainError: when a candidate runs on although the API should have ended it
+    :param behind: how far the API's clock, by which a batch expires, is behind the ledger's clock
+    :raises SubmitUncertainError: when a candidate still runs although the API should have ended it
     """
     names = " or ".join(candidate.batch_id for candidate in running)
     latest = max((candidate.expires_at or candidate.created_at + _LIFE) for candidate in running) + timedelta(hours=1) + behind
@@ -381,7 +381,7 @@ def _until_ended(record: BatchRecord, running: Sequence[BatchSnapshot], began: d
 
 @contextmanager
 def _uncertain(records: Sequence[BatchRecord]) -> Iterator[None]:
-    """Looking failed: nothing is decided, and a retry looks again.
+    """Turn an API error of a look into one that says that nothing is decided and that a retry looks again.
 
     :raises SubmitUncertainError: in place of the API's error
     """

@@ -1,10 +1,10 @@
 """Journaled jobs. A submit: source items → requests → shards → ledger → API, in the order of writes that never pays twice.
 
-1. the job's lease is taken; whatever an earlier attempt left as ``sending`` is settled;
+1. the job's lease is taken, and rows that an earlier attempt left as ``sending`` are settled;
 2. the source is read to its end, rendered, checked and written to disk, so bad input costs nothing;
 3. for each shard: its requests and its batch row are committed as ``sending``, then the POST, then the batch id.
 
-An attempt after another skips every row that the ledger has in flight or landed: a row is known by its key.
+A later attempt skips every row that the ledger has in flight or landed; the ledger knows a row by its key.
 """
 
 from __future__ import annotations
@@ -46,25 +46,25 @@ from airflow_provider_batchkit.request.shards import Shard, ShardWriter, remove_
 
 log = logging.getLogger(__name__)
 
-#: POSTs of one shard, in one attempt, whose end nobody saw and that proved never to have been accepted
+#: so many void shards of one attempt end it: their POSTs ended unseen and proved never to have been accepted
 _DOUBTS = 5
-#: an attempt waits no longer than this for an API that goes on saying "not now"
+#: an attempt waits no longer than this for an API that keeps refusing with "not now"
 _THROTTLED_AT_MOST = timedelta(hours=24)
 
 
 @dataclass(slots=True)
 class SubmitReport(RowCounts):
-    """What one attempt of a submit did, and all batches of its job."""
+    """The result of one attempt of a submit, and all batches of its job."""
 
-    #: of the whole job, in the order of its shards
+    #: ids of all batches of the job, in the order of its shards
     batch_ids: list[str] = field(default_factory=list)
     #: requests sent by this attempt
     asked: int = 0
     #: batches that a rehearsal would create
     batches: int = 0
-    #: of what this attempt sends; None when it has nothing to send
+    #: the estimated cost of what this attempt sends; None when it has nothing to send
     estimate: Estimate | None = None
-    #: what the rest of the job waits for: submit again then
+    #: what the rest of the job waits for; submit again when the wait is over
     waits_for: WaitFor | None = None
 
     def __str__(self) -> str:
@@ -77,7 +77,7 @@ class SubmitReport(RowCounts):
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """One attempt of a job's task. It may come in several legs: between them it waits."""
+    """One attempt of a job's task. It may consist of several legs with waits between them."""
 
     kit: BatchKit
     ledger: Ledger
@@ -88,9 +88,9 @@ class Attempt:
     since: datetime
     #: the Airflow connection of the API
     anthropic_conn_id: str = "anthropic_default"
-    #: candidates that the leg before waited for
+    #: candidates that the previous leg waited for
     waited_for: Sequence[str] = ()
-    #: whether the task was killed and is to send nothing more
+    #: returns whether the task was killed and must send nothing more
     stopped: Callable[[], bool] = lambda: False
 
     @property
@@ -98,32 +98,32 @@ class Attempt:
         return self.job.job_id
 
     def batch_ids(self) -> list[str]:
-        """Ids of the job's batches, by shard: those that run, have landed, or are gone, so that a fetch does not miss them in silence."""
+        """Ids of the job's batches that run, have landed or are gone, by shard. Gone ones are included, so that a fetch reports them."""
         return [b.batch_id for b in self.ledger.batches(self.job_id) if b.batch_id]
 
 
 @dataclass(frozen=True, slots=True)
 class SubmitOptions:
-    """How a job asks."""
+    """The options of a submit."""
 
     max_requests: int = MAX_REQUESTS_PER_BATCH
-    #: bytes of a batch's body
+    #: most bytes in the body of one batch
     max_bytes: int = MAX_BYTES_PER_BATCH
-    #: leave rows out whose request has succeeded in another run of the task and landed in the same table
+    #: whether to leave out rows whose request has succeeded in another run of the task and landed in the same table
     skip_unchanged: bool = False
-    #: the task's result table, where it knows it
+    #: the task's result table; None where the task does not know it
     table: str | None = None
     #: how long a shard that an earlier attempt may have sent is looked for before it counts as never accepted
     times: SettleTimes = DEFAULT_TIMES
-    #: what the job may cost
+    #: the caps on the job's cost
     limits: Limits = NO_LIMITS
-    #: send the job's first request alone; the rest is not sent before it has ended
+    #: how to prime the cache with the job's first request; None sends all requests at once
     priming: Priming | None = None
-    #: from 1; what the rounds before it asked may be asked again in it
+    #: the number of the round, from 1; it may ask rows again that earlier rounds have asked
     round_number: int = 1
     #: the text of the :class:`~airflow_provider_batchkit.schema.OutputSchema` that the requests ask for
     output_schema: str | None = None
-    #: the database of the result table, where it is known and not the ledger's
+    #: the database of the result table; None where it is the ledger's or not known
     results: Warehouse | None = None
 
     def table_in(self, ledger: Ledger) -> str | None:
@@ -144,16 +144,16 @@ def submit_job(
     only: Iterable[str] | None = None,
     before_send: Callable[[], None] = lambda: None,
 ) -> SubmitReport:
-    """Submit whatever of ``requests`` the job has not in flight or landed.
+    """Submit those of ``requests`` that the job does not have in flight or landed.
 
     :param requests: built with the job's id; consumed once, to its end, before anything is sent
     :param only: keys of the rows to ask; None for all
-    :param before_send: called once the source has been read and found good, before the first POST
-    :raises RequestError: bad input, a key that comes twice, what the API would refuse; nothing was sent by this attempt
-    :raises CostLimitError: it may cost more than the limits allow; nothing was sent by this attempt
-    :raises SubmitRefusedError: the API refused a shard; ``submitted`` lists the job's batches that run
-    :raises SubmitUncertainError: it cannot be decided whether a shard was accepted; a retry, or a person, does it
-    :raises LeaseLostError: a newer attempt has begun
+    :param before_send: called once the source has been read and checked, before the first POST
+    :raises RequestError: for bad input, a key that comes twice, or a request that the API would refuse; this attempt has sent nothing
+    :raises CostLimitError: when the job may cost more than the limits allow; this attempt has sent nothing
+    :raises SubmitRefusedError: when the API refused a shard; ``submitted`` lists the job's running batches
+    :raises SubmitUncertainError: when it cannot be decided whether a shard was accepted; a retry, or a person, decides it
+    :raises LeaseLostError: when a younger attempt has begun
     """
     ledger, job = attempt.ledger, attempt.job
     ledger.ensure()
@@ -192,9 +192,9 @@ def submit_job(
 def rehearse_job(
     attempt: Attempt, requests: Iterable[RequestBlock], options: SubmitOptions, *, only: Iterable[str] | None = None
 ) -> SubmitReport:
-    """What :func:`submit_job` would send, with its estimate. Sends nothing but the token counts of a sample, and journals nothing.
+    """What :func:`submit_job` would send, with its estimate. It calls the API only to count the tokens of a sample, and journals nothing.
 
-    :raises RequestError: bad input, as a submit raises it
+    :raises RequestError: for bad input, as a submit does
     """
     ledger, job = attempt.ledger, attempt.job
     with scratch_folder() as folder:
@@ -214,7 +214,7 @@ def rehearse_job(
 def _write_new(
     attempt: Attempt, requests: Iterable[RequestBlock], options: SubmitOptions, folder: str, only: Iterable[str] | None
 ) -> tuple[ShardWriter, SubmitReport]:
-    """Write what the job has not asked yet into shards."""
+    """Write the requests that the job has not asked yet into shards."""
     ledger, job = attempt.ledger, attempt.job
     exists = ledger.exists()
     writer = ShardWriter(
@@ -243,9 +243,9 @@ class _Sender:
         self._settler = Settler(attempt.kit, attempt.ledger, options.times, lease=lease, since=attempt.since, waited_for=attempt.waited_for)
 
     def settle(self) -> WaitFor | None:
-        """Settle what is in doubt; gives what must be waited for before that is possible.
+        """Settle the rows in doubt; returns the wait that is needed before that is possible.
 
-        :raises SubmitUncertainError: also after several POSTs of this attempt that came to nothing
+        :raises SubmitUncertainError: when it cannot be decided, or several POSTs of this attempt proved never to have been accepted
         """
         wait = self._settler.settle(self._job_id)
         void = self._ledger.count_void(self._job_id, self._attempt.since)
@@ -259,9 +259,9 @@ class _Sender:
         return wait
 
     def send_all(self, shards: Iterable[Shard], spending: Spending, report: SubmitReport) -> WaitFor | None:
-        """Send one shard after another, and count in the report what was asked.
+        """Send one shard after another, and count in the report the requests that were sent.
 
-        :returns: what must be waited for before the rest of the job can go on
+        :returns: the wait that is needed before the rest of the job can go on
         """
         priming, wait = self._options.priming, None
         for shard in shards:
@@ -276,13 +276,13 @@ class _Sender:
     def send(self, shard: Shard, spending: Spending) -> WaitFor | None:
         """Send a shard until the API has it: in two halves after a 413, and again after a POST that proved never to have been accepted.
 
-        :returns: what must be waited for before the rest of the job can go on
+        :returns: the wait that is needed before the rest of the job can go on
         """
         waiting = deque([shard])
         while waiting:
             if self._attempt.stopped():
                 raise LeaseLostError("The task was killed and cancel_on_kill is set: nothing more is sent.")
-            # shards that failed keep their numbers in the ledger
+            # a failed shard keeps its number in the ledger, so each sending gets a new number
             piece = replace(waiting.popleft(), number=self._ledger.next_shard(self._job_id))
             self._intend(piece, spending)
             log.info("Sending shard %d: %s requests, %s bytes", piece.number, f"{piece.requests:,}", f"{piece.bytes:,}")
@@ -317,13 +317,13 @@ class _Sender:
         try:
             return self._kit.send(piece, fence=fence, post_s=self._options.times.post_s, throttle_wait_s=PATIENCE_S)
         except LeaseLostError as e:
-            # its body was not completed, and such a body is never accepted
+            # the body was not sent completely, and the API never accepts such a body
             with suppress(LedgerError):
                 self._ledger.rejected(self._job_id, piece.number, str(e))
             raise
 
     def _halves(self, piece: Shard, error: SubmitRefusedError) -> list[Shard]:
-        """What to send in place of a shard that the API refused."""
+        """The two halves to send in place of a shard that the API refused."""
         self._ledger.rejected(self._job_id, piece.number, str(error))
         if error.status != 413 or piece.requests == 1:
             error.submitted = self._attempt.batch_ids()
@@ -341,7 +341,7 @@ class _Sender:
             )
             raise
         if self._attempt.stopped():
-            # the kill handler could not know its id
+            # the kill handler could not cancel this batch, because it did not know the id
             self._kit.cancel_all([found.batch_id])
         remove_shard_files(piece)
         log.info("Submitted %s with %s requests, %s bytes", found.batch_id, f"{piece.requests:,}", f"{piece.bytes:,}")
@@ -352,7 +352,7 @@ class _Sender:
         return self.settle()
 
     def _pause(self, piece: Shard, error: SubmitThrottledError) -> WaitFor:
-        """Wait without a worker slot for an API that says "not now"."""
+        """The wait, without a worker slot, for an API that refuses with "not now"."""
         self._ledger.rejected(self._job_id, piece.number, str(error))
         now = datetime.now(UTC)
         latest = self._attempt.since + _THROTTLED_AT_MOST
@@ -368,9 +368,9 @@ def failed_keys_of(
 ) -> Iterator[str]:
     """Keys of the rows that failed in these batches in a way that is worth asking again.
 
-    :param dag_id: of the asking task, with ``run_id``: an older version of the ledger may know a batch by another id there
-    :param which: which ways are
-    :param gone: count all rows of batches among them that were deleted or archived before they landed
+    :param dag_id: DAG of the asking task, with ``run_id``: in its run an older version of the ledger may know a batch by another id
+    :param which: the failures that are worth asking again
+    :param gone: include all rows of batches that were deleted or archived before they landed
     :raises BatchInputError: for a batch that has not landed, or that the ledger does not have
     """
     ledger.ensure()

@@ -1,4 +1,4 @@
-"""What a step of a task gives: its result, or what it waits for because nothing more can be done now. No clock, no I/O."""
+"""The two results of a step of a task: it is done, or it must wait because nothing more can be done now. No clock, no I/O."""
 
 from __future__ import annotations
 
@@ -12,39 +12,39 @@ Result_co = TypeVar("Result_co", covariant=True)
 
 @dataclass(frozen=True, slots=True)
 class Done(Generic[Result_co]):
-    """Nothing is left to do."""
+    """The result of a step after which nothing is left to do."""
 
     result: Result_co
 
 
 @dataclass(frozen=True, slots=True)
 class WaitFor:
-    """A task goes on when one of these batches has ended, or at a time, whichever comes first. Times are aware and UTC.
+    """A wait: the task goes on when one of these batches has ended, or at a time, whichever comes first. Times are aware and UTC.
 
-    A wait for a ``round`` is one for the end of all its batches.
+    A wait about a ``round`` is over when all its batches have ended.
     """
 
-    #: batches whose end is worth another look; none where only time helps
+    #: batches whose end is worth another look; empty when the wait is for a time only
     batch_ids: tuple[str, ...]
-    #: the next look
+    #: the time of the next look
     until: datetime
-    #: when the wait is over at the latest
+    #: the time when the wait ends at the latest
     latest: datetime
-    #: one sentence for the log
+    #: the reason, as one sentence for the log
     why: str
     about: Literal["doubt", "primer", "throttle", "round", "unseen", "turn"] = "doubt"
-    #: What the API does not show → since when, where the ledger does not keep it. Whoever waits gives it to the next look.
+    #: what the API does not show → since when, where the ledger does not keep it; the waiting task passes it to its next look
     unseen: Mapping[str, datetime] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, object]:
-        """For XCom."""
+        """The wait as plain values for XCom."""
         until = self.latest.isoformat(timespec="seconds")
         unseen = {what: since.isoformat() for what, since in self.unseen.items()}
         return {"batch_ids": list(self.batch_ids), "until": until, "why": self.why, "about": self.about, "unseen": unseen}
 
 
 def together(waits: Iterable[WaitFor]) -> WaitFor | None:
-    """One wait for all: the next look is the earliest of theirs, the latest end the latest."""
+    """All waits as one: its next look is the earliest of theirs, and its latest end is the latest of theirs."""
     found = list(waits)
     if not found:
         return None
