@@ -13,7 +13,7 @@ from airflow_provider_batchkit.model import parse_usd
 
 WINDOWS = ("day", "week", "month", "ever")
 _MAX_NAME = 250
-#: what fits into the ledger's BIGINT of picodollars, with room for a sum
+#: the greatest cap in USD and in tokens: its picodollars fit into the ledger's BIGINT, with room for a sum
 _MAX_USD = Decimal(4_000_000)
 _MAX_TOKENS = 2**62
 #: shares of a cap are kept as whole numbers of hundredths of a percent
@@ -28,7 +28,7 @@ class Budget:
     may be refused although its bill would have fitted, but the sum never exceeds the cap.
     """
 
-    #: tasks that give the same name share the sum; each is held against the cap that it gives itself
+    #: Tasks that give the same name share the sum. Each is held against the cap that it gives itself.
     name: str
     #: USD at batch prices; also as a string, an int, or a float, which is taken as it prints
     usd: Decimal | None = None
@@ -38,16 +38,16 @@ class Budget:
     window: str = "month"
     #: ``fail`` or ``skip`` the task that would exceed it
     on_exceeded: str = "fail"
-    #: shares of the cap, above 0 and up to 1: when what is spent and reserved reaches one, the notifiers are told, once a window. The share
-    #: is that of the cap which is nearer to its limit; 1 also stands for a task that the budget has refused
+    #: Shares of the cap, above 0 and up to 1. When what is spent and reserved reaches a share, the notifiers are called, once a window. The
+    #: share is that of the cap which is nearer to its limit; 1 also stands for a task that the budget has refused.
     alert_at: Sequence[Decimal | float | str] = ()
-    #: Airflow's notifiers (or functions of the task's context), called by the task; the context has ``batchkit``. The ledger knows
-    #: a notifier by its place in the list
+    #: Airflow's notifiers, or functions of the task's context, which has ``batchkit``. The task calls them. The ledger knows a notifier by
+    #: its place in the list.
     notifiers: Sequence[Any] = field(default=(), compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        """:raises BatchInputError: for a budget that is none"""
-        # a DAG file is not type-checked
+        """:raises BatchInputError: when a field is not valid"""
+        # a DAG file is not type-checked, so the values may be of any type
         name: Any = self.name
         tokens: Any = self.tokens
         if not isinstance(name, str) or not 1 <= len(name) <= _MAX_NAME:
@@ -67,7 +67,7 @@ class Budget:
         self._take_alerts()
 
     def _take_alerts(self) -> None:
-        """:raises BatchInputError: for alerts that could not be told"""
+        """:raises BatchInputError: for alerts that could not be sent"""
         alert_at: Any = self.alert_at
         notifiers: Any = self.notifiers
         if isinstance(alert_at, str | Mapping) or not isinstance(alert_at, Sequence):
@@ -114,7 +114,7 @@ def parse_notifiers(notifiers: Any, what: str) -> tuple[Any, ...]:
 
 
 def _share(value: Any, name: str) -> Decimal:
-    """:raises BatchInputError: for what is no share"""
+    """:raises BatchInputError: for a value that is not a share"""
     try:
         # a float is taken as it prints
         share = Decimal("NaN") if isinstance(value, bool) else Decimal(str(value))
@@ -145,7 +145,7 @@ def window_of(window: str, at: datetime) -> tuple[datetime | None, datetime | No
 
 @dataclass(frozen=True, slots=True)
 class BudgetStatus:
-    """A budget's books in one window: what landed batches cost, and what is held for those under way. Caps are those last given."""
+    """A budget's books in one window: what landed batches cost, and what is reserved for batches under way. Caps are those last given."""
 
     name: str
     window: str
@@ -160,17 +160,17 @@ class BudgetStatus:
 
     @property
     def remaining_usd(self) -> Decimal | None:
-        """What a task may still reserve; never below zero."""
+        """USD that a task may still reserve; never below zero."""
         return None if self.cap_usd is None else max(self.cap_usd - self.spent_usd - self.reserved_usd, Decimal(0))
 
     @property
     def remaining_tokens(self) -> int | None:
-        """Likewise in tokens."""
+        """Tokens that a task may still reserve; never below zero."""
         return None if self.cap_tokens is None else max(self.cap_tokens - self.spent_tokens - self.reserved_tokens, 0)
 
     @property
     def share(self) -> Decimal:
-        """What is spent and reserved as a part of the cap; of two caps, of the one that is nearer to its limit."""
+        """What is spent and reserved, as a share of the cap. Of two caps, the one that is nearer to its limit counts."""
         shares = [Decimal(0)]
         if self.cap_usd is not None:
             shares.append((self.spent_usd + self.reserved_usd) / self.cap_usd)

@@ -1,4 +1,4 @@
-"""What the API tells for free before anything is sent: the tokens of a sample, and what each model takes.
+"""What the API says for free before anything is sent: the tokens of a sample, and what each model takes.
 
 A batch accepts params that it then refuses request by request, up to a day later. Here a definite refusal stops a job before its first
 POST. A check that fails for any other reason (429, 5xx, no network, a key or a gateway without that call) changes nothing.
@@ -19,11 +19,11 @@ from airflow_provider_batchkit.request.shards import Sample, Shard
 
 log = logging.getLogger(__name__)
 
-#: requests of a job whose tokens the API counts, and models that are looked up, at most; and calls for both
+#: the most requests of a job whose tokens the API counts, the most models that are looked up, and the most calls for both
 _SAMPLES, _MODELS, _CALLS = 10, 6, 12
-#: prompt tokens of a text when nobody counted: one for this many bytes
+#: bytes of a text for each prompt token, where no tokens were counted
 _BYTES_PER_TOKEN = 4
-#: what the token count takes of a request's params
+#: the members of a request's params that the token count takes
 _COUNTED = ("model", "messages", "system", "tools", "tool_choice", "thinking", "output_config", "cache_control")
 
 
@@ -32,26 +32,26 @@ class FreeCalls(Protocol):
 
     @property
     def sends_betas(self) -> bool:
-        """Whether the API may take more than it tells."""
+        """Whether the API may take more than its information on a model says."""
 
     def count_tokens(self, params: Mapping[str, Any]) -> int:
         """:raises RequestError: when the API refuses the message for good"""
 
     def model_info(self, model: str) -> Mapping[str, Any]:
-        """What the API tells of a model."""
+        """The API's information on a model."""
 
 
 @dataclass(frozen=True, slots=True)
 class Counted:
     """Prompt tokens of a sample of requests."""
 
-    #: per model: tokens of how many bytes
+    #: model → tokens of its sampled requests, and the bytes that these tokens were counted in
     per_model: Mapping[str, tuple[int, int]]
     #: where the figures come from
     source: str
 
     def rate(self, model: str) -> tuple[int, int]:
-        """Tokens of how many bytes of a request to a model."""
+        """The ratio of tokens to bytes for requests to a model, as a pair (tokens, bytes)."""
         known = self.per_model.get(model)
         if known is not None:
             return known
@@ -64,7 +64,7 @@ NOT_COUNTED = Counted({}, f"a token for {_BYTES_PER_TOKEN} bytes")
 
 
 def exposure_of(shards: Sequence[Shard]) -> Exposure:
-    """What shards may cost, all together."""
+    """What all the shards together may cost."""
     total = Exposure()
     for shard in shards:
         total.include(shard.exposure)
@@ -74,14 +74,14 @@ def exposure_of(shards: Sequence[Shard]) -> Exposure:
 def check_shards(api: FreeCalls, shards: Sequence[Shard], samples: Callable[[int], Iterable[Sample]]) -> Counted:
     """Have the API look at a sample of the requests and at their models, in 12 calls at most, and count the sample's tokens.
 
-    :param samples: gives so many of the shards' requests
-    :raises RequestError: for a request or a model that the API would refuse, with its words and the key of a row; nothing was sent
+    :param samples: returns as many of the shards' requests as its argument says
+    :raises RequestError: the API would refuse a request or a model; the error has its words and the key of a row; nothing was sent
     """
     return check(api, exposure_of(shards), samples)
 
 
 def check(api: FreeCalls, exposure: Exposure, samples: Callable[[int], Iterable[Sample]]) -> Counted:
-    """:func:`check_shards` for requests of this exposure."""
+    """The same as :func:`check_shards`, for requests of this exposure."""
     models = sorted(exposure.most_output)[:_MODELS]
     infos: dict[str, Mapping[str, Any]] = {}
     calls = 0
@@ -90,10 +90,10 @@ def check(api: FreeCalls, exposure: Exposure, samples: Callable[[int], Iterable[
         calls += 1
         try:
             infos[model] = info = api.model_info(model)
-        except Exception as e:  # noqa: BLE001 - a check that cannot be made is a line in the log, never a failed task
+        except Exception as e:  # noqa: BLE001 - a failed check is a line in the log, never a failed task
             log.info("The limits of %s could not be looked up (%s: %s); they are not checked.", model, type(e).__name__, e)
             if len(models) > 1:
-                # the sample may have no request to it; with a single model, each has
+                # the sample may have no request to this model; with a single model, every request is to it
                 calls += 1
                 _count(api, [Sample(key, _asking(model))])
             break
@@ -102,7 +102,7 @@ def check(api: FreeCalls, exposure: Exposure, samples: Callable[[int], Iterable[
 
 
 def _check_model(model: str, info: Mapping[str, Any], max_tokens: int, key: str, *, betas: bool) -> None:
-    """Hold the requests to a model against what the API tells of it. What it leaves out, or says in another form, is not checked."""
+    """Check the requests to a model against the API's information on it. What that omits, or says in another form, is not checked."""
     if info.get("lifecycle") == "retired":
         raise RequestError(f"key {key}: the model {model} is retired and answers no more. Give another one. Nothing was sent.")
     if info.get("lifecycle") == "deprecated":
@@ -120,13 +120,13 @@ def _check_model(model: str, info: Mapping[str, Any], max_tokens: int, key: str,
 
 
 def _asking(model: str) -> bytes:
-    """A request to a model, as it is uploaded, that only its name can make bad."""
+    """A request to a model, as it would be uploaded, which the API can refuse only for the model's name."""
     params = {"model": model, "max_tokens": 1, "messages": [{"role": "user", "content": "?"}]}
     return json.dumps({"custom_id": "check", "params": params}).encode()
 
 
 def _check_thinking(params: Mapping[str, Any], info: Mapping[str, Any], key: str, *, betas: bool) -> None:
-    """Hold a request's thinking against what the API tells of its model: a type that is not supported is a 400, says the SDK."""
+    """Check a request's thinking against the API's information on its model. The SDK documents a 400 for a type that is not supported."""
     match params.get("thinking"), info.get("capabilities"):
         case {"type": str(kind)}, {"thinking": {"types": Mapping() as types}}:
             match types.get(kind):

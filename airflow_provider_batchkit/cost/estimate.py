@@ -1,8 +1,8 @@
 """What spooled requests will cost, before any is sent: a figure to expect, and one that the bill cannot exceed.
 
-The bound looks at every request; :mod:`~airflow_provider_batchkit.request.exposure` says what is known of each. A request without
-``inference_geo`` may be US-only by its workspace's default (https://platform.claude.com/docs/en/build-with-claude/data-residency), and is
-bounded at that price.
+The bound covers every request; :mod:`~airflow_provider_batchkit.request.exposure` says what is known of each. A request without
+``inference_geo`` may be US-only by its workspace's default (https://platform.claude.com/docs/en/build-with-claude/data-residency), so it
+is bounded at that price.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def bound_of(exposure: Exposure, book: PriceBook, at: datetime) -> Bound:
         if rates is None:
             return Bound(None, tokens, f"no price is known for {model}")
         factor = Decimal(1) if geo == "global" else rates.us_multiplier
-        # one more each: a bill rounds every request to the quantum
+        # a bill rounds every request to the quantum, so each gets one picodollar more
         pico += group.requests + max(
             group.prompt_bound * prompt + group.max_tokens * answer
             for prompt, answer in (_dearest_pico(tier, cached, factor) for tier in rates.tiers if tier.min_prompt_tokens <= group.largest)
@@ -43,7 +43,7 @@ def bound_of(exposure: Exposure, book: PriceBook, at: datetime) -> Bound:
 
 
 def _dearest_pico(tier: PriceTier, cached: str, factor: Decimal) -> tuple[int, int]:
-    """Whole picodollars a token of prompt and of answer, rounded up, so that sums of any parts agree."""
+    """Whole picodollars for a token of the prompt and of the answer. They are rounded up, so that sums over any parts agree."""
     rates = tier.batch
     prompt = max(rates.input, rates.cache_write_5m, rates.cache_read) if cached else rates.input
     if cached == "1h":
@@ -53,7 +53,7 @@ def _dearest_pico(tier: PriceTier, cached: str, factor: Decimal) -> tuple[int, i
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """What requests will cost as a batch: expected, and at most. USD; ``None`` where it is not known, and ``why_unbounded`` says why."""
+    """What requests will cost as a batch: expected, and at most. USD; ``None`` where it is not known (``why_unbounded`` says why)."""
 
     requests: int
     bytes: int
@@ -93,7 +93,7 @@ class Estimate:
 def estimate_shards(
     shards: Sequence[Shard], counted: Counted, book: PriceBook, at: datetime, *, output_per_request: Decimal | None = None
 ) -> Estimate:
-    """The estimate of shards, all together. See :func:`estimate`."""
+    """The estimate for all the shards together. See :func:`estimate`."""
     return estimate(exposure_of(shards), counted, book, at, output_per_request=output_per_request)
 
 
@@ -101,7 +101,7 @@ def estimate(exposure: Exposure, counted: Counted, book: PriceBook, at: datetime
     """Price an exposure at the prices of ``at``.
 
     :param counted: the prompt tokens of a sample
-    :param output_per_request: what earlier requests of this kind answered, in tokens; else ``max_tokens`` is expected
+    :param output_per_request: tokens that earlier requests of this kind were answered with; without it, ``max_tokens`` is expected
     """
     inputs = outputs = 0
     usd: Decimal | None = Decimal(0)

@@ -12,8 +12,8 @@ Rules that the price data does not hold, with their source, checked 2026-11-23 (
 * US-only inference costs 1.1 times the price of all tokens on Claude Opus 4.6 and later models, on top of the batch and fast mode
   prices; not of web searches (DOCS/about-claude/pricing, "Data residency pricing").
 * There is no fast mode in batches (same page), so the batch price never depends on ``speed``; the standard price does.
-* A web search costs $10 per 1,000 on every model (same page): used where the data has no price for it.
-* A refusal before any output is not billed, although its usage shows tokens; since 2026-09-24 it is billed for the categories of
+* A web search costs $10 per 1,000 on every model (same page). This price is used where the data has none.
+* A refusal before any output is not billed, although its usage shows tokens. Since 2026-09-24 it is billed for the categories of
   ``BILLED_REFUSALS`` (DOCS/test-and-evaluate/strengthen-guardrails/handle-streaming-refusals).
 """
 
@@ -52,11 +52,11 @@ MODELS_BEFORE_US_ONLY = {
 WEB_SEARCH_USD = Decimal("0.01")
 BATCH_FACTOR = Decimal("0.5")
 
-#: Categories of refusals before any output that are billed, and from when on.
+#: Categories of refusals before any output that are billed, and the time from which they are.
 BILLED_REFUSALS = frozenset({"bio", "frontier_llm", "reasoning_extraction"})
 REFUSALS_BILLED_FROM = datetime(2026, 9, 24, tzinfo=UTC)
 
-#: The fields of an override: USD per million tokens, named after the fields of ``TokenRates``; USD per 1,000; a share of the price.
+#: The fields of an override: USD per million tokens, named after ``TokenRates``; USD per 1,000 searches; and a share of the price.
 OVERRIDE_TOKEN_FIELDS = {f"{name}_usd_per_mtok": name for name in ("input", "output", "cache_write_5m", "cache_write_1h", "cache_read")}
 OVERRIDE_FIELDS = (*OVERRIDE_TOKEN_FIELDS, "web_search_usd_per_1k", "batch_discount")
 
@@ -82,7 +82,7 @@ class TokenRates:
         return TokenRates(*(rate * factor for rate in astuple(self)))
 
 
-#: The proportions of a model that nobody published a price for: Anthropic's usual multipliers for cache writes and reads.
+#: The proportions of a model without a published price: Anthropic's usual multipliers for cache writes and reads.
 _USUAL_PROPORTIONS = TokenRates(Decimal(1), Decimal(1), Decimal("1.25"), Decimal(2), Decimal("0.1"))
 
 
@@ -93,7 +93,7 @@ class PriceTier:
     min_prompt_tokens: int
     batch: TokenRates
     standard: TokenRates
-    #: the standard price in fast mode; equals ``standard`` on models without one
+    #: the standard price in fast mode; equals ``standard`` on models without such a mode
     fast: TokenRates
 
 
@@ -104,7 +104,7 @@ class ModelRates:
     tiers: tuple[PriceTier, ...]
     web_search_usd: Decimal
     us_multiplier: Decimal
-    #: per tier its ``min_prompt_tokens`` and four lines: global, global fast, US-only, US-only fast
+    #: of each tier, its ``min_prompt_tokens`` and four rows of rates: global, global fast, US-only, US-only fast
     _lines: tuple[tuple[int, tuple[tuple[int, ...], ...]], ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -127,7 +127,7 @@ class ModelRates:
     def pico_usd(self, usage: Usage, tier: int | None = None) -> tuple[int, int]:
         """Batch and standard cost of one request in whole pico-dollars, a half rounded to even.
 
-        :param tier: ``min_prompt_tokens`` of the price tier; by default the one of the usage's own prompt
+        :param tier: ``min_prompt_tokens`` of the price tier; by default, the tier of the usage's own prompt
         """
         tier = self.tier_start(usage.prompt_tokens) if tier is None else tier
         (batch,), (standard,) = self.pico_usd_all([[count] for count in usage.counts], usage.inference_geo, usage.speed, tier)
@@ -136,7 +136,7 @@ class ModelRates:
     def pico_usd_all(
         self, counts: Sequence[Sequence[int]], inference_geo: str | None, speed: str | None, tier: int
     ) -> tuple[list[int], list[int]]:
-        """:meth:`pico_usd` of many requests that are priced alike: their batch costs, and their standard costs.
+        """The same as :meth:`pico_usd` for many requests that are priced alike: their batch costs and their standard costs.
 
         :param counts: ``Usage.counts`` of each, by column
         :param tier: ``min_prompt_tokens`` of the price tier of all of them
@@ -148,7 +148,7 @@ class ModelRates:
 
 
 def _costs(counts: Sequence[Sequence[int]], rates: Sequence[int], scale: int) -> list[int]:
-    """The sums of each request's counts, each times its rate, divided by ``scale``."""
+    """For each request, the sum of its counts times their rates, divided by ``scale``."""
     (fresh, output, *others), (fresh_rate, output_rate, *other_rates) = counts, rates
     costs = [i * fresh_rate + o * output_rate for i, o in zip(fresh, output, strict=True)]
     for column, rate in zip(others, other_rates, strict=True):
@@ -241,17 +241,17 @@ def _fetch_live(url: str | None) -> DataSnapshot | None:
         snapshot = UpdatePrices(url=url).fetch()  # once and in this thread: no background task, no change to the process-wide prices
         if snapshot is not None:
             snapshot.find_provider_model("claude-opus-4-8", None, "anthropic", None)  # a file without Claude's prices is no update
-    except Exception as error:  # noqa: BLE001 - whatever goes wrong in an optional update, the bundled prices are there
+    except Exception as error:  # noqa: BLE001 - the update is optional, and the bundled prices remain
         log.warning("Prices could not be updated from %s (%s: %s); using the bundled ones.", url, type(error).__name__, error)
         return None
     return snapshot
 
 
 def _is_named(info: ModelInfo, model: str) -> bool:
-    """Whether ``model`` is a name of the model that the data found for it.
+    """Whether ``model`` is really a name of the model that the price data matched it to.
 
-    Much of the data matches by the beginning of a name: ``claude-opus-4-1`` would lend its price to a ``claude-opus-4-10``. Only a date and
-    a version may follow a name.
+    Much of the data matches by the beginning of a name, so that ``claude-opus-4-1`` would lend its price to a ``claude-opus-4-10``. Only a
+    date and a version may follow a name.
     """
     name = model.lower()
     clauses = list(_clauses(info.match))
@@ -298,7 +298,7 @@ def _published_rates(info: ModelInfo, at: datetime) -> ModelRates | None:
 
 def _token_rates(prices: ModelPrice, prompt_tokens: int) -> TokenRates:
     def rate(*keys: str) -> Decimal:
-        # a category without a price of its own is billed as the more general one, as calc_price does
+        # a category without a price of its own is billed at the more general one, as in calc_price
         price = next(price for key in keys if (price := getattr(prices, key)) is not None)
         usd_per_mtok = price if isinstance(price, Decimal) else price.base
         for tier in getattr(price, "tiers", ()):
@@ -396,18 +396,18 @@ def _bad_override(problem: str) -> BatchInputError:
 
 
 def is_refusal_billed(category: str, at: datetime) -> bool:
-    """Whether a refusal before any output, of a batch that was created at ``at``, is billed."""
+    """Whether a refusal before any output is billed, in a batch that was created at ``at``."""
     return category in BILLED_REFUSALS and at >= REFUSALS_BILLED_FROM
 
 
 def cost_of_pico(batch: int, standard: int) -> Cost:
-    """Whole picodollars as a cost."""
+    """The cost for whole picodollars."""
     return Cost(usd_of_pico(batch), usd_of_pico(standard))
 
 
 @lru_cache(maxsize=10_000)
 def format_pico_exact(pico: int | None) -> str | None:
-    """:func:`format_usd_exact` of whole picodollars, not negative. Many requests cost the same."""
+    """The same as :func:`format_usd_exact`, for whole picodollars that are not negative. It is cached: many requests cost the same."""
     if pico is None:
         return None
     whole, fraction = divmod(pico, PICO_PER_USD)

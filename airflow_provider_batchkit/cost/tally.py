@@ -13,12 +13,12 @@ from airflow_provider_batchkit.cost.prices import ModelRates, PriceBook, is_refu
 from airflow_provider_batchkit.exceptions import BatchInputError
 from airflow_provider_batchkit.model import CostTally, ModelTally, Usage, UsageLine, format_usd_exact
 
-#: in a list of sums: the counts of ``ModelTally`` and ``UsageLine``, then money in pico-dollars, then the prompts' sizes
+#: columns of a list of sums: the counts of ``ModelTally`` and ``UsageLine``, then money in pico-dollars, then the prompts' sizes
 _COUNTS = 7
 _BATCH, _STANDARD, _CACHE_SAVINGS, _SMALLEST, _LARGEST = range(_COUNTS, _COUNTS + 5)
-#: batch cost and standard cost of each of many results, in pico-dollars, None where they are not known
+#: batch costs and standard costs of many results, in pico-dollars; None where a cost is not known
 Costs = tuple[Sequence[int | None], Sequence[int | None]]
-#: of a result, what decides its prices beside the size of its prompt: model, ``inference_geo``, ``speed``
+#: what decides a result's prices, besides the size of its prompt: model, ``inference_geo``, ``speed``
 _Kind = tuple[str | None, str | None, str | None]
 _T = TypeVar("_T")
 
@@ -30,13 +30,13 @@ class TallyBuilder:
         self._book = price_book
         self._at = at
         self._rates: dict[str, ModelRates | None] = {}
-        #: running sums of what is priced alike: model, ``inference_geo``, ``speed``, start of the price tier
+        #: running sums of usage that is priced alike, by model, ``inference_geo``, ``speed`` and start of the price tier
         self._lines: dict[tuple[str, str | None, str | None, int], list[int]] = {}
 
     def add_all(self, results: ResultBlock) -> Costs:
-        """Count the results of many requests; what each costs, in whole pico-dollars.
+        """Count the results of many requests; returns the cost of each in whole pico-dollars.
 
-        A result that the API counts nothing for costs nothing; ``None`` for an unknown model, whose tokens are counted all the same, and
+        A result that the API counts nothing for costs nothing. The cost is None for an unknown model, whose tokens are still counted, and
         for a usage that is not known.
         """
         if results.bills is not None:
@@ -64,7 +64,7 @@ class TallyBuilder:
     def _add_simple(self, results: ResultBlock, requests: int = 1) -> Costs:
         """Count results whose own usage is billed at their own model.
 
-        :param requests: what each counts as
+        :param requests: number of requests that each result counts as
         """
         kinds = results.models, results.inference_geos, results.speeds
         if len(results) and all(results.billed) and all(map(_of_one_value, kinds)):
@@ -95,7 +95,7 @@ class TallyBuilder:
         sums[0] += len(results) * requests
         for place, column in enumerate(counts, start=1):
             sums[place] += sum(column)
-        # what is not billed has no prompt
+        # a result that is not billed has no prompt
         smallest = min(prompts) or min(filter(None, prompts), default=0)
         sums[_SMALLEST] = min(filter(None, (sums[_SMALLEST], smallest)), default=0)
         sums[_LARGEST] = max(sums[_LARGEST], *prompts)
@@ -105,7 +105,7 @@ class TallyBuilder:
         sums[_BATCH] += sum(batch)
         sums[_STANDARD] += sum(standard)
         if results.cached:
-            # a price tier looks at the whole prompt, cached or not, so it is the same one
+            # a price tier depends on the whole prompt, cached or not, so the tier stays the same
             nothing = [0] * len(results)
             uncached, _ = rates.pico_usd_all([prompts, counts[1], nothing, nothing, nothing, counts[5]], geo, speed, tier)
             sums[_CACHE_SAVINGS] += sum(uncached) - sum(batch)
@@ -123,7 +123,7 @@ def _of_one_value(column: Sequence[object]) -> bool:
 
 
 def _places(values: Iterable[_T], billed: Iterable[bool]) -> Iterable[tuple[_T, list[int]]]:
-    """Each value of a billed result, with the places that have it."""
+    """Each value that a billed result has, with the places of these results."""
     places: dict[_T, list[int]] = {}
     for place, (value, counts) in enumerate(zip(values, billed, strict=True)):
         if counts:
@@ -132,7 +132,7 @@ def _places(values: Iterable[_T], billed: Iterable[bool]) -> Iterable[tuple[_T, 
 
 
 def _spread(number: int, parts: Iterable[tuple[Sequence[int], Costs]]) -> Costs:
-    """The costs of ``number`` results, of which each part says them for some places, where they add up; the others cost nothing."""
+    """The costs of ``number`` results. Each part has the costs at some places, which are added up; all other results cost nothing."""
     batch: list[int | None] = [0] * number
     standard: list[int | None] = [0] * number
     for places, costs in parts:
@@ -144,7 +144,7 @@ def _spread(number: int, parts: Iterable[tuple[Sequence[int], Costs]]) -> Costs:
 
 
 def _tally(priced: Iterable[tuple[UsageLine, list[int] | None]], book: PriceBook) -> CostTally:
-    """Lines, each with its batch cost, standard cost and cache savings in pico-dollars, or None where no price is known."""
+    """A tally of lines. Each has its batch cost, standard cost and cache savings in pico-dollars, or None where no price is known."""
     models: dict[str, ModelTally] = {}
     lines = []
     for line, pico in priced:
@@ -158,13 +158,13 @@ def _tally(priced: Iterable[tuple[UsageLine, list[int] | None]], book: PriceBook
 
 
 def reprice(tally: CostTally, book: PriceBook, at: datetime) -> CostTally:
-    """The same usage at other prices, without its results: a batch's tally from the ledger, say, at prices that were negotiated later.
+    """Price the same usage again without its results, for example a batch's tally from the ledger at prices that were negotiated later.
 
-    Exact, but for half a picodollar a request where a price has fractions of a picodollar a token.
+    The result is exact, but for half a picodollar a request where a price has fractions of a picodollar a token.
 
-    :param at: the time whose prices count, aware: a batch's own creation, to compare
-    :raises BatchInputError: when the tally does not say enough: requests were priced together that the other prices tell apart by the
-        size of their prompts
+    :param at: the time whose prices count, aware; to compare, give the batch's own creation
+    :raises BatchInputError: the tally does not say enough, because requests were priced together that the other prices tell apart by
+        the size of their prompts
     """
     if tally.requests != sum(line.requests for line in tally.lines):
         raise BatchInputError(
@@ -215,7 +215,7 @@ def summary_line(tally: CostTally) -> str:
 
 
 def _format_usd(value: Decimal | None) -> str:
-    # below a dollar six significant digits, so that a small cost never reads as none
+    # a cost below a dollar is shown with six significant digits, so that a small cost never reads as none
     if value is None:
         return "unknown"
     amount = value.copy_abs()
