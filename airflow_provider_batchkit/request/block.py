@@ -1,4 +1,4 @@
-"""Requests that are ready to be sent, one by one and column by column: a million pay for every step that is taken for one alone."""
+"""Requests that are ready to be sent, singly and as columns. Work is done on columns: per-request calls dominate at a million requests."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Self, overload
 
 import msgspec
 
-#: around a request's id and its params
+#: the bytes around a request's id and its params
 _BEFORE_ID, _BEFORE_PARAMS, _AFTER = b'{"custom_id":"', b'","params":', b"}"
 _AROUND = len(_BEFORE_ID) + len(_BEFORE_PARAMS) + len(_AFTER)
 
 
 class RequestForm:
-    """What requests have in common that differ in their ids and in the texts of one prompt and one system prompt alone.
+    """Identifies requests that differ only in their ids and in the texts of one prompt and one system prompt.
 
-    Compared by identity.
+    Forms are compared by identity.
     """
 
     __slots__ = ()
@@ -30,7 +30,7 @@ class PreparedRequest(msgspec.Struct, frozen=True, gc=False):
     custom_id: str
     #: the row's key columns as a JSON array, or for a request without a row its own ``custom_id`` or position
     key: str
-    #: canonical JSON
+    #: the params as canonical JSON
     params: bytes
     form: RequestForm | None = None
 
@@ -41,7 +41,7 @@ class PreparedRequest(msgspec.Struct, frozen=True, gc=False):
 
 
 class RequestBlock(Sequence[PreparedRequest]):
-    """Some prepared requests, in the same order in every column."""
+    """Prepared requests as columns in the same order."""
 
     def __init__(
         self, custom_ids: Sequence[str], keys: Sequence[str], params: Sequence[bytes], forms: Sequence[RequestForm | None]
@@ -53,18 +53,18 @@ class RequestBlock(Sequence[PreparedRequest]):
 
     @classmethod
     def of(cls, requests: Sequence[PreparedRequest]) -> Self:
-        """The block of any requests; one that is a block already is returned."""
+        """The block of these requests; a block is returned as it is."""
         if isinstance(requests, cls):
             return requests
         return cls([r.custom_id for r in requests], [r.key for r in requests], [r.params for r in requests], [r.form for r in requests])
 
     @cached_property
     def sizes(self) -> list[int]:
-        """Bytes of each request's body. An id is ASCII."""
+        """Bytes of each request's body. Ids are ASCII, so their characters are bytes."""
         return [len(custom_id) + len(params) + _AROUND for custom_id, params in zip(self.custom_ids, self.params, strict=True)]
 
     def join_bodies(self) -> bytes:
-        """The bodies with a comma between. No body is made for itself: a kilobyte is copied once."""
+        """The bodies with commas between. Joining the pieces of all bodies at once copies each byte only once."""
         ids = ",".join(self.custom_ids).encode().split(b",")
         around = chain([_BEFORE_ID], repeat(_AFTER + b"," + _BEFORE_ID))
         return b"".join([*chain.from_iterable(zip(around, ids, repeat(_BEFORE_PARAMS), self.params, strict=False)), _AFTER])
@@ -74,7 +74,7 @@ class RequestBlock(Sequence[PreparedRequest]):
         if len(places) == len(self):
             return self
         columns = (self.custom_ids, self.keys, self.params, self.forms)
-        return RequestBlock(*([column[place] for place in places] for column in columns))  # type: ignore[arg-type] # as they were
+        return RequestBlock(*([column[place] for place in places] for column in columns))  # type: ignore[arg-type] # the types stay
 
     def __len__(self) -> int:
         return len(self.params)

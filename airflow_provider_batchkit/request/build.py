@@ -1,4 +1,4 @@
-"""Row + template → request: params, digest and ``custom_id``, checked for all that the API would refuse.
+"""Row + template → request: params, digest and ``custom_id``, checked for everything that the API would refuse.
 
 Identity: the digest is taken over the canonical JSON of the params, so the same row asks the same thing under the same
 ``custom_id`` on every attempt. A ``custom_id`` of a journaled job is ``<job_id>-<digest>``: each result line names its owner.
@@ -28,21 +28,21 @@ from airflow_provider_batchkit.source.rows import Items, column_of
 log = logging.getLogger(__name__)
 
 _CUSTOM_ID = re.compile(CUSTOM_ID_PATTERN)
-#: the custom_id of a request that has neither one of its own nor a job, and the position that it holds
+#: the ``custom_id`` of a request without a job and without an id of its own; the pattern finds the position in it
 _POSITION_ID = "item-{}"
 _POSITION = re.compile(_POSITION_ID.format("(0|[1-9][0-9]{0,17})"))
 _ENCODE = msgspec.json.Encoder(order="deterministic")
 _DIGEST_CHARS = 40
-#: items that are built at a time: at first, and at most where bodies are small
+#: number of items that are built at a time: at first, and at most where bodies are small
 _FIRST_ROWS = 8
 _PIECE_ROWS = 512
 _PIECE_BYTES = 2 << 20
-#: fewer bytes than this are fewer tokens than any model caches
+#: a prefix of fewer bytes has fewer tokens than any model caches
 _CACHED_BYTES = 512
 
 
 def check_custom_id(custom_id: Any) -> str:
-    """Return it when the API takes it, else raise :class:`RequestError`."""
+    """Return the ``custom_id`` when the API takes it, else raise :class:`RequestError`."""
     if not isinstance(custom_id, str) or not _CUSTOM_ID.match(custom_id) or custom_id.endswith("\n"):
         raise RequestError(
             f"custom_id {custom_id!r} is not valid: 1 to 64 letters, digits, '_' or '-' ({CUSTOM_ID_PATTERN}). Nothing was sent."
@@ -51,7 +51,7 @@ def check_custom_id(custom_id: Any) -> str:
 
 
 def position_of(custom_id: str) -> int | None:
-    """The position of a request among those that were submitted with it, from 0; None where its ``custom_id`` does not tell it."""
+    """The position, from 0, of a request among those that were submitted with it; None where its ``custom_id`` does not hold one."""
     found = _POSITION.fullmatch(custom_id)
     return None if found is None else int(found[1])
 
@@ -78,16 +78,16 @@ class RequestDefaults(msgspec.Struct, frozen=True):
     system: Any = None
     #: any further Messages API parameters
     params: dict[str, Any] = {}
-    #: how long the API caches the job's system prompt, ``"5m"`` or ``"1h"``, unless its blocks say that themselves; a system prompt of a
-    #: request's own is sent as it is
+    #: how long the API caches the job's system prompt, ``"5m"`` or ``"1h"``, unless its blocks have markers; a request's own system prompt
+    #: is sent as it is
     cache_system: str | None = None
-    #: ``output_config.format`` of a schema that all answers are to fit; then no params may name another
+    #: ``output_config.format`` of a schema that all answers must fit; with it, no params may name another format
     output_format: dict[str, Any] | None = None
-    #: which names the params may have
+    #: the names that params may have
     names: ParamNames = SDK_NAMES
 
     def merged(self, own: Mapping[str, Any]) -> dict[str, Any]:
-        """Params of a request: the defaults, overlaid by its own."""
+        """Params of a request: the defaults, overridden by its own."""
         merged: dict[str, Any] = dict(self.params)
         for name in ("model", "max_tokens", "system"):
             value = getattr(self, name)
@@ -104,21 +104,21 @@ class RequestDefaults(msgspec.Struct, frozen=True):
         return merged
 
     def system_param(self, system: Any) -> Any:
-        """A system prompt of the job as the API takes it: where it is to be cached, content blocks whose last one is marked."""
+        """The job's system prompt as the API takes it. A prompt to be cached becomes content blocks whose last one is marked."""
         if self.cache_system is None or system_problem(system):
             return system
         return marked(system, self.cache_system)
 
 
-#: the texts of a rendered system prompt: of a text itself, of content blocks each one's
+#: the texts of a rendered system prompt: one text, or a text for each content block
 _SystemTexts = str | tuple[str, ...]
 
 
 class _Frame:
-    """The canonical JSON of params that differ from row to row in their texts alone: checked and encoded once, around the texts."""
+    """The canonical JSON of params that differ between rows only in their texts. It is checked and encoded once, around the texts."""
 
     def __init__(self, defaults: RequestDefaults, *, system: Template | SystemBlocks | None) -> None:
-        """:raises RequestError: when no text could make these params good"""
+        """:raises RequestError: the API would refuse these params with any text"""
         content_mark = secrets.token_hex(16)
         marks = [secrets.token_hex(16) for _ in range(len(system) if isinstance(system, SystemBlocks) else system is not None)]
         own: dict[str, Any] = {"messages": [{"role": "user", "content": content_mark}]}
@@ -128,20 +128,20 @@ class _Frame:
         check_params(params, defaults.names)
         encoded = encode_params(params)
         self._head, rest = encoded.split(f'"{content_mark}"'.encode())
-        #: what comes before each text of the system prompt; keys are sorted: the messages come before it
+        #: bytes before each text of the system prompt; keys are sorted, so the messages come before it
         self._gaps: list[bytes] = []
         for mark in marks:
             gap, rest = rest.split(f'"{mark}"'.encode())
             self._gaps.append(gap)
         self._tail = rest
-        #: so many of these texts are before the last cache marker
+        #: number of these texts up to the last cache marker
         self._marked = 0
         for position, block in enumerate(own.get("system", ())):
             if isinstance(block, Mapping) and block.get("cache_control") is not None:
                 self._marked = position + 1
         self._has_tools = bool(params.get("tools"))
         self.form = RequestForm()
-        #: the system prompt of the last row: most often it is the next one's too
+        #: the system prompt of the last row, which is most often that of the next one, too
         self._system: _SystemTexts | None = None
         self._after = self._tail
         self._cached: tuple[str, ...] | None = None
@@ -156,7 +156,7 @@ class _Frame:
         return b"".join((self._head, encode_params(content), self._after))
 
     def fill_all(self, contents: Sequence[str], systems: Sequence[_SystemTexts] | None = None) -> list[bytes]:
-        """:meth:`fill` for many rows."""
+        """The same as :meth:`fill`, for many rows."""
         if all(contents) and not any(map(str.isspace, contents)) and (systems is None or len(set(systems)) == 1):
             if systems is not None and systems[0] != self._system:
                 self._turn_to(systems[0])
@@ -164,7 +164,7 @@ class _Frame:
             try:
                 return [head + encode(content) + after for content in contents]
             except (TypeError, ValueError, msgspec.MsgspecError):
-                pass  # one of them cannot be encoded: it is looked for
+                pass  # a content cannot be encoded: filling one at a time finds it
         return [self.fill(content, system) for content, system in zip(contents, systems or repeat(None), strict=False)]
 
     def _turn_to(self, system: _SystemTexts) -> None:
@@ -174,13 +174,13 @@ class _Frame:
                 if not text or text.isspace():
                     raise RequestError(f"system[{position}] has no text. Nothing was sent.")
         after = b"".join(gap + encode_params(text) for gap, text in zip(self._gaps, texts, strict=True)) + self._tail
-        # a text that cannot be encoded leaves the frame as it was
+        # encoding has succeeded: a text that cannot be encoded leaves the frame as it was
         self._system, self._after = system, after
         if self._marked and texts[: self._marked] != self._cached:
             self._see_prefix(texts[: self._marked])
 
     def _see_prefix(self, cached: tuple[str, ...]) -> None:
-        """Warn of a prefix that is marked for the cache in vain."""
+        """Warn of a prefix whose cache marker is of no use."""
         self._cached = cached
         self._prefixes += 1
         if self._prefixes == 1 and not self._has_tools and sum(len(text.encode()) for text in cached) < _CACHED_BYTES:
@@ -196,7 +196,7 @@ class _Frame:
 
 
 class RequestBuilder:
-    """Turns source items into :class:`PreparedRequest`, in any number; keeps nothing of them."""
+    """Turns any number of source items into :class:`PreparedRequest`; keeps none of them."""
 
     def __init__(
         self,
@@ -210,12 +210,12 @@ class RequestBuilder:
         overrides: Mapping[str, Any] | None = None,
     ) -> None:
         """
-        :param job_id: the journaled job; without one a request is sent under its own ``custom_id`` or position
-        :param key: key columns of row mappings; a row without key columns is known by its position
+        :param job_id: id of the journaled job; without one, a request is sent under its own ``custom_id`` or position
+        :param key: key columns of row mappings; without key columns, a row's position is its key
         :param prompt: template of the user message of row mappings
         :param system: template of the system prompt of row mappings, or its content blocks with their templates
-        :param dedupe: rows that ask the same share one ``custom_id``; otherwise the key is part of it
-        :param overrides: parameters that a native request is sent with whatever it has itself
+        :param dedupe: whether equal requests of several rows share one ``custom_id``; otherwise the key is part of it
+        :param overrides: parameters that override a native request's own
         """
         self._defaults = defaults
         self._job_id = job_id
@@ -237,7 +237,7 @@ class RequestBuilder:
         """One request.
 
         :param item: a native ``{"custom_id", "params"}`` mapping, a prompt string, or a row mapping
-        :param position: of the item in its source, from 0: names it in errors, and is its key when it has no other
+        :param position: the item's position in its source, from 0. It names the item in errors, and is the key of an item without one
         :raises RequestError: naming the item, when the API would refuse it
         """
         try:
@@ -248,9 +248,9 @@ class RequestBuilder:
             raise RequestError(f"{self._place(item, position)}: {e}", position=position) from e.__cause__
 
     def pieces(self, items: Iterable[Any] | Items, see: Callable[[Sequence[Any]], None] = lambda _: None) -> Iterator[RequestBlock]:
-        """:meth:`build_all` for any number of items, some hundred at a time, and fewer when they are large.
+        """The same as :meth:`build_all` for any number of items, some hundred at a time, and fewer when they are large.
 
-        :param see: called with the items of each piece that proved good
+        :param see: called with the items of each piece after they have passed the checks
         :raises RequestError: naming the item, when the API would refuse it
         """
         source = items if isinstance(items, Items) else Items(items)
@@ -263,16 +263,16 @@ class RequestBuilder:
             rows = max(1, min(_PIECE_BYTES // max(block.sizes), 2 * rows, _PIECE_ROWS))
 
     def build_all(self, items: Sequence[Any], position: int) -> RequestBlock:
-        """:meth:`build` for items that follow each other from ``position`` on; faster, for rows of a job."""
+        """The same as :meth:`build` for consecutive items, the first of them at ``position``; faster for rows of a job."""
         if self._prompt is not None and self._key and self._job_id is not None and self._dedupe:
             try:
                 return self._rows(items, self._prompt, f"{self._job_id}-")
             except (RequestError, KeyError, TypeError, ValueError):
-                pass  # one of them is bad: the slow way names it
+                pass  # one of the rows is bad: building them one at a time names it
         return RequestBlock.of([self.build(item, number) for number, item in enumerate(items, start=position)])
 
     def _rows(self, rows: Sequence[Mapping[str, Any]], prompt: Template, job: str) -> RequestBlock:
-        """What :meth:`_row` does, step by step for all rows together: a million rows pay for each call."""
+        """The same as :meth:`_row`, step by step for all rows together: per-row calls dominate at a million rows."""
         contents = prompt.render_all(rows)
         params = self._row_frame.fill_all(contents, None if self._system is None else self._system.render_all(rows))
         keys = encode_keys([column_of(rows, name) for name in self._key])
@@ -341,7 +341,7 @@ def _check_mapping(item: Any) -> None:
 
 
 def refuse_repeated_ids(blocks: Iterable[RequestBlock]) -> Iterator[RequestBlock]:
-    """Pass blocks through; raise :class:`RequestError` at the first ``custom_id`` that comes a second time."""
+    """Pass blocks through, and raise :class:`RequestError` at the first ``custom_id`` that comes a second time."""
     seen: set[str] = set()
     for block in blocks:
         for custom_id in block.custom_ids:
@@ -375,7 +375,7 @@ def _prompt(prompt: Any, position: int) -> str:
 
 
 def items_of(requests: Any) -> Iterable[Any]:
-    """``requests`` as given by a user, unless iterating it would ask about its letters or its keys.
+    """``requests`` as given by a user. A string or a mapping is refused: iterating it would send its letters or its keys.
 
     :raises BatchInputError: for a string, bytes, a mapping, or something that is not iterable
     """

@@ -1,7 +1,7 @@
-"""Cache markers: the members ``cache_control`` of a request, each of which ends a prefix that the API may keep for later requests.
+"""Cache markers: the ``cache_control`` members of a request. Each ends a prefix that the API may keep for later requests.
 
-The rules are those of https://platform.claude.com/docs/en/build-with-claude/prompt-caching; the refusals that the API gives where they are
-broken were reported in public issues. Checked 2026-11-26.
+The rules are those of https://platform.claude.com/docs/en/build-with-claude/prompt-caching. The API's refusals of requests that break
+them were reported in public issues. Checked 2026-11-26.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from typing import Any
 #: how long a cached prompt lives after its last use, in seconds
 CACHE_TTL_S = {"5m": 300, "1h": 3600}
 _TTLS = tuple(CACHE_TTL_S)
-#: what a marker without a ttl asks for
+#: the ttl of a marker that names none
 _DEFAULT_TTL = "5m"
-#: markers of a request at most, over tools, system and messages
+#: the most markers of a request, over tools, system and messages
 _MOST_MARKERS = 4
 
 
 def markers_of(blocks: Any, path: str) -> Iterator[tuple[str, Any]]:
-    """The cache markers of content blocks or tools, each with the path of what it marks. A text has none."""
+    """The cache markers of content blocks or tools, each with the path of what it marks. A text has no markers."""
     if isinstance(blocks, str | bytes) or not isinstance(blocks, Sequence):
         return
     for position, block in enumerate(blocks):
@@ -48,7 +48,7 @@ def marker_problem(params: Mapping[str, Any]) -> str | None:
 
 
 def longest_ttl_s(*markers: Any) -> int | None:
-    """How long the API keeps the prefix that it keeps longest, in seconds; None without a marker."""
+    """How long the API keeps the longest-lived of the marked prefixes, in seconds; None without a marker."""
     return max((CACHE_TTL_S[marker.get("ttl", _DEFAULT_TTL)] for marker in markers), default=None)
 
 
@@ -62,6 +62,6 @@ def _markers(params: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
         if not isinstance(content, str):
             yield from markers_of(content, f"messages[{position}].content")
     automatic = params.get("cache_control")
-    # it marks the last block, and takes no further place where that is marked itself
+    # the automatic marker marks the last block, and does not count where that block has its own marker
     if automatic is not None and not any(markers_of(content[-1:] if isinstance(content, Sequence) else None, "")):
         yield "params", automatic

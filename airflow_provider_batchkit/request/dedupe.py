@@ -1,4 +1,4 @@
-"""Requests → shards on disk, each row once: what an earlier attempt asks already is left out, and equal questions are asked once.
+"""Requests → shards on disk, each row once. Rows that an earlier attempt has asked are left out, and equal questions are asked once.
 
 Memory: what :mod:`~airflow_provider_batchkit.request.marks` needs, and one piece of the requests.
 """
@@ -22,9 +22,9 @@ from airflow_provider_batchkit.source.keys import key_values
 
 log = logging.getLogger(__name__)
 
-#: keys of earlier attempts and runs that are noted at a time
+#: number of keys of earlier attempts and runs that are noted at a time
 _CHUNK_ROWS = 512
-#: of the digest that a journaled job's custom_id ends with, and of its beginning that fits into 64 bits
+#: hex digits of the digest that a journaled job's ``custom_id`` ends with, and of the part of it that fits into 64 bits
 _DIGEST_CHARS = 40
 _ANSWER_CHARS = 16
 
@@ -37,11 +37,11 @@ class RowCounts:
     rows: int = 0
     #: rows that share another row's request
     copies: int = 0
-    #: rows that are not among those to ask
+    #: rows that are left out because ``only`` does not name them
     passed_over: int = 0
     #: rows that an earlier attempt has in flight or landed
     known: int = 0
-    #: of those, rows whose request would be another one now; they are not asked again
+    #: of these, rows whose request would be another one now; they are not asked again
     changed: int = 0
     #: rows whose request an earlier run of the task has answered
     unchanged: int = 0
@@ -54,7 +54,7 @@ class Known:
     key: str
     custom_id: str
     shard: int
-    #: its batch has not landed: a row that asks the same can still be added to it
+    #: whether its batch has not landed, so that a row with the same request can still be added to it
     open: bool
 
 
@@ -67,12 +67,12 @@ def dedupe(
     only: Iterable[str] | None = None,
     answered: Iterable[tuple[str, str]] = (),
 ) -> RowCounts:
-    """Write what is new into shards.
+    """Write the rows that are not known yet into shards.
 
     :param known: rows of earlier attempts
-    :param folder: for files of this call's own
+    :param folder: holds files of this call
     :param only: keys of the rows to ask; None for all
-    :param answered: (key, digest) of requests that earlier runs have answered, the latest first: the same again is left out
+    :param answered: (key, digest) of requests that earlier runs have answered, the latest first; the same requests are left out
     :returns: what became of the rows
     :raises RequestError: for a key that comes twice
     """
@@ -111,12 +111,12 @@ def _write_block(block: RequestBlock, seen: _Seen, writer: ShardWriter, counts: 
 
 
 class _Seen:
-    """Keys and questions of the job so far; memory: 32 bytes a row, 96 for rows of earlier attempts."""
+    """Keys and questions of the job so far. Memory: 32 bytes a row, 96 for rows of earlier attempts."""
 
     def __init__(self, folder: str, known: Iterable[Known], only: Iterable[str] | None, answered: Iterable[tuple[str, str]]) -> None:
-        """For the parameters see :func:`dedupe`."""
+        """The parameters are those of :func:`dedupe`."""
         self._answered_keys = MarkTable(Path(folder, "answered-keys"))
-        #: by number of the answered key, the beginning of its request's digest
+        #: number of an answered key → the beginning of its request's digest
         self._answers = array("Q")
         pairs = iter(answered)
         while batch := list(islice(pairs, _CHUNK_ROWS)):
@@ -131,9 +131,9 @@ class _Seen:
         keys = iter(only or ())
         while self._only is not None and (part := list(islice(keys, _CHUNK_ROWS))):
             self._only.add_all(_key_marks(part))
-        #: by number of the known key, the number of its question among the known ones
+        #: number of a known key → number of its question among the known ones
         self._asked = array("I")
-        #: by number of the question, the open shard that asks it
+        #: number of a question → the open shard that asks it
         self._shards = array("I")
         rows, known_questions = iter(known), 0
         while chunk := list(islice(rows, _CHUNK_ROWS)):
@@ -141,14 +141,14 @@ class _Seen:
             for asked in self._known_questions.add_all(_question_marks([row.custom_id for row in chunk])):
                 self._asked.append(known_questions if asked is None else asked)
                 known_questions += asked is None
-            # the answer to a question whose batch has landed is not read again: a new row that asks the same asks it anew
+            # A landed batch is not read again, so it cannot answer a new row: a new row with the same question asks it anew.
             shared = [row for row in chunk if row.open]
             for row, asked in zip(shared, self.questions.add_all(_question_marks([row.custom_id for row in shared])), strict=True):
                 if asked is None:
                     self._shards.append(row.shard)
 
     def to_ask(self, block: RequestBlock, keys: bytes, counts: RowCounts) -> RequestBlock:
-        """Those requests of a block that are to be asked; the others are counted.
+        """The requests of a block that must be asked; the others are counted.
 
         :param keys: marks of the block's keys
         """
@@ -164,7 +164,7 @@ class _Seen:
         return block.pick(rows)
 
     def _unknown(self, block: RequestBlock, keys: bytes, rows: list[int], counts: RowCounts) -> list[int]:
-        """Those of ``rows`` that no earlier attempt has in flight or landed."""
+        """The places among ``rows`` that no earlier attempt has in flight or landed."""
         known, questions = self._known_keys.find_all(keys), self._known_questions.find_all(_question_marks(block.custom_ids))
         fresh = []
         for row in rows:
@@ -177,7 +177,7 @@ class _Seen:
         return fresh
 
     def _unanswered(self, block: RequestBlock, keys: bytes, rows: list[int], counts: RowCounts) -> list[int]:
-        """Those of ``rows`` that are not what an earlier run has answered for their keys."""
+        """The places among ``rows`` whose requests an earlier run has not answered for their keys."""
         answered = self._answered_keys.find_all(keys)
         fresh = []
         for row in rows:
@@ -189,7 +189,7 @@ class _Seen:
         return fresh
 
     def shard_of(self, question: int, writer: ShardWriter) -> int:
-        """The shard that asks a question: of an earlier attempt, or of this one's ``writer``."""
+        """The shard that asks a question: one of an earlier attempt, or one of ``writer``."""
         earlier = len(self._shards)
         return self._shards[question] if question < earlier else writer.shard_of(question - earlier)
 
@@ -200,11 +200,11 @@ class _Seen:
 
 
 def _key_marks(keys: Sequence[str]) -> bytes:
-    """Keys that a text column could not tell apart, such as 1 and "1", have one mark.
+    """Marks of keys. Keys that a text column could not tell apart, such as 1 and "1", have the same mark.
 
-    A mark is two of Python's own hashes, 64 bits each and keyed by a secret of the process: half the time of a digest.
+    A mark is two of Python's own hashes, of 64 bits each and keyed by a secret of the process. They take half the time of a digest.
     """
-    # as bytes: strings of different characters may have one hash
+    # the hashes are taken of bytes: Python gives some different strings the same hash
     texts = [(key[1:-1].strip('"') if "," not in key else "\x1f".join(map(str, key_values(key)))).encode() for key in keys]
     marks = array("q", bytes(MARK_BYTES * len(texts)))
     marks[::2] = array("q", map(hash, texts))
@@ -213,5 +213,5 @@ def _key_marks(keys: Sequence[str]) -> bytes:
 
 
 def _question_marks(custom_ids: Sequence[str]) -> bytes:
-    """The beginnings of the digests that the ``custom_id`` of journaled jobs end with."""
+    """The beginnings of the digests that the ``custom_id`` of a journaled job ends with."""
     return bytes.fromhex("".join([custom_id[-_DIGEST_CHARS : 2 * MARK_BYTES - _DIGEST_CHARS] for custom_id in custom_ids]))

@@ -1,4 +1,4 @@
-"""What requests may cost under any prices: sums over each of them, taken as they are written.
+"""What requests may cost under any prices: sums over all requests, taken while they are written.
 
 The tokens of a prompt are bounded by what was sent. The source for each part, DOCS being https://platform.claude.com/docs/en, checked
 2026-11-23:
@@ -9,10 +9,10 @@ The tokens of a prompt are bounded by what was sent. The source for each part, D
   citations bring one too, whose length is not published. ``PROMPT_ALLOWANCE`` is added for each.
 * An image is scaled down to at most 4,784 tokens, whatever its source (DOCS/build-with-claude/vision).
 * An answer, thinking included, has at most ``max_tokens``.
-* A prompt with cache markers may be written to the cache, whole.
+* A prompt with cache markers may be written to the cache as a whole.
 * PDFs, files, server tools (web search and the like), MCP servers and parameters that are not known here have no bound: the API
   decides how much they read.
-* Compaction, the advisor tool and a fallback model have none either: each is an inference that is billed beside the answer
+* Compaction, the advisor tool and a fallback model have no bound either: each is an inference that is billed beside the answer
   (``usage.iterations``), at its own model and with its own ``max_tokens``.
 """
 
@@ -29,7 +29,7 @@ import msgspec
 
 from airflow_provider_batchkit.request.block import PreparedRequest, RequestBlock, RequestForm
 
-#: tokens of the prompt that the API adds for tools, for an answer's schema, or for citations
+#: prompt tokens that the API adds for tools, for an answer's schema, or for citations
 PROMPT_ALLOWANCE = 1_000
 IMAGE_TOKENS = 5_000
 
@@ -42,7 +42,7 @@ _EMPTY = msgspec.Raw(b"null")
 
 
 class _Params(msgspec.Struct, forbid_unknown_fields=True, gc=False):
-    """Params whose cost is known. One that is not listed makes the request unbounded."""
+    """Params whose cost is known. A member that is not listed makes the request unbounded."""
 
     model: str
     max_tokens: int
@@ -73,7 +73,7 @@ class _AnyRequest(msgspec.Struct, gc=False):
     params: dict[str, Any]
 
 
-#: in every content block and every cache marker; a quote inside a text is escaped
+#: these bytes are in every content block and every cache marker; a quote inside a text is escaped
 _MARKED = b'"type":'
 
 _REQUEST = msgspec.json.Decoder(_Request)
@@ -81,7 +81,7 @@ _ANY_REQUEST = msgspec.json.Decoder(_AnyRequest)
 
 
 class _Unbounded(Exception):
-    """Something in a request whose tokens the API decides."""
+    """The API decides how many tokens something in the request takes."""
 
 
 @dataclass(slots=True)
@@ -91,13 +91,13 @@ class _Group:
     requests: int = 0
     bytes: int = 0
     max_tokens: int = 0
-    #: prompt tokens at most: of all, and of the largest
+    #: the most prompt tokens: of all requests together, and of the largest one
     prompt_bound: int = 0
     largest: int = 0
 
 
 class _Facts(msgspec.Struct, frozen=True, gc=False):
-    """What a request costs depends on these and its size; the same for all requests of one form."""
+    """What a request costs depends on these facts and its size. All requests of one form have the same facts."""
 
     model: str
     inference_geo: str | None
@@ -106,15 +106,15 @@ class _Facts(msgspec.Struct, frozen=True, gc=False):
     cached: str = ""
     #: prompt tokens that the bytes do not bound
     extra: int = 0
-    #: why nothing bounds it
+    #: why nothing bounds the cost; empty where it is bounded
     unbounded: str = ""
 
     @classmethod
     def of(cls, body: bytes) -> _Facts:
-        """The facts of a request as it is uploaded."""
+        """The facts of a request, from the body that is uploaded."""
         try:
             params = _REQUEST.decode(body).params
-            # nothing but text has no block and no cache marker, and needs no further look
+            # a request of texts alone has no block and no cache marker, and needs no further look
             extra = _beyond_text(params) if _MARKED in body else 0
         except (_Unbounded, msgspec.ValidationError, AttributeError, KeyError, TypeError) as e:
             given = params_of(body)
@@ -132,12 +132,12 @@ class Exposure:
     """Sums over requests that tell what they may cost under any prices. Memory grows with models and magnitudes, not with requests."""
 
     groups: dict[_Kind, _Group] = field(default_factory=dict)
-    #: why no bound exists, of the first request that has none, and how many have none
+    #: why the first request without a bound has none, and the number of such requests
     unbounded: str = ""
     unbounded_requests: int = 0
-    #: per model, the largest ``max_tokens`` of a request and the key of one that has it
+    #: model → the largest ``max_tokens`` of a request, and the key of a row that has it
     most_output: dict[str, tuple[int, str]] = field(default_factory=dict)
-    #: of the last requests that had one
+    #: form and facts of the last requests that had a form
     _form: tuple[RequestForm, _Facts] | None = None
 
     @property
@@ -149,7 +149,7 @@ class Exposure:
         return sum(group.bytes for group in self.groups.values())
 
     def add(self, requests: Sequence[PreparedRequest]) -> None:
-        """Count requests, those of one form together: they differ in what cannot hold a block or a marker."""
+        """Count requests. Those of one form are counted together: their differences can hold no block and no marker."""
         block = RequestBlock.of(requests)
         for form, where in _runs(block.forms):
             alike = block[where]
@@ -186,7 +186,7 @@ class Exposure:
             start = stop
 
     def include(self, other: Exposure) -> None:
-        """Add another one's requests."""
+        """Add the requests of another exposure."""
         for kind, group in other.groups.items():
             mine = self.groups.setdefault(kind, _Group())
             mine.requests += group.requests
@@ -201,7 +201,7 @@ class Exposure:
 
 
 def _runs(values: Iterable[_T]) -> Iterator[tuple[_T, slice]]:
-    """Equal values that follow each other, with where they lie."""
+    """Runs of equal values, each with its slice."""
     start = 0
     for value, alike in groupby(values):
         stop = start + len(list(alike))
@@ -210,7 +210,7 @@ def _runs(values: Iterable[_T]) -> Iterator[tuple[_T, slice]]:
 
 
 def _size_class(size: int) -> tuple[int, int]:
-    """The class of a size, and the first size of the next one.
+    """The class of a size, and the first size of the next class.
 
     Sizes of one class differ by an eighth at most, so that requests on both sides of a price tier are seldom priced together.
     """
@@ -222,7 +222,7 @@ def _size_class(size: int) -> tuple[int, int]:
 def _beyond_text(params: _Params) -> int:
     """Prompt tokens that the bytes do not bound.
 
-    :raises _Unbounded: when nothing does
+    :raises _Unbounded: nothing bounds them
     """
     extra = 0
     tools = msgspec.json.decode(params.tools) or ()
@@ -265,9 +265,9 @@ def _why_unbounded(error: Exception, params: Mapping[str, Any]) -> str:
         return f"has the parameter {unknown}, whose cost is not known here"
     if isinstance(error, msgspec.ValidationError):
         return f"is not understood: {error}"
-    return "has blocks or tools of an unknown form"  # whether they are good is for the API to say
+    return "has blocks or tools of an unknown form"  # the API decides whether they are valid
 
 
 def params_of(body: bytes) -> dict[str, Any]:
-    """The params of a request as it is uploaded."""
+    """The params of a request, from the body that is uploaded."""
     return _ANY_REQUEST.decode(body).params

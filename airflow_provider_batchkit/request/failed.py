@@ -1,6 +1,6 @@
-"""Rows that failed, by kind, and what the log says of them: how many, which, why, whether another round would help, and by which parameter.
+"""Failed rows by kind, and the log's text on them: how many, which, why, whether another round would help, and by which parameter.
 
-Nothing of a prompt or an answer is said: the words of a kind are the API's own message of an error.
+No part of a prompt or an answer is logged: the text of a kind is the API's own error message.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from dataclasses import dataclass, replace
 from airflow_provider_batchkit.model import PAUSED, REFUSED, TRUNCATED, RequestStatus
 from airflow_provider_batchkit.request.failures import ADVICE, WORTH_ASKING, Failure, Failures, Reason
 
-#: keys that a kind keeps, and those of them that the log names
+#: number of keys that a kind keeps, and of those that the log names
 KEYS_KEPT, KEYS_SAID = 5, 3
-#: kinds that the log names, the largest first
+#: number of kinds that the log names, the largest first
 KINDS_SAID = 8
 _KEY_CHARS, _MESSAGE_CHARS = 80, 300
-#: kinds of a batch that are told apart; beyond, only status and type are
+#: number of kinds of a batch that are told apart by message; further ones are told apart by status and type only
 _KINDS_KEPT = 1_000
 
 _SUCCEEDED = RequestStatus.SUCCEEDED.value
-#: what is to be done about outcomes whose reason alone does not say it
+#: advice for outcomes whose reason alone does not decide it
 _ADVICE_FOR = {
     RequestStatus.MISSING.value: (
         "the answers may be there and billed: clear the task that landed the others to read the results again, which costs nothing"
@@ -38,19 +38,19 @@ class FailedRows:
 
     status: str
     error_type: str | None
-    #: a :class:`Reason`
+    #: the value of a :class:`Reason`
     reason: str
-    #: the words of one of them
+    #: the error message of one of the rows
     message: str | None
     rows: int
     #: the first keys, as JSON arrays
     keys: list[str]
-    #: another round may answer them
+    #: whether another round may answer the rows
     worth_asking: bool
 
     @property
     def advice(self) -> str:
-        """What is to be done about them."""
+        """What to do about the rows."""
         return advice_for(self.status, self.error_type, Reason(self.reason))
 
     def __str__(self) -> str:
@@ -61,7 +61,7 @@ class FailedRows:
 
 
 def advice_for(status: str, error_type: str | None, reason: Reason) -> str:
-    """What is to be done about rows with this outcome, and by which parameter."""
+    """What to do about rows with this outcome, and by which parameter."""
     return _ADVICE_FOR.get(status) or _ADVICE_FOR.get(error_type or "") or ADVICE[reason]
 
 
@@ -84,10 +84,10 @@ def merged(kinds: Iterable[FailedRows]) -> list[FailedRows]:
 
 
 def failed_text(kinds: Sequence[FailedRows], total: int, untold: int = 0) -> str:
-    """What the log says of failed rows, in a bounded number of lines; empty where none has failed.
+    """The log's text on failed rows, in a bounded number of lines; empty where no row has failed.
 
-    :param total: rows that were asked
-    :param untold: further failed rows, whose reasons are not kept
+    :param total: number of rows that were asked
+    :param untold: number of further failed rows, whose reasons are not kept
     """
     kinds = merged(kinds)
     if not kinds and not untold:
@@ -127,7 +127,7 @@ class FailedKinds:
         for custom_id, status, kind, message in zip(custom_ids, statuses, error_types, error_messages, strict=True):
             if status == _SUCCEEDED and kind is None:
                 continue
-            # what is no error says in other words for each row why it does not fit
+            # only an error's message is kept: the message of an answer that does not fit differs from row to row
             failure = Failure(status, kind, message if status == RequestStatus.ERRORED.value else None)
             if failure not in self._found and len(self._found) >= _KINDS_KEPT:
                 failure = failure._replace(error_message=None)
@@ -135,9 +135,9 @@ class FailedKinds:
             self._found[failure] = rows + 1, ids if len(ids) >= KEYS_KEPT else [*ids, custom_id]
 
     def rows(self, failures: Failures, reasons: Collection[Reason] = WORTH_ASKING) -> list[FailedRows]:
-        """The kinds, each with its reason, and as key the ``custom_id``.
+        """The kinds, each with its reason. Their keys are ``custom_id`` values.
 
-        :param reasons: for which another round would ask
+        :param reasons: the reasons for which another round would ask again
         """
         found = []
         for failure, (rows, ids) in self._found.items():

@@ -1,8 +1,8 @@
-"""Why a request failed, and whether another round may answer it: judged by the type of its error **and** by its text.
+"""Why a request failed, and whether another round may answer it, judged by the type of its error **and** by its text.
 
 The API's types alone mislead: an empty credit balance, a usage limit and a download that timed out all come as ``invalid_request_error``.
-:data:`RULES` is the one place that says which failures pass; the ledger keeps types and texts, and each look judges them anew, so that a
-pattern that is configured later holds for what has landed, too.
+:data:`RULES` is the one place that says which failures pass. The ledger keeps types and texts, and each look judges them anew, so a
+pattern that is configured later also holds for batches that have landed.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ class Reason(str, Enum):
 
     #: nothing that lasts: another round may answer it
     PASSING = "passing"
-    #: the account (credit, a usage limit, a disabled organization): a round is a waste until somebody has mended it
+    #: the account (credit, a usage limit, a disabled organization): a further round is a waste until somebody has mended it
     ACCOUNT = "account"
-    #: an answer came that does not fit, and is billed: another may fit
+    #: the answer came and is billed, but does not fit: another one may fit
     UNFIT = "unfit"
     #: the request itself: asking again ends the same way
     PERMANENT = "permanent"
 
 
-#: reasons for which a further round asks a row again, on its own
+#: reasons for which a further round asks a row again without being told to
 WORTH_ASKING = frozenset({Reason.PASSING, Reason.ACCOUNT})
 
 
@@ -47,13 +47,13 @@ class Rule(NamedTuple):
     """Failures of one reason."""
 
     reason: Reason
-    #: types of the API's errors; none for any
+    #: types of the API's errors; empty for any type
     types: frozenset[str]
-    #: searched in the text, whatever its case
+    #: regular expression that is searched in the text, ignoring case
     pattern: str
 
 
-#: the first rule that fits decides. Types: API documentation, "Errors"; texts: as the API was seen to write them
+#: The first rule that fits decides. The types are from the API's documentation, "Errors"; the texts are as the API was seen to write them.
 RULES = (
     Rule(Reason.ACCOUNT, frozenset({"billing_error", "authentication_error"}), ""),
     Rule(Reason.ACCOUNT, frozenset(), r"^your credit balance is too low|^you have reached your specified .*usage limits?\b"),
@@ -63,7 +63,7 @@ RULES = (
     Rule(Reason.PASSING, frozenset({"invalid_request_error"}), r"\btimed out\b.*\bdownload|\bdownload\w*\b.*\btimed out\b"),
 )
 
-#: what is to be done about failures of each reason
+#: advice for each reason
 ADVICE = {
     Reason.PASSING: "worth asking again: by a further round (max_rounds of RunBatchOperator), or by a submit with only_failed_of",
     Reason.ACCOUNT: "the account is the reason: mend it in the Claude Console (credit, limits, access), then clear the task",
@@ -75,12 +75,12 @@ _OVER = {RequestStatus.EXPIRED.value, RequestStatus.CANCELED.value}
 
 
 class Failures:
-    """Judges failures, by :data:`RULES` and by a deployment's own patterns."""
+    """Judges failures by :data:`RULES` and by a deployment's own patterns."""
 
     def __init__(self, passing_errors: Iterable[str] = ()) -> None:
         """
-        :param passing_errors: regular expressions, searched in ``<type>: <message>`` of an error, whatever its case; what they find passes
-        :raises BatchInputError: for one that is not valid
+        :param passing_errors: regular expressions, searched in ``<type>: <message>`` of an error, ignoring case; matches count as passing
+        :raises BatchInputError: for an expression that is not valid
         """
         self._own = []
         for pattern in passing_errors:
@@ -88,12 +88,12 @@ class Failures:
                 self._own.append(re.compile(pattern, re.IGNORECASE | re.DOTALL))
             except re.error as e:
                 raise BatchInputError(f"passing_errors: {pattern!r} is not a regular expression: {e}.") from e
-        # many rows fail with the same words
+        # reasons are cached, because many rows fail with the same words
         self.reason = lru_cache(maxsize=4_096)(self._reason)
 
     @classmethod
     def parse(cls, text: str | None) -> Failures:
-        """The judge with the patterns of a configured text: a JSON list, or one in each line.
+        """Failures by the patterns of a configured text: a JSON list, or one pattern a line.
 
         :raises BatchInputError: for a list of something else, or a pattern that is not valid
         """
@@ -103,7 +103,7 @@ class Failures:
         try:
             patterns = json.loads(text)
         except ValueError:
-            # a class of characters may begin a pattern, too
+            # a pattern may begin with "[", too
             return cls(line.strip() for line in text.splitlines() if line.strip())
         if not all(isinstance(pattern, str) for pattern in patterns):
             raise BatchInputError(f"passing_errors must be a list of regular expressions, not {text!r}.")

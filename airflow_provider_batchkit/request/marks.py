@@ -1,6 +1,6 @@
 """An exact table of what a job has seen, small enough for any number of rows.
 
-The marks lie in a file, and memory holds an open-addressing index over it: 8 to 16 bytes a row, half as much again while it grows. A
+The marks are in a file, and memory holds an open-addressing index over it: 8 to 16 bytes a row, half as much again while it grows. A
 look-up reads the file only where the index says that the row may have come before.
 
 Simpler ways were measured (``python -m tests.bench.seen``: two tables, blocks of 512 rows, CPU seconds and peak MB on one busy machine):
@@ -27,7 +27,7 @@ from array import array
 from collections.abc import Sequence
 from pathlib import Path
 
-#: of a mark: of a digest, or of hashes, that differ where what they mark differs
+#: Bytes of a mark: a digest's beginning, or two hashes. Different keys and questions have different marks.
 MARK_BYTES = 16
 _FIRST_SLOTS = 1 << 18
 _BUFFER_BYTES = MARK_BYTES * 4096
@@ -38,8 +38,8 @@ class MarkTable:
     """Up to four billion different marks, numbered from 0 in the order in which they came."""
 
     def __init__(self, path: Path) -> None:
-        """:param path: of a file that does not exist yet; it goes with the folder that it lies in"""
-        #: upper half: the mark's first four bytes; lower half: its number plus one; 0 for a free slot
+        """:param path: a file that does not exist yet; it is removed with its folder"""
+        #: Each slot has the mark's first four bytes in the upper half and its number plus one in the lower half. A free slot is 0.
         self._slots = array("Q")
         self._count = 0
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
@@ -47,9 +47,9 @@ class MarkTable:
         self._flushed = 0
 
     def add_all(self, marks: bytes) -> list[int | None]:
-        """For each mark the number that it has from an earlier coming, or None when it is new and gets the next number.
+        """For each mark the number of its earlier occurrence, or None when it is new and gets the next number.
 
-        :param marks: one behind the other
+        :param marks: the marks, joined
         """
         beginnings = _beginnings(marks)
         while 2 * (self._count + len(beginnings)) > len(self._slots):
@@ -63,7 +63,7 @@ class MarkTable:
         return found
 
     def _add_fresh(self, beginnings: Sequence[int]) -> int:
-        """Number the first of some marks that are certainly new; gives how many they are. A million rows pay for each step of this."""
+        """Number the first of the marks, as far as they are certainly new; returns how many. Each step costs at a million rows."""
         slots, mask, count = self._slots, len(self._slots) - 1, self._count
         for number, beginning in enumerate(beginnings, start=count + 1):
             slot = beginning & mask
@@ -78,7 +78,7 @@ class MarkTable:
         return len(beginnings)
 
     def _add(self, beginning: int, marks: bytes, position: int) -> int | None:
-        """Number one mark, if it is new; else give its number."""
+        """Return the number of a known mark; give a new mark the next number and return None."""
         slots, mask = self._slots, len(self._slots) - 1
         slot = beginning & mask
         while taken := slots[slot]:
@@ -91,7 +91,7 @@ class MarkTable:
         return None
 
     def find_all(self, marks: bytes) -> list[int | None]:
-        """For each mark its number, or None when it did not come."""
+        """The number of each mark, or None for a mark that was not added."""
         if not self._count:
             return [None] * (len(marks) // MARK_BYTES)
         slots, mask = self._slots, len(self._slots) - 1
@@ -111,7 +111,7 @@ class MarkTable:
         os.close(self._file)
 
     def _is(self, number: int, marks: bytes, position: int) -> bool:
-        """Whether the mark of that number, counted from 1, is the one at a position of ``marks``."""
+        """Whether mark ``number``, counted from 1, equals the mark at a position of ``marks``."""
         start = (number - 1) * MARK_BYTES
         if start < self._flushed:
             known = os.pread(self._file, MARK_BYTES, start)

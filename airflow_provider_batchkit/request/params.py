@@ -1,7 +1,7 @@
-"""Checks of a request's params that need no call of the API: a real batch accepts bad params, and fails the request up to a day later.
+"""Checks of a request's params without a call of the API. A real batch accepts bad params, and fails the request up to a day later.
 
-Names are those of the SDK's own types: what :class:`anthropic.types.MessageCreateParams` does not list is a misspelt name far more often
-than a new one. :class:`ParamNames` says what else is let through.
+The names are those of the SDK's own types: a name that :class:`anthropic.types.MessageCreateParams` does not list is far more often
+misspelt than new. :class:`ParamNames` lets further names through.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from airflow_provider_batchkit.exceptions import BatchInputError, RequestError
 from airflow_provider_batchkit.request.caching import marker_problem
 from airflow_provider_batchkit.request.system import system_problem
 
-#: names that the API takes and the SDK's types do not list: sampling parameters of older models
+#: names that the API takes although the SDK's types do not list them: sampling parameters of older models
 _OLDER = frozenset({"temperature", "top_p", "top_k"})
-#: likewise of the beta API
+#: the same for the beta API
 _OLDER_BETA = _OLDER | {"output_format"}
-#: what the SDK's own calls take beside the API's parameters, and where it belongs in a batch
+#: arguments of the SDK's own calls that are not parameters of the API → where they belong in a batch
 _NOT_PARAMS = {
     "extra_body": "is an argument of the SDK's own calls: put the parameters that it holds into params themselves",
     "extra_headers": "is an argument of the SDK's own calls: headers belong to the connection (anthropic_client_kwargs, default_headers)",
@@ -32,9 +32,9 @@ _NOT_PARAMS = {
     "workspace_id": "is sent as a header: it belongs to the connection (anthropic_client_kwargs, default_headers)",
     "custom_id": "stands beside params in a native request, not in them",
 }
-#: checked by the API alone: its blocks are many, large, and new ones come often
+#: only the API checks these: their blocks are many and large, and new kinds come often
 _OPEN = frozenset({"messages"})
-#: of params that proved good, so many are remembered
+#: number of valid params that are remembered
 _SETS = 1_000
 _ENCODE = msgspec.json.Encoder()
 
@@ -42,7 +42,7 @@ _MODEL = re.compile(r"(?P<vendor>(?:.*[/:.])?)(?P<name>claude-[\w.-]+?)(?:-v\d+)
 
 
 def model_problem(model: str) -> str | None:
-    """Why a model's name is not one of this API, where it is another vendor's name for a Claude model; None for any other.
+    """Why a model's name is not one of this API, where it is another vendor's name for a Claude model; None for any other name.
 
     Bedrock, Vertex and routers have names of their own: ``us.anthropic.claude-…-v1:0``, ``claude-…@20251001``, ``anthropic/claude-…``.
     """
@@ -50,28 +50,28 @@ def model_problem(model: str) -> str | None:
     if found is None or not (found["vendor"] or found["version"]):
         return None
     date = re.match(r"@(\d+)", found["version"])
-    # routers write claude-sonnet-4.6
+    # routers write claude-sonnet-4.6 for claude-sonnet-4-6
     own = found["name"].replace(".", "-") + (f"-{date[1]}" if date else "")
     return f"the model {model!r} has another vendor's name; the Messages API calls it {own!r}"
 
 
 class ParamNames:
-    """Which names params may have."""
+    """The names that params may have."""
 
     def __init__(self, allowed: bool | Collection[str] = False, *, beta: bool = False) -> None:
         """
-        :param allowed: names that are newer than the installed SDK, a nested one with its path (``output_config.verbosity``); True for all,
-            and for models of any name
-        :param beta: whether requests go to the beta API, which takes more
+        :param allowed: names that are newer than the installed SDK, a nested one with its path (``output_config.verbosity``). True allows
+            every name, and models of any name
+        :param beta: whether requests go to the beta API, which takes more names
         :raises BatchInputError: for anything else
         """
         if isinstance(allowed, str | bytes | Mapping) or not isinstance(allowed, bool | Collection):
             raise BatchInputError(f"allow_unknown_params must be True, or a list of names, not {allowed!r}.")
-        #: whether what is newer than this package is let through
+        #: whether names that this package does not know are let through
         self.takes_all = allowed is True
         self._allowed = frozenset() if isinstance(allowed, bool) else frozenset(map(str, allowed))
         self._beta = beta
-        #: params that proved good, without their messages and texts
+        #: valid params, without their messages and texts
         self._good: set[tuple[tuple[str, ...], bytes]] = set()
 
     def problem(self, params: Mapping[str, Any]) -> str | None:
@@ -81,7 +81,7 @@ class ParamNames:
         try:
             seen = tuple(params), _ENCODE.encode([of for name, of in params.items() if _has_names(name, of)])
         except TypeError:
-            seen = None  # it cannot be sent, either, and its names are looked at first
+            seen = None  # such params cannot be sent either, but their names are checked first
         if seen in self._good:
             return None
         hints = _hints(beta=self._beta)
@@ -93,7 +93,7 @@ class ParamNames:
         return found
 
     def _first(self, value: Mapping[str, Any], kinds: Sequence[Mapping[str, Any]], path: str) -> str | None:
-        """What is wrong with the first name that none of ``kinds`` has."""
+        """The problem with the first name that none of ``kinds`` has; None when each name is known."""
         known = set().union(*kinds) if path else set(kinds[0]) - _NOT_PARAMS.keys()
         for name in value:
             full = re.sub(r"\[\d+\]", "", f"{path}.{name}") if path else str(name)
@@ -106,7 +106,7 @@ class ParamNames:
         return None
 
     def _below(self, value: Any, hint: Any, path: str) -> str | None:
-        """What is wrong with the names in a member of params."""
+        """The problem with the names in a member of params; None without one."""
         if hint is None or value is None:
             return None
         if isinstance(value, str):
@@ -171,7 +171,7 @@ def _members(typed_dict: Any) -> dict[str, Any]:
 
 
 def _is_typed_dict(hint: Any) -> bool:
-    # the SDK's are typing_extensions' own, which typing.is_typeddict does not know
+    # the SDK's typed dictionaries are those of typing_extensions, which typing.is_typeddict does not know
     return isinstance(hint, type) and hasattr(hint, "__required_keys__")
 
 
@@ -184,7 +184,7 @@ def _alternatives(hint: Any) -> Iterator[Any]:
 
 
 def _kinds(hint: Any, value: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The members of each typed dictionary that a mapping may be meant as; none where it may be any mapping, or is of an unknown type."""
+    """The members of each typed dictionary that a mapping may be. The list is empty for one of any or of unknown type."""
     found = []
     for one in _alternatives(hint):
         if _is_typed_dict(one):
@@ -201,7 +201,7 @@ def _kinds(hint: Any, value: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _element(hint: Any) -> Any:
     """The type of a list's elements."""
     elements = [get_args(one)[0] for one in _alternatives(hint) if get_args(one) and get_origin(one) not in (Literal, dict)]
-    return Union[tuple(elements)] if elements else None  # noqa: UP007 - of types that are known at run time alone
+    return Union[tuple(elements)] if elements else None  # noqa: UP007 - the types are known only at run time
 
 
 def check_params(params: Any, names: ParamNames = SDK_NAMES) -> None:
@@ -214,7 +214,7 @@ def check_params(params: Any, names: ParamNames = SDK_NAMES) -> None:
 def _problem(params: Any, names: ParamNames) -> str | None:
     if not isinstance(params, Mapping):
         return f"params must be a mapping, not {type(params).__name__}"
-    # older versions of the SDK do not have it among the names of this API
+    # this is checked first, because older SDKs do not list speed for this API
     if params.get("speed") == "fast":
         return "speed 'fast' is not possible in a batch"
     problem = names.problem(params) or _problem_of_messages(params.get("messages"))

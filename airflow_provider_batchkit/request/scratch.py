@@ -1,4 +1,4 @@
-"""A folder for files of a submit's own. It goes with the submit; one that was killed cannot remove its own, and the next does."""
+"""A folder for a submit's own files. The submit removes it; a killed one cannot, and the next submit does."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ _YOUNG_S = 60.0
 
 @contextmanager
 def scratch_folder() -> Iterator[str]:
-    """A new folder in the system's temporary folder, locked while it is used: what is not locked has lost its owner.
+    """A new folder in the system's temporary folder, locked while it is used. An unlocked folder belongs to a process that has died.
 
-    A batch's bodies are up to 256 MB, so that some killed tasks would fill a worker's disk. Only folders that this host made are removed:
-    where hosts share a temporary folder, one need not see the other's locks.
+    A batch's bodies are up to 256 MB, so a few killed tasks would fill a worker's disk. Only folders that this host made are removed: where
+    hosts share a temporary folder, one may not see the locks of another.
     """
     prefix = f"batchkit-scratch-{re.sub(r'[^0-9A-Za-z]', '_', socket.gethostname())}-"
     _remove_abandoned(prefix)
     with tempfile.TemporaryDirectory(prefix=prefix) as folder, ExitStack() as held:
-        # a file system without locks has none for the next submit either, which leaves the folder alone
+        # on a file system without locks, the next submit gets no lock either, and leaves the folder alone
         with suppress(OSError):
             held.enter_context(_locked(Path(folder)))
         yield folder
@@ -40,7 +40,7 @@ def scratch_folder() -> Iterator[str]:
 def _locked(folder: Path) -> Iterator[None]:
     """Hold the folder's lock; it ends with the process, however that ends.
 
-    :raises OSError: when another process holds it, or the folder is a symbolic link, another user's, or gone
+    :raises OSError: another process holds the lock, or the folder is a symbolic link, another user's, or gone
     """
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:

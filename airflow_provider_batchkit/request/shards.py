@@ -24,11 +24,11 @@ _HEAD = b'{"requests":['
 _TAIL = b"]}"
 _ENVELOPE = len(_HEAD) + len(_TAIL)
 _ENCODE = msgspec.json.Encoder()
-#: copies are appended to their shards' files this many at a time
+#: number of copies that are held before they are appended to their shards' files
 _COPIES_HELD = 1_000
-#: of an index, read at a time
+#: bytes of an index that are read at a time
 _PART_BYTES = 1 << 20
-#: places of requests that are kept for samples, at least half as many of a long job
+#: number of requests whose places are kept for samples; a long job has at least half as many
 _PLACES = 128
 
 
@@ -47,7 +47,7 @@ class Shard:
 
 
 class Sample(NamedTuple):
-    """One of a job's requests, as it is uploaded."""
+    """One of a job's requests, with the body that is uploaded."""
 
     key: str
     body: bytes
@@ -70,9 +70,9 @@ _ENTRY = msgspec.json.Decoder(IndexEntry)
 
 
 class ShardWriter:
-    """Writes requests into shards: ``add`` any number, then ``close``, which returns them.
+    """Writes requests into shards. Call ``add`` any number of times, then ``close``, which returns the shards.
 
-    A row that asks what another row of the job asks already is a copy: :meth:`add_copy` notes it beside that other row's shard.
+    A row whose request another row of the job asks already is a copy: :meth:`add_copy` notes it beside that other row's shard.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class ShardWriter:
         first_alone: bool = False,
     ) -> None:
         """
-        :param first_alone: the first request gets a shard of its own
+        :param first_alone: whether the first request gets a shard of its own
         :param folder: an existing empty folder
         :param first_number: number of the first shard
         :param max_requests: requests a batch, 1 to 100,000
@@ -112,11 +112,11 @@ class ShardWriter:
         self._copies: dict[int, list[bytes]] = {}
         self._copies_held = 0
         self._earlier: set[int] = set()
-        #: per shard how many requests are in the shards before it
+        #: of each shard, the number of requests in the shards before it
         self._firsts: list[int] = []
 
     def add(self, requests: Sequence[PreparedRequest]) -> None:
-        """Append requests to the open shard as far as they fit, and to new ones.
+        """Append requests to the open shard as far as they fit, and the rest to new shards.
 
         :raises RequestError: when a request alone is over the byte limit
         """
@@ -141,7 +141,7 @@ class ShardWriter:
         return (
             self._body is not None
             and self._requests + len(sizes) <= self._room
-            # a comma before each; the first in a shard has none, and opens it
+            # a comma comes before each request; in a new shard, the opening bracket takes its place before the first
             and self._bytes + sum(sizes) + len(sizes) <= self._max_bytes
         )
 
@@ -166,13 +166,13 @@ class ShardWriter:
             )
 
     def shard_of(self, added: int) -> int:
-        """Number of the shard that took the request which was added after ``added`` others."""
+        """Number of the shard that took a request, by the number of requests that were added before it."""
         return self._first_number - 1 + bisect_right(self._firsts, added)
 
     def add_copy(self, request: PreparedRequest, number: int) -> None:
-        """Note a row that shares a request of shard ``number``; it is journaled with it and not asked again.
+        """Note a row that shares a request of shard ``number``. The row is journaled with that shard and not asked again.
 
-        The shard may be one of this writer, or an earlier one: see :meth:`earlier_copies`.
+        The shard may be one of this writer, or an earlier one; see :meth:`earlier_copies`.
         """
         if number < self._first_number:
             self._earlier.add(number)
@@ -189,7 +189,7 @@ class ShardWriter:
         return self._shards
 
     def samples(self, count: int) -> Iterator[Sample]:
-        """After :meth:`close`, while the bodies are there: that many requests, spread evenly; all where there are no more."""
+        """``count`` requests, spread evenly, or all where there are fewer. Call it after :meth:`close`, while the bodies are there."""
         places = self._spread.places
         count = min(count, len(places))
         for i in range(count):
@@ -199,7 +199,7 @@ class ShardWriter:
                 yield Sample(key, body.read(size))
 
     def earlier_copies(self) -> Iterator[tuple[int, bytes]]:
-        """After :meth:`close`: the index lines of copies of shards before ``first_number``, each piece with its shard's number."""
+        """Index lines of copies of shards before ``first_number``, each piece with its shard's number. Call it after :meth:`close`."""
         for number in sorted(self._earlier):
             for part in _parts(self._path(number, "copies")):
                 yield number, part
@@ -232,7 +232,7 @@ class ShardWriter:
         assert self._body is not None and self._index is not None
         self._body.write(_TAIL)
         if self._body.tell() != self._bytes:
-            # the POST is announced with this length: one that is wrong would hang, and leave in doubt what was accepted
+            # the POST announces this length: a wrong one would hang, and leave in doubt what was accepted
             raise AssertionError(f"{self._body.name} has {self._body.tell():,} bytes and was to have {self._bytes:,}. Nothing was sent.")
         self._body.close()
         self._index.close()
@@ -241,7 +241,7 @@ class ShardWriter:
 
 
 class _Spread:
-    """Places of requests that are evenly spread over any number of them."""
+    """Places of a bounded number of requests, evenly spread over all requests."""
 
     def __init__(self) -> None:
         #: path of the body, offset and size in it, and the request's key
@@ -250,7 +250,7 @@ class _Spread:
         self._seen = 0
 
     def see(self, path: str, start: int, block: RequestBlock) -> None:
-        """These requests follow each other from ``start`` on, with a comma between."""
+        """Note requests whose bodies follow each other from ``start`` on, with commas between."""
         sizes = block.sizes
         first = -self._seen % self._every
         self._seen += len(sizes)
@@ -269,7 +269,7 @@ def decode_entries(part: bytes) -> list[IndexEntry]:
 
 
 def index_parts(shard: Shard) -> Iterator[bytes]:
-    """The index of a shard in pieces of about a megabyte, each of whole lines: its requests in the order of its body, then the copies."""
+    """The index of a shard in pieces of about a megabyte and whole lines: its requests in the order of its body, then the copies."""
     for path in (Path(shard.index_path), _copies_path(shard)):
         if path.exists():
             yield from _parts(path)
@@ -307,7 +307,7 @@ def split_shard(shard: Shard) -> list[Shard]:
 
 
 def remove_shard_files(shard: Shard) -> None:
-    """Free the disk that a shard holds, once nobody needs it again."""
+    """Remove the files of a shard that is no longer needed."""
     for path in (Path(shard.body_path), Path(shard.index_path), _copies_path(shard)):
         path.unlink(missing_ok=True)
 

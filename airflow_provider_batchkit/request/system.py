@@ -10,10 +10,10 @@ from airflow_provider_batchkit.request.caching import CACHE_TTL_S, longest_ttl_s
 
 
 class Template(Protocol):
-    """What turns a row into a text; see :class:`~airflow_provider_batchkit.request.template.RowTemplate`."""
+    """Turns a row into a text; see :class:`~airflow_provider_batchkit.request.template.RowTemplate`."""
 
     def render(self, row: Mapping[str, Any]) -> str:
-        """:raises RequestError: when the row does not give one"""
+        """:raises RequestError: the row does not give a text"""
 
     def render_all(self, rows: Sequence[Mapping[str, Any]]) -> list[str]:
         """:meth:`render` for each row."""
@@ -29,9 +29,9 @@ class SystemBlocks:
 
     @classmethod
     def of(cls, blocks: Sequence[Mapping[str, Any]], template: Callable[[str, str], Template]) -> Self:
-        """Blocks as a user gives them.
+        """The blocks that a user gave.
 
-        :param template: makes a template of a text and of what it is called in errors
+        :param template: makes a template from a text and from the name that errors give it
         """
         return cls(blocks, [template(block["text"], f"system[{position}]") for position, block in enumerate(blocks)])
 
@@ -45,7 +45,7 @@ class SystemBlocks:
     def render(self, row: Mapping[str, Any]) -> tuple[str, ...]:
         """The text of each block for one row.
 
-        :raises RequestError: when the row does not give one
+        :raises RequestError: the row does not give a text
         """
         return tuple(text.render(row) for text in self._texts)
 
@@ -59,7 +59,7 @@ class SystemBlocks:
 def system_problem(system: Any, name: str = "system") -> str | None:
     """Why the API would refuse a system prompt, its cache markers aside; None when it would not.
 
-    :param name: what it is called
+    :param name: what messages call it
     """
     if system is None or isinstance(system, str):
         return None
@@ -78,7 +78,7 @@ def system_problem(system: Any, name: str = "system") -> str | None:
 
 
 def marked(system: str | Sequence[Mapping[str, Any]], ttl: str) -> list[dict[str, Any]]:
-    """A system prompt whose end is marked for the API's cache; a text becomes a block.
+    """A system prompt with a cache marker at its end; a text becomes a block.
 
     :param ttl: one of :data:`~airflow_provider_batchkit.request.caching.CACHE_TTL_S`
     :raises RequestError: for blocks that have markers of their own
@@ -97,10 +97,10 @@ def _marked_twice(where: str) -> str:
 def system_problem_of_task(
     system: Any, *, prompt: str | None, params: Mapping[str, Any], cache_system: Any = None, prime_cache: bool = False
 ) -> str | None:
-    """What cannot work of a task's system prompt and of what it says on caching, as far as its parameters tell; None when all can.
+    """Why a task's system prompt and its caching cannot work, as far as the parameters tell; None when nothing is wrong.
 
     :param system: templates of the rows' system prompt: a text, or content blocks
-    :param params: the task's own, which may have a system prompt that is no template
+    :param params: the task's own params, which may have a system prompt that is no template
     """
     problem = system_problem(system) or system_problem(params.get("system"), "params['system']")
     if problem:
@@ -132,9 +132,9 @@ def system_problem_of_task(
 
 
 def kept_for_s(system: Any, params: Mapping[str, Any], cache_system: str | None) -> int | None:
-    """How long the API keeps what the rows of a job have in common, in seconds; None where nothing is marked for its cache.
+    """How long the API caches what the rows of a job have in common, in seconds; None where nothing is marked for its cache.
 
-    The parameters are those of :func:`system_problem_of_task`, and have no problem.
+    The parameters are those of :func:`system_problem_of_task`, which has found no problem with them.
     """
     if cache_system is not None:
         return CACHE_TTL_S[cache_system]

@@ -1,8 +1,8 @@
 """Row templates: Jinja over the columns of a row, compiled once for all rows.
 
-Most prompts only put columns into a text. Those are filled in by one ``%`` of Python, twenty times as fast as a call of Jinja;
-whatever does more (filters, loops, conditions) goes through Jinja itself, with the same result for every row. Wherever a value becomes
-text, in both ways, it is the text of :func:`~airflow_provider_batchkit.request.texts.text_of`.
+Most prompts only put columns into a text. One ``%`` of Python fills these in, twenty times as fast as a call of Jinja. Other templates
+(filters, loops, conditions) go through Jinja itself. Both ways write a value as the text of
+:func:`~airflow_provider_batchkit.request.texts.text_of`, so the result is the same for every row.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from airflow_provider_batchkit.source.rows import column_of
 
 
 class Row(dict[str, Any]):
-    """A source row for templates: ``row.column`` and ``row["column"]`` are the column, also one called ``items`` or ``count``."""
+    """A source row for templates. ``row.column`` and ``row["column"]`` are the column, even one called ``items`` or ``count``."""
 
     __slots__ = ()
 
@@ -37,7 +37,7 @@ class Row(dict[str, Any]):
             raise AttributeError(name) from None
 
 
-#: filters of Jinja whose first argument is text, and whose Jinja takes ``str`` of anything else
+#: filters of Jinja whose first argument is text, and which apply ``str`` to anything else
 _TEXT_FILTERS = (
     "capitalize", "center", "e", "escape", "forceescape", "indent", "lower", "replace", "string", "striptags", "title", "trim",
     "truncate", "upper", "urlize", "wordcount", "wordwrap",
@@ -46,7 +46,7 @@ _TEXT = "batchkit_text"
 
 
 class _RowEnvironment(ImmutableSandboxedEnvironment):
-    """Jinja in which a value becomes text by :func:`text_of`: where it is printed, joined, formatted, or given to a filter of texts."""
+    """Jinja with the texts of :func:`text_of` for values that are printed, joined, formatted, or given to a filter of texts."""
 
     intercepted_binops = frozenset({"%"})
 
@@ -57,7 +57,7 @@ class _RowEnvironment(ImmutableSandboxedEnvironment):
         self.filters |= {_TEXT: text_of, "format": _format, "join": _join, "tojson": _tojson}
 
     def template(self, text: str) -> nodes.Template:
-        """The parsed template; what ``~`` puts together is text."""
+        """The parsed template; operands of ``~`` are written as text, too."""
         tree = self.parse(text)
         for node in tree.find_all(nodes.Concat):
             node.nodes = [nodes.Filter(part, _TEXT, [], [], None, None) for part in node.nodes]
@@ -83,14 +83,14 @@ class _RowEnvironment(ImmutableSandboxedEnvironment):
 
 
 class _Formatter(SandboxedFormatter):
-    """``str.format`` that writes a value as its text, unless the format says how it is to look."""
+    """``str.format`` that writes a value as its text, unless a format specification is given."""
 
     def format_field(self, value: Any, format_spec: str) -> Any:
         return super().format_field(value, format_spec) if format_spec else text_of(value)
 
 
 def _taking_text(found: Callable[..., Any]) -> Callable[..., Any]:
-    """A filter of Jinja that takes the text of its first argument."""
+    """A filter of Jinja that gets the text of its first argument."""
     first = 1 if hasattr(found, "jinja_pass_arg") else 0
 
     @wraps(found)
@@ -111,12 +111,12 @@ def _join(environment: Environment, value: Iterable[Any], d: Any = "", attribute
 
 
 def _tojson(value: Any, indent: int | None = None) -> str:
-    """JSON as it is, with sorted keys as Jinja's own: that one is for HTML, and escapes what JSON does not."""
+    """JSON with sorted keys, as Jinja's own filter writes it, but without that filter's escapes for HTML."""
     return json_of(value, indent=indent, sort_keys=True)
 
 
 class _Formatted(dict[str, Any]):
-    """Named values for ``%`` of Python."""
+    """Named values for Python's ``%``."""
 
     __slots__ = ()
 
@@ -125,19 +125,19 @@ class _Formatted(dict[str, Any]):
 
 
 def _formatted(value: Any) -> Any:
-    """A value for ``%`` of Python: a number stays a number for ``%05.1f``; what Python would print as its code is text."""
+    """A value for Python's ``%``. A number stays a number for ``%05.1f``; other values become their text."""
     return value if isinstance(value, int | float | Decimal) else text_of(value)
 
 
 class RowTemplate:
-    """A compiled row template: Jinja, sandboxed and strict, over ``row`` and whatever ``context`` gives once per run.
+    """A compiled row template: Jinja, sandboxed and strict, over ``row`` and the values that ``context`` gives once per run.
 
-    Values become text as :mod:`~airflow_provider_batchkit.request.texts` says. A NULL prints as nothing; in an expression it is Jinja's
-    none: ``row.a | default("", true) | upper``. A missing column raises :class:`RequestError` that names it.
+    Values become text as :mod:`~airflow_provider_batchkit.request.texts` says. NULL prints as nothing; in an expression it is Jinja's none:
+    ``row.a | default("", true) | upper``. A missing column raises :class:`RequestError` that names it.
     """
 
     def __init__(self, text: str, *, name: str, context: Mapping[str, Any] | None = None) -> None:
-        """:param name: what the template is called in errors, e.g. ``prompt``"""
+        """:param name: the template's name in errors, e.g. ``prompt``"""
         environment = _RowEnvironment()
         self._name = name
         try:
@@ -148,25 +148,25 @@ class RowTemplate:
             raise BatchInputError(f"The {name} template is not valid Jinja: {e}. Nothing was sent.") from e
 
     def render_all(self, rows: Sequence[Mapping[str, Any]]) -> list[str]:
-        """:meth:`render` for each of ``rows``."""
+        """The same as :meth:`render`, for each of ``rows``."""
         if self._filler is not None:
             try:
                 return self._filler.fill_all(rows)
             except (KeyError, NoTextError):
-                pass  # a single row's error says more
+                pass  # rendering one row at a time gives a better error
         return [self.render(row) for row in rows]
 
     def render(self, row: Mapping[str, Any]) -> str:
         """The text for one row.
 
-        :raises RequestError: when the template asks for what the row has not, for a value that has no text, or fails
+        :raises RequestError: the row lacks a column of the template, a value has no text, or the template fails
         """
         try:
             if self._filler is not None:
                 try:
                     return self._filler.fill_all([row])[0]
                 except KeyError:
-                    pass  # Jinja says which column is missing
+                    pass  # Jinja names the missing column
             return self._template.render(row=row if type(row) is Row else Row(row))
         except NoTextError as e:
             column = next((name for name in row if _holds(row[name], e.value)), None)
@@ -186,7 +186,7 @@ class RowTemplate:
 
 
 def _holds(value: Any, part: Any) -> bool:
-    """Whether a column's value is, or has somewhere in it, the value that has no text."""
+    """Whether a column's value is ``part``, the value that has no text, or contains it somewhere."""
     if value is part:
         return True
     parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
@@ -196,14 +196,14 @@ def _holds(value: Any, part: Any) -> bool:
 def system_template(
     system: str | Sequence[Mapping[str, Any]] | None, context: Mapping[str, Any] | None = None
 ) -> RowTemplate | SystemBlocks | None:
-    """The templates of a system prompt: of a text, or of the texts of content blocks."""
+    """The templates of a system prompt, which is a text or content blocks."""
     if system is None or isinstance(system, str):
         return None if system is None else RowTemplate(system, name="system", context=context)
     return SystemBlocks.of(system, lambda text, name: RowTemplate(text, name=name, context=context))
 
 
 class _Filler:
-    """A template that is nothing but text and columns."""
+    """A template that has nothing but text and columns."""
 
     def __init__(self, form: str, columns: list[str]) -> None:
         """:param form: a ``%`` form with one ``%s`` for each of ``columns``"""
@@ -212,7 +212,7 @@ class _Filler:
 
     def fill_all(self, rows: Sequence[Mapping[str, Any]]) -> list[str]:
         """
-        :raises KeyError: for a column that a row has not
+        :raises KeyError: for a column that a row lacks
         :raises NoTextError: for a value that has no text
         """
         if not self._columns:
@@ -241,9 +241,9 @@ class _Filler:
 
 
 def _column(node: nodes.Node) -> str | None:
-    """The column that an expression is, as in ``row.name`` and ``row["name"]``; None for any other."""
+    """The column that an expression reads, as ``row.name`` and ``row["name"]`` do; None for any other expression."""
     match node:
-        # the sandbox has a say in attributes with an underscore
+        # attributes with an underscore are left to the sandbox
         case nodes.Getattr(node=nodes.Name(name="row"), attr=str(attr)) if not attr.startswith("_"):
             return attr
         case nodes.Getitem(node=nodes.Name(name="row"), arg=nodes.Const(value=str(item))):

@@ -1,8 +1,8 @@
 """The text of a value in a prompt: one rule for every type, the same bytes on every attempt.
 
 A value that has a text of its own keeps it: text, numbers (without an exponent where people write none), booleans, UUIDs, addresses.
-Dates and times are written as ISO 8601, ranges as PostgreSQL writes them, NULL as nothing. A value without such a text (a mapping, an
-array, a row) is written as JSON. Bytes have no text, nor has an object that prints its address in memory.
+Dates and times are written as ISO 8601, ranges as PostgreSQL writes them, and NULL as nothing. A value without such a text (a mapping, an
+array, a row) is written as JSON. Bytes have no text, and neither has an object that prints its address in memory.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from enum import Enum
 from functools import partial, singledispatch
 from typing import Any
 
-#: types whose ``str`` is their text
+#: types whose ``str`` gives their text
 _STR_IS_TEXT = frozenset({str, int, bool})
-#: collections that are no JSON array
+#: collections that are not written as JSON arrays
 _UNDIVIDED = (str, bytes, bytearray, memoryview, Enum)
 #: floats from 1e-7 up to 1e21 are written without an exponent
 _EXPONENTS = range(-7, 21)
@@ -53,7 +53,7 @@ def text_of(value: Any) -> str:
 
 
 def texts_of(values: Sequence[Any]) -> Sequence[Any]:
-    """A column's values as ``%s`` of Python writes them to the texts of :func:`text_of`. A column of text is returned as it is.
+    """A column's values in a form that ``%s`` of Python writes as :func:`text_of` does. A column of text is returned as it is.
 
     :raises NoTextError: see :func:`text_of`
     """
@@ -65,9 +65,9 @@ def texts_of(values: Sequence[Any]) -> Sequence[Any]:
 
 
 def json_of(value: Any, *, indent: int | None = None, sort_keys: bool = False) -> str:
-    """A value as JSON the way people write it: no escapes but those that JSON needs, a space behind commas and colons.
+    """A value as JSON the way people write it: only the escapes that JSON needs, and a space after commas and colons.
 
-    Decimals are numbers with all their digits; dates, UUIDs and the like are their texts; sets are sorted; NaN and infinity, which JSON
+    Decimals are numbers with all their digits. Dates, UUIDs and the like are their texts. Sets are sorted. NaN and infinity, which JSON
     lacks, are null.
 
     :raises NoTextError: see :func:`text_of`
@@ -79,9 +79,9 @@ def json_of(value: Any, *, indent: int | None = None, sort_keys: bool = False) -
 
 
 def _json(value: Any, line: str, step: str, *, sort_keys: bool) -> str:
-    """:func:`json_of` for values of any type.
+    """The same as :func:`json_of`, for values of any type.
 
-    :param line: what begins a line of the value's depth; empty when everything is on one line
+    :param line: the line break and indentation of the value's depth; empty when everything is on one line
     """
     value = _unboxed(value)
     inner = line + step if line else ""
@@ -124,10 +124,10 @@ def _json_key(key: Any) -> str:
 
 
 def _unboxed(value: Any) -> Any:
-    """The Python value of one of NumPy's or PyArrow's, others as they are."""
+    """The Python value of a NumPy or PyArrow value; other values as they are."""
     kind = getattr(getattr(value, "dtype", None), "kind", None)
     if isinstance(kind, str) and hasattr(value, "tolist"):
-        # nanoseconds would come as a bare number
+        # nanoseconds would become a bare number
         times = {"M": "datetime64[us]", "m": "timedelta64[us]"}
         return (value.astype(times[kind]) if kind in times else value).tolist()
     return value.as_py() if type(value).__module__.startswith("pyarrow") and hasattr(value, "as_py") else value
@@ -189,7 +189,7 @@ def _(value: dt.date | dt.time) -> str:
 
 @text_of.register
 def _(value: dt.timedelta) -> str:
-    """A duration of ISO 8601, in days and shorter units: months and years have no fixed length."""
+    """An ISO 8601 duration in days and shorter units: months and years have no fixed length."""
     if value < dt.timedelta():
         return f"-{text_of(-value)}"
     minutes, seconds = divmod(value.seconds, 60)
