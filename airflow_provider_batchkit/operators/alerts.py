@@ -1,4 +1,4 @@
-"""Alerts of budgets, through Airflow's notifiers. Whatever goes wrong with them is logged and fails no task."""
+"""Alerts of budgets, through Airflow's notifiers. An error of an alert is logged and fails no task."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ log = logging.getLogger(__name__)
 
 
 def tell_of_budget(context: Context, ledger: Ledger, budget: Budget, began: datetime, refused: BudgetExceededError | None) -> None:
-    """Tell the budget's notifiers which shares of its cap were reached, and mark in the ledger what they took.
+    """Tell the budget's notifiers which shares of its cap were reached, and mark in the ledger the alerts that they took.
 
-    :param began: of the submit: it may have reserved in the window before the present one
-    :param refused: the budget had no room for what the submit asks
+    :param began: when the submit began: it may have reserved in the window before the present one
+    :param refused: the error when the budget had no room for what the submit asks; else None
     """
     moments = [began, datetime.now(UTC)]
     if len({window_of(budget.window, at) for at in moments}) == 1:
@@ -40,7 +40,7 @@ def tell_of_budget(context: Context, ledger: Ledger, budget: Budget, began: date
                     logged = facts["message"]
                     log.warning("%s", logged)
                 _tell(context, facts, ledger, budget, claim)
-        except Exception:  # the requests are sent and journaled, or were refused; an alert has no say in that
+        except Exception:  # the requests are sent and journaled, or were refused, and a failed alert must not change that
             log.warning("The alerts of the budget %r could not be told; the next submit tries again", budget.name, exc_info=True)
 
 
@@ -51,11 +51,11 @@ def _tell(context: Context, facts: dict[str, Any], ledger: Ledger, budget: Budge
             ledger.alert_told(claim)
         case Told.RAISED:
             ledger.alert_untold(claim)
-        # one that hangs may tell it yet: the claim ends by itself
+        # a notifier that hangs may still tell it, so its claim is left to end by itself
 
 
 def facts_of(context: Context, claim: AlertClaim, refused: str | None) -> dict[str, Any]:
-    """What a notifier finds as ``batchkit`` in its context. Amounts are texts; those under ``usd`` and ``tokens`` are numbers."""
+    """The value of ``batchkit`` in a notifier's context. Amounts are texts; those under ``usd`` and ``tokens`` are numbers."""
     status = claim.status
     usd = _figures(status.cap_usd, status.spent_usd, status.reserved_usd, status.remaining_usd)
     tokens = _figures(status.cap_tokens, status.spent_tokens, status.reserved_tokens, status.remaining_tokens)
@@ -100,10 +100,10 @@ def _figures(limit: Any, spent: Any, reserved: Any, left: Any) -> dict[str, Any]
 
 
 def _percent(share: Decimal) -> str:
-    """Rounded down, so that what is not reached does not look so."""
+    """The share in percent, rounded down, so that a threshold does not look reached before it is."""
     return f"{(share * 100).quantize(Decimal('0.1'), ROUND_DOWN).normalize():f}%"
 
 
 def task_link(context: Context) -> str:
-    """The task in Airflow; a task instance of a user's own tests may have no address."""
+    """The task's address in Airflow, or the Console's page of batches where the task instance has none, as in a user's own tests."""
     return str(getattr(context.get("ti"), "log_url", None) or console_page())

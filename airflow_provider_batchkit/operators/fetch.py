@@ -1,4 +1,4 @@
-"""Fetch: the results of ended batches into a table, with their bill."""
+"""Fetch: write the results of ended batches, with their bill, to a table or to files."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def refuse_replace(what: str, write_disposition: str) -> None:
-    """:raises BatchInputError: for a ``replace`` of a job that asks the changed rows only"""
+    """:raises BatchInputError: for a ``replace`` with a job that asks only the changed rows"""
     if write_disposition == "replace":
         raise BatchInputError(
             f"{what}: write_disposition='replace' with skip_unchanged would delete the rows that are answered and unchanged. Use 'merge'."
@@ -36,7 +36,7 @@ def refuse_replace(what: str, write_disposition: str) -> None:
 
 
 class LandingOperator(OutputOperator):
-    """The parameters of every task that writes results to a table or to files, checked, and what it does with them."""
+    """The parameters and the landing of every task that writes results to a table or to files."""
 
     table: Any
 
@@ -64,7 +64,7 @@ class LandingOperator(OutputOperator):
             raise BatchInputError(f"Task {self.task_id}: fail_on_error_rate must be 0.0 to 1.0, not {fail_on_error_rate!r}.")
 
     def _refuse_bad_target(self) -> None:
-        """:raises BatchInputError: when the DAG is parsed, for results that have no place, or a table without a database"""
+        """:raises BatchInputError: when the DAG is parsed, for results without a place, or a table without a database"""
         if self.table is None and self.output_path is None:
             raise BatchInputError(f"Task {self.task_id}: give table or output_path, or both: its results have no place.")
         if self.table is not None and self.sql_conn_id is None:
@@ -77,13 +77,13 @@ class LandingOperator(OutputOperator):
         self._refuse_bad_output()
 
     def _file_summary(self, batch_ids: Sequence[str]) -> dict[str, Any]:
-        """What the summary says of files: where they lie, and each batch's."""
+        """The part of the summary about files: their place, and the file of each batch."""
         files = self._files()
         return {} if files is None else {"output_path": files.name, "files": [files.url(batch_id) for batch_id in batch_ids]}
 
     @property
     def _place(self) -> str:
-        """Where the results are, for people."""
+        """The place of the results, for messages."""
         return " and ".join(str(place) for place in (self.table, self.output_path) if place is not None)
 
     def _refuse_mapped_replace(self, context: Context) -> None:
@@ -110,7 +110,7 @@ class LandingOperator(OutputOperator):
         return Landing(self._place, WriteDisposition.parse(self.write_disposition), land, leg)
 
     def _delete(self, ledger: Ledger, batch_ids: Sequence[str], complete: Sequence[str]) -> None:
-        """Delete the batches that have landed whole, where that is wanted."""
+        """With ``delete_after_fetch``, delete the batches that have landed whole."""
         if not self.delete_after_fetch:
             return
         for batch_id in batch_ids:
@@ -131,7 +131,7 @@ class LandingOperator(OutputOperator):
 
 
 def _land_files_too(table: LandingReport | None, land: Callable[[], LandingReport]) -> LandingReport:
-    """Land batches in files, behind a table where there is one; gives the report of both."""
+    """Land batches in files, after the table where there is one; returns one report for both."""
     try:
         files = land()
     except BatchKitError as e:
@@ -146,32 +146,33 @@ def _land_files_too(table: LandingReport | None, land: Callable[[], LandingRepor
 class FetchBatchOperator(LandingOperator):
     """Write the results of ended batches to a table or to files, with their costs. Returns a summary with the cost tally.
 
-    The rows, each request's outcome and the batch's bill are written in one transaction per batch: killed anywhere, it can run again. Where
-    the ledger lies in another database, the rows land exactly once all the same.
-    Answers to an ``output_schema`` are typed columns beside their raw text; one that does not fit is written with the status
+    The rows, each request's outcome and the batch's bill are written in one transaction per batch, so a task that was killed at any moment
+    can run again. Where the ledger lies in another database, the rows still land exactly once.
+    Answers to an ``output_schema`` become typed columns beside their raw text. An answer that does not fit is written with the status
     ``invalid_output``, its text and the reason, and never over an answer that fits.
-    What has landed in the table is not written again, so that a retry or a cleared task of an older run leaves newer answers alone; a table
-    that is missing or empty is filled anew. Works on any batch id, also one that was submitted elsewhere: its rows are keyed by
-    ``custom_id``. The summary is the ``extra`` of the events of outlet assets, too. A batch that the API does not show at the moment is
-    waited for, without a worker slot.
+    A batch that has landed in the table is not written again, so a retry or a cleared task of an older run leaves newer answers alone. A
+    table that is missing or empty is filled anew. The task takes any batch id, also that of a batch submitted elsewhere, whose rows are
+    keyed by ``custom_id``. The summary is also the ``extra`` of the events of outlet assets. A batch that the API does not show at the
+    moment is waited for, without a worker slot.
 
     :param batch_id: a batch id or a list of them, usually the output of submit (templated)
     :param table: result table, ``table`` or ``schema.table`` (templated); created when it does not exist, keyed by the source's key
-    :param output_path: in place of ``table``, or beside it: where result files are written, as a path or URL that ``ObjectStoragePath``
-        takes (local, ``s3://``, ``gs://``, ``abfs://``): a folder, or a path with a ``*`` for the batch's id, ``gs://lake/copy/*.parquet``
-        (templated). One file a batch, in its place once it is whole. Without ``table`` no database of results is needed
-    :param output_format: ``"jsonl"`` (the default) or ``"parquet"``, where the path does not say it by its suffix
+    :param output_path: place of result files, instead of ``table`` or beside it: a path or URL that ``ObjectStoragePath`` takes (local,
+        ``s3://``, ``gs://``, ``abfs://``). It is a folder, or a path with a ``*`` for the batch's id, ``gs://lake/copy/*.parquet``
+        (templated). Each batch has one file, which is moved to its place once it is whole. Without ``table`` no database of results is
+        needed
+    :param output_format: ``"jsonl"`` (the default) or ``"parquet"``, needed where the path's suffix does not give it
     :param output_conn_id: connection to write ``output_path`` with; a local path needs none (templated)
     :param anthropic_conn_id: connection of type ``anthropic``
     :param sql_conn_id: SQL connection of the table
-    :param ledger_conn_id: SQLite or PostgreSQL connection of the ledger, that of the submit: ``[batchkit] ledger_conn_id`` of Airflow's
-        configuration by default, else ``sql_conn_id`` (templated)
-    :param write_disposition: ``"merge"`` by key, ``"append"``, or ``"replace"`` the table's content: all batches together, and only
-        when every request has a readable result and some have an answer; otherwise the old rows stay and the task fails
+    :param ledger_conn_id: SQLite or PostgreSQL connection of the ledger, the same as the submit's: ``[batchkit] ledger_conn_id`` of
+        Airflow's configuration by default, else ``sql_conn_id`` (templated)
+    :param write_disposition: ``"merge"`` by key, ``"append"``, or ``"replace"`` the table's content. ``"replace"`` takes all batches
+        together, and only when every request has a readable result and some have an answer; otherwise the old rows stay and the task fails
     :param include_failed: also write a row for each request that was not answered
-    :param fail_on_error_rate: fail the task, after the results have landed, when a greater share of rows has no answer, 0.0 to 1.0
-    :param delete_after_fetch: delete each batch from the API that this task has landed whole
-    :param rewrite: write also what has landed in the table before, over whatever is there now
+    :param fail_on_error_rate: share of rows without an answer, 0.0 to 1.0; above it the task fails after the results have landed
+    :param delete_after_fetch: delete from the API each batch that this task has landed whole
+    :param rewrite: also write batches that have landed in the table before, over the rows that are there now
     """
 
     template_fields: Sequence[str] = (
@@ -213,7 +214,7 @@ class FetchBatchOperator(LandingOperator):
         return summary
 
     def _say_why(self, ledger: Ledger, report: LandingReport) -> None:
-        """Why rows failed, from the ledger and, for batches that it does not know, from their results."""
+        """Log why rows failed. The reasons come from the ledger or, for batches that it does not know, from their results."""
         from airflow_provider_batchkit.request.failed import failed_text
 
         failures = configured_failures()

@@ -1,4 +1,4 @@
-"""Where the rows of a submit come from: a query, files, or a list."""
+"""The source of a submit's rows: a query, files, or a list."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def items_of(task: Any) -> Iterable[Any] | Items:
-    """The items of a task's source. Nothing is read before the first is taken.
+    """The items of a task's source. Nothing is read before the first item is taken.
 
     :param task: a :class:`SubmitBatchOperator`
     """
@@ -25,7 +25,7 @@ def items_of(task: Any) -> Iterable[Any] | Items:
     if task.sql is None:
         from airflow_provider_batchkit.request.build import items_of as given
 
-        # resolved by now: rendering replaces the literal wrapper and a task's output by their values
+        # rendering has already replaced a literal wrapper or a task's output by its value
         return given(task.requests)
     from airflow_provider_batchkit.source.rows import RowItems
     from airflow_provider_batchkit.source.sql import read_sql

@@ -1,9 +1,8 @@
-"""What the operators and the sensor do when a task with ``cancel_on_kill`` is killed.
+"""Canceling the batches of a task with ``cancel_on_kill`` that is killed, for the operators and the sensor.
 
-Airflow calls ``on_kill`` in the signal handler of the thread that runs the task, and this module is all that the handler uses. The thread
-may have been interrupted within an import: the module is then half made for the thread itself, and locked for every other one. So nothing
-may be left to import: this module is loaded when the DAG is parsed, and :func:`prepare` loads what it calls before there is anything to
-cancel.
+Airflow calls ``on_kill`` in the signal handler of the thread that runs the task, and the handler uses only this module. The signal may have
+interrupted an import: the imported module is then incomplete for this thread, and locked for every other one. So the handler must not
+import anything: this module is loaded when the DAG is parsed, and :func:`prepare` loads what it calls before there is anything to cancel.
 """
 
 from __future__ import annotations
@@ -25,9 +24,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-#: seconds for everything: the batches' own bound, and some for connections and the ledger
+#: seconds for the whole handler: the bound on canceling, plus some for connections and the ledger
 _BOUND_S = TOTAL_S + 5.0
-#: What canceling loads. The last is a part of the API's client, which loads it at the first call otherwise.
+#: The modules that canceling needs. The last is a part of the API's client, which would otherwise load it at the first call.
 _NEEDED = (
     "airflow_provider_batchkit.hooks.batchkit",
     "airflow_provider_batchkit.kit",
@@ -37,7 +36,7 @@ _NEEDED = (
 
 
 def prepare(task: Any) -> None:
-    """Load what canceling needs, where the task may have to cancel. To be called before the task knows a batch of its own."""
+    """Load what canceling needs, when the task may have to cancel. Call it before the task knows a batch of its own."""
     if task.cancel_on_kill:
         for name in _NEEDED:
             import_module(name)
@@ -47,11 +46,11 @@ def cancel_batches_of(task: Any, batch_ids: Callable[[], Sequence[str]]) -> None
     """Cancel the batches of a task that is being killed. Raises nothing and returns in bounded time.
 
     A lock that the handler's thread held when it was interrupted (the ledger's on SQLite, Airflow's channel to the supervisor, the HTTP
-    client's pool, a module's) is not released before the handler returns. So the work is done in a thread of its own, which is waited for
-    only so long.
+    client's pool, a module's) is not released before the handler returns. So the work is done in another thread, and the handler waits for
+    it no longer than ``_BOUND_S`` seconds.
 
-    :param task: has a ``hook``
-    :param batch_ids: gives the batches; called in that thread
+    :param task: a task with a ``hook``
+    :param batch_ids: returns the ids of the batches; called in the other thread
     """
 
     def work() -> None:
@@ -59,7 +58,7 @@ def cancel_batches_of(task: Any, batch_ids: Callable[[], Sequence[str]]) -> None
             found = batch_ids()
             if found:
                 task.hook.kit.cancel_all(found)
-        except Exception as e:  # noqa: BLE001 - a kill handler that raises breaks off what it interrupted, at any line
+        except Exception as e:  # noqa: BLE001 - an error of the handler would be raised in the interrupted code, at any line
             log.warning(
                 "The task was killed and cancel_on_kill is set, but its batches could not be canceled: %s. They run on and are billed; "
                 "cancel them in the Claude Console, or clear the task to wait for them again.",
@@ -81,11 +80,11 @@ class OwnsBatches:
     sql_conn_id: str | None
     ledger_conn_id: str | None
     _job_id: str | None = None
-    #: What is being sent is to stop, since what was sent is canceled.
+    #: whether the task was killed: it must send no more, since its batches are canceled
     _killed = False
 
     def _identify(self, context: Context, ledger: Ledger) -> JobRecord:
-        """The task's job. From here on a kill may have something to cancel."""
+        """The task's job. After this call a kill may have something to cancel."""
         prepare(self)
         job = job_of(context, ledger)
         self._job_id = job.job_id
@@ -99,7 +98,7 @@ class OwnsBatches:
 
 
 def _running_batches(place: Place, job_id: str) -> list[str]:
-    """The batches of a job that run, by its ledger."""
+    """Ids of the job's running batches, from its ledger."""
     from airflow_provider_batchkit.ledger import BatchState
 
     with ledger_at(place) as ledger:

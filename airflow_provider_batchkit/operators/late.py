@@ -1,7 +1,7 @@
-"""What a task does that has people told, once, when its batches run for longer than they want to hear of.
+"""Alerts of late batches: a task tells its notifiers once when its batches have been running for longer than ``notify_after``.
 
-Nobody watches the clock on a worker: the trigger that waits for the batches fires, the task tells its notifiers, and waits on. That it
-has told them is in the ledger, so that no retry, restart or Clear tells it again.
+No worker watches the clock: the trigger that waits for the batches fires, the task tells its notifiers, and waits on. The ledger marks what
+they were told, so no retry, restart or Clear tells them again.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ log = logging.getLogger(__name__)
 
 
 class TellsWhenLate:
-    """A task with ``notify_after`` and ``notifiers``, and a ledger that knows what they were told."""
+    """A task with ``notify_after`` and ``notifiers``, and a ledger that marks what they were told."""
 
     task_id: str
     sql_conn_id: str | None
     ledger_conn_id: str | None
-    #: age of a running batch, in seconds; None where nobody is to be told
+    #: the age in seconds from which a running batch is late; None without notifiers
     late_after: float | None = None
     notifiers: Sequence[Any] = ()
 
     def _take_notifiers(self, after: timedelta | float | None, notifiers: Any) -> None:
-        """:raises BatchInputError: when the DAG is parsed, for what could tell nobody"""
+        """:raises BatchInputError: when the DAG is parsed, for values with which no notifier could be told"""
         whose = f"Task {self.task_id}"
         self.notifiers = parse_notifiers(() if notifiers is None else notifiers, f"{whose}: notifiers")
         if not self.notifiers:
@@ -60,9 +60,9 @@ class TellsWhenLate:
         self.late_after = float(seconds)
 
     def tell_late(self, context: Context, figures: Figures) -> float | None:
-        """Tell the notifiers that were not told yet. Whatever goes wrong with them is logged, and fails no task.
+        """Tell the notifiers that were not told yet. An error of a notifier is logged and fails no task.
 
-        :returns: the age at which the oldest running batch is to be told of again, in seconds; None when all have taken it
+        :returns: the age of the oldest running batch, in seconds, at which to tell them again; None when all have taken the alert
         """
         from airflow_provider_batchkit.ledger.alerts import CLAIM_S
         from airflow_provider_batchkit.operators.notifiers import Told, call_notifier
@@ -84,19 +84,19 @@ class TellsWhenLate:
                     elif told is Told.RAISED:
                         ledger.late_untold(claim, position)
                     all_told = all_told and told is Told.TAKEN
-        except Exception:  # the batches run, and this task waits for them: that it could not say so must not end the wait
+        except Exception:  # a failed alert must not end the wait for batches that still run
             log.warning("That batches are late could not be told; it is tried again in %s", span_text(CLAIM_S), exc_info=True)
             return again
         return None if claim.rest_told and all_told else again
 
 
 def figures_of(event: Mapping[str, Any]) -> Figures:
-    """What a trigger's event says of late batches."""
+    """The figures of late batches in a trigger's event."""
     return Figures(**event["figures"])
 
 
 def late_facts(context: Context, figures: Figures) -> dict[str, Any]:
-    """What a notifier finds as ``batchkit`` in its context."""
+    """The value of ``batchkit`` in a notifier's context."""
     from airflow_provider_batchkit.operators.alerts import task_link
 
     ti, now = context["ti"], time.time()

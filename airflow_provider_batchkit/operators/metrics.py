@@ -1,4 +1,4 @@
-"""Airflow metrics of batches. Best effort: whatever goes wrong with them is logged and fails no task.
+"""Airflow metrics of batches. They are best effort: an error of a metric is logged and fails no task.
 
 =================================== ======= ======================== ==============================================================
 name                                kind    tags                     what
@@ -6,7 +6,7 @@ name                                kind    tags                     what
 ``batchkit.submitted_requests``     counter dag_id, task_id          requests that an attempt of a submit sent
 ``batchkit.rows.<status>``          counter dag_id, task_id, status  rows per outcome
 ``batchkit.requests``               counter dag_id, task_id, model   billed requests
-``batchkit.unpriced_requests``      counter dag_id, task_id, model   those of a model without a known price
+``batchkit.unpriced_requests``      counter dag_id, task_id, model   billed requests of a model without a known price
 ``batchkit.tokens.input``           counter dag_id, task_id, model   likewise ``output``, ``cache_write``, ``cache_read``
 ``batchkit.batch_cost_microusd``    counter dag_id, task_id, model   cost in millionths of a dollar, rounded once per task and model
 ``batchkit.standard_cost_microusd`` counter dag_id, task_id, model   the same at the standard price
@@ -41,7 +41,7 @@ def count_submitted(ti: Any, requests: int) -> None:
     try:
         if requests:
             Stats.incr("batchkit.submitted_requests", requests, tags=_tags(ti))
-    except Exception:  # the requests are sent and journaled; a metrics backend has no say in that
+    except Exception:  # the requests are sent and journaled, so an error of the metrics backend must not fail the task
         log.warning("The metrics of this submit could not be sent", exc_info=True)
 
 
@@ -49,7 +49,7 @@ def count_landed(ti: Any, batches: Iterable[BatchFigures]) -> None:
     """Count batches that have landed for the first time."""
     try:
         _count_landed(_tags(ti), list(batches))
-    except Exception:  # the results have landed; a metrics backend has no say in that
+    except Exception:  # the results have landed, so an error of the metrics backend must not fail the task
         log.warning("The metrics of this landing could not be sent", exc_info=True)
 
 
@@ -82,5 +82,5 @@ def _tags(ti: Any) -> dict[str, str]:
 
 
 def _micro(usd: Decimal | None) -> int:
-    """Millionths of a dollar; nothing to count for an unknown cost."""
+    """The cost in millionths of a dollar; 0 for an unknown cost."""
     return 0 if usd is None else int(usd.scaleb(6).to_integral_value(ROUND_HALF_EVEN))

@@ -1,7 +1,7 @@
-"""Calls of Airflow's notifiers, none of which holds its task for long.
+"""Calls of Airflow's notifiers, in bounded time.
 
-A notifier runs in a thread of its own. One that hangs is left to itself after ``NOTIFIER_S`` seconds: the task goes on, and the thread
-ends with the task's process.
+A notifier runs in a thread of its own. When it hangs, the task goes on after ``NOTIFIER_S`` seconds, and the thread ends with the task's
+process.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ class Told(Enum):
 
 
 def call_notifier(notifier: Callable[[Any], Any], context: Context, facts: Mapping[str, Any], *, again: str) -> Told:
-    """Call a notifier with the task's context and ``batchkit`` in it. An error is logged; only what ends a process is raised.
+    """Call a notifier with the task's context and ``batchkit`` in it. An error is logged; only an exception that ends a process is raised.
 
-    :param again: who calls it the next time, for the log
+    :param again: for the log: who calls the notifier the next time
     """
     raised: list[BaseException] = []
 
     def call() -> None:
         try:
-            # a notifier renders its fields in place, and adds them to the context
+            # a notifier renders its fields in place and adds them to the context, so it gets copies of both
             copy.copy(notifier)({**context, "batchkit": facts})
-        except BaseException as e:  # noqa: BLE001 - it is looked at below, by the task's own thread
+        except BaseException as e:  # noqa: BLE001 - the task's own thread handles it below
             raised.append(e)
 
     name = type(notifier).__name__

@@ -1,4 +1,4 @@
-"""Where a task's results are written as files, and the proof that they can be."""
+"""The place of a task's result files, and the proof that files can be written there."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class OutputOperator(ResumableOperator):
-    """The parameters of result files, for tasks that write them or that send what a later task writes."""
+    """The parameters of result files, for tasks that write them and for tasks that submit what a later task writes."""
 
     def __init__(
         self, *, output_path: Any = None, output_format: str | None = None, output_conn_id: str | None = None, **kwargs: Any
@@ -23,7 +23,7 @@ class OutputOperator(ResumableOperator):
         self.output_conn_id = output_conn_id
 
     def _refuse_bad_output(self) -> None:
-        """:raises BatchInputError: when the DAG is parsed, for files that could not be written anywhere"""
+        """:raises BatchInputError: when the DAG is parsed, for a path or format of files that cannot be written"""
         from airflow_provider_batchkit.hooks.storage import output_form
 
         if self.output_path is None and (self.output_format or self.output_conn_id):
@@ -40,9 +40,9 @@ class OutputOperator(ResumableOperator):
         return None if self.output_path is None else ResultFiles(self.output_path, self.output_format, self.output_conn_id)
 
     def _prove_output(self) -> None:
-        """Write a file where the results are to lie, and take it away.
+        """Prove the place of the results: write a file there, and delete it.
 
-        :raises BatchInputError: when it cannot be written, or not be taken away
+        :raises BatchInputError: when the file cannot be written, or cannot be deleted
         """
         files = self._files()
         if files is not None:

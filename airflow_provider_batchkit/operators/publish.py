@@ -1,4 +1,4 @@
-"""Where a task's summary goes besides its return value: the Storage tab, the outlets' asset events, the lineage."""
+"""Publishing a task's summary beside its return value: in the Storage tab, the outlets' asset events and the lineage."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-#: the keys of the summary that are published, under their own names; all are JSON and small
+#: the keys of the summary that are published under their own names; their values are JSON and small
 PUBLISHED = ("batch_ids", "table", "output_path", "files", "rows", "counts", "cost_tally", "latency_s")
 
 
 def publish_summary(task: Any, context: Context, summary: Mapping[str, Any], tally: CostTally) -> None:
-    """Publish what landed. To be called in the task's last leg: what an earlier leg says of its assets is lost.
+    """Publish what landed. Call it in the task's last leg: Airflow loses what an earlier leg sets on asset events.
 
-    :param task: the operator; its OpenLineage events tell what is published, too
-    :param summary: what the task returns
-    :param tally: its bill, for the log
+    :param task: the operator; its OpenLineage events include what is published
+    :param summary: the task's return value
+    :param tally: the task's bill, for the log
     """
     log.info("Cost of %s:\n%s", ", ".join(summary["batch_ids"]) or "no batches", format_tally(tally))
     published = {name: summary[name] for name in PUBLISHED if summary.get(name) is not None}
@@ -36,7 +36,7 @@ def publish_summary(task: Any, context: Context, summary: Mapping[str, Any], tal
 
 
 def _store(context: Context, published: Mapping[str, Any]) -> None:
-    """To the task's Storage tab (Airflow 3.3 and later), where it outlives retries and clears."""
+    """Write to the task's Storage tab (Airflow 3.3 and later), whose content survives retries and clears."""
     store = context.get("task_state_store")
     if store is None:
         log.info("This Airflow has no Storage tab (3.3 is the first that has it): the summary is in this log and in the XCom.")
@@ -47,7 +47,7 @@ def _store(context: Context, published: Mapping[str, Any]) -> None:
 
 
 def _describe_assets(context: Context, outlets: Iterable[Any], published: Mapping[str, Any]) -> None:
-    """To the ``extra`` of every outlet asset's event, beside what is there already."""
+    """Add to the ``extra`` of every outlet asset's event."""
     for outlet in outlets:
         if isinstance(outlet, Asset):
             event = context["outlet_events"][outlet]

@@ -1,4 +1,4 @@
-"""Tasks that go on in legs: each leg calls one step of the job, and defers for what the step says must be waited for."""
+"""Tasks that run in legs: each leg calls one step of the job, and defers when the step returns a wait."""
 
 from __future__ import annotations
 
@@ -28,43 +28,43 @@ if TYPE_CHECKING:
     from airflow_provider_batchkit.landing import BatchFigures
     from airflow_provider_batchkit.ledger import Ledger
 
-#: how much later than the trigger's own deadline Airflow ends a deferral that never came back
+#: time after the trigger's own deadline at which Airflow ends a deferral whose trigger never fired
 _GRACE = timedelta(minutes=5)
-#: between two legs, however short the wait is
+#: the least time between two legs
 _LEAST_PAUSE = timedelta(seconds=5)
-#: between two looks of a task whose trigger cannot look
+#: time between two looks of a task whose trigger cannot look
 _BROKEN_PAUSE = timedelta(minutes=1)
 
 
 @dataclass(slots=True)
 class Leg:
-    """A task's work between two waits, which Airflow calls deferrals. It tells Airflow what the step does."""
+    """A task's work between two waits, which Airflow calls deferrals. It reports to Airflow what the step does."""
 
     context: Context
     #: when the attempt began, or the leg after its last round; aware
     since: datetime = field(default_factory=lambda: datetime.now(UTC))
-    #: requests that the attempt has sent since then
+    #: requests that the attempt has sent since ``since``
     sent: int = 0
-    #: what the leg before waited for; None in the first leg
+    #: ``about`` of the wait before this leg; None in the first leg
     about: str | None = None
-    #: the candidates that the leg before waited for
+    #: the candidates that the previous leg waited for
     waited_for: tuple[str, ...] = ()
-    #: looking failed while the leg before waited
+    #: whether the trigger could not look at batches during the wait before this leg
     broken: bool = False
-    #: what the leg before did not find, with since when; see :attr:`.WaitFor.unseen`
+    #: what the previous leg did not find → since when; see :attr:`.WaitFor.unseen`
     unseen: dict[str, datetime] = field(default_factory=dict)
 
     @classmethod
     def after(cls, context: Context, event: Any, since: str, sent: int, about: str) -> Leg:
-        """The leg that a trigger's event begins. The task does not wait any more, and ``waits_for`` says so.
+        """The leg that a trigger's event begins. The task does not wait any more, which the XCom ``waits_for`` then shows.
 
-        ``dag.test()`` drops what a deferral passes on, so what the leg before pushed is read back. A retry begins anew, as its XComs do.
+        ``dag.test()`` drops what a deferral passes on, so this reads back what the previous leg pushed. A retry starts without both.
 
-        :raises BatchWaitTimeout: the batches of a round have not ended in time
+        :raises BatchWaitTimeout: when the batches of a round have not ended in time
         :raises PollError: for an event that the trigger does not send, and when a round's batches could not be looked at
         """
         known, ti = validate_event(event), context["ti"]
-        # a task instance of a user's own tests may have no XComs to read
+        # in a user's own tests a task instance may have no XComs to read
         pull = getattr(ti, "xcom_pull", lambda **_: None)
         pushed = pull(task_ids=ti.task_id, key="waits_for", map_indexes=map_index_of(ti)) or {}
         ti.xcom_push(key="waits_for", value=None)
@@ -105,10 +105,10 @@ class ResumableOperator(TellsWhenLate, OnConnection, BatchLineage, BaseOperator)
     sql_conn_id: str | None
     ledger_conn_id: str | None
     budget: Budget | None = None
-    #: the ledger has a job of this very task
+    #: whether the ledger has a job of this task
     _has_job = False
 
-    # an inherited one leaves a mapped task without inlets
+    # this class needs an __init__ of its own: an inherited one leaves a mapped task without inlets
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
 
@@ -116,7 +116,7 @@ class ResumableOperator(TellsWhenLate, OnConnection, BatchLineage, BaseOperator)
         return self._go_on(Leg(context))
 
     def resume(self, context: Context, event: Any = None, since: str = "", asked: int = 0, about: str = "") -> Any:
-        """The wait is over, however it ended: the ledger says what is to be done next. The rest is what :meth:`_wait` passes on."""
+        """Go on after a wait, however it ended: the ledger decides the next step. :meth:`_wait` passes on the other arguments."""
         if isinstance(event, Mapping) and event.get("status") == "late":
             return self._wait_on(context, event, {"since": since, "asked": asked, "about": about or "round"})
         with batchkit_errors():
@@ -131,7 +131,7 @@ class ResumableOperator(TellsWhenLate, OnConnection, BatchLineage, BaseOperator)
                 found = self._advance(leg, ledger)
             except BatchKitError as e:
                 push_console_link(leg.context, e.submitted)
-                # what an earlier attempt sent is paid for and must be fetched, so it is no reason to skip
+                # a task that has submitted batches is not skipped: they are paid for and must be fetched
                 if isinstance(e, BudgetExceededError) and self.budget and self.budget.on_exceeded == "skip" and not e.submitted:
                     raise AirflowSkipException(str(e)) from e
                 raise
@@ -141,26 +141,26 @@ class ResumableOperator(TellsWhenLate, OnConnection, BatchLineage, BaseOperator)
         return None
 
     def _wait_on(self, context: Context, event: Mapping[str, Any], passed_on: dict[str, Any]) -> None:
-        """The batches of a round are late: tell people, and wait for the same batches until the same time."""
+        """Tell people that the batches of a round are late, and wait for the same batches until the same time."""
         self._defer_to(event["batch_ids"], event["deadline"], passed_on, late_after=self.tell_late(context, figures_of(event)))
 
     def _advance(self, leg: Leg, ledger: Ledger) -> Done[Any] | WaitFor:
-        """The task's step."""
+        """Do the task's next step."""
         raise NotImplementedError
 
     def _finish(self, leg: Leg, ledger: Ledger, result: Any) -> Any:
-        """What the task returns, from the result of its last step."""
+        """The task's return value, from the result of its last step."""
         raise NotImplementedError
 
     def _wait(self, leg: Leg, wait: WaitFor) -> None:
-        """Defer, and tell of it in the log and under the XCom key ``waits_for``."""
+        """Defer, and report the wait in the log and under the XCom key ``waits_for``."""
         now = datetime.now(UTC)
         self.log.info("%s", wait.why)
         leg.context["ti"].xcom_push(key="waits_for", value=wait.to_json())
-        # the ledger's clock may be behind this one: a leg must not be followed by the next one at once
+        # the ledger's clock may be behind this one, and the next leg must not follow at once
         batch_ids, until = list(wait.batch_ids), max(wait.until, now + _LEAST_PAUSE)
         if leg.broken and wait.about != "round":
-            # the trigger would come back at once
+            # the trigger would fire at once
             batch_ids, until = [], min(until, now + _BROKEN_PAUSE)
         passed_on = {"since": leg.since.isoformat(), "asked": leg.sent, "about": wait.about}
         self._defer_to(batch_ids, until.timestamp(), passed_on, late_after=self.late_after if wait.about == "round" else None)
@@ -175,7 +175,7 @@ class ResumableOperator(TellsWhenLate, OnConnection, BatchLineage, BaseOperator)
                 anthropic_conn_id=self.anthropic_conn_id,
                 poke_interval=float(getattr(self, "poke_interval", _BROKEN_PAUSE.total_seconds())),
                 deadline=deadline,
-                # candidates of a doubt may be somebody else's
+                # candidates of a doubt may belong to another submitter, so they are not canceled
                 cancel_on_kill=getattr(self, "cancel_on_kill", False) and about in ("primer", "round"),
                 first=len(batch_ids) > 1 and about != "round",
                 late_after=late_after,

@@ -1,4 +1,4 @@
-"""Run: submit, wait and land in one deferrable task, in rounds that ask again what failed."""
+"""Run: submit, wait and land in one deferrable task, in rounds that ask failed rows again."""
 
 from __future__ import annotations
 
@@ -26,35 +26,35 @@ _WEEK_S = 7 * 24 * 3600.0
 
 
 class RunBatchOperator(SubmitBatchOperator, LandingOperator):
-    """Ask Claude about every row of a source and write the answers to a table or to files; what failed is asked again. Returns a summary.
+    """Ask Claude about every row of a source and write the answers to a table or to files; failed rows are asked again. Returns a summary.
 
-    One task in place of submit, wait and fetch. It takes the parameters of :class:`SubmitBatchOperator` and those of
+    It replaces the tasks submit, wait and fetch. It takes the parameters of :class:`SubmitBatchOperator` and those of
     :class:`FetchBatchOperator` but ``batch_id``, and waits in the triggerer, without a worker slot.
 
     A round's answers land as soon as its batches have ended. The next round asks again only rows that failed for a passing reason:
-    expired, canceled, overloaded, rate limited, timed out, API errors, a download that failed; never what the API refused, nor a row whose
-    result line is missing (its answer may be billed: clear the task to read the results again). Where the account is the reason (credit, a
-    usage limit, a disabled organization) the task stops asking and says so: clear it when that is mended.
+    expired, canceled, overloaded, rate limited, timed out, API errors, a download that failed. It never asks what the API refused, nor a
+    row whose result line is missing (its answer may be billed: clear the task to read the results again). Where the account is the reason
+    (credit, a usage limit, a disabled organization) the task stops asking and says so: clear it when the account works again.
 
-    Rows that the source has gained meanwhile wait for the next DAG
-    run. Rows of a batch that was deleted or archived before it landed are asked again with ``retry_gone``. Where the task stands is in the
-    ledger: a retry or a cleared task goes on from there, and pays for nothing twice. When ``max_cost_usd`` or the ``budget`` has no room
-    for another round, the task ends with the answers it has.
+    Rows that the source has gained meanwhile wait for the next DAG run. Rows of a batch that was deleted or archived before it landed are
+    asked again with ``retry_gone``. The ledger records the task's progress: a retry or a cleared task goes on from there, and pays for
+    nothing twice. When ``max_cost_usd`` or the ``budget`` has no room for another round, the task ends with the answers it has.
 
-    The summary holds what fetch's does, over all rounds: ``counts`` are rows by their last outcome, ``cost_tally`` is what all rounds
-    cost, ``rounds`` says what each asked and got, ``failed`` which rows have no answer and why, ``stopped`` why no further round was
-    asked. The batch ids are pushed under ``batch_ids``, too, and the first under ``batch_id``.
+    The summary has the same keys as fetch's, over all rounds: ``counts`` are rows by their last outcome, and ``cost_tally`` is the cost of
+    all rounds. It also has ``rounds`` (what each round asked and got), ``failed`` (which rows have no answer, and why) and ``stopped`` (why
+    no further round was asked). The XCom ``batch_ids`` holds the batch ids, and ``batch_id`` the first of them.
 
     :param max_rounds: how often a row may be asked, from 1
     :param rounds: in place of ``max_rounds``, a list of :class:`~airflow_provider_batchkit.Round`. The first asks every row; each later one
-        says which outcomes it asks again and what it changes: ``[Round(), Round(ask=["truncated"], max_tokens=800)]``. A row keeps its
-        best outcome: finished, truncated, invalid_output, paused, refused, errored, canceled, expired, missing; of equals the latest
-    :param retry_invalid_output: also ask again for answers that do not fit the schema; each of them is billed
+        names the outcomes that it asks again and what it changes: ``[Round(), Round(ask=["truncated"], max_tokens=800)]``. A row keeps its
+        best outcome, in this order: finished, truncated, invalid_output, paused, refused, errored, canceled, expired, missing; of equal
+        outcomes the latest
+    :param retry_invalid_output: also ask answers again that do not fit the schema; each of them is billed
     :param poke_interval: seconds between looks at running batches
-    :param timeout: seconds that a round's batches are waited for; then the task fails, the batches go on, and a retry waits again
-    :param notify_after: have ``notifiers`` told when a batch has been running for so long, a timedelta or seconds: once a task, over all
-        its rounds and attempts. ``[batchkit] notify_after`` of Airflow's configuration by default
-    :param notifiers: Airflow's notifiers, or functions of the task's context, which has ``batchkit``
+    :param timeout: seconds of waiting for a round's batches; then the task fails, the batches go on, and a retry waits again
+    :param notify_after: age of a running batch, a timedelta or seconds, at which ``notifiers`` are told: once per task, over all its rounds
+        and attempts. ``[batchkit] notify_after`` of Airflow's configuration by default
+    :param notifiers: Airflow's notifiers, or functions that take the task's context, which has ``batchkit``
     :param cancel_on_kill: cancel the running batches when the task is killed, also while it waits. Off by default: clearing a task counts
         as killing it on Airflow 3.3, and paid work must survive that
     """
@@ -96,7 +96,7 @@ class RunBatchOperator(SubmitBatchOperator, LandingOperator):
             refuse_replace(f"Task {self.task_id}", self.write_disposition)
 
     def execute_complete(self, context: Context, event: Any = None) -> Any:
-        """What a task calls that an older version of this package has deferred."""
+        """The method that Airflow calls on a task that an older version of this package has deferred."""
         return self.resume(context, event, about="round")
 
     def _advance(self, leg: Leg, ledger: Ledger) -> Done[Any] | WaitFor:
@@ -110,7 +110,7 @@ class RunBatchOperator(SubmitBatchOperator, LandingOperator):
         attempt = self._attempt(leg, ledger)
         asking, landing = self._asking(leg, attempt.job_id), self._landing(leg, ledger)
         step = RunStep(attempt, asking, landing, self.poke_interval, self.timeout)
-        # a wait for what was not visible may have been for what had landed
+        # a batch that was not visible, and was waited for, may be one that had landed before
         return step.advance(land_again=leg.about in (None, "unseen"))
 
     def _finish(self, leg: Leg, ledger: Ledger, result: Any) -> Any:

@@ -1,8 +1,8 @@
-"""What Airflow's page of rendered templates shows of a task beside its template fields: what it asks of each row, and its caps.
+"""Two further fields on Airflow's page of rendered templates: what a task asks of each row, and its caps.
 
-The page shows template fields alone, and Airflow renders those with its own context, in which there is no row. So these are values of
-their own, wrapped so that Airflow takes them as they are. They are JSON, and alike at every parse: Airflow makes a new version of the DAG
-where they differ.
+The page shows only template fields, and Airflow renders those with its own context, which has no row. So these are separate values, wrapped
+so that Airflow does not render them. They are JSON and the same at every parse, because Airflow makes a new version of the DAG when they
+differ.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     from airflow_provider_batchkit.cost.budget import Budget
     from airflow_provider_batchkit.jobs.rounds import Round
 
-#: the names of the two fields, and how the page shows them
+#: the names of the two fields; SHOWN_AS is how the page shows them
 SHOWN = ("asks", "caps")
 SHOWN_AS = dict.fromkeys(SHOWN, "json")
 
 
 def shown_of(task: Any) -> tuple[Any, Any]:
-    """The row's templates and further parameters of a task, as they are given; and what bounds it."""
+    """The values of the two fields: the row's templates and parameters as the user gave them, and the caps."""
     asks = {"prompt": task.prompt, "system": task.system, "params": task.request_params}
     caps = {
         "max_tokens": task.max_tokens,
@@ -50,7 +50,7 @@ def _given(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _text(value: Any) -> Any:
-    """A value that JSON does not have. An address in memory would differ at every parse."""
+    """A JSON form of a value that JSON does not have. It never contains an address in memory, which would differ at every parse."""
     if isinstance(value, Mapping):
         return dict(value)
     if isinstance(value, Sequence):

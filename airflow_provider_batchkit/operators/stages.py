@@ -1,4 +1,4 @@
-"""Submit, wait and fetch as one task group: a stage of a chain whose next stage reads the table that this one wrote."""
+"""Submit, wait and fetch as one task group. Such stages form a chain: each reads the table that the one before it wrote."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from airflow_provider_batchkit.operators.fetch import FetchBatchOperator, refuse
 from airflow_provider_batchkit.operators.submit import SubmitBatchOperator
 from airflow_provider_batchkit.sensors.batch import BatchSensor
 
-#: what the stage itself gives to its tasks
+#: parameters that the stage itself sets on its tasks
 _SET_BY_STAGE = frozenset({"batch_id", "table", "self", "kwargs"})
 
 
@@ -43,8 +43,7 @@ class BatchStage(TaskGroup):
 def batch_stage(
     group_id: str, *, table: str | None = None, outlets: Any = None, default_args: Mapping[str, Any] | None = None, **parameters: Any
 ) -> BatchStage:
-    """A task group ``submit >> wait >> fetch``: ask about every row of a source, and land the answers in ``table`` or in
-    files.
+    """A task group ``submit >> wait >> fetch``: ask about every row of a source, and land the answers in ``table`` or in files.
 
     Each further parameter goes to those of the three tasks that have a parameter of its name:
 

@@ -1,4 +1,4 @@
-"""Submit: a source's rows as message batches, journaled before they are sent."""
+"""Submit: send a source's rows as message batches, which are journaled first."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ class SubmitBatchOperator(OwnsBatches, OutputOperator):
     """Ask Claude about every row of a source, as message batches at half price. Returns the list of batch ids.
 
     Every request is journaled in the ``batchkit_*`` tables of the ledger before it is sent, so a retry, a cleared task or a killed
-    worker never pays for a row twice. What a killed attempt may have sent is settled by proof before anything is sent again: that costs
-    time, which the task spends without a worker slot. The XCom key ``waits_for`` says what it waits for, and until when at the latest.
+    worker never pays for a row twice. Batches that a killed attempt may have sent are settled by proof before anything is sent again. That
+    takes time, in which the task holds no worker slot. The XCom ``waits_for`` shows what it waits for, and until when at the latest.
 
     Give exactly one source, ``sql``, ``input_path`` or ``requests``.
 
@@ -49,14 +49,15 @@ class SubmitBatchOperator(OwnsBatches, OutputOperator):
         ``ObjectStoragePath`` takes (local, ``s3://``, ``gs://``, ``abfs://``), with ``*`` for many files, or a list of them (templated).
         CSV values are strings
     :param requests: native ``{"custom_id", "params"}`` mappings, prompt strings, or row mappings; may be another task's output
-    :param key: column or columns that identify a row; the result table is keyed by them. Needed with ``sql`` and ``input_path``
+    :param key: column or columns that identify a row and key the result table; required with ``sql`` and ``input_path``
     :param prompt: Jinja template of the user message over ``row`` and the task's context. A missing column is an error
     :param system: template of the system prompt; or a list of content blocks as the API takes them, with a template as the text of each
-    :param model: model id; else the connection's default
+    :param model: model id; by default the connection's
     :param max_tokens: bound on an answer's length, in tokens
     :param params: any further Messages API parameters
-    :param output_schema: what each answer must be: a JSON Schema (a mapping) of an object, or a Pydantic model class. Its properties become
-        typed columns of the result table, nested ones as JSON; an answer that does not fit lands as ``invalid_output`` with its raw text
+    :param output_schema: schema that each answer must fit: a JSON Schema (a mapping) of an object, or a Pydantic model class. Its
+        properties become typed columns of the result table, nested ones hold JSON; an answer that does not fit lands as
+        ``invalid_output`` with its raw text
     :param anthropic_conn_id: connection of type ``anthropic``
     :param sql_conn_id: SQL connection of the results, and of the source unless ``source_conn_id`` names another. Needed unless results
         are files and the ledger lies elsewhere
@@ -65,38 +66,40 @@ class SubmitBatchOperator(OwnsBatches, OutputOperator):
     :param source_conn_id: SQL connection to read ``sql`` from
     :param parameters: parameters of ``sql``, in the driver's own style
     :param input_conn_id: connection to read ``input_path`` with, e.g. one of type ``aws``; a local path needs none
-    :param input_options: how to read ``input_path`` where its name does not say it: ``format`` (``"csv"``, ``"jsonl"``, ``"parquet"``), and
+    :param input_options: how to read ``input_path`` where its name does not tell: ``format`` (``"csv"``, ``"jsonl"``, ``"parquet"``), and
         for CSV ``encoding`` and ``delimiter``
-    :param max_requests_per_batch: 1 to 100,000
-    :param max_bytes_per_batch: bytes of a batch's body, at most 256,000,000
+    :param max_requests_per_batch: most requests in one batch, 1 to 100,000
+    :param max_bytes_per_batch: most bytes in the body of one batch, at most 256,000,000
     :param table: the result table that a later task writes, where that is known: it is checked before anything is sent (templated)
     :param output_path: the place of the result files that a later task writes, where that is known: before anything is sent, a file is
-        written there and taken away (templated); with ``output_format`` and ``output_conn_id`` as that task has them
-    :param dedupe: rows that ask exactly the same share one request; the answer lands for each
-    :param skip_unchanged: leave out rows whose very request has succeeded in an earlier run of this task, and landed in the same table:
-        ``table``, else the one table in which that run has landed. A changed row, prompt, model or parameter is asked. What the earlier
-        run wrote is taken to be in the table still
-    :param settle_seconds: a batch that a killed attempt may have sent is looked for so long, and then over ``[batchkit] absence_seconds``
-        once more, before its rows are sent anew. A POST takes half of it at most
+        written there and deleted (templated). Give ``output_format`` and ``output_conn_id`` as that task has them
+    :param dedupe: let rows that ask exactly the same share one request, whose answer lands for each of them
+    :param skip_unchanged: leave out rows whose same request has succeeded in an earlier run of this task and landed in the same table:
+        ``table``, else the one table in which that run has landed. A row is asked when it, the prompt, the model or a parameter has
+        changed. The rows that the earlier run wrote are assumed to be in the table still
+    :param settle_seconds: seconds of looking for a batch that a killed attempt may have sent; its rows are sent anew only after these and
+        another ``[batchkit] absence_seconds``. A POST takes half of them at most
     :param cancel_on_kill: cancel the job's batches when the running task is killed; otherwise they go on, and a retry re-attaches
-    :param max_cost_usd: fail before anything is sent when the task's batches may cost more: the estimate's upper bound counts, and what
-        earlier attempts of this task have spent or may still spend. Requests that nothing bounds (server tools, PDFs) are refused then
+    :param max_cost_usd: cap in USD: fail before anything is sent when the task's batches may cost more. The estimate's upper bound counts,
+        and what earlier attempts of this task have spent or may still spend. With a cap, requests without a bound (server tools, PDFs) are
+        refused
     :param budget: a :class:`~airflow_provider_batchkit.Budget`, or a mapping with its fields: a named cap that tasks share over a window.
         The upper bound is reserved before anything is sent; a task that does not fit fails, or is skipped if the budget says so.
         With ``alert_at`` and ``notifiers`` it tells people when shares of the cap are reached
-    :param cache_system: cache the system prompt for ``"5m"`` or ``"1h"`` after its last use. It is part of what is asked. Pays when it is
-        long (at least 512 to 4,096 tokens, by model), the same for all rows, and in the cache before the rows are asked: see
-        ``prime_cache``. Content blocks may have their own ``cache_control`` instead. A native request's own ``system`` is sent as it is
+    :param cache_system: cache the system prompt for ``"5m"`` or ``"1h"`` after its last use. The setting is part of the request. Caching
+        pays when the prompt is long (at least 512 to 4,096 tokens, by model), the same for all rows, and in the cache before the rows are
+        asked: see ``prime_cache``. Content blocks may have their own ``cache_control`` instead. A native request's own ``system`` is sent
+        as it is
     :param prime_cache: send the first row alone, wait for its answer without a worker slot, then send the rest, which reads what the first
         has written to the cache. Without it the requests of a batch mostly miss, and caching costs more than it saves
-    :param prime_timeout: how long the rest waits for the first row, in seconds from its submit; then it is sent all the same
+    :param prime_timeout: seconds, from the first row's submit, that the rest waits for its answer; after them the rest is sent anyway
     :param poke_interval: seconds between looks at the first row's batch
     :param dry_run: log what would be sent and what it would cost, push that under the XCom key ``estimate``, and skip: nothing is sent
-        or journaled, and tasks behind this one are skipped too
+        or journaled, and downstream tasks are skipped, too
     :param only_failed_of: landed batches of an earlier task, usually its output: ask only rows whose key failed in them in a way that is
-        worth asking again (expired, canceled, overloaded, rate limited, API errors; never what the API refused). Give the rows as that
-        task had them: the requests are rendered anew (templated)
-    :param retry_invalid_output: count answers that do not fit the schema among what is worth asking again, although they are billed
+        worth asking again (expired, canceled, overloaded, rate limited, API errors; never what the API refused). Give the same rows as that
+        task: the requests are rendered anew (templated)
+    :param retry_invalid_output: also ask answers again that do not fit the schema; each of them is billed
     :param retry_gone: with ``only_failed_of``, ask also the rows of batches that were deleted or archived before they landed, although
         they may have been billed
     :param on_empty: a source without rows, or without a row to ask again: ``"skip"`` the task, ``"succeed"`` with no batches, or ``"fail"``
@@ -122,7 +125,7 @@ class SubmitBatchOperator(OwnsBatches, OutputOperator):
     template_ext: Sequence[str] = (".sql",)
     template_fields_renderers = {"sql": "sql", "requests": "json", **SHOWN_AS}  # noqa: RUF012 - Airflow's own attribute
     ui_color = "#e8ded2"
-    #: of a task that lands its answers itself
+    #: the rounds of a task that also lands its answers; empty for a submit
     rounds: Sequence[Round] = ()
     _has_job = True
     operator_extra_links = (ConsoleLink(),)
@@ -170,7 +173,7 @@ class SubmitBatchOperator(OwnsBatches, OutputOperator):
         super().__init__(**kwargs)
         self.sql = sql
         self.input_path = input_path
-        # what the user asks is sent as it is: only a task's output is resolved, no Jinja runs over it
+        # literal() keeps Jinja away from the user's requests: only another task's output is resolved
         self.requests = requests if requests is None or isinstance(requests, XComArg) else literal(requests)
         self.key = key
         self.prompt = prompt
@@ -194,7 +197,7 @@ class SubmitBatchOperator(OwnsBatches, OutputOperator):
         self.settle_seconds = settle_seconds
         self.cancel_on_kill = cancel_on_kill
         self.only_failed_of = only_failed_of
-        # a task's output may turn out to be None, which must not mean "ask all rows"
+        # another task's output may be None at run time, which must not mean "ask all rows"
         self._asks_again = only_failed_of is not None
         self.retry_invalid_output = retry_invalid_output
         self.retry_gone = retry_gone
@@ -205,13 +208,13 @@ class SubmitBatchOperator(OwnsBatches, OutputOperator):
         self.prime_cache = prime_cache
         self.prime_timeout = prime_timeout
         self.poke_interval = poke_interval
-        # every operator has a method of the parameter's own name
+        # every operator has a method named dry_run
         self.is_dry_run = dry_run
         self._refuse_bad_parameters()
         self.asks, self.caps = shown_of(self)
 
     def _refuse_bad_parameters(self) -> None:
-        """:raises BatchInputError: for parameters that could not work, when the DAG is parsed"""
+        """:raises BatchInputError: when the DAG is parsed, for parameters that cannot work"""
         if sum(source is not None for source in (self.sql, self.input_path, self.requests)) != 1:
             raise BatchInputError(f"Task {self.task_id}: give exactly one of sql, input_path and requests.")
         if self.requests is None and (not self.key or self.prompt is None):
@@ -233,7 +236,7 @@ class SubmitBatchOperator(OwnsBatches, OutputOperator):
             raise BatchInputError(f"Task {self.task_id}: on_empty must be 'skip', 'succeed' or 'fail', not {self.on_empty!r}.")
 
     def primer_over(self, context: Context, event: Any = None, asked_before: int = 0) -> Any:
-        """What a task calls that an older version of this package has deferred."""
+        """The method that Airflow calls on a task that an older version of this package has deferred."""
         return self.resume(context, event, asked=asked_before, about="primer")
 
     def _advance(self, leg: Leg, ledger: Ledger) -> Done[Any] | WaitFor:
@@ -321,7 +324,7 @@ class SubmitBatchOperator(OwnsBatches, OutputOperator):
         )
 
     def _end_dry_run(self, leg: Leg, report: SubmitReport) -> None:
-        """:raises AirflowSkipException: always; there is no batch to wait for"""
+        """:raises AirflowSkipException: always, since there is no batch to wait for"""
         found = report.estimate
         assert found is not None
         summary = {"rows": report.rows, "batches": report.batches, **found.to_json()}

@@ -1,4 +1,4 @@
-"""What the operators and the sensor share: the job's identity, the form of batch ids, and errors."""
+"""Functions that the operators and the sensor share: the job's identity, the form of batch ids, and errors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class OnConnection:
-    """A task that calls the API over an Airflow connection. It loads the hook, and with it the API's client, when it first needs it."""
+    """A task that calls the API over an Airflow connection. It loads the hook, and with it the API's client, at the first use."""
 
     anthropic_conn_id: str
 
@@ -35,7 +35,7 @@ class OnConnection:
 
 @contextmanager
 def batchkit_errors() -> Iterator[None]:
-    """Tell Airflow which errors are worth a retry: a terminal one fails the task at once, whatever its ``retries``."""
+    """Turn this package's errors into Airflow's. A terminal error fails the task at once, whatever its ``retries``."""
     try:
         yield
     except BatchKitError as e:
@@ -46,12 +46,12 @@ def batchkit_errors() -> Iterator[None]:
 
 
 def map_index_of(ti: Any) -> int:
-    """Of a task instance; -1 for one that is not mapped."""
+    """The map index of a task instance; -1 when the task is not mapped."""
     return -1 if ti.map_index is None else int(ti.map_index)
 
 
 def attempt_id_of(ti: Any) -> str:
-    """The id of a task instance: a UUIDv7, new for every try. One that has none, as in tests of a user's, is the youngest attempt."""
+    """The id of a task instance: a UUIDv7, new for every try. A task instance without one, as in a user's tests, is the youngest attempt."""
     found = getattr(ti, "id", None)
     if found is not None:
         return str(found)
@@ -60,14 +60,14 @@ def attempt_id_of(ti: Any) -> str:
 
 
 def job_of(context: Context, ledger: Ledger) -> JobRecord:
-    """The job of a task instance in a ledger: the same on every attempt."""
+    """The job of a task instance in a ledger. It is the same on every attempt."""
     ti = context["ti"]
     return ledger.identify(ti.dag_id, ti.run_id, ti.task_id, map_index_of(ti))
 
 
 def own_params(params: Any, dag: Any) -> dict[str, Any]:
-    """The ``params`` that a task was given itself. Airflow merges the DAG's own into what an operator's ``__init__`` gets under this name;
-    they are for the run's form and the templates, and the API would refuse the requests for them.
+    """The task's own ``params``, without the DAG's. Airflow merges the DAG's params into those that an operator's ``__init__`` gets. They
+    are for the run's form and the templates, and the API would refuse requests that contain them.
     """
     get_param = getattr(params, "get_param", None)
     if get_param is None:
@@ -75,7 +75,7 @@ def own_params(params: Any, dag: Any) -> dict[str, Any]:
 
     def given_by_dag(name: str) -> bool:
         source = getattr(get_param(name), "source", None)
-        if source is None:  # an Airflow whose params do not know where they come from
+        if source is None:  # this Airflow's params do not record their source
             return dag is not None and name in dag.params and dag.params.get_param(name).value == get_param(name).value
         return bool(source == "dag")
 
@@ -83,7 +83,7 @@ def own_params(params: Any, dag: Any) -> dict[str, Any]:
 
 
 def as_batch_ids(value: Any) -> list[str]:
-    """One id or many, as an XCom gives them or as Jinja renders a list, without repeats and in order.
+    """A list of batch ids in order, without repeats, from one id or many as an XCom or a list rendered by Jinja gives them.
 
     :raises BatchInputError: for anything else
     """
@@ -97,7 +97,7 @@ def as_batch_ids(value: Any) -> list[str]:
         raise BatchInputError(f"batch_id must be an id or a list of ids, not a mapping with {', '.join(map(str, ids))}.")
     if not isinstance(ids, Sequence):
         try:
-            ids = list(ids)  # a lazy sequence of a mapped task's outputs
+            ids = list(ids)  # the outputs of a mapped task come as a lazy sequence
         except TypeError:
             raise BatchInputError(f"batch_id must be an id or a list of ids, not {value!r}.") from None
     flat: list[str] = []
