@@ -1,4 +1,4 @@
-"""A sensor for batches: no worker slot while it waits."""
+"""A sensor that waits for batches, without a worker slot."""
 
 from __future__ import annotations
 
@@ -30,26 +30,28 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-#: how much later than the trigger's own deadline Airflow ends a deferral that never came back
+#: seconds after the trigger's own deadline at which Airflow ends a deferral whose trigger never fired
 _GRACE_S = 300.0
 
 
 class BatchSensor(TellsWhenLate, OnConnection, BaseSensorOperator):
     """Wait until every batch has ended. Returns the requests per status that the API reports.
 
-    A batch that ended with errors is still a success here: what became of each row is the fetch's matter. One that answers 404 is looked
-    at again for ``[batchkit] absence_seconds`` at least, 15 minutes by default, before the sensor fails; the log says so at once. In mode
-    ``reschedule``, the sensor keeps its worker slot meanwhile.
+    A batch that ended with errors is still a success here: the fetch handles the outcome of each row. A batch that answers 404 is looked at
+    again for at least ``[batchkit] absence_seconds``, 15 minutes by default, before the sensor fails; the log reports the first 404. In
+    mode ``reschedule``, the sensor keeps its worker slot during that time.
 
     :param batch_id: a batch id or a list of them (templated)
     :param anthropic_conn_id: connection of type ``anthropic``
-    :param deferrable: wait in the triggerer, without a worker slot; ``mode`` applies otherwise. There ``poke_interval`` is the least time
-        between looks, and old batches are looked at less often, see :class:`~airflow_provider_batchkit.triggers.batch.BatchTrigger`
-    :param notify_after: have ``notifiers`` told when a batch has been running for so long, a timedelta or seconds: once a task, over all
-        its attempts, and without a worker slot until then. ``[batchkit] notify_after`` of Airflow's configuration by default
-    :param notifiers: Airflow's notifiers, or functions of the task's context, which has ``batchkit``. What they were told is in the ledger
-    :param sql_conn_id: for ``notifiers``, where no ``ledger_conn_id`` is set: SQL connection of the results, as the submit has it
-    :param ledger_conn_id: for ``notifiers``: SQLite or PostgreSQL connection of the ledger, that of the submit (templated)
+    :param deferrable: wait in the triggerer, without a worker slot; otherwise ``mode`` applies. In the triggerer ``poke_interval`` is the
+        least time between looks, and old batches are looked at less often, see
+        :class:`~airflow_provider_batchkit.triggers.batch.BatchTrigger`
+    :param notify_after: age of a running batch, a timedelta or seconds, at which ``notifiers`` are told: once per task, over all its
+        attempts, and without a worker slot until then. ``[batchkit] notify_after`` of Airflow's configuration by default
+    :param notifiers: Airflow's notifiers, or functions that take the task's context, which has ``batchkit``. The ledger marks what they
+        were told
+    :param sql_conn_id: for ``notifiers``, where no ``ledger_conn_id`` is set: SQL connection of the results, the same as the submit's
+    :param ledger_conn_id: for ``notifiers``: SQLite or PostgreSQL connection of the ledger, the same as the submit's (templated)
     :param cancel_on_kill: cancel the batches when the task is killed. Off by default: clearing a task counts as killing it on
         Airflow 3.3, and paid work must survive that
     """
@@ -93,7 +95,7 @@ class BatchSensor(TellsWhenLate, OnConnection, BaseSensorOperator):
             push_console_link(context, state.batch_ids)
         decision = self._look(context)
         if self.reschedule:
-            # the next poke is another process, which would know nothing of a batch that answers 404
+            # the next poke runs in another process, which would not know since when a batch answers 404
             until = time.monotonic() + self.timeout
             while isinstance(decision, Wait) and state.hidden() and time.monotonic() < until:
                 time.sleep(decision.seconds)
@@ -147,7 +149,7 @@ class BatchSensor(TellsWhenLate, OnConnection, BaseSensorOperator):
         )
 
     def execute_complete(self, context: Context, event: Any = None) -> Any:
-        """The trigger has ended: with every batch, with a time-out, because looking kept failing, or because a batch is late."""
+        """Go on after the trigger's event: every batch ended, the time ran out, looking kept failing, or a batch is late."""
         with batchkit_errors():
             known = validate_event(event)
         if known["status"] == "late":
@@ -166,10 +168,10 @@ class BatchSensor(TellsWhenLate, OnConnection, BaseSensorOperator):
             kill.cancel_batches_of(self, lambda: batch_ids)
 
     def _known_ids(self) -> list[str]:
-        """The batches, without a call; none before the templates are rendered, or where the task before has pushed nothing."""
+        """The batch ids, as far as they are known: none before the templates are rendered, or when the submit has pushed nothing."""
         if "_state" in self.__dict__:
             return list(self._state.batch_ids)
-        if not isinstance(self.batch_id, str | list | tuple):  # a task's output that was not read yet
+        if not isinstance(self.batch_id, str | list | tuple):  # a task's output that is not resolved yet
             return []
         try:
             batch_ids = as_batch_ids(self.batch_id)
