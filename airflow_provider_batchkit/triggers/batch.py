@@ -1,4 +1,4 @@
-"""The trigger: waits for batches on the triggerer's event loop, together with all others of its connection, and does nothing else."""
+"""The trigger. It only waits for batches on the triggerer's event loop, together with all other triggers of its connection."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from airflow_provider_batchkit.hooks.batchkit import BatchKitHook
 from airflow_provider_batchkit.hooks.settings import absence_seconds
 from airflow_provider_batchkit.triggers.poller import ended
 
-#: seconds between two looks at the clock by a trigger that waits for it alone
+#: seconds between two readings of the clock by a trigger that waits only for its deadline
 _CLOCK_S = 60.0
 
 
 class BatchTrigger(BaseTrigger):
     """Fires once every batch has ended, the deadline has passed, a batch is late, or looking keeps failing.
 
-    :param batch_ids: the batches. Without any, a trigger that has a deadline waits for the deadline alone, without a call to the API
+    :param batch_ids: ids of the batches. When it is empty, a trigger with a deadline waits only for that, without a call to the API
     :param anthropic_conn_id: connection of type ``anthropic``
-    :param poke_interval: the shortest time between two looks that are made for these batches, in seconds; the first comes at once. Old
-        batches are looked at less often: every twentieth of their age, and at least every 4 intervals (:func:`.interval_at_age`). A look
-        that is made for another trigger of the connection and shows these batches counts for them too. A batch that answers 404 is looked
-        at again after 2 s and then at growing distances, for ``[batchkit] absence_seconds`` at least; a new triggerer begins anew
-    :param deadline: seconds since the epoch; wall-clock, since a trigger may resume in another process
+    :param poke_interval: the shortest time between two looks that are made for these batches, in seconds; the first look is made at once.
+        Old batches are looked at less often: every twentieth of their age, and at least every 4 intervals (:func:`.interval_at_age`). A
+        look for another trigger of the connection that shows these batches counts for them, too. A batch that answers 404 is looked at
+        again after 2 s and then at growing intervals, for at least ``[batchkit] absence_seconds``; a new triggerer counts anew
+    :param deadline: seconds since the epoch, by the wall clock, since a trigger may resume in another process
     :param cancel_on_kill: cancel the batches when a user kills or clears the deferred task (Airflow 3.3 and later)
-    :param first: fire as soon as one of the batches has ended. The event names all of them; ``counts`` are of those that have ended
-    :param late_after: fire, with the status ``late``, as soon as a running batch is so old, in seconds
+    :param first: fire as soon as one of the batches has ended. The event names all batches; ``counts`` cover those that have ended
+    :param late_after: age of a running batch in seconds at which the trigger fires with the status ``late``
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class BatchTrigger(BaseTrigger):
                 "poke_interval": self.poke_interval,
                 "deadline": self.deadline,
                 "cancel_on_kill": self.cancel_on_kill,
-                # a triggerer that is updated after the workers does not know these
+                # these are sent only when set: a triggerer that is updated after the workers does not know them
                 **({"first": True} if self.first else {}),
                 **({"late_after": self.late_after} if self.late_after is not None else {}),
             },
@@ -100,7 +100,7 @@ class BatchTrigger(BaseTrigger):
         if isinstance(decision, Ended):
             yield self._event("ended", counts=state.outcomes())
         elif isinstance(decision, Late):
-            # the task tells people, and waits on until the same deadline
+            # the task tells its notifiers, and waits on until the same deadline
             yield self._event("late", deadline=self.deadline, figures=asdict(state.figures(time.time())))
         elif isinstance(decision, TimedOut):
             yield self._event(
@@ -114,7 +114,7 @@ class BatchTrigger(BaseTrigger):
             )
 
     async def on_kill(self) -> None:
-        """A user killed or cleared the deferred task: cancel only where that was asked for."""
+        """Cancel the batches when a user has killed or cleared the deferred task, if ``cancel_on_kill`` is set."""
         if not self.batch_ids:
             return
         if not self.cancel_on_kill:
@@ -124,7 +124,7 @@ class BatchTrigger(BaseTrigger):
 
         try:
             client = await BatchKitHook(self.anthropic_conn_id).get_async_conn()
-        except Exception as e:  # noqa: BLE001 - whatever it is, nothing can be canceled, and Airflow's own line would not name the batches
+        except Exception as e:  # noqa: BLE001 - after any error nothing can be canceled, and Airflow's own log would not name the batches
             self.log.warning(
                 "The task was killed and cancel_on_kill is set, but the batches %s could not be canceled: the connection %r cannot be "
                 "used (%s). They run on and are billed.",
@@ -142,6 +142,6 @@ class BatchTrigger(BaseTrigger):
 
 
 async def _until(deadline: float) -> None:
-    """Sleep until ``deadline``, in seconds since the epoch. The clock is read every minute, since it may be set meanwhile."""
-    while (left := deadline - time.time()) > 0:  # noqa: ASYNC110 - time is what it waits for
+    """Sleep until ``deadline``, in seconds since the epoch. The clock is read every minute, since it may be adjusted meanwhile."""
+    while (left := deadline - time.time()) > 0:  # noqa: ASYNC110 - it waits for a time, and no event announces that
         await asyncio.sleep(min(left, _CLOCK_S))

@@ -1,4 +1,4 @@
-"""One look at a connection's batches: pages of the list first, retrieves for what they do not show."""
+"""One look at a connection's batches: it reads pages of the list, and retrieves the batches that they do not show."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from airflow_provider_batchkit.triggers.watches import Failure, Look, Search, Wa
 
 log = logging.getLogger(__name__)
 
-#: batches on a page of the list: the API's limit
+#: batches on a page of the list, at the API's limit
 _PAGE = 1000
-#: retrieves under way at a time
+#: most retrieves under way at the same time
 _PARALLEL = 8
-#: seconds for an answer. The SDK's own ten minutes would keep every trigger of the connection waiting for one lost packet
+#: seconds to wait for an answer. With the SDK's ten minutes every trigger of the connection would wait for one lost packet
 _ANSWER_S = 30.0
 
 
 class Looker:
-    """Looks at batches over an async first-party client; it closes nothing.
+    """Looks at batches over an async first-party client, which its owner closes.
 
-    :param conn_id: named in messages
+    :param conn_id: the connection's id, for messages
     """
 
     def __init__(self, client: anthropic.AsyncAnthropic, conn_id: str) -> None:
-        # the poller has a pause of its own for what fails, in which nobody else of the connection asks either
+        # no retries here: after a failure the poller pauses for all triggers of the connection
         self._client = client.with_options(max_retries=0, timeout=_ANSWER_S)
         self._conn_id = conn_id
 
     async def look(self, look: Look, wanted: dict[str, datetime | None], watches: Watches) -> None:
-        """Fill ``look`` with what the API shows of ``wanted``, and of other watched batches that come up by the way."""
+        """Fill ``look`` with what the API shows of ``wanted``, and of other watched batches that the list shows."""
         if watches.worth_listing(wanted):
             await self._read_list(look, Search(wanted), watches)
         await self._retrieve(look, [batch_id for batch_id in wanted if not look.has(batch_id)])
@@ -53,7 +53,7 @@ class Looker:
                 if not failure.fatal:
                     look.failure = failure
                     return
-                # a gateway that serves no list, or a cursor that was deleted between two pages
+                # a gateway may serve no list, or the cursor was deleted between two pages
                 log.warning("The list of batches of connection %r is refused (%s): retrieving instead.", self._conn_id, failure.error)
                 return
             shown = []
@@ -69,12 +69,12 @@ class Looker:
     async def _page(self, query: dict[str, object]) -> Page:
         page = page_of(await self._client.get(BATCHES, cast_to=httpx2.Response, options=own_address(params=query)))
         if page.odd is not None:
-            # what is left out is retrieved
+            # batches that the page leaves out are retrieved
             log.warning("The list of batches of connection %r: %s", self._conn_id, page.odd)
         return page
 
     async def _retrieve(self, look: Look, batch_ids: list[str]) -> None:
-        """Retrieve each, several at a time; none more once the connection has failed."""
+        """Retrieve each of the batches, several at a time, until the connection fails."""
         left = iter(batch_ids)
 
         async def work() -> None:
@@ -102,5 +102,5 @@ class Looker:
                 look.failed[batch_id] = failure
         except anthropic.APIError as e:
             look.failure = Failure(**poll_failure(e))
-        except Exception as e:  # noqa: BLE001 - an id or an answer that nobody can read is this batch's matter, not the connection's
+        except Exception as e:  # noqa: BLE001 - an unreadable id or answer is a failure of this batch, not of the connection
             look.failed[batch_id] = Failure(f"Batch {batch_id!r} cannot be looked at: {e!r}", fatal=True)

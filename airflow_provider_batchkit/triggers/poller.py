@@ -1,7 +1,7 @@
 """The shared poller: all triggers of one connection in a process (strictly: on an event loop) look at their batches together.
 
-:func:`ended` is all that a trigger calls. The first of a connection starts a task with one client; the last to leave ends it. Nobody is
-woken before there is something to say: that every batch of theirs has ended, that their deadline has come, or that looking is hopeless.
+A trigger calls only :func:`ended`. The first trigger of a connection starts a task with one client; the last one to leave ends it. A
+trigger is woken only when every batch of its own has ended, its deadline has come, or looking is hopeless.
 """
 
 from __future__ import annotations
@@ -24,28 +24,28 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-#: seconds that a newcomer's first look waits for others that come with it: a triggerer that starts brings them all within moments
+#: seconds that a new trigger's first look waits for further triggers: a triggerer that starts brings them all within moments
 _GATHER_S = 0.1
-#: triggers that are told before other work of the event loop gets its turn: 2 to 5 ms
+#: triggers that are updated before other work of the event loop gets its turn; this takes 2 to 5 ms
 _CHUNK = 100
-#: seconds that the last to leave waits for the client to close
+#: seconds that the last trigger to leave waits for the client to close
 _CLOSE_S = 5.0
 
-#: The pollers that can be joined. Weak keys would not do: a poller's task refers to its loop, so a loop that was closed with its tasks
-#: unfinished would stay for ever; closed ones are dropped whenever a poller starts.
+#: The pollers that can be joined. Weak keys would not free closed loops: a poller's task refers to its loop, so a loop that was closed with
+#: unfinished tasks would stay forever. Pollers of closed loops are dropped whenever a poller starts.
 _pollers: dict[tuple[asyncio.AbstractEventLoop, str], SharedPoller] = {}
 
 
 async def ended(
     conn_id: str, state: PollState, tell: Callable[[str], None] = log.warning, inform: Callable[[str], None] = log.info
 ) -> Decision:
-    """Wait, together with everybody else who waits on this connection, until ``state`` decides anything but to wait.
+    """Wait, together with all other waiters on this connection, until ``state`` decides anything but to wait.
 
     :param conn_id: connection of type ``anthropic``
-    :param state: its ``deadline`` is in seconds since the epoch
-    :param tell: called with each line of the state's news, in the caller's context: what it logs there is the caller's
-    :param inform: called likewise, with how far the batches are
-    :raises PollError: when the connection cannot be used, or the poller broke
+    :param state: the batches and their ``deadline``, in seconds since the epoch
+    :param tell: called with each line of the state's news, in the caller's context, so that its log lines are the caller's
+    :param inform: called in the same way, with the progress of the batches
+    :raises PollError: when the connection cannot be used, or the poller has failed
     """
     if not state.open_ids():
         return Ended()
@@ -70,7 +70,7 @@ class SharedPoller:
         self._tell: dict[Watch, tuple[Callable[[str], None], Callable[[str], None]]] = {}
         self._joined = asyncio.Event()
         self._resting_until = float("-inf")
-        # in a context of its own: the task outlives the trigger that starts it, and what it logs is not that trigger's
+        # the task has its own context: it outlives the trigger that starts it, and its log lines are not that trigger's
         self._task = loop.create_task(self._run(), name=f"batchkit-poller-{conn_id}", context=contextvars.Context())
         self._task.add_done_callback(self._over)
 
@@ -88,11 +88,11 @@ class SharedPoller:
             await self._leave(watch)
 
     async def _leave(self, watch: Watch) -> None:
-        """Watch it no more. The last to leave ends the task, and waits until its client is closed."""
+        """Stop watching. The last trigger to leave ends the task, and waits until its client is closed."""
         premature = watch in self._waiting
         if premature:
             self._drop(watch)
-        if self._waiting or self._loop.is_closed():  # a closed loop: the trigger was thrown away unfinished
+        if self._waiting or self._loop.is_closed():  # on a closed loop the trigger was thrown away unfinished
             return
         if premature:
             self._task.cancel()
@@ -107,7 +107,7 @@ class SharedPoller:
                 await self._round(looker)
         finally:
             self._close_door()
-            if not self._loop.is_closed():  # a closed one has closed its connections, and cannot wait for anything
+            if not self._loop.is_closed():  # a closed loop has closed its connections and cannot wait
                 await client.close()
 
     async def _client(self) -> AsyncAnthropic:
@@ -120,7 +120,7 @@ class SharedPoller:
             ) from e
 
     async def _rest(self) -> None:
-        """Until the next look is due; newcomers may make that earlier."""
+        """Sleep until the next look is due. A new trigger may make that earlier."""
         while (until := self._watches.next_due()) > self._loop.time():
             self._resting_until = until
             self._joined.clear()
@@ -148,13 +148,13 @@ class SharedPoller:
                 self._conn_id, look.failure.error, len(self._waiting), pause,
             )  # fmt: skip
         for number, watch in enumerate(self._watches.concerned(due, look), start=1):
-            if watch in self._waiting:  # it may have left meanwhile
+            if watch in self._waiting:  # the trigger may have left meanwhile
                 self._settle(watch, self._watches.tell(watch, look, now=time.time(), clock=clock))
             if number % _CHUNK == 0:
                 await asyncio.sleep(0)
 
     def _settle(self, watch: Watch, decision: Decision) -> None:
-        """Pass the news on, and wake the trigger unless it is to wait on."""
+        """Pass the news to the trigger, and wake it unless the decision is to wait."""
         tell, inform = self._tell[watch]
         for line in watch.state.news():
             tell(line)
@@ -174,12 +174,12 @@ class SharedPoller:
             self._close_door()
 
     def _close_door(self) -> None:
-        """Nobody joins any more: whoever comes now starts another poller, with another client."""
+        """Let no more triggers join. The next one starts another poller, with another client."""
         if _pollers.get((self._loop, self._conn_id)) is self:
             del _pollers[self._loop, self._conn_id]
 
     def _over(self, task: asyncio.Task[None]) -> None:
-        """The task has ended, however that came: whoever still waits must hear of it, or would wait for ever."""
+        """Wake every trigger that still waits when the task has ended for any reason, or they would wait forever."""
         self._close_door()
         cause = None if task.cancelled() else task.exception()
         if cause is not None:

@@ -1,7 +1,7 @@
-"""What the shared poller of a connection watches, whose turn it is, and what a look tells each of them. No clock, no I/O.
+"""The watches of a connection's shared poller: which of them are due, and how a look changes each of them. No clock, no I/O.
 
-Two clocks are passed in: ``clock`` is the event loop's, by which looks are scheduled; ``now`` is seconds since the epoch, which deadlines
-are given in, since a trigger may move to another process.
+Two times are passed in: ``clock`` is the event loop's time, by which looks are scheduled. ``now`` is in seconds since the epoch, as the
+deadlines are, since a trigger may move to another process.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from airflow_provider_batchkit.api.polling import ENDED, Decision, PollState, Wa
 from airflow_provider_batchkit.exceptions import PollError
 from airflow_provider_batchkit.model import BatchSnapshot
 
-#: so many batches are retrieved one by one rather than looked for in a list: three small answers at once are less than one page of up
-#: to 1000 batches, most of which may be other people's
+#: up to so many batches are retrieved one by one: three small answers cost less than one page of up to 1000 batches, most of which may
+#: belong to others
 FEW = 3
-#: retrieves that a page of the list stands for: it costs about twice the CPU time of a retrieve (4 ms, 2 ms) and one call all the same,
-#: but up to 350 KB of transfer
+#: Retrieves that are worth one page of the list. A page takes about twice the CPU time of a retrieve (4 ms, 2 ms) and also one call, but up
+#: to 350 KB of transfer.
 _RETRIEVES_PER_PAGE = 10
 
 
 @dataclass(eq=False, slots=True)
 class Watch:
-    """What one trigger waits for."""
+    """The batches that one trigger waits for."""
 
     state: PollState
-    #: when it is to be looked at next, on the loop's clock
+    #: when its next look is due, on the loop's clock
     due: float
 
 
@@ -38,35 +38,35 @@ class Failure:
     error: str
     fatal: bool = False
     retry_after: float | None = None
-    #: the API answered 404 for the batch: an answer, which says that it is hidden now
+    #: whether the API answered 404 for the batch; that is an answer, and the batch is hidden now
     hidden: bool = False
 
 
 @dataclass(slots=True)
 class Look:
-    """What one look brought. ``clock`` is when it began."""
+    """The result of one look. ``clock`` is when it began."""
 
     clock: float
     shown: dict[str, BatchSnapshot] = field(default_factory=dict)
-    #: failures that concern one batch only
+    #: batch id → a failure that concerns only this batch
     failed: dict[str, Failure] = field(default_factory=dict)
-    #: a failure of the connection: it concerns every batch that was asked for and neither shown nor failed by itself
+    #: a failure of the connection; it concerns every wanted batch that was not shown and has no failure of its own
     failure: Failure | None = None
 
     @property
     def hopeless(self) -> bool:
-        """Whether the connection failed in a way that will not mend."""
+        """Whether the connection failed in a way that does not pass."""
         return self.failure is not None and self.failure.fatal
 
     def has(self, batch_id: str) -> bool:
-        """Whether this batch has been answered for."""
+        """Whether the look has an answer or a failure for this batch."""
         return batch_id in self.shown or batch_id in self.failed
 
 
 class Search:
-    """Which batches are still to be found in the list, newest first, and whether its next page is worth reading.
+    """The batches that are still to be found in the list, which is newest first, and whether its next page is worth reading.
 
-    :param wanted: batch id → when it was created, or None where that is not known yet
+    :param wanted: batch id → time of its creation, None while that is not known
     """
 
     def __init__(self, wanted: Mapping[str, datetime | None]) -> None:
@@ -75,10 +75,10 @@ class Search:
         self._pages = 0
 
     def read(self, shown: Collection[str], oldest: datetime | None, *, more: bool) -> bool:
-        """Note a page that showed ``shown`` and whose last batch was created at ``oldest``; says whether to read the next.
+        """Note a page that showed ``shown`` and whose last batch was created at ``oldest``; True when the next page is worth reading.
 
-        Not when few are missing, when every missing one is newer than the page's end (they should have come by now), or when the pages
-        cost as much as retrieving every batch that was wanted. What is then missing is retrieved.
+        It is not when few batches are missing, when every missing batch is newer than the page's end (so it should have appeared), or when
+        the pages cost as much as retrieving every wanted batch. The batches that are then missing are retrieved.
         """
         self._pages += 1
         for batch_id in shown:
@@ -90,14 +90,14 @@ class Search:
 
 
 class Watches:
-    """Everything that one connection's poller watches."""
+    """All watches of one connection's poller."""
 
     def __init__(self) -> None:
         self._all: set[Watch] = set()
         self._by_id: dict[str, list[Watch]] = {}
         self._seen: dict[str, BatchSnapshot] = {}
         self._failures = 0
-        #: no look before this, on the loop's clock: the connection failed, or the API asked us to wait
+        #: the end of the pause, on the loop's clock, after the connection failed or the API asked for a wait
         self._paused_until = float("-inf")
 
     def join(self, state: PollState, *, due: float, now: float, clock: float) -> Watch:
@@ -110,7 +110,7 @@ class Watches:
         return watch
 
     def leave(self, watch: Watch) -> None:
-        """Watch it no more; one that has left already is fine."""
+        """Stop watching. A watch that has already left is ignored."""
         if watch not in self._all:
             return
         self._all.discard(watch)
@@ -122,44 +122,44 @@ class Watches:
         return min((watch.due for watch in self._all), default=float("inf"))
 
     def due(self, clock: float) -> list[Watch]:
-        """Those whose turn it is."""
+        """The watches that are due."""
         return [watch for watch in self._all if watch.due <= clock]
 
     def paused(self, clock: float) -> bool:
-        """Whether the connection is left alone for now."""
+        """Whether the connection is in a pause."""
         return clock < self._paused_until
 
     def wanted(self, due: Collection[Watch]) -> dict[str, datetime | None]:
-        """The open batches of ``due`` with their times of creation where known."""
+        """The open batches of ``due``, each with the time of its creation where that is known."""
         ids = dict.fromkeys(batch_id for watch in due for batch_id in watch.state.open_ids())
         return {batch_id: seen.created_at if (seen := self._seen.get(batch_id)) else None for batch_id in ids}
 
     def worth_listing(self, wanted: Mapping[str, datetime | None]) -> bool:
-        """Whether to ask the list for ``wanted``. A few are retrieved, and so are a few newcomers.
+        """Whether to read the list for ``wanted``. A few batches, and a few new ones, are retrieved instead.
 
-        A few known ones among many watched are asked of the list all the same: it answers for the others too, and so brings all to one
-        beat. Retrieved, each would keep a beat of its own.
+        A few known batches among many watched ones are still looked for in the list: its answer counts for the others, too, so that all
+        become due together. Retrieved one by one, each would keep its own schedule.
         """
         return len(wanted) > FEW or (len(self._by_id) > FEW and any(wanted.values()))
 
     def watched(self, batch_id: str) -> bool:
-        """Whether anybody waits for this batch."""
+        """Whether any watch has this batch."""
         return batch_id in self._by_id
 
     def unchanged(self, batch_id: str, status: str) -> BatchSnapshot | None:
-        """What is known of a batch, if it was last seen in this status: until it ends, nothing else of it changes."""
+        """The last snapshot of a batch if it had this status: until the batch ends, nothing else of it changes."""
         seen = self._seen.get(batch_id)
         return seen if seen is not None and seen.processing_status == status else None
 
     def concerned(self, due: Collection[Watch], look: Look) -> list[Watch]:
-        """Whom to tell: those that were due, and those whose batches were shown by the way; everybody when there is no hope."""
+        """The watches that a look changes: the due ones and those whose batches it showed; all when the connection is hopeless."""
         found = dict.fromkeys(self._all if look.hopeless else due)
         for batch_id in look.shown:
             found.update(dict.fromkeys(self._by_id.get(batch_id, ())))
         return list(found)
 
     def judge_connection(self, due: Collection[Watch], look: Look, clock: float) -> float | None:
-        """Back off when the connection failed; gives the pause in seconds."""
+        """Begin a pause when the connection failed; returns its length in seconds, else None."""
         if look.failure is None:
             self._failures = 0
             return None
@@ -170,10 +170,10 @@ class Watches:
         return pause
 
     def tell(self, watch: Watch, look: Look, *, now: float, clock: float) -> Decision:
-        """Tell a watch what it is to know of a look that ended at ``clock``, and ask it what to do. One that waits on is due again later.
+        """Update a watch from a look that ended at ``clock``, and return its decision. A watch that goes on waiting is scheduled again.
 
-        What a look shows counts for everybody, asked for or not; a failure only for those who were due and did not get their answer, or
-        for all when it will not mend.
+        A batch that the look shows counts for every watch that has it, due or not. A failure counts only for the watches that were due and
+        did not get their answer, or for all when it does not pass.
         """
         state = watch.state
         open_ids = state.open_ids()
@@ -200,12 +200,12 @@ class Watches:
                 self._forget(snapshot.batch_id, watch)
         decision = state.decide(now)
         if isinstance(decision, Wait) and (asked or complete):
-            # counted from the start of the look, so that all whom it answered are due at the same moment again, and share the next
+            # counted from the start of the look, so that all watches that it answered are due together again and share the next look
             self._schedule(watch, (look.clock if complete else clock) + decision.seconds, now=now, clock=clock)
         return decision
 
     def hold(self, watch: Watch, *, now: float, clock: float) -> Decision:
-        """For a watch that is due during a pause: its deadline may have come; else it waits for the end of the pause."""
+        """The decision of a watch that is due during a pause. Unless its deadline has come, it waits for the end of the pause."""
         decision = watch.state.decide(now)
         self._schedule(watch, clock, now=now, clock=clock)
         return decision
@@ -218,7 +218,7 @@ class Watches:
         return failure
 
     def _schedule(self, watch: Watch, due: float, *, now: float, clock: float) -> None:
-        """Its next turn: at ``due``, not within a pause of the connection, and not after its deadline."""
+        """Schedule the watch's next look at ``due``, but not within a pause of the connection, and not after the watch's deadline."""
         due, deadline = max(due, self._paused_until), watch.state.deadline
         watch.due = due if deadline is None else min(due, clock + max(deadline - now, 0.0))
 
