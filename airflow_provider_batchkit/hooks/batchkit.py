@@ -1,8 +1,8 @@
-"""The hook: the official Anthropic connection, and on it the batch engine.
+"""The hook: the batch engine on the official Anthropic connection.
 
-Of the official provider only its public names are used. It has no public way to make an async client from a connection that is already
-read (its ``get_async_conn``, there from 1.2 on, reads parts of it synchronously). So :func:`_async_client` makes one, from the fields that
-the documentation of ``AnthropicHook`` names.
+It uses only public names of the official provider. The provider has no public way to make an async client from a connection that has
+already been read: its ``get_async_conn``, which exists from 1.2 on, reads parts of the connection synchronously. So :func:`_async_client`
+makes the client from the fields that the documentation of ``AnthropicHook`` names.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class BatchKitHook(AnthropicHook):
         :raises AnthropicError: on a platform that does not serve the Message Batches API
         """
         connection = await self._read_connection_async()
-        # Making a client reads the CA certificates for 30 ms and may read credential files, so it is not done on the event loop.
+        # making a client reads the CA certificates, which takes 30 ms, and perhaps credential files, so it runs outside the event loop
         client = await asyncio.to_thread(_async_client, connection)
         lower_request_lines(client.base_url)
         return client
@@ -84,7 +84,7 @@ class BatchKitHook(AnthropicHook):
             connection = await self.aget_connection(self.conn_id)
             return _ConnectionValues(connection.host, connection.password, await connection.aextra_dejson())
         # Before 3.3.2, Airflow's own async lookup masks secrets with a blocking call, which fails beside another lookup on the same loop.
-        # asgiref's threads, unlike those of asyncio.to_thread, hand what they send to the supervisor to that loop.
+        # asgiref's threads pass their messages to the supervisor through that loop; the threads of asyncio.to_thread do not.
         from asgiref.sync import sync_to_async
 
         return await sync_to_async(self._read_connection)()
@@ -103,7 +103,7 @@ def _refuse_other_platforms(platform: str) -> None:
 
 
 def _async_client(connection: _ConnectionValues) -> AsyncAnthropic:
-    """The async twin of the client that ``AnthropicHook.get_conn`` makes. It is bound to no event loop before its first call."""
+    """The async counterpart of the client that ``AnthropicHook.get_conn`` makes. It is bound to no event loop before its first call."""
     from anthropic import AsyncAnthropic, AsyncAnthropicAWS
 
     _refuse_other_platforms(connection.platform)

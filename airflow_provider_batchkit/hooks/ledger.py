@@ -1,4 +1,4 @@
-"""Where the ledger of a task lies: in SQLite or PostgreSQL, beside the results or in a database of its own.
+"""Finds and opens the ledger of a task: in SQLite or PostgreSQL, beside the results or in a database of its own.
 
 Operators import this module when a DAG file is parsed, so SQLAlchemy and the hooks are imported where a ledger is opened.
 """
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 #: databases that a ledger can lie in
 _LEDGERS = ("sqlite", "postgres")
-#: executors whose tasks run on the scheduler's machine
+#: executors that run all tasks on the scheduler's machine
 _ONE_MACHINE = frozenset({"LocalExecutor", "SequentialExecutor", "DebugExecutor"})
 _HOW = (
     "The ledger needs a small transactional database, SQLite or PostgreSQL: name its connection in the task's ledger_conn_id, or for all "
@@ -31,10 +31,10 @@ _HOW = (
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a ledger lies."""
+    """The place of a ledger."""
 
     conn_id: str
-    #: in PostgreSQL; None for the connection's own
+    #: the PostgreSQL schema; None for the connection's own
     schema: str | None = None
 
     def __str__(self) -> str:
@@ -42,9 +42,9 @@ class Place:
 
 
 def ledger_place(ledger_conn_id: str | None, sql_conn_id: str | None) -> Place:
-    """Where a task's ledger lies: as the task says, else as Airflow's configuration says, else beside its results.
+    """The place of a task's ledger: as the task sets it, else as Airflow's configuration sets it, else beside its results.
 
-    :raises BatchInputError: for a task whose results are files, when neither says it
+    :raises BatchInputError: for a task whose results are files, when neither sets it
     """
     named = ledger_conn_id or conf.get("batchkit", "ledger_conn_id", fallback=None) or sql_conn_id
     if named is None:
@@ -54,10 +54,10 @@ def ledger_place(ledger_conn_id: str | None, sql_conn_id: str | None) -> Place:
 
 @contextmanager
 def ledger_at(place: Place, executor: str | None = None) -> Iterator[Ledger]:
-    """The ledger at a place; its connections are closed at the end.
+    """The ledger at a place; its connections are closed after the block.
 
-    :param executor: the task's own, where it has one
-    :raises BatchInputError: when no ledger can lie there, before anything is read
+    :param executor: the task's own executor, where it has one
+    :raises BatchInputError: when no ledger can lie there; nothing was read then
     """
     from airflow_provider_batchkit.ledger import Ledger
 
@@ -79,9 +79,9 @@ def ledger_at(place: Place, executor: str | None = None) -> Iterator[Ledger]:
 def ledger_of(task: Any, context: Any = None) -> Iterator[Ledger]:
     """The ledger of a task with ``sql_conn_id`` and ``ledger_conn_id``.
 
-    :param context: of the running task, where it may have a job: a ledger that does not know the task is not taken for a new one before
-        the task has been looked for where its ledger lay without the setting
-    :raises BatchInputError: when no ledger can lie there, or the task's own lies elsewhere
+    :param context: the context of a running task that may have a job. When the ledger does not know the task, the task is first looked for
+        in the ledger that it would have without the setting
+    :raises BatchInputError: when no ledger can lie there, or the task's jobs are in another ledger
     """
     place = ledger_place(task.ledger_conn_id, task.sql_conn_id)
     before = place if task.sql_conn_id is None else Place(task.sql_conn_id)
@@ -94,7 +94,7 @@ def ledger_of(task: Any, context: Any = None) -> Iterator[Ledger]:
 def results_of(task: Any) -> Warehouse | None:
     """The database of a task's result table; None where it is the ledger's own, and for a task without a table.
 
-    :raises BatchInputError: when results cannot land there, before anything is read
+    :raises BatchInputError: when results cannot land there; nothing was read then
     """
     from airflow_provider_batchkit.landing.warehouse import warehouse_of
 
@@ -120,7 +120,7 @@ def _address(conn_id: str) -> str:
 
 
 def _refuse_left_behind(ledger: Ledger, place: Place, before: Place, ti: Any) -> None:
-    """:raises BatchInputError: when the task's jobs are in the ledger where it lay before, and not in the one that is set now"""
+    """:raises BatchInputError: when the task's jobs are in the ledger at its place before, and not in the one that is set now"""
     from airflow_provider_batchkit.ledger import Ledger
 
     if ledger.knows_task(ti.dag_id, ti.task_id):
@@ -147,7 +147,7 @@ def _refuse_left_behind(ledger: Ledger, place: Place, before: Place, ti: Any) ->
 
 def _refuse_many_machines(place: Place, executor: str | None) -> None:
     """:raises BatchInputError: when tasks run on several machines, each of which would have a SQLite file of its own"""
-    # "LocalExecutor", "alias:module.Class", or several with commas, the first of which is the default
+    # the setting is "LocalExecutor", "alias:module.Class", or several with commas, of which the first is the default
     name = executor or conf.get("core", "executor", fallback="LocalExecutor").split(",")[0].split("=")[-1]
     known = name.rpartition(":")[2].rpartition(".")[2].strip()
     if known not in _ONE_MACHINE and known.endswith("Executor"):

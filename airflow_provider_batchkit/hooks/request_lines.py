@@ -1,16 +1,16 @@
-"""The lines that the SDK's HTTP library logs for each call, ``HTTP Request: POST …``, at DEBUG: at INFO they bury what a task says."""
+"""Lowers the line that the SDK's HTTP library logs for each call, ``HTTP Request: POST …``, to DEBUG: at INFO it buries other lines."""
 
 from __future__ import annotations
 
 import logging
 import os
 
-#: the library of SDK 2.12, and the one of earlier SDKs
+#: loggers of the HTTP library of SDK 2.12, and of that of earlier SDKs
 _LOGGERS = ("httpx2", "httpx")
 
 
 class _RequestLines(logging.Filter):
-    """Lowers the lines of calls to some addresses. Everything else of the same loggers stays as it is."""
+    """Lowers the lines of calls to some addresses to DEBUG. All other lines of the same loggers stay as they are."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -20,7 +20,7 @@ class _RequestLines(logging.Filter):
         args = record.args
         if record.levelno != logging.INFO or not isinstance(args, tuple) or len(args) < 2:
             return True
-        # of a request line: the method, the address
+        # the arguments of a request line begin with the method and the address
         if not str(args[1]).startswith(tuple(self.addresses)):
             return True
         record.levelno, record.levelname = logging.DEBUG, logging.getLevelName(logging.DEBUG)
@@ -31,11 +31,11 @@ _FILTER = _RequestLines()
 
 
 def lower_request_lines(base_url: object) -> None:
-    """From now on, lines of calls to this address are of the level DEBUG in this process.
+    """Log calls to this address at the level DEBUG from now on, in this process.
 
-    Who has set a level for the library's logger, or ``ANTHROPIC_LOG``, wants these lines, and keeps them.
+    The lines stay as they are when the user has set a level for the library's logger, or ``ANTHROPIC_LOG``.
 
-    :param base_url: of a client; it ends with a slash
+    :param base_url: a client's base URL, which ends with a slash
     """
     if os.environ.get("ANTHROPIC_LOG"):
         return

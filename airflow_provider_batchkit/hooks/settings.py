@@ -1,6 +1,6 @@
-"""What a deployment decides: the section ``batchkit`` of Airflow's configuration, as values that the stages take.
+"""The settings of a deployment: the section ``batchkit`` of Airflow's configuration, as values for the stages.
 
-Operators import this module when a DAG file is parsed, so what the values are made of is imported where it is needed.
+Operators import this module when a DAG file is parsed, so each function imports what it needs itself.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from airflow_provider_batchkit.jobs.settle import SettleTimes
     from airflow_provider_batchkit.request.failures import Failures
 
-#: The connection that a task uses when it names none. It is the official hook's own default, whose module loads the API's client.
+#: The connection of a task that names none. It equals the official hook's default, whose module would load the API's client.
 DEFAULT_CONN_ID = "anthropic_default"
 
 
@@ -47,7 +47,7 @@ def allowed_params() -> bool | list[str]:
 
 
 def configured_failures() -> Failures:
-    """What says which failures pass, with the patterns of Airflow's configuration.
+    """The rules for which failures pass, with the patterns of Airflow's configuration.
 
     :raises BatchInputError: for a pattern that is not valid
     """
@@ -57,7 +57,7 @@ def configured_failures() -> Failures:
 
 
 def absence_seconds() -> float:
-    """How long a batch that answers 404 is looked at again before it is called gone, in this deployment."""
+    """Seconds for which a batch that answers 404 is looked at again before it counts as gone, in this deployment."""
     from airflow_provider_batchkit.api.polling import ABSENCE_S
 
     found: float = conf.getfloat("batchkit", "absence_seconds", fallback=ABSENCE_S)
@@ -65,15 +65,15 @@ def absence_seconds() -> float:
 
 
 def ledger_conn_ids() -> list[str]:
-    """The connections of all ledgers that this deployment names, in order."""
+    """The connections of all ledgers that the configuration names, in order."""
     text = conf.get("batchkit", "page_ledger_conn_ids", fallback=None) or conf.get("batchkit", "ledger_conn_id", fallback=None) or ""
     return list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
 
 
 def notify_after() -> float | None:
-    """The age of a batch at which tasks with notifiers tell them, in seconds, where a deployment sets it.
+    """The age of a batch, in seconds, at which tasks tell their notifiers; None where the deployment does not set it.
 
-    :raises BatchInputError: for what is no span of time
+    :raises BatchInputError: when the setting is not a span of time
     """
     text = conf.get("batchkit", "notify_after", fallback=None)
     if not text:
@@ -85,15 +85,15 @@ def notify_after() -> float | None:
 
 
 def show_content() -> bool:
-    """Whether people may read prompts and answers, or words that quote them, where the package shows something."""
+    """Whether the package may show people prompts and answers, or messages that quote them."""
     found: bool = conf.getboolean("batchkit", "show_content", fallback=False)
     return found
 
 
 def settle_times(settle_seconds: float | None = None) -> SettleTimes:
-    """How long a batch that a killed attempt may have sent is looked for, in this deployment.
+    """The times of looking for a batch that a killed attempt may have sent, in this deployment.
 
-    :param settle_seconds: of the task; its default where it has none
+    :param settle_seconds: the task's own seconds; None for the default
     """
     from airflow_provider_batchkit.jobs.settle import DEFAULT_TIMES, SettleTimes
 

@@ -1,9 +1,9 @@
-"""Connections of Airflow's SQL hooks, and SQLAlchemy engines of them.
+"""Connections of Airflow's SQL hooks, and SQLAlchemy engines on them.
 
-The engine that a hook makes goes by its URL, which leaves out most of a connection's extra, such as ``sslmode``. So our engines have the
-hook's own connections, and their URL says no more than the dialect.
+A hook makes its engine from its URL, which leaves out most of a connection's extra, such as ``sslmode``. So our engines use the connections
+that the hook opens, and their URL names only the dialect.
 
-Operators import this module when a DAG file is parsed, so SQLAlchemy and the hooks are imported where an engine is made.
+Operators import this module when a DAG file is parsed, so SQLAlchemy and the hooks are imported only where an engine is made.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from airflow_provider_batchkit.exceptions import BatchInputError
 if TYPE_CHECKING:
     from sqlalchemy.engine import Engine
 
-#: what to install for a connection type whose hook is missing
+#: connection type → the extra of this package that installs its hook
 _EXTRAS = {"duckdb": "duckdb", "mysql": "mysql", "postgres": "postgres", "snowflake": "snowflake", "sqlite": "sqlite"}
-#: the databases that this package knows, by the class of their hook; a hook of a user's own may derive from it
+#: class name of a hook → the kind of its database; a user's own hook may derive from one of these classes
 KINDS = {"PostgresHook": "postgres", "SqliteHook": "sqlite", "DuckDBHook": "duckdb", "MySqlHook": "mysql", "SnowflakeHook": "snowflake"}
 
 
 @contextmanager
 def sql_engine(conn_id: str) -> Iterator[Engine]:
-    """A SQLAlchemy engine of a SQL connection. It keeps one connection open between uses, and looks whether that still lives before it
-    is used again; at the end all are closed.
+    """A SQLAlchemy engine on a SQL connection. It keeps one connection open between uses, and checks that it is alive before each use.
+    After the block all connections are closed.
 
     :raises BatchInputError: when the connection is not of a SQL database, or the provider of its type is not installed
     """
@@ -50,7 +50,7 @@ def sql_engine(conn_id: str) -> Iterator[Engine]:
 def make_engine(hook: Any, kind: str | None, **options: Any) -> Engine:
     """An engine on the connections of a hook.
 
-    :param options: of SQLAlchemy's ``create_engine``
+    :param options: further options of SQLAlchemy's ``create_engine``
     """
     from sqlalchemy import URL, create_engine
 
@@ -58,14 +58,14 @@ def make_engine(hook: Any, kind: str | None, **options: Any) -> Engine:
     if kind != "postgres":
         engine: Engine = hook.get_sqlalchemy_engine(options)
         return engine
-    # the hook's URL may name the other one of the drivers (its extra sqlalchemy_scheme)
+    # the hook's URL may name the other driver (by the extra sqlalchemy_scheme), so it does not tell which driver the hook uses
     from airflow.providers.postgres.hooks.postgres import USE_PSYCOPG3
 
     return create_engine(URL.create("postgresql+psycopg" if USE_PSYCOPG3 else "postgresql+psycopg2"), **options)
 
 
 def open_connection(conn_id: str) -> Any:
-    """A new PEP 249 connection, as the hook opens it. It waits for SQLite's locks, and speaks UTF-8 to PostgreSQL.
+    """A new PEP 249 connection, as the hook opens it. It waits for SQLite's locks, and uses UTF-8 with PostgreSQL.
 
     :raises BatchInputError: when the connection is not of a SQL database, or the provider of its type is not installed
     """
@@ -81,7 +81,7 @@ def _connect(hook: Any, kind: str | None) -> Any:
         return _connect_sqlite(hook.get_uri())
     connection = hook.get_conn()
     if kind == "postgres":
-        # the connection's extra may ask for other rows than tuples, and for no transactions
+        # the connection's extra may have set another row type than tuples, and autocommit
         if hasattr(connection, "row_factory"):
             from psycopg.rows import tuple_row
 
@@ -94,8 +94,8 @@ def _connect(hook: Any, kind: str | None) -> Any:
 
 
 def _connect_sqlite(uri: str) -> sqlite3.Connection:
-    """A connection to a file, for any thread, as SqliteHook opens it, and the same file as its engine: where the path has a ``#`` or ``%``
-    the hook opens another one, and none where it begins with two slashes.
+    """A connection to the file that SqliteHook's engine opens, for use from any thread. The hook itself opens another file when the path
+    has a ``#`` or ``%``, and none when it begins with two slashes.
     """
     from sqlalchemy import make_url
 
@@ -106,7 +106,7 @@ def _connect_sqlite(uri: str) -> sqlite3.Connection:
 
 
 def add_extra(hook: Any, extra: Mapping[str, Any]) -> None:
-    """Give the connection of a hook what its extra does not say. It is the hook's own copy."""
+    """Add values to the extra of a hook's connection where it lacks them. Only the hook's own copy of the connection changes."""
     connection = hook.connection
     connection.extra = json.dumps({**extra, **connection.extra_dejson})
 
@@ -124,10 +124,10 @@ def hook_named(conn_id: str) -> tuple[Any, str | None]:
         raise BatchInputError(f"The connection {conn_id!r} is a {type(hook).__name__}, not a SQL database. Nothing was sent.")
     kind = next((KINDS[cls.__name__] for cls in type(hook).__mro__ if cls.__name__ in KINDS), None)
     if kind == "postgres" and connection.extra_dejson.get("redshift"):
-        kind = None  # PostgresHook reaches Redshift too, which is another database
+        kind = None  # PostgresHook also connects to Redshift, which is another kind of database
     query = connection.extra_dejson.get("sqlalchemy_query") if kind == "postgres" else None
     if isinstance(query, dict):
-        # options of the driver that the hook gives to its engines alone, such as TLS
+        # the hook gives these options of the driver, such as TLS, to its engines only
         add_extra(hook, query)
     return hook, kind
 

@@ -22,18 +22,18 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _WILDCARDS = frozenset("*?[")
-#: protocols of the worker's own disk, where folders are made
+#: protocols of the worker's own disk, on which folders must be created
 _LOCAL = ("", "file", "local")
-#: characters of a place's name in the ledger
+#: most characters of a place's name in the ledger
 _MAX_NAME = 250
 _BATCH_ID = re.compile(r"[A-Za-z0-9_-]{1,100}")
 
 
 def input_files(input_path: Any, conn_id: str | None = None) -> list[InputFile]:
-    """The files that a path or URL, or each of a list of them, stands for. Those of a pattern are sorted by name. Nothing is opened.
+    """The files of a path or URL, or of each one in a list. The files of a pattern are sorted by name. Nothing is opened.
 
     :param conn_id: connection for all of them; else the one in the URL (``s3://my_conn@bucket/key``), else the storage's default
-    :raises BatchInputError: for a path without a file, a folder, a storage that nothing here can read
+    :raises BatchInputError: for a path without a file, for a folder, and for a storage that cannot be read here
     """
     paths = list(input_path) if isinstance(input_path, Sequence) and not isinstance(input_path, str) else [input_path]
     if not paths:
@@ -58,7 +58,7 @@ def _matches(given: Any, conn_id: str | None) -> list[ObjectStoragePath]:
         raise BatchInputError(
             f"{path} is a folder; give a pattern for the files in it, such as {str(path).rstrip('/')}/*.csv. Nothing was sent."
         )
-    if kind is not None:  # also a file whose name has a wildcard in it
+    if kind is not None:  # the path exists as it is, perhaps with a wildcard in its name
         return [path]
     names = []
     if _WILDCARDS & set(path.path):
@@ -72,19 +72,19 @@ def _matches(given: Any, conn_id: str | None) -> list[ObjectStoragePath]:
 
 
 def _path(given: Any, conn_id: str | None) -> ObjectStoragePath:
-    """A path with a connection, or with the one in its URL: Airflow 3.1 overlooks that where it is given ``conn_id=None``."""
+    """A path with this connection, or with the one in its URL, which Airflow 3.1 ignores when it gets ``conn_id=None``."""
     from airflow.sdk import ObjectStoragePath
 
     return ObjectStoragePath(given) if conn_id is None else ObjectStoragePath(given, conn_id=conn_id)
 
 
 class ResultFiles:
-    """Result files in object storage: one a batch, named by its id, and written under a hidden name before."""
+    """Result files in object storage: one per batch, named by its id. Each is written under a hidden name first."""
 
     def __init__(self, output_path: Any, output_format: str | None = None, conn_id: str | None = None) -> None:
         """
         :param output_path: a folder, or a path whose last part has a ``*`` in place of the batch's id
-        :param output_format: ``"jsonl"`` or ``"parquet"``, where the path does not say it by its suffix
+        :param output_format: ``"jsonl"`` or ``"parquet"``, needed where the path's suffix does not give it
         :param conn_id: connection of the storage, as in :func:`input_files`
         :raises BatchInputError: for a path or a format that cannot be written
         """
@@ -97,11 +97,11 @@ class ResultFiles:
             import hashlib
 
             name = f"{name[: _MAX_NAME - 17]}#{hashlib.sha256(name.encode()).hexdigest()[:16]}"
-        #: what the ledger knows the files by
+        #: the name of the files in the ledger
         self.name = name
 
     def url(self, batch_id: str) -> str:
-        """Of a batch's file."""
+        """The URL of a batch's file."""
         return str(self._path(batch_id))
 
     def exists(self, batch_id: str) -> bool:
@@ -111,15 +111,15 @@ class ResultFiles:
         return bool(path.fs.exists(path.path))
 
     def create(self, batch_id: str) -> NewResultFile:
-        """A file that is not in its place yet."""
+        """A new file for the batch, which is not in its place yet."""
         if not _BATCH_ID.fullmatch(batch_id):
             raise BatchInputError(f"{batch_id!r} is no id of a batch, and cannot be the name of a file. Nothing was written.")
         return NewResultFile(self._path(batch_id), batch_id)
 
     def check(self) -> None:
-        """Prove that files can be written, and moved to their place: one is written, and is taken away.
+        """Prove that files can be written, and then moved to their place: a file is written and deleted.
 
-        :raises BatchInputError: when they cannot
+        :raises BatchInputError: when it cannot be written or deleted; an error of the storage itself is raised as it is
         """
         from airflow_provider_batchkit.landing.formats import require
 
@@ -134,7 +134,7 @@ class ResultFiles:
                 f"{self.name}: no result file can be written there, or not be taken away again: {e}. Nothing was sent."
             ) from e
         except Exception as e:
-            # a storage's own error, which may pass
+            # an error of the storage itself may pass, so it is raised as it is
             e.add_note(f"{self.name}: no result file can be written there. Nothing was sent.")
             raise
         finally:
@@ -155,7 +155,7 @@ class ResultFiles:
 
 
 class NewResultFile:
-    """A file beside its place, under a name that no pattern for result files matches."""
+    """A file that is written beside its place, under a name that no pattern for result files matches."""
 
     def __init__(self, path: ObjectStoragePath, batch_id: str) -> None:
         self._storage = path.fs
@@ -177,36 +177,36 @@ class NewResultFile:
     def __exit__(self, *_: object) -> None:
         assert self._stream is not None
         with suppress(AttributeError, OSError):
-            # a file of the disk must be there when the ledger says so
+            # a file that the ledger reports as landed must really be on the disk
             self._stream.flush()
             os.fsync(self._stream.fileno())
         self._stream.close()
 
     def publish(self) -> None:
-        """Move it to its place, over a file that is there."""
+        """Move the file to its place. It replaces a file that is there."""
         self._storage.mv(self._own, self._place)
         self._published = True
 
     def remove(self) -> None:
-        """Take the hidden file away."""
+        """Delete the hidden file."""
         self._storage.rm_file(self._own)
 
     def discard(self) -> None:
-        """Take away what is not in its place; behind one that is, also what killed attempts have left."""
+        """Delete the hidden file if the file is not in its place; if it is, also delete the hidden files of killed attempts."""
         try:
             self._storage.invalidate_cache()
             left = self._storage.glob(f"{self._hidden}*.tmp") if self._published else [self._own]
             for name in left:
                 with suppress(FileNotFoundError):
                     self._storage.rm_file(name)
-        except Exception as e:  # noqa: BLE001 - a file that nobody reads must not hide what is being raised, nor fail what has landed
+        except Exception as e:  # noqa: BLE001 - a leftover hidden file must neither hide the error being raised nor fail a landing
             log.warning("%s*.tmp may be left behind: %s", self._hidden, e)
 
 
 def output_form(output_path: Any, output_format: str | None = None) -> str:
     """The format of result files.
 
-    :raises BatchInputError: for one that is not known, or that the path contradicts
+    :raises BatchInputError: for an unknown format, or one that contradicts the path's suffix
     """
     from airflow_provider_batchkit.landing.formats import FORMATS, SUFFIXES
 
