@@ -1,1 +1,1 @@
-"""Rows out of a list, a SQL query, and CSV, JSONL or Parquet files; their keys and the keys' types."""
+"""Rows from a list, a SQL query, and CSV, JSONL or Parquet files; their keys and the keys' types."""

@@ -1,7 +1,7 @@
-"""What drivers differ in when rows are read: the cursor that leaves them in the database, and what they make of some values.
+"""How drivers differ when rows are read: the cursor that leaves rows in the database, and the conversion of some values.
 
-A driver is known by the module of its connection's class, so a connection may come from any hook. Of one that is not known here, PEP 249 is
-enough: ``cursor()``, ``execute()`` and ``fetchmany()``.
+A driver is known by the module of its connection's class, so a connection may come from any hook. A driver that is unknown here needs only
+PEP 249: ``cursor()``, ``execute()`` and ``fetchmany()``.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ _DRIVERS = {
     "pymysql": "pymysql",
 }
 POSTGRES = ("psycopg", "psycopg2")
-#: Their usual cursors hold all rows. One that does not is read to its end when it is closed, so the connection is closed in its place.
+#: The usual cursors of these drivers hold all rows. A streaming cursor reads to its end on close, so only the connection is closed.
 _MYSQL = ("MySQLdb", "pymysql")
 #: the cursor's name in PostgreSQL, where it shows in pg_stat_activity
 _NAME = "batchkit_source"
-#: PostgreSQL's types of dates and times, and of what psycopg2 makes of one that Python lacks: an infinite one becomes a finite one
+#: PostgreSQL's types of dates and times, with psycopg2's converters, which turn an infinite value into a finite one of Python
 _POSTGRES_TIMES = {1082: "PYDATE", 1114: "PYDATETIME", 1184: "PYDATETIMETZ"}
 
 
 def driver_of(connection: Any) -> str:
-    """The driver of a connection, empty for one that is not known here."""
+    """The driver of a connection; empty for one that is not known here."""
     modules = (cls.__module__.partition(".")[0] for cls in type(connection).__mro__)
     return next((_DRIVERS[module] for module in modules if module in _DRIVERS), "")
 
 
 def open_cursor(connection: Any, driver: str) -> Any:
-    """A cursor whose rows stay in the database until they are fetched, as far as the driver has one, and are tuples.
+    """A cursor whose rows are tuples, and stay in the database until they are fetched, as far as the driver has such a cursor.
 
-    The connection is a new one. PostgreSQL's values come as they do through SQLAlchemy: a UUID as one, ``hstore`` as a mapping.
+    The connection is a new one. PostgreSQL's values come as they do through SQLAlchemy: a UUID as a UUID, ``hstore`` as a mapping.
     """
     if driver == "psycopg":
         _begin(connection)
@@ -59,20 +59,20 @@ def open_cursor(connection: Any, driver: str) -> Any:
 
 
 def close(connection: Any, cursor: Any, driver: str) -> None:
-    """Close both, whatever has become of them. An open cursor keeps a lock on SQLite's file, also when its connection is closed."""
+    """Close both, even after an error. An open cursor keeps a lock on SQLite's file, even when its connection is closed."""
     for opened in (connection,) if driver in _MYSQL else (cursor, connection):
         with suppress(Exception):
             opened.close()
 
 
 def _begin(connection: Any) -> None:
-    """Have statements open a transaction: a named cursor lives in one. An extra of the connection may say otherwise."""
+    """Turn autocommit off, which an extra of the connection may turn on: a named cursor needs a transaction."""
     if connection.autocommit:
         connection.autocommit = False
 
 
 def _refuse_infinite_times(connection: Any, extensions: Any) -> None:
-    """Have psycopg2 refuse infinite dates and times, as psycopg 3 does: it makes the last or the first of Python's of them."""
+    """Have psycopg2 refuse infinite dates and times, as psycopg 3 does: by default it turns them into Python's last or first ones."""
     for oid, name in _POSTGRES_TIMES.items():
         cast = getattr(extensions, name)
 
@@ -85,7 +85,7 @@ def _refuse_infinite_times(connection: Any, extensions: Any) -> None:
 
 
 def rows_of(connection: Any, sql: str) -> list[Any]:
-    """The rows of a small query, beside an open cursor of the same connection."""
+    """The rows of a small query on a connection that may have an open cursor."""
     with closing(connection.cursor()) as cursor:
         cursor.execute(sql)
         return list(cursor.fetchall())

@@ -1,7 +1,7 @@
-"""Rows out of CSV, JSONL and Parquet files, one at a time. A file's columns are the row; what is wrong in it is named by its line.
+"""Rows from CSV, JSONL and Parquet files, one at a time. A file's columns are the row; errors name the line.
 
-Opening a file is the caller's affair: a file comes as a name and a function that opens it for reading bytes, so that a path in object
-storage and a local one are the same here. A CSV or JSONL file may be gzipped; that shows in its first two bytes, not in its name.
+The caller opens a file: it comes as a name and a function that opens it for reading bytes, so that a path in object storage and a local
+one are the same here. A CSV or JSONL file may be gzipped; its first two bytes show that, not its name.
 
 Memory does not grow with the file: it holds one line of CSV or JSONL, or one row group of Parquet as it is compressed in the file.
 """
@@ -28,8 +28,8 @@ from airflow_provider_batchkit.exceptions import BatchInputError, RequestError
 if TYPE_CHECKING:
     import pyarrow as pa
 
-#: of a line, and of a CSV field; the Messages API takes 32 MB a request. Without a bound, one quote that nobody closed would be read as a
-#: field of the file's size
+#: bytes of a line, and characters of a CSV field; the Messages API takes 32 MB a request. Without this bound, a quote that is never closed
+#: would make a field of the file's size
 MAX_LINE = 32 * 1024 * 1024
 _BUFFER_BYTES = 1024 * 1024
 _PARQUET_ROWS = 1_000
@@ -37,7 +37,7 @@ _GZIP_MAGIC = b"\x1f\x8b"
 _LINE_END = re.compile(rb"\r\n?|\n")
 _FORMATS = {".csv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
 
-#: a file: its name in errors, and what opens it for reading bytes
+#: a file: its name in errors, and the function that opens it for reading bytes
 InputFile = tuple[str, Callable[[], Any]]
 
 
@@ -45,11 +45,11 @@ InputFile = tuple[str, Callable[[], Any]]
 class InputOptions:
     """How to read a file where its name does not say it."""
 
-    #: ``"csv"``, ``"jsonl"`` or ``"parquet"``; else by the file's extension
+    #: ``"csv"``, ``"jsonl"`` or ``"parquet"``; by default, the file's extension decides
     format: str | None = None
-    #: of a CSV file, a Python codec; UTF-8 with or without a byte order mark when not given
+    #: Python codec of a CSV file; UTF-8 with or without a byte order mark by default
     encoding: str | None = None
-    #: of a CSV file, one character; a comma when not given
+    #: delimiter of a CSV file, one character; a comma by default
     delimiter: str | None = None
 
     @classmethod
@@ -73,7 +73,7 @@ class InputOptions:
         return parsed
 
     def format_of(self, name: str) -> str:
-        """:raises BatchInputError: when neither the options nor the extension tell, or when an option is of another format"""
+        """:raises BatchInputError: neither the options nor the extension tell the format, or an option belongs to another format"""
         found = self.format or next((f for end, f in _FORMATS.items() if name.lower().removesuffix(".gz").endswith(end)), None)
         if found is None:
             raise BatchInputError(
@@ -86,9 +86,9 @@ class InputOptions:
 
 
 class FileRows:
-    """The rows of files, in the files' order; can be iterated more than once.
+    """The rows of files, in the files' order. They can be iterated more than once.
 
-    CSV values are strings, an empty field is ``""``. JSONL values are what JSON says, with integers of any size. Parquet values are
+    CSV values are strings, and an empty field is ``""``. JSONL values are those of JSON, with integers of any size. Parquet values are
     Python's ``datetime``, ``date``, ``Decimal``, ``dict`` and so on, with times in microseconds.
 
     :raises BatchInputError: while iterating, with the file, the line and the value
@@ -97,7 +97,7 @@ class FileRows:
     def __init__(self, files: Iterable[InputFile], options: InputOptions | None = None) -> None:
         self._files = list(files)
         self._options = options or InputOptions()
-        #: of the row that was handed out last
+        #: place of the row that was handed out last
         self._place = _Place("", "")
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -105,7 +105,7 @@ class FileRows:
         first: tuple[str, set[str]] | None = None
         for (name, open_), form in zip(self._files, formats, strict=True):
             self._place = place = _Place(name, "row" if form == "parquet" else "line")
-            # the lines of a JSONL file are rows of their own, with whatever columns each has
+            # each line of a JSONL file has columns of its own
             same_columns = form != "jsonl"
             with closing(open_()) as stream:
                 for place.number, row in self._read(stream, name, form):
@@ -123,14 +123,14 @@ class FileRows:
         return _csv(stream, name, self._options)
 
     def place(self, position: int) -> str | None:
-        """File and line of the row at ``position`` (from 0), for an error about it; of Parquet, its number in the file from 1.
+        """File and line of the row at ``position`` (from 0), for an error about it. For Parquet, the row's number in its file, from 1.
 
-        Reads the files again up to there, so that a million good rows carry nothing along. None when that fails.
+        Reads the files again up to there, so that good rows need no memory for their places. None when reading fails.
         """
         again = FileRows(self._files, self._options)
         try:
             found = next(islice(again, position, None), None)
-        except Exception:  # noqa: BLE001 - the error that waits for its place matters more
+        except Exception:  # noqa: BLE001 - the error that this place is for matters more
             return None
         return None if found is None else str(again._place)
 
@@ -169,8 +169,8 @@ def _bad(name: str, line: int, problem: str) -> BatchInputError:
 
 
 def _csv(stream: BinaryIO, name: str, options: InputOptions) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line that the record begins in, row). Strict: a quote in the wrong place is an error, not part of a value."""
-    # Python's bound of 131,072 characters is less than a long product text. It is the process's, so it is raised and never lowered
+    """(line that the record begins in, row). A quote in the wrong place is an error, not part of a value."""
+    # Python's bound of 131,072 characters is too short for a long product text. The bound is global, so it is raised and never lowered
     csv.field_size_limit(max(csv.field_size_limit(), MAX_LINE))
     reader = csv.reader(_text_lines(stream, name, options.encoding), delimiter=options.delimiter or ",", strict=True)
     columns: list[str] = []
@@ -217,7 +217,7 @@ def _text_lines(stream: BinaryIO, name: str, encoding: str | None) -> Iterator[s
                     raise _bad(name, number, f"a NUL character: {_excerpt(line)}{hint}")
                 yield line
         except UnicodeDecodeError as e:
-            # what was decoded before this piece of the file has been handed out but for the line that it ends in
+            # everything decoded before this piece of the file has been handed out, apart from the line that the piece begins in
             number += 1 + len(_LINE_END.findall(e.object, 0, e.start))
             raise _bad(
                 name,
@@ -228,7 +228,7 @@ def _text_lines(stream: BinaryIO, name: str, encoding: str | None) -> Iterator[s
 
 
 def _jsonl(stream: BinaryIO, name: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line, row). A newline byte alone ends a line: other line ends, such as U+2028, are legal inside JSON's strings."""
+    """(line, row). Only a newline byte ends a line: other line ends, such as U+2028, are legal inside JSON's strings."""
     decode = msgspec.json.Decoder(dict[str, Any]).decode
     with _zip_errors(name):
         for number, line in enumerate(iter(partial(_unzipped(stream).readline, MAX_LINE + 1), b""), 1):
@@ -261,7 +261,7 @@ def _parquet(stream: BinaryIO, name: str) -> Iterator[tuple[int, dict[str, Any]]
         ) from e
     number = 0
     try:
-        # no read-ahead over the row groups and no threads of its own: both keep far more of the file in memory
+        # reading ahead over row groups and threads would keep far more of the file in memory
         file = parquet.ParquetFile(stream, coerce_int96_timestamp_unit="us", pre_buffer=False)
         _check_names(file.schema_arrow.names, name)
         schema = _python_times(file.schema_arrow)
@@ -275,7 +275,7 @@ def _parquet(stream: BinaryIO, name: str) -> Iterator[tuple[int, dict[str, Any]]
 
 
 def _python_times(schema: pa.Schema) -> pa.Schema:
-    """The schema with microseconds for nanoseconds: those come as pandas' own types where pandas is installed, and fail where it is not."""
+    """The schema with microseconds for nanoseconds: those become pandas' own types where pandas is installed, and fail where it is not."""
     import pyarrow as pa
 
     for index, column in enumerate(schema):
@@ -287,7 +287,7 @@ def _python_times(schema: pa.Schema) -> pa.Schema:
 
 
 def _with_dicts(type_: pa.DataType) -> Callable[[Any], Any] | None:
-    """What makes dicts of the maps in a value of a type: Arrow gives pairs. None for a type without maps.
+    """A function that makes dicts of the maps in a value of a type, which Arrow gives as pairs; None for a type without maps.
 
     Pairs stay pairs where a key comes twice.
     """
@@ -309,7 +309,7 @@ def _with_dicts(type_: pa.DataType) -> Callable[[Any], Any] | None:
 
 
 class _Raw(io.RawIOBase):
-    """Whatever has ``read`` as a raw stream of Python's own, for its buffers and decoders."""
+    """A raw stream over anything that has ``read``, for Python's buffers and decoders."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream

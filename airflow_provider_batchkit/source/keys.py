@@ -1,4 +1,4 @@
-"""Keys: what a source row is known by in the ledger and in the result table, as a JSON array of its key columns."""
+"""Keys: the JSON array of a source row's key columns, which identifies the row in the ledger and in the result table."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from airflow_provider_batchkit.exceptions import RequestError
 
 _DECODE_KEY = msgspec.json.Decoder(list[Any])
 _ENCODE_KEY = msgspec.json.Encoder(decimal_format="string")
-#: a key is part of an index of the ledger and of the result table; PostgreSQL's take 2,700 bytes
+#: bytes of a key, which is part of an index of the ledger and of the result table; PostgreSQL's indexes take 2,700 bytes
 _MAX_KEY_BYTES = 2_000
 _INT64 = 2**63
 
 
 def encode_key(values: Sequence[Any]) -> str:
-    """Key column values as a JSON array, the same for equal values: times in UTC, decimals without trailing zeros, no negative zero.
+    """Key column values as a JSON array. Equal values give the same array: times in UTC, decimals without trailing zeros, no negative zero.
 
-    :raises RequestError: for NULL, and for values that cannot be told apart or found again as a key
+    :raises RequestError: for NULL, and for values that as keys could not be told apart or found again
     """
     try:
         key = _ENCODE_KEY.encode([_key_value(value) for value in values])
@@ -34,19 +34,19 @@ def encode_key(values: Sequence[Any]) -> str:
 
 
 def encode_keys(columns: Sequence[Sequence[Any]]) -> list[str]:
-    """:func:`encode_key` for many rows, whose key columns are given column by column."""
+    """The same as :func:`encode_key` for many rows, whose key columns are given column by column."""
     rows = list(zip(*columns, strict=True))
     if not all(_plain(column) for column in columns):
         return [encode_key(row) for row in rows]
     lines = _ENCODE_KEY.encode_lines(rows).decode()
     keys = lines.split("\n")[:-1]
-    # a character is four bytes at most
+    # a character takes at most four bytes
     plain = 4 * max(map(len, keys)) <= _MAX_KEY_BYTES and "\\u0000" not in lines
     return keys if plain else [encode_key(row) for row in rows]
 
 
 def _plain(column: Sequence[Any]) -> bool:
-    """Whether a key column's values are encoded as they are."""
+    """Whether a key column's values are encoded without a change."""
     types = set(map(type, column))
     return types == {str} or (types == {int} and min(column) >= -_INT64 and max(column) < _INT64)
 
@@ -72,9 +72,9 @@ def _key_number(value: Decimal | float) -> str | float:
     if not (value.is_finite() if isinstance(value, Decimal) else math.isfinite(value)):
         raise ValueError(f"{value} is not a number")
     if isinstance(value, float):
-        # the two zeros are one key for a database
+        # both zeros are one key for a database
         return value or 0.0
-    # not by normalize(), which rounds to 28 digits
+    # normalize() would round to 28 digits
     text = f"{value:f}" if value else "0"
     return text.rstrip("0").rstrip(".") if "." in text else text
 

@@ -1,4 +1,4 @@
-"""Items of a source, taken some at a time. Rows that come together stay together: a million of them pay for each dict."""
+"""Items of a source, taken some at a time. Rows that come together stay in columns: a dict for each costs much at a million rows."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any, overload
 
 
 class Rows(Sequence[Mapping[str, Any]]):
-    """Rows of the same columns: a sequence of mappings that are made when they are asked for."""
+    """Rows with the same columns: a sequence of mappings, each made when it is read."""
 
     def __init__(self, names: Sequence[str], values: Sequence[Sequence[Any]], types: Mapping[str, str] | None = None) -> None:
         """
-        :param names: of the columns
-        :param values: of each row, in the columns' order
-        :param types: column → the name of its type, where the source tells more of it than the values do
+        :param names: names of the columns
+        :param values: values of each row, in the columns' order
+        :param types: column → the name of its type, where the source says more about it than the values do
         """
         self.types = types or {}
         self._names = names
@@ -23,7 +23,7 @@ class Rows(Sequence[Mapping[str, Any]]):
 
     @cached_property
     def columns(self) -> dict[str, Sequence[Any]]:
-        """The values of each column; of no row, none."""
+        """The values of each column; empty without any row."""
         return dict(zip(self._names, zip(*self._values, strict=True), strict=False))
 
     def __len__(self) -> int:
@@ -47,7 +47,7 @@ class Rows(Sequence[Mapping[str, Any]]):
 def column_of(rows: Sequence[Mapping[str, Any]], name: str) -> Sequence[Any]:
     """One column of some rows.
 
-    :raises KeyError: when a row has it not
+    :raises KeyError: when a row lacks it
     """
     return rows.columns[name] if isinstance(rows, Rows) else [row[name] for row in rows]
 
@@ -59,11 +59,11 @@ class Items:
         self._items = iter(items)
 
     def take(self, most: int) -> Sequence[Any]:
-        """The next items, at least one and ``most`` at most; none at the end."""
+        """The next items, from one to ``most``; none at the end."""
         return list(islice(self._items, most))
 
     def close(self) -> None:
-        """Give up the items that were not taken, and what they are read from: a query's cursor holds locks, also after an error."""
+        """Give up the items that were not taken, and close their source: a query's cursor holds locks, even after an error."""
         if isinstance(self._items, Generator):
             self._items.close()
 

@@ -1,4 +1,4 @@
-"""Rows of a SQL query, read over a driver's own connection. Rows stream; none is kept."""
+"""Rows of a SQL query, read over a driver's own connection. Rows stream, and none is kept."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from airflow_provider_batchkit.source.drivers import close, driver_of, open_curs
 from airflow_provider_batchkit.source.rows import Rows
 from airflow_provider_batchkit.source.types import column_types
 
-#: rows that are fetched at a time: at first, and at most where they are small
+#: number of rows that are fetched at a time: at first, and at most where they are small
 _FIRST_ROWS = 8
 _FETCH_ROWS = 500
 _FETCH_BYTES = 1 << 20
@@ -20,14 +20,14 @@ _SIZED = _LONG | {dict, list}
 
 
 def read_sql(connect: Callable[[], Any], sql: str, parameters: Any = None) -> Generator[Rows, None, None]:
-    """Rows of a query, some hundred at a time and fewer when they are large; column names as the database gives them.
+    """Rows of a query, some hundred at a time and fewer when they are large. Column names are as the database gives them.
 
     Uses a server-side cursor where the driver has one (PostgreSQL, MySQL): memory stays flat for any number of rows. The connection is
     closed when the rows are read, when reading them fails, and when the generator is closed.
 
-    :param connect: opens a PEP 249 connection, which is used for nothing else
-    :param parameters: passed to the driver in its own style; without any, ``%`` in the SQL is literal
-    :raises BatchInputError: when two columns have one name, the statement returns no rows, or a value has no form in Python
+    :param connect: opens a PEP 249 connection that is used for nothing else
+    :param parameters: passed to the driver in its own style; without parameters, ``%`` in the SQL is literal
+    :raises BatchInputError: two columns have the same name, the statement returns no rows, or a value has no form in Python
     """
     connection, cursor = connect(), None
     driver = driver_of(connection)
@@ -40,7 +40,7 @@ def read_sql(connect: Callable[[], Any], sql: str, parameters: Any = None) -> Ge
 
 
 def _chunks(connection: Any, cursor: Any, driver: str) -> Iterator[Rows]:
-    # psycopg2 has no description of a named cursor before its first rows
+    # psycopg2 describes a named cursor only after its first rows
     _refuse_statement(cursor, unknown=driver == "psycopg2")
     rows, position = _FIRST_ROWS, 0
     values = _fetch(cursor, rows, position)
@@ -49,7 +49,7 @@ def _chunks(connection: Any, cursor: Any, driver: str) -> Iterator[Rows]:
     types = column_types(cursor.description, connection, driver) if values else {}
     while values:
         if isinstance(values[0], Mapping):
-            # a cursor that an extra of the connection asks for gives rows as mappings
+            # an extra of the connection may ask for a cursor that gives rows as mappings
             values = [tuple(row[column] for column in columns) for row in values]
         chunk = Rows(columns, values, types)
         position += len(chunk)
@@ -59,7 +59,7 @@ def _chunks(connection: Any, cursor: Any, driver: str) -> Iterator[Rows]:
 
 
 def _refuse_statement(cursor: Any, *, unknown: bool) -> None:
-    """:raises BatchInputError: for a statement without rows, where the cursor is to know its columns by now"""
+    """:raises BatchInputError: for a statement without rows, where the cursor must know its columns by now"""
     if cursor.description is None and not unknown:
         raise BatchInputError("The source's sql returns no rows: it must be a SELECT. Nothing was sent.")
 
@@ -82,14 +82,14 @@ def _fetch(cursor: Any, most: int, position: int) -> Sequence[Any]:
 
 @contextmanager
 def _python_holds(position: int) -> Iterator[None]:
-    """While rows are read from ``position`` on.
+    """Wrap the reading of rows from ``position`` on.
 
-    :raises BatchInputError: for a value that Python cannot hold: PostgreSQL's dates before year 1 and behind 9999, and infinite ones
+    :raises BatchInputError: for a value that Python cannot hold: PostgreSQL's dates before year 1 or after 9999, and infinite ones
     """
     try:
         yield
     except Exception as e:
-        # an error of psycopg with a code is the database's own
+        # an error of psycopg that has a code comes from the database
         psycopg = any(cls.__name__ == "DataError" and cls.__module__.startswith("psycopg") for cls in type(e).__mro__)
         if not (psycopg or isinstance(e, ValueError | OverflowError)) or getattr(e, "sqlstate", None) or getattr(e, "pgcode", None):
             raise
@@ -100,7 +100,7 @@ def _python_holds(position: int) -> Iterator[None]:
 
 
 def _largest(rows: Rows) -> int:
-    """About the bytes of the largest row, at least 1."""
+    """The approximate size of the largest row in bytes, at least 1."""
     return 1 + sum(map(_longest, rows.columns.values()))
 
 

@@ -1,4 +1,4 @@
-"""Types of a source's columns: what the database tells of them, else what the values are."""
+"""Types of a source's columns: those that the database reports, else those of the values."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from airflow_provider_batchkit.source.rows import Rows
 
 log = logging.getLogger(__name__)
 
-#: SQL-neutral names of key column types, from the narrowest Python type
+#: Python types of keys, the narrowest first → SQL-neutral type names
 _TYPE_NAMES: dict[type, str] = {
     bool: "boolean",
     int: "integer",
@@ -26,12 +26,12 @@ _TYPE_NAMES: dict[type, str] = {
     dt.date: "date",
     uuid.UUID: "uuid",
 }
-#: by the OID of PostgreSQL's own types, which never change; of others the values tell
+#: OIDs of PostgreSQL's own types, which never change → type names; other types are found from the values
 _POSTGRES_TYPES = {21: "smallint", 23: "int", 20: "integer", 700: "real", 701: "float"}
 _BPCHAR, _VARCHAR, _NUMERIC = 1042, 1043, 1700
-#: OIDs of what a database defines itself begin here
+#: the first OID of types that a database defines itself
 _FIRST_OWN_OID = 16_384
-#: by the name of DuckDB's types. Other drivers' names mean different things: an INTEGER of BigQuery has 64 bits
+#: DuckDB's type names → type names. The same names mean other things elsewhere: an INTEGER of BigQuery has 64 bits
 _DUCKDB_TYPES = {
     "TINYINT": "smallint",
     "UTINYINT": "smallint",
@@ -44,9 +44,9 @@ _DUCKDB_TYPES = {
 
 
 def column_types(description: Sequence[Any], connection: Any, driver: str) -> dict[str, str]:
-    """Column → type name, for the columns of a query whose types say more than their values do.
+    """Column → type name, for the columns of a query whose types say more than their values.
 
-    :param description: of the driver's cursor
+    :param description: the description of the driver's cursor
     """
     if driver in POSTGRES:
         return _postgres_types(description, connection)
@@ -60,7 +60,7 @@ def _duckdb_type(name: str) -> str | None:
 
 
 def _postgres_types(description: Sequence[Any], connection: Any) -> dict[str, str]:
-    """By the description's names, OIDs, sizes, precisions and scales."""
+    """Column → type name, from the names, OIDs, sizes, precisions and scales of the description."""
     found = {column[0]: name for column in description if (name := _postgres_type(*column[:6])) is not None}
     own = {column[1]: column[0] for column in description if column[1] >= _FIRST_OWN_OID}
     if own:
@@ -75,7 +75,7 @@ def _postgres_types(description: Sequence[Any], connection: Any) -> dict[str, st
 
 
 def _postgres_type(_name: str, oid: int, shown: int | None, size: int | None, precision: int | None, scale: int | None) -> str | None:
-    """The type as the two drivers tell it: psycopg says how many characters are shown, psycopg2 says it as the size, and -1 for any."""
+    """The type of a column. psycopg gives the number of characters as the display size, psycopg2 as the size, with -1 for any number."""
     length = shown or size
     if oid in (_BPCHAR, _VARCHAR) and length is not None and length > 0:
         return f"{'char' if oid == _BPCHAR else 'varchar'}({length})"
@@ -85,20 +85,20 @@ def _postgres_type(_name: str, oid: int, shown: int | None, size: int | None, pr
 
 
 class KeyTypes:
-    """The SQL type of each key column: what the source tells of it, else what the values are that pass; mixed values are text."""
+    """The SQL type of each key column: the one that the source reports, else that of the values that pass. Mixed values are text."""
 
     def __init__(self, columns: Sequence[str]) -> None:
-        #: Python types, and for an aware time the name of its SQL type
+        #: key column → the Python types of its values; an aware time is noted by the name of its SQL type
         self._seen: list[tuple[str, set[type | str]]] = [(column, set()) for column in columns]
-        #: each character beyond ASCII of the keys → a key that has it: some databases cannot store every character
+        #: each non-ASCII character of the keys → a key that has it: some databases cannot store every character
         self.characters: dict[str, str] = {}
-        #: column → what makes a key wide → the widest key, and how wide it is
+        #: column → each way in which a key is wide → the widest key, and its width
         self._widest: dict[str, dict[str, tuple[int, Any]]] = {column: {} for column in columns}
 
     def see(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Note the key columns of some rows."""
         for column, seen in self._seen:
-            # a native request's own id is its key, whatever the key column is called
+            # the key of a native request is its own id, whatever the key column is called
             values = rows.columns.get(column, ("",)) if isinstance(rows, Rows) else [row.get(column, "") for row in rows]
             types = set(map(type, values))
             self._note_widest(self._widest[column], values, types)
@@ -133,8 +133,8 @@ class KeyTypes:
 
     @property
     def widest(self) -> dict[str, list[Any]]:
-        """Key column → its keys that need the most room: the longest text, the least and the greatest integer, the decimals with the most
-        digits before the point, behind it, and in all. A column that keeps these keeps all keys.
+        """Key column → its keys that need the most room: the longest text, the least and the greatest integer, and the decimals with the
+        most digits before the point, after it, and in all. A column that can store these keys can store all keys.
         """
         return {column: [value for _, value in widest.values()] for column, widest in self._widest.items()}
 
@@ -146,9 +146,9 @@ class KeyTypes:
                 self.characters |= {character: key for character in set(key) - self.characters.keys() if not character.isascii()}
 
     def result(self, before: Sequence[tuple[str, str]] = ()) -> list[tuple[str, str]]:
-        """(column, type name) of every key column, in order; ``before`` is what earlier attempts saw.
+        """(column, type name) of every key column, in order; ``before`` has the types that earlier attempts saw.
 
-        Without a key the rows are known by their ``request_id``: a native request's own id, or the position.
+        Without a key, ``request_id`` identifies the rows: a native request's own id, or the position.
         """
         if not self._seen:
             return [("request_id", "text")]
