@@ -1,4 +1,4 @@
-"""``output_schema``: read, checked, sent, journaled, and found again when the answers land."""
+"""``output_schema``: it is read, checked, sent and journaled, and found again when the answers land."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from airflow_provider_batchkit.exceptions import BatchInputError
 from airflow_provider_batchkit.schema.types import Column, SchemaTypes
 from airflow_provider_batchkit.schema.wire import refuse, wire_schema
 
-#: what every database takes as a column's name, quoted; PostgreSQL cuts names after 63 bytes
+#: names that every database takes for a column when they are quoted; PostgreSQL cuts names after 63 bytes
 _COLUMN_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,62}")
-#: of the stage's own columns
+#: prefix of the stage's own columns
 _RESERVED_PREFIX = "batchkit_"
 
 
 class OutputSchema:
-    """A JSON Schema of answers. Equal texts are equal schemas; the order of properties counts, for the model answers in it."""
+    """A JSON Schema of answers. Equal texts are equal schemas. The order of properties counts, because the model answers in that order."""
 
     def __init__(self, text: str) -> None:
         """:param text: the schema as :attr:`text` gave it"""
-        #: the schema as it was given, JSON
+        #: the schema as it was given, as JSON
         self.text = text
 
     @classmethod
     def parse(cls, given: Any) -> OutputSchema:
-        """Read and check what a user gives.
+        """Read and check the schema that a user gives.
 
         :param given: a JSON Schema as a mapping, or a Pydantic model class
-        :raises BatchInputError: naming the place, for what is no schema, or cannot be asked for, or cannot be columns
+        :raises BatchInputError: the value is no schema, or cannot be sent, or cannot become columns; the error names the place
         """
         if isinstance(given, type) and hasattr(given, "model_json_schema"):
             given = given.model_json_schema()
@@ -83,5 +83,5 @@ class OutputSchema:
 
     @cached_property
     def format(self) -> dict[str, Any]:
-        """The Messages API's ``output_config.format``. The schema is raw JSON, so that sorting keys does not reach its properties."""
+        """The Messages API's ``output_config.format``. The schema is raw JSON, so that sorting keys does not reorder its properties."""
         return {"type": "json_schema", "schema": msgspec.Raw(msgspec.json.encode(wire_schema(self._root)))}

@@ -1,7 +1,7 @@
-"""Schema → types: of the columns, and of the msgspec decoder that reads and checks an answer in one go.
+"""Schema → types: those of the columns, and that of the msgspec decoder, which reads and checks an answer in one pass.
 
-Checked are types, required and unknown properties, enums of strings or integers, bounds, patterns, dates and times, at any depth.
-A value that may be of several types (other than null, or integer and number) is taken as it comes.
+The decoder checks types, required and unknown properties, enums of strings or integers, bounds, patterns, dates and times, at any depth.
+A value that may have several types (other than null, or integer and number) is not checked.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _Refs = tuple[str, ...]
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """One property of the answer as a column; all are nullable, for a row may have no answer.
+    """One property of the answer as a column. All columns are nullable, because a row may have no answer.
 
     ``kind``: ``integer`` (64 bits), ``number`` (double precision), ``boolean``, ``string``, ``date``, ``date-time`` or ``json``.
     """
@@ -36,7 +36,7 @@ class SchemaTypes:
     """Types of a root schema whose form :func:`~airflow_provider_batchkit.schema.wire.wire_schema` has checked."""
 
     def __init__(self, root: Mapping[str, Any]) -> None:
-        """:raises BatchInputError: when the root is no object, or a ``$ref`` leads nowhere or back to itself"""
+        """:raises BatchInputError: the root is no object, or a ``$ref`` leads nowhere or back to itself"""
         self._root = root
         node, refs = self._resolved(root, "$", ())
         if node.get("type") != "object":
@@ -46,13 +46,13 @@ class SchemaTypes:
         for name, member in properties.items():
             kind, type_ = self._value(member, f"$.{name}", refs)
             kinds.append(kind)
-            # absent or null: no value in the column either way
+            # an absent property and a null both give NULL in the column
             fields.append(type_ if name in node.get("required", ()) else (type_ | None, None))
         self.columns = tuple(Column(name, kind) for name, kind in zip(properties, kinds, strict=True))
         self.answer = _struct("Answer", list(properties), fields)
 
     def _resolved(self, node: Mapping[str, Any], where: str, refs: _Refs) -> tuple[Mapping[str, Any], _Refs]:
-        """What stands behind a ``$ref`` or an ``allOf`` of one."""
+        """The schema that a ``$ref``, or an ``allOf`` of one schema, stands for."""
         while "$ref" in node or "allOf" in node:
             if "$ref" not in node:
                 node = only_member(node, where)
@@ -74,7 +74,7 @@ class SchemaTypes:
         return found
 
     def _alternatives(self, node: Mapping[str, Any], where: str, refs: _Refs) -> Iterator[tuple[Mapping[str, Any], _Refs]]:
-        """The node as schemas of one type each."""
+        """The node, as schemas of one type each."""
         node, refs = self._resolved(node, where, refs)
         choices = next((keyword for keyword in ("anyOf", "oneOf") if keyword in node), None)
         if choices is not None:
@@ -86,7 +86,7 @@ class SchemaTypes:
             yield from (({**node, "type": kind}, refs) for kind in types_of(node, where))
 
     def _value(self, node: Mapping[str, Any], where: str, refs: _Refs) -> tuple[str, Any]:
-        """Kind of column and type of a value."""
+        """The column's kind and the decoder's type for a value."""
         found = [self._single(each, where, inner) for each, inner in self._alternatives(node, where, refs)]
         nullable = any(null for _, _, null in found)
         typed = [(kind, type_) for kind, type_, _ in found if kind != "null"]
@@ -100,7 +100,7 @@ class SchemaTypes:
         return kind, type_ | None if nullable else type_
 
     def _single(self, node: Mapping[str, Any], where: str, refs: _Refs) -> tuple[str, Any, bool]:
-        """Kind, type, and whether null is among the values, of a schema of one type."""
+        """Kind and type of a schema of one type, and whether null is among its values."""
         if "enum" in node or "const" in node:
             values = literals(node, where)
             return *_enum([value for value in values if value is not None]), None in values
@@ -129,7 +129,7 @@ class SchemaTypes:
 
 
 def _struct(title: str, names: list[str], types: list[Any]) -> Any:
-    """A struct of properties; a type with a default comes as a pair. Its fields are numbered, for a property may have any name."""
+    """A struct of properties. A type with a default is given as a pair. Fields are numbered, because a property may have any name."""
     fields = [(f"f{i}", *type_) if isinstance(type_, tuple) else (f"f{i}", type_) for i, type_ in enumerate(types)]
     return msgspec.defstruct(
         title,
@@ -162,7 +162,7 @@ def _string(node: Mapping[str, Any], where: str) -> tuple[str, Any]:
     if node.get("format") == "date":
         return "date", dt.date
     if node.get("format") == "date-time":
-        # RFC 3339 has an offset; without one nobody knows what time it was
+        # RFC 3339 requires an offset; without one, the time is ambiguous
         return "date-time", Annotated[dt.datetime, msgspec.Meta(tz=True)]
     pattern = node.get("pattern")
     if pattern is not None:
@@ -174,7 +174,7 @@ def _string(node: Mapping[str, Any], where: str) -> tuple[str, Any]:
 
 
 def _integer(node: Mapping[str, Any]) -> Any:
-    """Whole numbers within the bounds, which may be fractions themselves, and within 64 bits."""
+    """Whole numbers of 64 bits within the bounds, which need not be whole themselves."""
     low, high = -_INT64, _INT64 - 1
     if "minimum" in node:
         low = max(low, math.ceil(node["minimum"]))
@@ -189,7 +189,7 @@ def _integer(node: Mapping[str, Any]) -> Any:
 
 
 def _number(node: Mapping[str, Any]) -> Any:
-    """Without ``multipleOf``: what is a multiple of 0.1 is not for binary fractions to say."""
+    """Numbers. ``multipleOf`` is not checked: binary fractions cannot decide what is a multiple of 0.1."""
     exclusive = "exclusiveMinimum" in node, "exclusiveMaximum" in node
     return _with(
         float,

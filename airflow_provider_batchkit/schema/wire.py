@@ -1,8 +1,8 @@
-"""The schema as it is sent: what the API's structured output needs is added, what it does not take is said in words or refused.
+"""The schema as it is sent. What the API's structured output needs is added; what it does not take goes into words, or is refused.
 
-Bounds (``minimum``, ``maxLength``, ``pattern``, …) are not part of the API's schemas. As the SDK does, they go into the description, where
-the model reads them; unlike there, the answers are checked against them when they land. What follows the API's documentation of structured
-outputs (platform.claude.com, "Structured outputs", JSON Schema limitations) and SDK 2.12 (``anthropic.transform_schema``).
+Bounds (``minimum``, ``maxLength``, ``pattern``, …) are not part of the API's schemas. As in the SDK, they go into the description, which
+the model reads; unlike there, the answers are checked against them when they land. The rules are those of the API's documentation
+(platform.claude.com, "Structured outputs", JSON Schema limitations) and of SDK 2.12 (``anthropic.transform_schema``).
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from airflow_provider_batchkit.exceptions import BatchInputError
 
 _TYPES = frozenset(("object", "array", "string", "integer", "number", "boolean", "null"))
 _FORMATS = frozenset(("date-time", "time", "date", "duration", "email", "hostname", "uri", "ipv4", "ipv6", "uuid"))
-#: sent as they are
+#: keywords that are sent as they are
 _KEPT = ("title", "description", "default")
-#: told to the model in the description
+#: keywords that the description tells the model
 _TOLD = frozenset(
     (
         "minLength", "maxLength", "pattern", "format", "contentEncoding", "contentMediaType",
@@ -25,7 +25,7 @@ _TOLD = frozenset(
         "minItems", "maxItems", "uniqueItems", "examples",
     )
 )  # fmt: skip
-#: say nothing about an answer
+#: keywords that say nothing about an answer
 _DROPPED = frozenset(("$schema", "$id", "$comment", "$defs", "definitions", "deprecated", "readOnly", "writeOnly", "discriminator"))
 _DEFINITIONS = ("$defs", "definitions")
 
@@ -36,9 +36,9 @@ def refuse(where: str, problem: str) -> NoReturn:
 
 
 def wire_schema(root: Mapping[str, Any]) -> dict[str, Any]:
-    """The root schema with its definitions, in the order in which it was given: the model answers in that order.
+    """The root schema with its definitions. The order is kept, because the model answers in that order.
 
-    :raises BatchInputError: naming the place, for what structured output cannot express
+    :raises BatchInputError: structured output cannot express something; the error names the place
     """
     sent = _wire(root, "$")
     for keyword in _DEFINITIONS:
@@ -72,7 +72,7 @@ def _wire(node: Any, where: str) -> dict[str, Any]:
 
 
 def _by_type(node: Mapping[str, Any], where: str, sent: dict[str, Any]) -> set[str]:
-    """Add what the node's types have of their own; returns the keywords that are dealt with."""
+    """Add what is specific to the node's types; returns the keywords that this handles."""
     kinds = types_of(node, where)
     used: set[str] = set()
     if "object" in kinds:
@@ -97,7 +97,7 @@ def _by_type(node: Mapping[str, Any], where: str, sent: dict[str, Any]) -> set[s
 
 
 def _tell(node: Mapping[str, Any], where: str, sent: dict[str, Any], used: set[str]) -> None:
-    """Put the bounds into the description; what cannot be sent, nor checked later, is refused."""
+    """Put the bounds into the description. A keyword that can neither be sent nor be checked later is refused."""
     rest = [keyword for keyword in node if keyword not in used]
     unknown = [keyword for keyword in rest if keyword not in _TOLD]
     if unknown:
@@ -117,7 +117,7 @@ def types_of(node: Mapping[str, Any], where: str) -> list[str]:
 
 
 def properties_of(node: Mapping[str, Any], where: str) -> Mapping[str, Any]:
-    """The properties of an object, of which there are some and no others."""
+    """The properties of an object, which must list at least one and allow no others."""
     if isinstance(node.get("additionalProperties"), Mapping):
         refuse(where, "is a mapping with any keys (additionalProperties); name its properties, or make it an array of objects")
     properties = node.get("properties")
@@ -139,7 +139,7 @@ def members(node: Mapping[str, Any], keyword: str, where: str) -> list[Any]:
 
 
 def only_member(node: Mapping[str, Any], where: str) -> Any:
-    """What an ``allOf`` of one schema holds."""
+    """The only schema of an ``allOf``."""
     found = members(node, "allOf", where)
     if len(found) > 1:
         refuse(where, "has allOf with several members; write the schema that they make together")
