@@ -1,4 +1,4 @@
-"""Answers → values of columns. What is unfinished, or is not what the schema asks for, is an ``invalid_output``."""
+"""Answers → values of columns. An answer that is unfinished, or that does not fit the schema, is an ``invalid_output``."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Values = tuple[Any, ...]
 #: ``error_type`` of a finished answer that does not fit
 INVALID = "invalid_output"
 
-#: an escaped NUL, behind an even number of backslashes: no text of PostgreSQL holds one
+#: an escaped NUL, after an even number of backslashes: PostgreSQL's texts cannot hold one
 _NUL = re.compile(r"(?<!\\)((?:\\\\)*)\\u0000")
 _encode = msgspec.json.Encoder(order="deterministic").encode
 
@@ -39,11 +39,11 @@ class AnswerReader:
     def __init__(self, schema: OutputSchema) -> None:
         self._decode: Callable[[str], Any] = msgspec.json.Decoder(schema.types.answer).decode
         self._converters = [(i, _CONVERT[c.kind]) for i, c in enumerate(schema.columns) if c.kind in _CONVERT]
-        #: of a row without a fitting answer
+        #: the values of a row without a fitting answer
         self.nothing: Values = (None,) * len(schema.columns)
 
     def read_all(self, results: ResultBlock) -> tuple[ResultBlock, list[Values]]:
-        """The values of answers; those that do not fit come back as ``invalid_output``, with their texts and why."""
+        """The values of answers. Answers that do not fit come back as ``invalid_output``, with their texts and the reason."""
         values: list[Values] = []
         statuses, types, messages = list(results.statuses), list(results.error_types), list(results.error_messages)
         for place, (status, text, unfinished) in enumerate(zip(results.statuses, results.texts, results.error_types, strict=True)):
@@ -54,7 +54,7 @@ class AnswerReader:
                     types[place], messages[place] = INVALID, answer.message
                 answer = self.nothing
             elif status == RequestStatus.SUCCEEDED.value:
-                # JSON that is cut is no JSON: an answer that reads well was whole at its last token
+                # cut JSON does not parse, so an answer that can be read was whole at its last token
                 types[place] = messages[place] = None
             values.append(answer)
         return replace(results, statuses=statuses, error_types=types, error_messages=messages), values
@@ -85,7 +85,7 @@ def _json_text(value: Any) -> str:
 
 
 def _in_utc(value: datetime) -> datetime:
-    """:raises OverflowError: for a time whose UTC lies outside the years 1 to 9999"""
+    """:raises OverflowError: the time's UTC lies outside the years 1 to 9999"""
     return value.astimezone(UTC)
 
 

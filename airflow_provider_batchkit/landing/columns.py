@@ -1,4 +1,4 @@
-"""Types of columns: those of an answer's properties, and whether a column of an existing table can hold what a landing writes."""
+"""Types of columns: those of an answer's properties, and whether an existing table's column can hold what a landing writes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from airflow_provider_batchkit.landing.key_types import is_enum
 from airflow_provider_batchkit.ledger.tables import UtcDateTime
 from airflow_provider_batchkit.model import key_kind
 
-#: by a column's kind; JSON comes as text and is cast when it moves from the stage into the table
+#: kind of a column → its type; JSON comes as text and is cast when it moves from the stage into the table
 ANSWER_TYPES: dict[str, Any] = {
     "integer": sa.BigInteger(),
     "number": sa.Float(53),
@@ -38,7 +38,7 @@ _FITTING: dict[str, _Classes] = {
     "date-time": (sa.DateTime,),
     "json": (sa.JSON, sa.String),
 }
-#: SQLite has no such types, and knows no more of a column that was made by CREATE TABLE AS
+#: SQLite lacks these types, and keeps less about the columns of a table that CREATE TABLE AS made
 _FITTING_SQLITE: dict[str, _Classes] = {
     "boolean": (sa.Integer, sa.Numeric),
     "date": (sa.String, sa.Numeric),
@@ -46,7 +46,7 @@ _FITTING_SQLITE: dict[str, _Classes] = {
 }
 _NEVER = (sa.SmallInteger, sa.Enum)
 
-#: A key's column also has to be compared with the key. PostgreSQL assigns a number to a text column and does not compare the two.
+#: A key's column must also compare with the key. PostgreSQL assigns a number to a text column, but does not compare the two.
 _KEYS: dict[str, _Classes] = {
     "boolean": (sa.Boolean,),
     "integer": (sa.Integer, sa.Numeric),
@@ -71,18 +71,18 @@ _KEYS_SQLITE: dict[str, _Classes] = {
     "date": (sa.Date, sa.String, sa.Numeric),
     "uuid": (sa.String,),
 }
-#: what other databases have in place of a type that they lack
+#: types that other databases have in place of one that they lack
 _KEYS_ELSEWHERE: dict[str, _Classes] = {
     "boolean": (sa.Integer, sa.Numeric),
     "float": (sa.Numeric,),
     "uuid": (sa.String, sa.LargeBinary),
 }
 
-#: digits after the point of ``cost_usd``: a cost is whole picodollars
+#: digits after the point of ``cost_usd``, because a cost is whole picodollars
 _COST_SCALE = 12
 _TIMES: _Classes = (sa.DateTime, sa.String)
 _NUMBERS: _Classes = (sa.Integer, sa.Numeric, sa.Float, sa.String)
-#: by result column; the other ones are text
+#: result column → the types that it may have; the other columns are text
 _RESULTS: dict[str, _Classes] = {
     "input_tokens": _NUMBERS,
     "output_tokens": _NUMBERS,
@@ -95,16 +95,16 @@ _RESULTS: dict[str, _Classes] = {
 
 
 def fits(kind: str, found: Any, dialect: Dialect) -> bool:
-    """Whether an existing column is of the class of types in which values of ``kind`` mean the same.
+    """Whether an existing column's class of types gives values of ``kind`` the same meaning.
 
-    It may be narrower than ours (INTEGER, VARCHAR(200)): a value that is too large is then the database's own error, and nothing lands.
+    The column may be narrower than ours (INTEGER, VARCHAR(200)). A value that is too large is the database's own error, and nothing lands.
     """
     if dialect.name == "sqlite" and _is(found, (*_FITTING_SQLITE.get(kind, ()), NullType)):
         return True
     if isinstance(found, _NEVER) or not _is(found, _FITTING[kind]):
         return False
     if kind == "date-time" and dialect.name == "postgresql":
-        # without a time zone it would be the session's local time
+        # without a time zone, the column would hold the session's local time
         return bool(found.timezone)
     return True
 
@@ -112,11 +112,11 @@ def fits(kind: str, found: Any, dialect: Dialect) -> bool:
 def key_fits(type_name: str, found: Any, dialect: Dialect) -> bool:
     """Whether an existing column holds keys of a type exactly, and can be compared with them.
 
-    It may be narrower than ours: see :func:`changes`.
+    The column may be narrower than ours; see :func:`changes`.
     """
     kind = key_kind(type_name)
     if dialect.name == "sqlite":
-        # a column without a type, or BLOB, keeps what it gets
+        # a column without a type, or a BLOB column, keeps values as they are
         return _is(found, (*_KEYS_SQLITE[kind], NullType, sa.LargeBinary)) and not isinstance(found, sa.Enum)
     if dialect.name != "postgresql":
         return _is(found, (*_KEYS[kind], *_KEYS_ELSEWHERE.get(kind, ()), NullType)) and not isinstance(found, sa.Enum)
@@ -124,14 +124,14 @@ def key_fits(type_name: str, found: Any, dialect: Dialect) -> bool:
     if not _is(base, _KEYS[kind]) or isinstance(base, sa.Enum):
         return is_enum(type_name, found)
     if kind == "text":
-        # the types name and "char" are reflected as a bare String, and cut what is too long; a domain does not tell how long its CHAR is
+        # the types name and "char" are reflected as a bare String, and cut longer values; a domain does not show the length of its CHAR
         return type(base) is not sa.String and not (isinstance(base, sa.CHAR) and base is not found)
     if kind == "float":
         return type_name == "real" or not isinstance(base, sa.REAL)
     if kind == "integer":
         return (getattr(base, "scale", None) or 0) >= 0
     if isinstance(base, sa.DateTime):
-        # between the two the session's time zone decides
+        # the session's time zone decides the conversion between the two
         return bool(base.timezone) is (kind == "timestamptz")
     return True
 
@@ -150,27 +150,27 @@ def result_fits(name: str, found: Any, dialect: Dialect) -> bool:
 
 
 def changes(type_name: str, found: Any, column: sa.ColumnElement[Any], dialect: Dialect) -> sa.ColumnElement[bool] | None:
-    """Which keys a column that fits would store as others: too many digits, too long, or text that looks like a number.
+    """The keys that a fitting column would store as other keys: too many digits, too long, or text that looks like a number.
 
     :param found: the existing column's type
     :param column: the keys
-    :return: a condition, true for these keys; None where there can be none. A key that is too large fails the condition's statement
+    :return: a condition that is true for these keys; None where none can exist. A key that is too large fails the condition's statement
     """
     kind = key_kind(type_name)
     if dialect.name == "sqlite":
         if kind == "numeric" and _is(found, (sa.Numeric,)):
-            # a number keeps 15 digits, and no zeros at the end; a staged decimal has at least two behind the point
+            # a number keeps 15 digits and no trailing zeros; a staged decimal has at least two digits after the point
             text = sa.type_coerce(column, sa.Text())
             shortest = sa.func.rtrim(sa.func.rtrim(text, "0"), ".")
             return shortest != sa.cast(sa.cast(text, sa.Numeric()), sa.Text())
         if kind == "text" and _is(found, (sa.Date, sa.DateTime, sa.Time)):
-            # the comparison converts the text as storing does
+            # the comparison converts the text in the same way as storing it
             return column == sa.cast(column, sa.Numeric())
         return None
     if dialect.name != "postgresql" or is_enum(type_name, found):
         return None
     if isinstance(found, sa.CHAR) and not type_name.startswith("char("):
-        # shorter ones are filled up with spaces, and spaces at the end do not count in a comparison
+        # shorter keys are padded with spaces, and comparisons ignore spaces at the end
         return sa.or_(sa.func.char_length(column) != (found.length or 1), column != sa.func.rtrim(column))
     narrow = (
         isinstance(found, DOMAIN)
@@ -183,7 +183,7 @@ def changes(type_name: str, found: Any, column: sa.ColumnElement[Any], dialect: 
 
 
 def sql_type(type_: Any, dialect: Dialect) -> str:
-    """A type as the database writes it."""
+    """The database's own spelling of a type."""
     try:
         return str(type_.compile(dialect=dialect))
     except sa.exc.CompileError:
@@ -198,5 +198,5 @@ def _base(found: Any) -> Any:
 
 
 def _is(found: Any, classes: _Classes) -> bool:
-    # SQLAlchemy 2.0 has Float as a kind of Numeric
+    # in SQLAlchemy 2.0, Float is a subclass of Numeric
     return isinstance(found, classes) and (sa.Float in classes or not isinstance(found, sa.Float))

@@ -1,15 +1,15 @@
-"""Landing in a database that is not the ledger's: every answer once, whoever is killed or stopped where.
+"""Landing in a database that is not the ledger's. Every answer lands once, wherever a process is killed or stopped.
 
-The order matters in every line; it is that of the protocol in DESIGN.md, "Exactly once into another database":
+The order of all steps matters; it is that of the protocol in DESIGN.md, "Exactly once into another database":
 
 1. prepare (ledger): results are spooled to disk; outcomes and bill are noted, and the batches are ``prepared``;
 2. stage (warehouse): a permanent staging table is filled, and its rows are counted;
-3. take the turn (ledger), raise the fence (warehouse), and write down whatever is published and was not written down;
+3. take the turn (ledger), raise the fence (warehouse), and note in the ledger whatever is published and not noted yet;
 4. publish (warehouse): one transaction with the fence, the rows and the load's marker;
-5. flip (ledger): ``landed``; then the staging tables of this attempt and of older ones go.
+5. flip (ledger): ``landed``; then the staging tables of this attempt and of older ones are dropped.
 
-A load is what is published together: one batch, or for ``replace`` all batches of a fetch. A crash after 4 finds the marker and only flips.
-Nothing is given up before the fence is raised and the marker read behind it.
+A load is what is published together: one batch, or for ``replace`` all batches of a fetch. If an attempt dies after step 4, the next one
+finds the marker and only flips. Nothing is given up before the fence is raised and the marker has been read behind it.
 """
 
 from __future__ import annotations
@@ -49,11 +49,12 @@ from airflow_provider_batchkit.model import BatchSnapshot
 
 log = logging.getLogger(__name__)
 
-#: seconds after which a turn that was not given back may be taken: its owner is dead, stopped, or publishes still, which the fence awaits
+#: Seconds after which a turn that was not given back may be taken. Its owner is dead, stopped, or still publishing, and the fence waits
+#: for a publication.
 TURN_S = 300.0
 #: seconds that a landing waits for its turns in its worker slot
 PATIENCE_S = 20.0
-#: how staging tables are called, and how many characters of a load's id follow
+#: prefix of the names of staging tables, and the number of characters of a load's id that follow it
 _STAGE, _ID = "batchkit_stage", 20
 
 
@@ -67,11 +68,11 @@ def land_elsewhere(
     *,
     attempt_id: str,
 ) -> LandingReport:
-    """:func:`~airflow_provider_batchkit.landing.land.land_batches` into another database.
+    """The same as :func:`~airflow_provider_batchkit.landing.land.land_batches`, into another database.
 
-    :param attempt_id: of the task instance: a younger attempt has a greater one, and takes over
-    :raises LeaseLostError: a younger attempt lands the same
-    :raises WarehouseBusyError: another process keeps the database to itself
+    :param attempt_id: id of the task instance's attempt; a younger attempt has a greater one, and takes over
+    :raises LeaseLostError: a younger attempt lands the same batches
+    :raises WarehouseBusyError: another process has the database to itself
     :raises TurnTakenError: another landing has the turn at the table; what is prepared is in the ledger, and the same call goes on
     """
     ledger.ensure()
@@ -97,7 +98,7 @@ class _Elsewhere(Target):
     """A table in another database."""
 
     warehouse: Warehouse
-    #: of the table, in the warehouse
+    #: the table's fence in the warehouse
     fence: str
     attempt_id: str
     #: seconds that are left of :data:`PATIENCE_S`
@@ -127,12 +128,12 @@ class _Elsewhere(Target):
     # --- what is there ------------------------------------------------------------------------------------------------------------
 
     def _fetch_id(self, plan: Plan, batches: Sequence[Batch]) -> str:
-        """Names what lands where. What has landed is counted beside it, so a load that completes or rewrites another is a new one."""
+        """The id of what lands where. It covers what has landed, so a load that completes or rewrites another one is a new load."""
         what = [self.ledger.ledger_id(), self.known_as, plan.number, sorted(batch.batch_id for batch in batches)]
         return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:32]
 
     def _recall_anew(self, plan: Plan, batches: Sequence[Batch], report: LandingReport) -> Plan:
-        """Tell of batches that have just been called landed without being read."""
+        """Report batches that have just been marked as landed without being read."""
         with self.ledger.engine.connect() as books:
             landed = landed_in(books, [batch.batch_id for batch in batches], self.known_as)
         plan = replace(plan, landed={**plan.landed, **landed})
@@ -142,7 +143,7 @@ class _Elsewhere(Target):
     # --- an earlier attempt's load --------------------------------------------------------------------------------------------------
 
     def _published_by(self, load: Load) -> str | None:
-        """The attempt whose rows are in the table, without a look at the fence; the last one to prepare where there were none to write."""
+        """The attempt whose rows are in the table, read without the fence. Where there were no rows, it is the last attempt to prepare."""
         if load.rows == 0:
             return load.prepared_by
         with self.warehouse.open() as connection:
@@ -157,7 +158,7 @@ class _Elsewhere(Target):
         return self._recall_anew(plan, batches, report)
 
     def _was_published(self, load: Load) -> bool:
-        """Whether a load whose results can be read no more was published: looked at behind the fence."""
+        """Whether a load whose results can no longer be read was published. The marker is read behind the fence."""
         while True:
             with self._turn(load) as (connection, turn):
                 if turn is not None:
@@ -206,7 +207,7 @@ class _Elsewhere(Target):
         parts = []
         for one in read:
             before = plan.before(one.batch_id)
-            # what fills a table anew is as old as it was
+            # a batch that fills a table anew keeps the time of its earlier landing
             values = landing_values(one.landed, now if before is None else before.landed_at)
             parts.append(landing_part(one.batch_id, self.known_as, plan.number, self.table.name, values, one.landed.read_s))
             parts += one.stage.parts(one.batch_id)
@@ -231,9 +232,9 @@ class _Elsewhere(Target):
         return name
 
     def _publish(self, load: Load, stage: str, read: Sequence[ReadBatch[Spool]], plan: Plan) -> bool:
-        """Steps 3 to 5. After it the load has landed; False when an older attempt has published it.
+        """Steps 3 to 5, after which the load has landed. False when an older attempt has published it.
 
-        :raises Overtaken: when what was staged is not what is to be landed any more
+        :raises Overtaken: the staged rows are no longer what must land
         """
         while True:
             with self._turn(load) as (connection, turn):
@@ -250,7 +251,7 @@ class _Elsewhere(Target):
             log.info("Another landing in %s had a later turn; this one takes its next", self.table.name)
 
     def _publish_now(self, connection: Any, load: Load, stage: str, turn: int, read: Sequence[ReadBatch[Spool]], plan: Plan) -> str | None:
-        """Publish and flip in a turn; gives the attempt that has published, None behind a higher fence."""
+        """Publish and flip in a turn. Returns the attempt that has published, None when the fence is higher than the turn."""
         found = self._settle(connection, turn)
         if load.load_id in found:
             return found[load.load_id]
@@ -271,7 +272,7 @@ class _Elsewhere(Target):
         return published_by
 
     def _how(self, load: Load, stage: str, turn: int, read: Sequence[ReadBatch[Spool]], plan: Plan, connection: Any) -> Publish:
-        """:raises Overtaken: when another landing, a later round or a further row came since the results were read"""
+        """:raises Overtaken: another landing, a later round or a further row came after the results were read"""
         batch_id, record = read[0].batch_id, read[0].record
         with self.ledger.engine.connect() as books:
             look_again(books, read, plan, lambda: self.warehouse.is_empty(connection, self.table))
@@ -293,7 +294,7 @@ class _Elsewhere(Target):
 
     @contextmanager
     def _turn(self, load: Load) -> Iterator[tuple[Any, int | None]]:
-        """A fresh turn at the table, with a connection and the fence raised to it; no turn where another one was later at the fence."""
+        """A fresh turn at the table, with a connection and the fence raised to it. The turn is None where the fence is higher already."""
         began = time.monotonic()
         try:
             turn = self.ledger.wait_for_turn(load, TURN_S, self.patience_s)
@@ -307,7 +308,7 @@ class _Elsewhere(Target):
             self.ledger.give_turn_back(self.known_as, turn)
 
     def _settle(self, connection: Any, turn: int) -> dict[str, str]:
-        """Call landed what others, or earlier attempts, have published; says which loads it found. To be called behind the fence."""
+        """Mark as landed what other or earlier attempts have published; returns these loads. Call it behind the fence."""
         found = self.warehouse.marked(connection, self.table, self.ledger.prepared_loads(self.known_as))
         for load_id, published_by in found.items():
             if flip(self.ledger, load_id, published_by) is not None:
@@ -315,7 +316,7 @@ class _Elsewhere(Target):
         return found
 
     def _drop_stages(self, connection: Any, load: Load) -> None:
-        """Drop this attempt's staging table and those of older attempts of the same load, and what killed attempts have left of others."""
+        """Drop the staging tables of this attempt, of older attempts of the same load, and of killed attempts of other loads."""
         mine = self._stage_name(load)
         found = [name for name in self.warehouse.stages(connection, self.table, f"{_STAGE}_") if name != mine]
         done = self.ledger.done_loads(load)

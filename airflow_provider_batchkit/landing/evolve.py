@@ -1,8 +1,8 @@
-"""Result tables of every release: which of the result columns a landing writes to a table that exists, and which it adds to it.
+"""Result tables of every release: the result columns that a landing writes to an existing table, and those that it adds.
 
-Required are the key, the properties of an ``output_schema`` and :data:`REQUIRED`. Every other column is written where the table has it, so
-a table that an earlier release or somebody else made stays usable. A table that this package made gains what a later release has added;
-it is known by its columns: those of the key first, and all of :data:`FIRST_RELEASE` in their order.
+The key, the properties of an ``output_schema`` and :data:`REQUIRED` are required. Every other column is written where the table has it,
+so a table that an earlier release or somebody else made stays usable. A table that this package made gets the columns that later
+releases have added. It is recognized by its columns: the key first, and all of :data:`FIRST_RELEASE` in their order.
 """
 
 from __future__ import annotations
@@ -26,31 +26,31 @@ FIRST_RELEASE = (
     *("response", "status", "stop_reason", "error_type", "error_message", "model", "input_tokens", "output_tokens", "cost_usd"),
     *("custom_id", "batch_id", "landed_at"),
 )
-#: seconds that adding columns waits for others to leave the table; the landing goes on without them then
+#: seconds for which adding columns waits until others leave the table; after that, the landing goes on without the columns
 _LOCK_S = 10
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """What a landing does about the result columns of a table that exists."""
+    """How a landing treats the result columns of an existing table."""
 
     #: result columns that are not written
     left_out: frozenset[str] = frozenset()
-    #: of these, the columns that the table can be given
+    #: of these, the columns that can be added to the table
     addable: tuple[str, ...] = ()
-    #: columns of the table's own that have the name of a result column, and are left alone
+    #: the table's own columns with the name of a result column, which are left alone
     not_ours: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, found: ExistingTable, key_names: Sequence[str], result_names: Sequence[str]) -> Layout:
         """
-        :param key_names: none where ``custom_id`` is the key
-        :param result_names: in the order in which a new table has them
+        :param key_names: names of the key columns; empty where ``custom_id`` is the key
+        :param result_names: result columns in their order in a new table
         """
         newer = [name for name in result_names if name not in FIRST_RELEASE]
         lacking = [name for name in newer if not found.has(name)]
         present = [name for name in newer if found.has(name)]
-        # a table that has all that the first release wrote, and not all that came later, was not extended by this package
+        # this package did not extend a table that has all columns of the first release and only some of the later ones
         own = present if lacking and all(map(found.has, FIRST_RELEASE)) else []
         own = own or [name for name in present if not result_fits(name, found.type_of(name), found.dialect)]
         left_out = {name for name in result_names if name not in REQUIRED and not found.has(name)} | {*own}
@@ -67,7 +67,7 @@ def _is_ours(found: ExistingTable, key_names: Sequence[str]) -> bool:
 
 
 def add_columns(engine: Engine, table: sa.Table, names: Iterable[str]) -> None:
-    """Add columns to a table, or say in the log why they are not added: a landing goes on without them."""
+    """Add columns to a table, or log why they are not added: a landing goes on without them."""
     names = list(names)
     quote = engine.dialect.identifier_preparer
     try:

@@ -1,6 +1,6 @@
-"""What of an existing table, or of the place for a new one, keeps results from landing: all that can be known before anything is paid.
+"""What in an existing table, or in the place for a new one, keeps results from landing, as far as it shows before anything is paid.
 
-The database's catalog tells it; no row is read and nothing is locked.
+The information is from the database's catalog; no row is read and nothing is locked.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from airflow_provider_batchkit.landing.names import column_name
 from airflow_provider_batchkit.ledger.names import spelled
 from airflow_provider_batchkit.model import RequestStatus
 
-#: the shortest text columns that hold every value, where the values are known
+#: text column → the least length that holds each of its values, where these are known
 _LEAST_CHARACTERS = {"status": max(len(status.value) for status in RequestStatus)}
-#: null for every row that has a plain answer
+#: columns that are null for every row with a plain answer
 _ALWAYS_NULL = ("error_type", "error_message", "content", "stop_details", "request_id")
 
 #: bits of pg_relation_is_updatable for UPDATE, INSERT and DELETE
@@ -46,7 +46,7 @@ _PLACE = sa.text(
 class WantedColumns:
     """The columns that a landing writes."""
 
-    #: key column → name of its type; none where ``custom_id`` is the key
+    #: key column → name of its type; empty where ``custom_id`` is the key
     keys: Mapping[str, str]
     #: answer column → its kind
     answers: Mapping[str, str]
@@ -75,7 +75,7 @@ class ExistingTable:
 
     @property
     def exists(self) -> bool:
-        """Whether there is such a table."""
+        """Whether the table exists."""
         return self._columns is not None
 
     @property
@@ -90,7 +90,7 @@ class ExistingTable:
 
     @property
     def is_table(self) -> bool:
-        """Whether it is a table and no view."""
+        """Whether it is a table and not a view."""
         return column_name(self._name, self._dialect) in {
             column_name(name, self._dialect) for name in self._inspector.get_table_names(schema=self._schema)
         }
@@ -108,7 +108,7 @@ class ExistingTable:
         return self._column(column)["type"]
 
     def problems(self, wanted: WantedColumns) -> list[str]:
-        """What keeps results from landing, or would change them, a sentence part for each."""
+        """Reasons why results cannot land or would be changed, as parts of a sentence."""
         if self._place is not None or not self.exists:
             return [self._place] if self._place is not None else []
         lacking = [
@@ -148,7 +148,7 @@ class ExistingTable:
     # --- rights and constraints -----------------------------------------------------------------------------------------------------
 
     def _closed(self, wanted: WantedColumns) -> list[str]:
-        """What cannot be written: the table, columns of ours, or a row without columns that are not ours."""
+        """What cannot be written: the table, columns of ours, or a row that omits columns that are not ours."""
         rights = self._rights()
         if rights is not None and rights.may & _WRITABLE != _WRITABLE:
             return ["cannot be written: it is a view, or a table of another kind that takes no INSERT, UPDATE and DELETE"]
@@ -178,7 +178,7 @@ class ExistingTable:
         given = column.get("default") is not None or (domain is not None and domain.default is not None)
         if given or _is_generated(column) or column.get("identity") or column.get("autoincrement") is True:
             return False
-        # SQLite numbers the rows in the one INTEGER column of a primary key
+        # SQLite numbers the rows in a primary key of one INTEGER column
         alone = self._dialect.name == "sqlite" and self._primary_key() == [column["name"]]
         return not (alone and isinstance(found, sa.Integer))
 
@@ -186,7 +186,7 @@ class ExistingTable:
         return self._inspector.get_pk_constraint(self._name, schema=self._schema)["constrained_columns"]
 
     def _rights(self) -> Any:
-        """What the user may do with the table; None where nothing is known."""
+        """The user's rights on the table; None where they are not known."""
         if self._dialect.name != "postgresql":
             return None
         return self._connection.execute(_RIGHTS, {"spelled": spelled(self._schema, self._name)}).first()
@@ -198,7 +198,7 @@ class ExistingTable:
     # --- the place ------------------------------------------------------------------------------------------------------------------
 
     def _place_problem(self) -> str | None:
-        """What is wrong with the schema, whether or not the table exists."""
+        """The problem with the schema, whether or not the table exists."""
         if self._schema is None:
             return None
         if self._dialect.name == "sqlite":
@@ -242,7 +242,7 @@ def _is_generated(column: ReflectedColumn) -> bool:
 
 
 def _refuses_null(column: ReflectedColumn) -> bool:
-    """Whether the column, or a domain that it is of, is NOT NULL."""
+    """Whether the column, or the domain that is its type, is NOT NULL."""
     if not column["nullable"]:
         return True
     found: Any = column["type"]

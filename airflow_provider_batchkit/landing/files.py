@@ -1,8 +1,8 @@
-"""Results → files, one a batch, with the outcomes and the bill in the ledger.
+"""Results → files, one for each batch, with the outcomes and the bill in the ledger.
 
-A file is written under a name of its own and moved to its place inside the ledger's transaction, which commits behind it. Killed between
-the two, the batch has not landed, and its next landing puts the same rows in the place of the file. Killed before, there is no file.
-Memory: as of any landing, and one row group where the files are Parquet.
+A file is written under another name and moved to its place inside the ledger's transaction, which commits afterwards. After a crash
+between the two, the batch has not landed, and its next landing replaces the file by one with the same rows. After an earlier crash there
+is no file. Memory: as in any landing, and one row group where the files are Parquet.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _RESULT_KINDS = {
     "landed_at": "timestamptz",
     "round": "int",
 }
-#: what the ledger keeps of a row that failed: these columns of a stage
+#: the columns of a stage that the ledger keeps of a failed row
 _FAILED = frozenset(
     {
         *("custom_id", "status", "error_type", "error_message"),
@@ -57,9 +57,9 @@ _FAILED = frozenset(
 
 
 class OutputFiles(Protocol):
-    """Where result files lie. A file is known by its batch."""
+    """The place of result files. A file is found by its batch."""
 
-    #: of all of them together, with the batch's id as ``*``; the ledger knows them by it
+    #: name of all the files together, with ``*`` in place of the batch's id; the ledger knows them by it
     name: str
     #: ``jsonl`` or ``parquet``
     form: str
@@ -67,22 +67,22 @@ class OutputFiles(Protocol):
     # whether the file of a batch is in its place
     def exists(self, batch_id: str) -> bool: ...
 
-    # a file under a name of its own; entering it opens it, leaving it closes it
+    # gives a file under another name; entering it opens it, leaving it closes it
     def create(self, batch_id: str) -> NewFile: ...
 
 
 class NewFile(AbstractContextManager[BinaryIO], Protocol):
     """A file of a batch that is not in its place yet."""
 
-    # in one step, over a file that is there
+    # moves the file to its place in one step, over a file that is there
     def publish(self) -> None: ...
 
-    # take away what is not in its place
+    # removes the file, unless it is in its place
     def discard(self) -> None: ...
 
 
 class FileStage(TemporaryStage):
-    """Writes a batch's rows to a file; its temporary tables have what the ledger keeps of them."""
+    """Writes a batch's rows to a file. Its temporary tables hold what the ledger keeps of them."""
 
     def __init__(
         self,
@@ -96,7 +96,7 @@ class FileStage(TemporaryStage):
         constants: Mapping[str, Any],
         include_failed: bool,
     ) -> None:
-        """:param constants: column → value of what is the same in all rows"""
+        """:param constants: column → the value that is the same in all rows"""
         super().__init__(connection, table, keys, ranks)
         self._names = [*(name for name, _ in table.key_columns), *(name for name, _ in table.answer_columns), *dict(self.columns)]
         self._constants = constants
@@ -109,12 +109,12 @@ class FileStage(TemporaryStage):
 
     @contextmanager
     def filling(self) -> Iterator[None]:
-        """After the block, the rows are in the file, but for those that the stream holds back."""
+        """After the block, the rows are in the file, apart from those that the stream still buffers."""
         try:
             with super().filling():
                 yield
         except BaseException:
-            # a writer of Parquet that is left open writes its end when it is collected, to a stream that is closed by then
+            # an unclosed Parquet writer would write its end when it is collected, to a stream that is closed by then
             with suppress(Exception):
                 self._writer.close()
             raise
@@ -142,13 +142,13 @@ def file_columns(table: ResultTable) -> list[FileColumn]:
 
 
 def land_files(ledger: Ledger, files: OutputFiles, batches: Sequence[Batch], results: Results, options: LandingOptions) -> LandingReport:
-    """Land ended batches, in the order given, each in a file of its own.
+    """Land ended batches, in the order given, each in its own file.
 
-    A batch that has landed and whose file is there is not read again. A file that is missing is written anew; so is one that lacks answers,
-    when these can be had.
+    A batch that has landed and whose file exists is not read again. A missing file is written anew, and so is a file that lacks answers
+    when these are available.
 
-    :raises ResultStreamError: the results could not be read to their end; there is no file of that batch
-    :raises WrongBatchError: a batch holds results that its row did not ask; there is no file of that batch
+    :raises ResultStreamError: the results could not be read to their end; that batch has no file
+    :raises WrongBatchError: a batch holds results that its row did not ask; that batch has no file
     """
     ledger.ensure()
     report = LandingReport(table=files.name)
@@ -170,7 +170,7 @@ class _Files(Target):
     files: OutputFiles
 
     def is_empty(self, books: Connection) -> bool:
-        """Never: each file is looked for by itself."""
+        """Always False: each file is looked for by itself."""
         return False
 
     def has_landed(self, plan: Plan, batches: Sequence[Batch]) -> bool:
@@ -214,7 +214,7 @@ class _Files(Target):
                 begin_writing(connection)
                 lock_jobs(connection, [] if record is None else [record])
                 look_again(connection, [read], plan, lambda: False)
-                # the ledger keeps the name of a table that the batch has landed in as well
+                # the ledger also keeps the name of a table that the batch has landed in
                 note_landed(self.ledger, connection, read, plan, now, self._spelled(connection, record))
                 created.publish()
                 read.stage.tables.drop(connection)

@@ -1,4 +1,4 @@
-"""The flip: what a load has prepared is written to the ledger, in one transaction, once its rows are known to be in the table."""
+"""The flip: one transaction writes a prepared load to the ledger, once its rows are known to be in the table."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from airflow_provider_batchkit.ledger.states import BatchState
 from airflow_provider_batchkit.ledger.tables import batch, failed, prepared, succeeded
 from airflow_provider_batchkit.model import CostTally
 
-#: values of a landing that are times
+#: keys of a landing's values that hold times
 _TIMES = ("landed_at", "created_at", "ended_at")
 
 
 def landing_part(batch_id: str, table: str, number: int, spelled: str, values: Mapping[str, Any], seconds: float) -> PreparedPart:
-    """What the ledger is to note of a batch's landing.
+    """What the ledger must note about a batch's landing.
 
-    :param table: by the name that the ledger knows it by
+    :param table: the name by which the ledger knows the table
     :param spelled: the table as the task names it
-    :param values: of :func:`~airflow_provider_batchkit.landing.reading.landing_values`
-    :param seconds: that the landing took up to here
+    :param values: the result of :func:`~airflow_provider_batchkit.landing.reading.landing_values`
+    :param seconds: duration of the landing so far
     """
     plain = {name: value.isoformat() if isinstance(value, datetime) else value for name, value in values.items()}
     noted = {"table": table, "number": number, "spelled": spelled, "values": plain, "seconds": seconds}
@@ -42,10 +42,10 @@ def landing_part(batch_id: str, table: str, number: int, spelled: str, values: M
 
 
 def flip(ledger: Ledger, load_id: str, published_by: str, attempt_id: str | None = None) -> list[BatchFigures] | None:
-    """Write what a prepared load noted, and call its batches landed. None when that was done before.
+    """Write what a prepared load noted, and mark its batches as landed. None when that was done before.
 
     :param published_by: the attempt whose rows are in the table
-    :param attempt_id: whose lease is compared; None for whoever has read the marker behind the table's fence
+    :param attempt_id: the attempt whose lease is compared; None for a caller that has read the marker behind the table's fence
     :returns: figures of the batches that had not landed before
     :raises LeaseLostError: when another attempt has the lease
     """
@@ -82,7 +82,7 @@ def _record(connection: Connection, batch_id: str) -> BatchRecord | None:
 
 
 def _settle(connection: Connection, load_id: str, published_by: str, record: BatchRecord, batch_id: str, left_out: set[str]) -> None:
-    """Write each source row's outcome and cost, as a landing beside the ledger does."""
+    """Write each source row's outcome and cost, in the same way as a landing in the ledger's database."""
     overtaken = overtaken_keys(connection, record)
     outcomes.forget(connection, record.job_id, record.shard)
     forget_failures(connection, record, left_out)

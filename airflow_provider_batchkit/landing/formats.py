@@ -1,4 +1,4 @@
-"""Result files: rows as JSON lines, or as Parquet, written column by column to a stream."""
+"""Result files: rows as JSON lines or as Parquet, written to a stream column by column."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ FORMATS = {"jsonl": ".jsonl", "parquet": ".parquet"}
 #: suffix of a path → format
 SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
 
-#: legal in a line of JSON, and the end of a line to some readers
+#: characters that are legal in a line of JSON, but end a line for some readers
 _LINE_ENDS = ((b"\xe2\x80\xa8", b"\\u2028"), (b"\xe2\x80\xa9", b"\\u2029"), (b"\xc2\x85", b"\\u0085"))
-#: a row group of Parquet is held until it has so many rows or characters
+#: rows and characters at which a row group of Parquet is full; it is held until then
 _GROUP_ROWS = 50_000
 _GROUP_CHARACTERS = 16_000_000
-#: digits of a Parquet decimal at most; one of more, or of any number, is written as text
+#: the most digits of a Parquet decimal; one with more digits, or with any number of them, is written as text
 _MAX_DIGITS = 76
 
 
@@ -34,7 +34,7 @@ class FileColumn:
     """A column of a result file.
 
     ``kind`` is the type name of a key (``int``, ``numeric(9,2)``, ``char(3)`` …), the kind of an answer's property (``number``,
-    ``date-time``, ``json`` …), or ``usd`` for a cost, which comes as text.
+    ``date-time``, ``json`` …), or ``usd`` for a cost, whose values are texts.
     """
 
     name: str
@@ -42,31 +42,31 @@ class FileColumn:
 
 
 class RowWriter(Protocol):
-    """Writes rows to a file. What is written is whole after :meth:`close`."""
+    """Writes rows to a file, which is complete after :meth:`close`."""
 
     def write(self, columns: Columns) -> None:
         """Add rows, column by column."""
 
     def close(self) -> None:
-        """Write what is left. The stream stays open."""
+        """Write the rows that are still held. The stream stays open."""
 
 
 def row_writer(form: str, stream: BinaryIO, columns: Sequence[FileColumn]) -> RowWriter:
     """The writer of a format.
 
-    :raises BatchInputError: for Parquet where pyarrow is not installed
+    :raises BatchInputError: the format is Parquet, and pyarrow is not installed
     """
     return ParquetRows(stream, columns) if form == "parquet" else JsonLines(stream, columns)
 
 
 def require(form: str) -> None:
-    """:raises BatchInputError: when a format cannot be written here"""
+    """:raises BatchInputError: the format cannot be written here"""
     if form == "parquet":
         _pyarrow()
 
 
 class JsonLines:
-    """A JSON object a line. A decimal key is a string, for a reader would round a number; times are ISO 8601; JSON is JSON."""
+    """A JSON object a line. A decimal key is a string, because a reader would round a number; times are ISO 8601; JSON stays JSON."""
 
     def __init__(self, stream: BinaryIO, columns: Sequence[FileColumn]) -> None:
         self._stream = stream
@@ -89,7 +89,7 @@ class JsonLines:
         return self._encoder.encode_lines([dict(zip(self._names, row, strict=True)) for row in zip(*columns, strict=True)])
 
     def close(self) -> None:
-        """Every line is written."""
+        """Do nothing: every line has been written."""
 
 
 def _raw(text: str | None) -> msgspec.Raw | None:
@@ -97,12 +97,12 @@ def _raw(text: str | None) -> msgspec.Raw | None:
 
 
 def _mended(columns: Columns) -> Columns:
-    """The columns with U+FFFD in place of each half of a surrogate pair, which is no text."""
+    """The columns with U+FFFD in place of each lone surrogate, which no text may hold."""
     return [[v.encode("utf-16", "surrogatepass").decode("utf-16", "replace") if type(v) is str else v for v in c] for c in columns]
 
 
 class ParquetRows:
-    """Columns of Parquet's own types. Rows are held until a row group is full."""
+    """Columns with Parquet's own types. Rows are held until a row group is full."""
 
     def __init__(self, stream: BinaryIO, columns: Sequence[FileColumn]) -> None:
         self._arrow, parquet = _pyarrow()

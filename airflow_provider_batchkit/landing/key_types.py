@@ -1,4 +1,4 @@
-"""Types of a result table's key columns: those that the source tells, so that a JOIN with the source finds every row."""
+"""Types of a result table's key columns. They are the source's types, so that a JOIN with the source finds every row."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from airflow_provider_batchkit.model import format_usd_exact, key_kind
 
 
 class ExactDecimal(TypeDecorator[Decimal]):
-    """A decimal without a detour through binary floats: NUMERIC, and TEXT on SQLite, which has no decimal type."""
+    """A decimal that never passes through binary floats: NUMERIC, and TEXT on SQLite, which has no decimal type."""
 
     impl = sa.Numeric
     cache_ok = True
 
     def __init__(self, scale: int | None, precision: int = 38) -> None:
         """
-        :param scale: digits after the point; None for as many as there are, where the database can
-        :param precision: digits in all, where there is a scale
+        :param scale: digits after the point; None for any number of them, where the database allows it
+        :param precision: digits in all, where a scale is given
         """
         super().__init__()
         self.scale, self.precision = scale, precision
@@ -45,7 +45,7 @@ class ExactDecimal(TypeDecorator[Decimal]):
 
 
 class _Enum(UserDefinedType[str]):
-    """An enumeration of PostgreSQL, by its name."""
+    """An enumeration type of PostgreSQL, given by its name."""
 
     cache_ok = True
 
@@ -56,7 +56,7 @@ class _Enum(UserDefinedType[str]):
         return self.name
 
 
-#: by the kind of the values
+#: kind of the values → type
 _TYPES: dict[str, TypeEngine[Any]] = {
     "boolean": sa.Boolean(),
     "integer": sa.BigInteger(),
@@ -68,7 +68,7 @@ _TYPES: dict[str, TypeEngine[Any]] = {
     "date": sa.Date(),
     "uuid": sa.Uuid(),
 }
-#: narrower types that a source tells; the arguments in brackets
+#: narrower types that a source reports; they get the arguments in the brackets
 _TOLD: dict[str, Callable[..., TypeEngine[Any]]] = {
     "smallint": sa.SmallInteger,
     "int": sa.Integer,
@@ -98,15 +98,15 @@ def key_type(type_name: str) -> TypeEngine[Any]:
 
 
 def key_decoder(type_name: str) -> Callable[[Any], Any] | None:
-    """What makes a key column's value of what the journal has; None where it is that already."""
+    """A function that converts a journaled key to the key column's type; None where no conversion is needed."""
     return _DECODE.get(key_kind(type_name))
 
 
 def lands_as_told(type_name: str, found: Any, dialect: Dialect) -> bool:
-    """Whether a column that a table has compares with the source's column as equal, where the source tells its type.
+    """Whether an existing column compares as equal with the source's column, where the source reports its type.
 
-    PostgreSQL pads CHAR and ignores the spaces at its end, except beside TEXT; it rounds REAL, but not beside DOUBLE PRECISION; and it
-    compares an enumeration with itself alone. A table of an earlier release has TEXT and DOUBLE PRECISION there.
+    PostgreSQL pads CHAR and ignores the spaces at its end, except when it is compared with TEXT. It rounds REAL, except beside DOUBLE
+    PRECISION. It compares an enumeration only with itself. A table of an earlier release has TEXT and DOUBLE PRECISION there.
     """
     if dialect.name != "postgresql":
         return True
@@ -117,15 +117,15 @@ def lands_as_told(type_name: str, found: Any, dialect: Dialect) -> bool:
 
 
 def staged_type(type_name: str, found: Any, dialect: Dialect) -> TypeEngine[Any]:
-    """The type of a key column of the stage.
+    """The type of a key column in the stage.
 
-    :param found: the type of the column that the table has; None for a table that is to be created
+    :param found: the type of the existing table's column; None for a table that will be created
     """
     return key_type(type_name if found is None or lands_as_told(type_name, found, dialect) else key_kind(type_name))
 
 
 def is_enum(type_name: str, found: Any) -> bool:
-    """Whether a column that a table has is of the source's enumeration."""
+    """Whether an existing column's type is the source's enumeration."""
     if not type_name.startswith("enum(") or not isinstance(found, sa.Enum):
         return False
     schema, _, name = type_name.removeprefix("enum(").removesuffix(")").rpartition(".")

@@ -1,8 +1,8 @@
 """Landing: an ended batch's results into the table, its outcomes into the ledger, and its bill, all in one transaction.
 
-The order inside: results are streamed into a stage (temporary tables); the job and the table are locked; what has landed meanwhile is
-looked at again; the batch row moves to ``landed``; the outcomes go from the stage into the ledger, and the rows into the table; commit.
-Killed anywhere before the commit, nothing happened.
+The order inside: results are streamed into a stage (temporary tables); the job and the table are locked; the ledger is checked for what
+has landed meanwhile; the batch row moves to ``landed``; the outcomes go from the stage into the ledger, and the rows into the table;
+commit. A crash anywhere before the commit changes nothing.
 Memory: one map of a batch's ids and keys, what the ledger keeps of its answers, and one block of results.
 """
 
@@ -38,7 +38,8 @@ def land_batches(ledger: Ledger, batches: Sequence[Batch], table_name: str, resu
     """Land ended batches in the order given. Each batch is one transaction; ``replace`` is one for all of them.
 
     A batch that has landed in the table is not written again; its counts and its bill come from the ledger. Where results were missing,
-    they are read again, and what the table lacks is written. Where one batch cannot land, the others do before the error is raised.
+    they are read again, and the rows that the table lacks are written. Where one batch cannot land, the others land before the error is
+    raised.
 
     :param table_name: ``table`` or ``schema.table`` in the ledger's database; created when missing
     :raises TableError: the table does not fit; nothing was written
@@ -73,8 +74,8 @@ def check_table(
     """Find what would keep results from landing, before anything is sent.
 
     :param widest: key column → the keys of the source that need the most room
-    :raises TableError: for a key or a schema that the result table could not hold; without a name, that no table could
-    :raises WarehouseBusyError: when no staging table can be made beside the table
+    :raises TableError: the result table could not hold a key or the schema; without a name, no table could
+    :raises WarehouseBusyError: no staging table can be made beside the table
     """
     table = ResultTable(table_name or "results", key_columns, schema, widest)
     if warehouse is not None:
@@ -104,7 +105,7 @@ class _Beside(Target):
         return plan
 
     def _land(self, connection: Connection, batches: Seen, plan: Plan) -> list[LandedBatch]:
-        """Land batches in the connection's transaction. Nothing but stages is written before the last result is read."""
+        """Land batches in the connection's transaction. Only stages are written before the last result is read."""
         prepare_connection(connection)
         together = [record for _, record in batches if record is not None]
         filled = [
@@ -139,9 +140,9 @@ class _Beside(Target):
         return [batch.landed for batch in filled]
 
     def _look_again(self, connection: Connection, filled: Sequence[ReadBatch[TemporaryStage]], plan: Plan) -> None:
-        """To be called under the locks.
+        """Check under the locks that what was read must still land.
 
-        :raises Overtaken: when another landing, a later round or a further row came between the reading of the results and the locks
+        :raises Overtaken: another landing, a later round or a further row came between the reading of the results and the locks
         """
         look_again(connection, filled, plan, lambda: self.is_empty(connection))
         if self.would_replace_younger(connection, plan, [Batch(batch.batch_id, batch.record) for batch in filled]):
@@ -151,10 +152,10 @@ class _Beside(Target):
 def note_landed(ledger: Ledger, connection: Connection, read: ReadBatch[Any], plan: Plan, now: datetime, spelled: str | None) -> None:
     """Write a batch's landing, its outcomes and its bill to the ledger, in the connection's transaction.
 
-    :param spelled: where it lands, as the task names it; None where the ledger's row is to keep what it has
+    :param spelled: the place where it lands, as the task names it; None where the ledger's row keeps its value
     """
     before = plan.before(read.batch_id)
-    # what fills a table anew is as old as it was
+    # a batch that fills a table anew keeps the time of its earlier landing
     values = landing_values(read.landed, now if before is None else before.landed_at)
     note_landing(connection, read.batch_id, plan.table, plan.number, values)
     if read.record is not None:
@@ -165,7 +166,7 @@ def note_landed(ledger: Ledger, connection: Connection, read: ReadBatch[Any], pl
 
 
 def look_again(connection: Connection, filled: Sequence[ReadBatch[Any]], plan: Plan, is_empty: Callable[[], bool]) -> None:
-    """:raises Overtaken: when another landing, a later round or a further row came since the results were read"""
+    """:raises Overtaken: another landing, a later round or a further row came after the results were read"""
     changed = plan.has_changed(connection, [batch.batch_id for batch in filled], is_empty)
     if changed is not None:
         raise Overtaken(changed)
@@ -178,7 +179,7 @@ def look_again(connection: Connection, filled: Sequence[ReadBatch[Any]], plan: P
 
 
 def older_than(connection: Connection, batch_id: str, plan: Plan) -> sa.Select[Any] | None:
-    """The batches whose rows this one may overwrite, when it has landed before: those that landed earlier. None for all."""
+    """The batches whose rows this one may overwrite. If it has landed before, they are those that landed earlier; None for all."""
     before = plan.before(batch_id)
     if before is None or (before.number < plan.number and not younger_is_there(connection, plan.table, plan.number, before)):
         return None

@@ -1,4 +1,4 @@
-"""Names of tables and columns: which of them a database takes."""
+"""Names of tables and columns, and whether a database takes them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from airflow_provider_batchkit.ledger.names import SQLITE_FOLDS
 _SYSTEM_COLUMNS = frozenset({"tableoid", "xmin", "cmin", "xmax", "cmax", "ctid"})
 #: databases that limit a name's characters; the others limit its bytes
 _LIMIT_CHARACTERS = frozenset({"mysql", "mariadb", "mssql"})
-#: databases in which names that differ in case are one column
+#: databases in which column names that differ only in case are equal
 _FOLD_COLUMNS = frozenset({"sqlite", "mysql", "mariadb", "mssql"})
 
 
@@ -22,9 +22,9 @@ def column_name(name: str, dialect: Dialect) -> str:
 
 
 def name_problems(names: Iterable[tuple[str, str]], dialect: Dialect) -> list[str]:
-    """What keeps names from being used, a sentence part for each.
+    """Reasons why names cannot be used, as parts of a sentence.
 
-    :param names: (what it is, name)
+    :param names: pairs of what is named, and its name
     """
     return [f"{what} {name!r} {problem}" for what, name in names if (problem := _problem(what, name, dialect))]
 

@@ -1,4 +1,4 @@
-"""What of a fetch's batches is to be written to a table, by what has landed there before."""
+"""What must be written to a table for a fetch's batches, given what has landed there before."""
 
 from __future__ import annotations
 
@@ -17,37 +17,37 @@ from airflow_provider_batchkit.schema import OutputSchema
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """A batch that is to land, and its row in the ledger; None for one that was submitted elsewhere."""
+    """A batch that must land, and its row in the ledger; the row is None for a batch that was submitted elsewhere."""
 
     batch_id: str
     record: BatchRecord | None
 
 
-#: a batch as the API shows it now, ended
+#: returns an ended batch as the API shows it now
 Look = Callable[[Batch], BatchSnapshot]
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What of a fetch's batches is to be written to the table: those that have not landed there under ``number``.
+    """What must be written to a table for a fetch's batches: those that have not landed there under ``number``.
 
-    A table that is missing, or empty although rows were written to it, is filled anew under the next number. So the number tells of every
-    batch that has ever landed in the table whether its rows are there.
+    A table that is missing, or empty although rows were written to it, is filled anew under the next number. So the number of any batch
+    that has ever landed in the table says whether its rows are there.
     """
 
-    #: of the table, in the ledger
+    #: the table's name in the ledger
     table: str
     batches: Sequence[Batch]
     number: int
-    #: the latest landing of each of the batches in the table
+    #: the latest landing in the table of each of the batches
     landed: Mapping[str, Landed]
-    #: the user insists on writing what has landed
+    #: whether the user insists on writing batches again that have landed
     rewrites: bool
 
     @classmethod
     def make(cls, connection: Connection, table: str, is_empty: Callable[[], bool], batches: Sequence[Batch], *, rewrite: bool) -> Plan:
         """
-        :param connection: to the ledger
+        :param connection: a connection to the ledger
         :param is_empty: whether the table is missing or has no row
         """
         ids = [batch.batch_id for batch in batches]
@@ -62,18 +62,18 @@ class Plan:
         return batch.record is not None and self.has_landed(batch) and not self.landed[batch.batch_id].complete
 
     def before(self, batch_id: str) -> Landed | None:
-        """The batch's latest landing in the table, where that is to be kept in mind."""
+        """The batch's latest landing in the table; None where the plan ignores it."""
         return None if self.rewrites else self.landed.get(batch_id)
 
     def would_replace_younger(self, connection: Connection, batches: Sequence[Batch]) -> bool:
-        """Whether a ``replace`` that fills the table anew would delete the rows of a later run, which has filled it before."""
+        """Whether a ``replace`` that fills the table anew would delete the rows of a later run, which has already filled it."""
         known = [self.landed[batch.batch_id] for batch in batches if batch.batch_id in self.landed]
         if self.rewrites or len(known) < len(batches):
             return False
         return all(younger_is_there(connection, self.table, self.number, one) for one in known)
 
     def has_changed(self, connection: Connection, ids: Sequence[str], is_empty: Callable[[], bool]) -> str | None:
-        """What has become of the table since the plan was made, for these batches; None for nothing."""
+        """What has changed in the table for these batches since the plan was made; None for nothing."""
         if landed_in(connection, ids, self.table) != {batch_id: self.landed[batch_id] for batch_id in ids if batch_id in self.landed}:
             return f"{', '.join(ids)} landed in {self.table} while their results were read."
         if landing_number(connection, self.table, is_empty) != self.number:
@@ -82,18 +82,18 @@ class Plan:
 
 
 def landing_number(connection: Connection, table: str, is_empty: Callable[[], bool]) -> int:
-    """The number under which a batch lands in the table now."""
+    """The number under which a batch would land in the table now."""
     last, written = generation(connection, table)
     return max(last + (written and is_empty()), 1)
 
 
 def common_key(ledger: Ledger, batches: Sequence[Batch]) -> list[tuple[str, str]]:
-    """The key of all of the batches.
+    """The key of all the batches.
 
-    :raises BatchInputError: when they have different ones
+    :raises BatchInputError: the batches have different keys
     """
     keys = {tuple(ledger.key_columns(b.record.job_id)) if b.record is not None else () for b in batches}
-    # a source may tell its types to one job and not to another, which an earlier release submitted
+    # a source may report its types to one job and not to another, which an earlier release submitted
     if len({tuple((column, key_kind(type_name)) for column, type_name in key) for key in keys}) > 1:
         raise BatchInputError(
             f"The batches {_names(batches)} have different keys "
@@ -104,9 +104,9 @@ def common_key(ledger: Ledger, batches: Sequence[Batch]) -> list[tuple[str, str]
 
 
 def common_schema(ledger: Ledger, batches: Sequence[Batch]) -> OutputSchema | None:
-    """The schema that the answers of all of the batches are to fit.
+    """The schema that the answers of all the batches must fit.
 
-    :raises BatchInputError: when they have different ones
+    :raises BatchInputError: the batches have different schemas
     """
     jobs = {b.record.job_id if b.record is not None else None for b in batches}
     texts = {None if job_id is None else ledger.output_schema_of(job_id) for job_id in jobs}

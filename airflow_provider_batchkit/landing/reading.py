@@ -1,4 +1,4 @@
-"""A batch's results, read once: its rows into a stage, its outcomes and its bill."""
+"""One pass over a batch's results: rows into a stage, and the outcomes and the bill."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ from airflow_provider_batchkit.request.failed import FailedKinds
 
 log = logging.getLogger(__name__)
 
-#: requests without a result line that are staged together
+#: number of requests without a result line that are staged together
 _AT_A_TIME = 1_000
-#: reads a batch's first answers, each once, through a reconciler; told how many results the API counts, and tells how many bytes came
+#: Reads a batch's first answers, each once, through a reconciler. It gets the API's count of results, and reports the bytes that came.
 ReadBlocks = Callable[[str, Reconciler, int, Callable[[int], None]], Iterator[ResultBlock]]
 AnyStage = TypeVar("AnyStage", bound=Stage)
 
@@ -48,7 +48,7 @@ class ReadBatch(Generic[AnyStage]):
     others: OtherRounds
     #: keys whose outcome in another round stands
     left_out: AbstractSet[str]
-    #: of the journal when it was read
+    #: number of the journal's last part when the journal was read
     last_part: int | None
 
     @property
@@ -58,9 +58,9 @@ class ReadBatch(Generic[AnyStage]):
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    """Ended batches at the API, and what their results cost."""
+    """Access to ended batches at the API, and to the prices of their results."""
 
-    #: raises when a batch cannot be read
+    #: raises an error when a batch cannot be read
     look: Look
     read_blocks: ReadBlocks
     price_book: PriceBook
@@ -68,7 +68,7 @@ class Results:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """How the batches of a landing are read."""
+    """How a landing reads its batches."""
 
     ledger: Ledger
     table: ResultTable
@@ -82,7 +82,7 @@ class Reading:
         record: BatchRecord | None,
         together: Sequence[BatchRecord],
     ) -> ReadBatch[AnyStage]:
-        """Stream the results into a stage; ids without a line become ``missing`` rows. The map of keys ends with it."""
+        """Stream the results into a stage. Ids without a line become ``missing`` rows. The map of keys is freed at the end."""
         started = time.monotonic()
         last_part = None if record is None else self.ledger.last_part(record)
         keys = None if record is None else AskedKeys(self.ledger.rows_of(record))
@@ -134,7 +134,7 @@ class Reading:
 
 
 def landing_values(landed: LandedBatch, now: datetime) -> dict[str, object]:
-    """Columns of a landing."""
+    """Column values of a landing."""
     return {
         "landed_at": now,
         "rows_written": landed.rows,
@@ -148,7 +148,7 @@ def landing_values(landed: LandedBatch, now: datetime) -> dict[str, object]:
 
 
 def refuse_to_lose(table: ResultTable, landed: Sequence[LandedBatch]) -> None:
-    """The floor of a ``replace``: the old rows go only when every request has a readable result, and some have an answer."""
+    """Refuse a ``replace`` unless every request has a readable result and at least one has an answer: only then the old rows may go."""
     torn = [one for one in landed if not one.complete]
     answered = sum(one.counts[status.value] for one in landed for status in ANSWERED)
     if not torn and answered:
@@ -168,7 +168,7 @@ def refuse_to_lose(table: ResultTable, landed: Sequence[LandedBatch]) -> None:
 
 
 def refuse_our_own(snapshot: BatchSnapshot, results: ResultBlock) -> None:
-    """A batch that the ledger does not have, and that this package sent all the same, is not keyed by its rows' keys."""
+    """Refuse a batch that this package sent but the ledger does not have: its results would not get its rows' keys."""
     ours = next((custom_id for custom_id in results.custom_ids if OUR_CUSTOM_ID.fullmatch(custom_id)), None)
     if ours is not None:
         raise WrongBatchError(

@@ -1,4 +1,4 @@
-"""What landed: the report of a fetch, and what is said in the log of a faulty result stream."""
+"""What landed: the report of a fetch, and the log's lines on a faulty result stream."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class LandedBatch:
     snapshot: BatchSnapshot
     #: source rows per outcome
     counts: Counter[str]
-    #: of these, answers that are unfinished, per ``error_type``
+    #: of these, unfinished answers, per ``error_type``
     unfinished: Counter[str]
     tally: CostTally
     faults: StreamFaults
@@ -34,27 +34,27 @@ class LandedBatch:
     missing: list[str]
     #: rows written to the table
     rows: int
-    #: whether it had not landed before
+    #: whether the batch had not landed before
     first: bool
-    #: seconds that reading and staging it took
+    #: seconds that it took to read and stage the batch
     read_s: float
-    #: of a batch that the ledger does not know: its failed results
+    #: failed results of a batch that the ledger does not know
     foreign_failed: FailedKinds | None = None
 
     @property
     def complete(self) -> bool:
-        """Every request has a readable result line: nothing more could be had from the API."""
+        """Whether every request has a readable result line, so that the API has nothing more to give."""
         return not self.missing and not self.faults.broken and not self.faults.short
 
     @property
     def latency_s(self) -> float | None:
-        """Seconds from its creation to its end, by the API's clock."""
+        """Seconds from the batch's creation to its end, by the API's clock."""
         return _seconds(self.snapshot.created_at, self.snapshot.ended_at)
 
 
 @dataclass(frozen=True, slots=True)
 class BatchFigures:
-    """One batch of a landing, by itself. ``latency_s``: seconds from its creation to its end, by the API's clock."""
+    """The figures of one batch of a landing. ``latency_s`` is the seconds from its creation to its end, by the API's clock."""
 
     batch_id: str
     counts: Counter[str]
@@ -71,17 +71,17 @@ class LandingReport:
     #: rows written to the table
     rows: int = 0
     counts: Counter[str] = field(default_factory=Counter)
-    #: source rows whose answer is unfinished, per ``error_type``; they are among the counts, too
+    #: source rows with an unfinished answer, per ``error_type``; ``counts`` includes them
     unfinished: Counter[str] = field(default_factory=Counter)
     tally: CostTally = field(default_factory=CostTally)
     faults: StreamFaults = field(default_factory=StreamFaults)
     #: the first keys without a result line
     missing: list[str] = field(default_factory=list)
-    #: the batches that had not landed before: what a counter may add up
+    #: the batches that had not landed before; only these may be added to a counter
     first: list[BatchFigures] = field(default_factory=list)
-    #: the batches that are in the table whole: nothing more could be had of them from the API
+    #: the batches that are in the table whole, for which the API has nothing more to give
     complete_ids: list[str] = field(default_factory=list)
-    #: failed results of batches that the ledger does not know, and failed rows of those of them that had landed before
+    #: failed results of batches that the ledger does not know; below, the failed rows of such batches that had landed before
     foreign_failed: list[FailedKinds] = field(default_factory=list)
     untold: int = 0
     created_at: datetime | None = None
@@ -89,7 +89,7 @@ class LandingReport:
 
     @property
     def complete(self) -> bool:
-        """Nothing more could be had from the API."""
+        """Whether the API has nothing more to give for any of the batches."""
         return set(self.batch_ids) <= set(self.complete_ids)
 
     @property
@@ -112,9 +112,9 @@ class LandingReport:
         }
 
     def recall(self, landed: Landed, unfinished: Mapping[str, int], *, is_foreign: bool) -> None:
-        """Add a batch that has landed in the table before: nothing is written, its counts and its bill are in the ledger.
+        """Add a batch that has landed in the table before. Nothing is written; its counts and its bill come from the ledger.
 
-        :param is_foreign: it was submitted elsewhere, so that the outcomes of its rows are not in the ledger
+        :param is_foreign: whether it was submitted elsewhere, so that the ledger lacks the outcomes of its rows
         """
         if is_foreign:
             self.untold += sum(landed.counts.values()) - landed.counts.get(RequestStatus.SUCCEEDED.value, 0)
@@ -153,13 +153,13 @@ def _seconds(start: datetime | None, end: datetime | None) -> float | None:
 
 
 def log_unfinished(batch_id: str, unfinished: Mapping[str, int]) -> None:
-    """A warning for answers that are not whole."""
+    """Log a warning about unfinished answers."""
     for kind, rows in sorted(unfinished.items()):
         log.warning("Batch %s: %s rows have an answer that is %s (error_type)", batch_id, f"{rows:,}", kind)
 
 
 def log_faults(snapshot: BatchSnapshot, faults: StreamFaults, missing: int, names: Sequence[str]) -> None:
-    """A warning for each kind of fault."""
+    """Log a warning for each kind of fault."""
     for odd in faults.odd_members():
         log.warning("Batch %s: %s", snapshot.batch_id, odd)
     if faults.broken:

@@ -1,7 +1,7 @@
-"""A key that was asked in several rounds of its job has one outcome and one row: the best, and of equals the latest.
+"""A key that was asked in several rounds of its job has one outcome and one row: the best, and the latest among equals.
 
-:func:`~airflow_provider_batchkit.model.outcome_rank` is the order. The ledger holds the outcome that stands, in the row of the batch that
-gave it, so batches that land again in any order come to the same.
+:func:`~airflow_provider_batchkit.model.outcome_rank` gives the order. The ledger holds the outcome that stands, in the row of the batch
+that gave it, so batches that land again give the same result in any order.
 """
 
 from __future__ import annotations
@@ -25,27 +25,27 @@ from airflow_provider_batchkit.model import outcome_rank
 
 
 class Overtaken(Exception):
-    """What was staged is not what is to be landed any more."""
+    """The staged rows are no longer what must land."""
 
 
-#: the rank of an outcome that stands whatever else comes
+#: the rank of an outcome that stands whatever other outcomes there are
 _STANDS = -1
 
 
 @dataclass(frozen=True, slots=True)
 class OtherRounds:
-    """What a batch's rows have come to in other rounds of its job."""
+    """The outcomes of a batch's rows in other rounds of its job."""
 
     #: the batches of later rounds that have landed
     later: frozenset[int]
-    #: by key, the rank of the outcome that stands; a worse one from this batch is left out
+    #: key → rank of the outcome that stands; a worse outcome from this batch is left out
     ranks: Mapping[str, int]
 
     @classmethod
     def of(cls, connection: Connection, record: BatchRecord, together: Iterable[BatchRecord], keys: AskedKeys) -> OtherRounds:
         """
         :param together: batches that land in the same transaction, in any order
-        :param keys: of the batch
+        :param keys: the batch's keys
         """
         mates = {r.shard for r in together if r.job_id == record.job_id and r.round > record.round}
         later = frozenset(mates | _landed_later(connection, record))
@@ -62,20 +62,20 @@ class OtherRounds:
         return cls(later, ranks)
 
     def check(self, connection: Connection, record: BatchRecord) -> None:
-        """To be called when the job is locked.
+        """Check again after the job is locked.
 
-        :raises Overtaken: when another later round has landed meanwhile
+        :raises Overtaken: another later round has landed meanwhile
         """
         if not _landed_later(connection, record) <= self.later:
             raise Overtaken(f"A later round of asking landed while the results of {record} were read.")
 
 
 def overtaken_keys(connection: Connection, record: BatchRecord) -> set[str]:
-    """Keys of a batch, and of its later rounds, whose outcome in a later round stands. To be called when the job is locked, before the
-    batch's outcomes are written.
+    """Keys of a batch and of its later rounds whose outcome in a later round stands. Call it when the job is locked, before the batch's
+    outcomes are written.
 
     Two rounds of a job may be published at once in two tables, each behind its own fence. The later one may have been written to the ledger
-    since the other's results were read.
+    after the other's results were read.
     """
     later = _landed_later(connection, record)
     return set(_asked_in(connection, record, later)) - _standing(connection, record) if later else set()
@@ -92,9 +92,9 @@ def _asked_in(connection: Connection, record: BatchRecord, shards: Iterable[int]
 
 
 def lock_jobs(connection: Connection, records: Iterable[BatchRecord]) -> None:
-    """Wait until no other landing of the same jobs is under way, until the end of the transaction.
+    """Wait until no other landing of the same jobs is under way. The locks hold until the end of the transaction.
 
-    Two rounds that land at once would not see each other's rows: a row that failed in the one would stay beside its answer in the other.
+    Two rounds that land at once would not see each other's rows: a row that failed in one would stay beside its answer in the other.
     """
     for job_id in sorted({record.job_id for record in records}):
         connection.execute(sa.update(job).where(job.c.job_id == job_id).values(lease=job.c.lease))
@@ -109,12 +109,12 @@ NO_OTHERS = OtherRounds(frozenset(), {})
 
 
 def _earlier(record: BatchRecord) -> sa.Select[Any]:
-    """The numbers of the job's batches of earlier rounds."""
+    """The numbers of the job's batches in earlier rounds."""
     return sa.select(batch.c.shard).where(batch.c.job_id == record.job_id, batch.c.round < record.round)
 
 
 def forget_failures(connection: Connection, record: BatchRecord, left_out: AbstractSet[str]) -> None:
-    """Take out of the ledger what earlier rounds noted of the batch's keys and is overtaken now.
+    """Delete from the ledger the failures that earlier rounds noted for the batch's keys and that are overtaken now.
 
     :param left_out: keys whose outcome in another round stands
     """
@@ -142,7 +142,7 @@ def forget_failures(connection: Connection, record: BatchRecord, left_out: Abstr
 def remove_rows(connection: Connection, target: sa.Table, record: BatchRecord, again: sa.ColumnElement[bool]) -> None:
     """Remove the rows that earlier rounds of the job wrote to a table.
 
-    :param again: which of them, over the columns of ``target``
+    :param again: a condition over the columns of ``target`` that selects them
     """
     if record.round > 1:
         earlier = sa.select(batch.c.batch_id).where(

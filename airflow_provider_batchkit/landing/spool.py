@@ -1,4 +1,4 @@
-"""The spool: a batch's rows on the worker's disk, read once from the API, until a database that is not the ledger's has them."""
+"""The spool: a batch's rows on the worker's disk, read once from the API, until another database than the ledger's has them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from airflow_provider_batchkit.ledger.bulk import BulkColumns
 from airflow_provider_batchkit.ledger.loads import PreparedPart
 from airflow_provider_batchkit.model import ANSWERED
 
-#: what the ledger keeps of a row that failed, as columns of the stage
+#: the columns of the stage that the ledger keeps of a failed row
 FAILED_COLUMNS = (
     *("batchkit_key", "custom_id", "batchkit_asked", "status", "error_type", "error_message"),
     *("batchkit_batch_cost", "batchkit_standard_cost"),
@@ -27,7 +27,7 @@ _ANSWERED = frozenset(status.value for status in ANSWERED)
 
 
 class Spool(Stage):
-    """Writes rows to a file, and keeps what the ledger will want to know of them."""
+    """Writes rows to a file, and keeps what the ledger needs of them."""
 
     def __init__(self, path: Path, table: ResultTable, keys: AskedKeys | None, ranks: Mapping[str, int], *, include_failed: bool) -> None:
         super().__init__(table, keys, ranks)
@@ -35,7 +35,7 @@ class Spool(Stage):
         self._include_failed = include_failed
         self._names = [*(name for name, _ in table.key_columns), *(name for name, _ in table.answer_columns), *dict(self.columns)]
         self._loader = self
-        #: rows for the table
+        #: number of rows for the table
         self.rows = 0
         self._failed: list[str] = []
 

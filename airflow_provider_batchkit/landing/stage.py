@@ -1,6 +1,6 @@
 """The stage: temporary tables that hold a batch's rows until one set of statements moves them.
 
-While results are downloaded only the stage is written, which nobody else sees: no lock of the table or the ledger is held meanwhile.
+While results are downloaded, only the stage is written, which nobody else sees. Meanwhile no lock of the table or the ledger is held.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from airflow_provider_batchkit.ledger.tables import keep_entries_plain, succeede
 from airflow_provider_batchkit.model import UNFINISHED, RequestStatus, outcome_rank
 from airflow_provider_batchkit.request.shards import IndexEntry
 
-#: of rows that share requests so many are written together, or fewer where answers are long
+#: number of rows of shared requests that are written together; long answers make it fewer
 _COPIES_TOGETHER = 1_000
 _COPIED_CHARACTERS = 4_000_000
 
@@ -35,7 +35,7 @@ _STOP_REASON_CHARS, _ERROR_TYPE_CHARS, _MODEL_CHARS, _ID_CHARS = 64, 100, 100, 1
 
 _LONG_TEXT = sa.Text().with_variant(sa.Text(1 << 24), "mysql", "mariadb")
 
-#: what differs from row to row, behind the table's key and answer columns
+#: columns whose values differ between rows; they come after the table's key and answer columns
 _COLUMNS: tuple[tuple[str, Any], ...] = (
     ("response", sa.Text()),
     ("status", sa.String(16)),
@@ -49,7 +49,7 @@ _COLUMNS: tuple[tuple[str, Any], ...] = (
     ("cost_usd", sa.Text()),
     *STAGE_COLUMNS,
 )
-#: columns that not every result table has
+#: columns that only some result tables have
 _LATER_COLUMNS: tuple[tuple[str, Any], ...] = (
     ("content", _LONG_TEXT),
     ("stop_details", _LONG_TEXT),
@@ -59,10 +59,10 @@ _LATER_COLUMNS: tuple[tuple[str, Any], ...] = (
 
 
 class AskedKeys:
-    """The source rows that a batch answers, by ``custom_id``. Resident: two strings a row."""
+    """The source rows that a batch answers, by ``custom_id``. Memory: two strings a row."""
 
     def __init__(self, pieces: Iterable[Sequence[IndexEntry]]) -> None:
-        """:param pieces: what the batch asks; of rows that share a request, the one that is asked is billed"""
+        """:param pieces: entries of what the batch asks; of rows that share a request, the one that is asked is billed"""
         self._billed: dict[str, str] = {}
         self._copies: dict[str, list[str]] = {}
         for piece in pieces:
@@ -95,7 +95,7 @@ class AskedKeys:
         return self._copies.get(custom_id, _NONE)
 
     def those_of(self, keys: Iterable[str]) -> frozenset[str]:
-        """Those of the keys that are the batch's."""
+        """The keys among these that belong to the batch."""
         mine = {*self._billed.values(), *chain.from_iterable(self._copies.values())}
         return frozenset(key for key in keys if key in mine)
 
@@ -107,22 +107,22 @@ class AskedKeys:
 
 _NONE: list[str] = []
 _SUCCEEDED, _MISSING = RequestStatus.SUCCEEDED.value, RequestStatus.MISSING.value
-#: the rank of the best outcome without an answer, and one that is worse than all
+#: the rank of the best outcome without an answer, and a rank worse than all others
 _UNANSWERED, _NO_RANK = outcome_rank(RequestStatus.ERRORED.value, None), 1_000
 _UNFINISHED = frozenset(UNFINISHED.values())
 
 
 @dataclass(frozen=True, slots=True)
 class StageTables:
-    """What is staged of a batch."""
+    """The staged rows of a batch."""
 
-    #: rows for the result table, and what the ledger keeps of those that failed
+    #: rows for the result table, with what the ledger keeps of the failed ones
     rows: sa.Table
     #: what the ledger keeps of the rows that succeeded
     succeeded: sa.Table
 
     def drop(self, connection: Connection) -> None:
-        """Remove the tables, unless the connection's end does."""
+        """Remove the tables, unless they go with the connection."""
         if connection.connection.is_detached:
             return
         for table in (self.rows, self.succeeded):
@@ -143,12 +143,12 @@ class Stage:
 
     def __init__(self, table: ResultTable, keys: AskedKeys | None, ranks: Mapping[str, int]) -> None:
         """
-        :param keys: None for a batch that no ledger knows, whose rows are known by ``custom_id``
-        :param ranks: by key, the rank of an outcome that stands: rows with a worse one are counted and left out
+        :param keys: None for a batch that no ledger knows, whose rows are identified by ``custom_id``
+        :param ranks: key → rank of an outcome that stands; rows with a worse outcome are counted and left out
         """
-        #: rows per outcome, those that are left out included
+        #: rows per outcome, including those that are left out
         self.counts: Counter[str] = Counter()
-        #: of these, answers that are unfinished, per ``error_type``
+        #: of these, unfinished answers, per ``error_type``
         self.unfinished: Counter[str] = Counter()
         self._result_table = table
         self._keys = keys
@@ -161,24 +161,24 @@ class Stage:
 
     @property
     def columns(self) -> list[tuple[str, Any]]:
-        """(name, type) of what differs from row to row, behind the table's key and answer columns."""
+        """(name, type) of the columns whose values differ between rows, after the table's key and answer columns."""
         return [*_COLUMNS, *self._later]
 
     @contextmanager
     def filling(self) -> Iterator[None]:
-        """Within it rows may be put; behind it they are where they belong."""
+        """Inside the block, rows may be put. After it, they are where they belong."""
         yield
 
     def forget_keys(self) -> None:
-        """Let the map of keys go: every row is put."""
+        """Free the map of keys, once every row has been put."""
         self._keys, self._ranks = None, {}
 
     def put(self, results: ResultBlock, costs: Costs, values: Sequence[Values] | None = None) -> None:
         """Add the rows that results answer.
 
-        :param results: with their keys, for a batch that a ledger knows
-        :param costs: of each
-        :param values: of each answer, in the order of the table's answer columns
+        :param results: the results, with their keys for a batch that a ledger knows
+        :param costs: the cost of each result
+        :param values: the values of each answer, in the order of the table's answer columns
         """
         if not len(results):
             return
@@ -203,7 +203,7 @@ class Stage:
         """:param keys: None for a batch that no ledger knows"""
         answered = results.statuses.count(_SUCCEEDED) == len(results)
         self.counts.update({_SUCCEEDED: len(results)} if answered else results.statuses)
-        # rows that a further round may ask again are told apart in the ledger, a truncated answer that succeeded among them
+        # the ledger distinguishes rows that a further round may ask again, including truncated answers that succeeded
         final = answered and results.error_types.count(None) == len(results)
         if not final:
             self.unfinished.update([kind for kind in results.error_types if kind in _UNFINISHED])
@@ -243,11 +243,11 @@ class Stage:
         )
 
     def _places_that_stand(self, results: ResultBlock, keys: Sequence[str]) -> list[int]:
-        """Places of the rows whose outcome is at least as good as what another round of the job came to."""
+        """Places of the rows whose outcome is at least as good as that of any other round of the job."""
         places = []
         for place, (key, status, error_type) in enumerate(zip(keys, results.statuses, results.error_types, strict=True)):
             stands = self._ranks.get(key, _NO_RANK)
-            # a missing answer may be there and billed: a failure that costs nothing does not hide it, or the row would be paid twice
+            # a missing answer may exist and be billed: a failure that costs nothing must not hide it, or the row would be paid for twice
             if stands < outcome_rank(status, error_type) and not (status == _MISSING and stands >= _UNANSWERED):
                 self.left_out.add(key)
             else:
@@ -262,7 +262,7 @@ class Stage:
     }
 
     def _pack(self, failed: Sequence[bool], *columns: Sequence[Any], asked: bool) -> None:
-        """Keep the rows that succeeded for the ledger."""
+        """Keep what the ledger needs of the rows that succeeded."""
         rows = list(zip(*columns, strict=True))
         if any(failed):
             rows = list(compress(rows, [not out for out in failed]))
@@ -282,7 +282,7 @@ class TemporaryStage(Stage):
         *,
         portable: bool = False,
     ) -> None:
-        """:param portable: use no database's own bulk path"""
+        """:param portable: whether the database's own bulk path is avoided"""
         super().__init__(table, keys, ranks)
         self._connection = connection
         rows = _temporary("rows", *self._staged_columns())
@@ -300,7 +300,7 @@ class TemporaryStage(Stage):
 
     @contextmanager
     def filling(self) -> Iterator[None]:
-        """Within it rows may be put, and nothing else done with the connection; behind it they are in the tables."""
+        """Inside the block, rows may be put, and the connection serves nothing else. After it, the rows are in the tables."""
         with self._bulk:
             yield
         if self._packed:
@@ -328,7 +328,7 @@ def _where(wanted: Sequence[bool], values: Sequence[Any]) -> Sequence[Any]:
 
 
 def _cut(texts: Sequence[str | None], most: int) -> Sequence[str | None]:
-    """The texts, none longer than the column: an odd one must not keep a hundred thousand others from landing."""
+    """The texts, cut to the column's length: one odd text must not keep a hundred thousand others from landing."""
     if texts.count(texts[0]) == len(texts) and len(texts[0] or "") <= most:
         return texts
     if None not in texts and max(map(len, texts)) <= most:  # type: ignore[arg-type] # it is not

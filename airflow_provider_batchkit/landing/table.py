@@ -29,9 +29,9 @@ log = logging.getLogger(__name__)
 
 
 class WriteDisposition(str, Enum):
-    """How results meet what the table already holds."""
+    """How results are combined with the rows that the table already holds."""
 
-    #: a row of the same key is updated, others are added; a failed request never overwrites an answer
+    #: a row with the same key is updated, others are added; a failed request never overwrites an answer
     MERGE = "merge"
     #: rows are added; landing the same batch again replaces that batch's own rows
     APPEND = "append"
@@ -40,7 +40,7 @@ class WriteDisposition(str, Enum):
 
     @classmethod
     def parse(cls, value: str) -> WriteDisposition:
-        """:raises BatchInputError: for anything else"""
+        """:raises BatchInputError: for any other value"""
         try:
             return cls(value)
         except ValueError:
@@ -50,7 +50,7 @@ class WriteDisposition(str, Enum):
 _KEYS = msgspec.json.Decoder(list[list[Any]])
 _VALUES = msgspec.json.Decoder(list[Any])
 
-#: name, type; a new result table has these beside the source's key. What a later release has added comes last
+#: (name, type) of the columns that a new result table has beside the source's key; columns of later releases come last
 RESULT_COLUMNS: tuple[tuple[str, Any], ...] = (
     ("response", sa.Text()),
     ("status", sa.String(16)),
@@ -69,7 +69,7 @@ RESULT_COLUMNS: tuple[tuple[str, Any], ...] = (
     ("stop_details", KEPT_JSON),
     ("message_id", sa.String(100)),
     ("request_id", sa.String(100)),
-    # the asking of its job that the row is from
+    # the round of its job that gave the row
     ("round", sa.Integer()),
 )
 #: columns whose values are staged as text
@@ -77,7 +77,7 @@ _STAGED_AS_TEXT = ("cost_usd", "content", "stop_details")
 RESULT_NAMES = tuple(name for name, _ in RESULT_COLUMNS)
 #: columns that a stage has beside those of the table
 STAGE_COLUMNS: tuple[tuple[str, Any], ...] = (
-    # what else the ledger wants to know of a row that failed, costs in picodollars; null for one that succeeded
+    # what else the ledger keeps of a failed row, with costs in picodollars; null for a row that succeeded
     ("batchkit_batch_cost", sa.BigInteger()),
     ("batchkit_standard_cost", sa.BigInteger()),
     ("batchkit_key", sa.Text()),
@@ -87,7 +87,7 @@ _STAGE_NAMES = tuple(name for name, _ in STAGE_COLUMNS)
 
 
 class ResultTable:
-    """A target table and the key that its rows are known by."""
+    """A target table and the key that identifies its rows."""
 
     def __init__(
         self,
@@ -98,10 +98,10 @@ class ResultTable:
     ) -> None:
         """
         :param name: ``table`` or ``schema.table``
-        :param key_columns: (column, type name) as the source gave them; none for a batch without a source: then ``custom_id`` is the key
-        :param schema: what the answers are to fit; each of its properties is a column
+        :param key_columns: (column, type name) as the source gave them; empty for a batch without a source, whose key is ``custom_id``
+        :param schema: the schema that the answers must fit; each of its properties is a column
         :param widest: key column → keys that need the most room in it, where the source has just been read
-        :raises TableError: for a key column or a property that has the name of another column
+        :raises TableError: a key column or a property has the name of another column
         """
         in_schema, _, table_name = name.rpartition(".")
         if not table_name:
@@ -109,7 +109,7 @@ class ResultTable:
         names = [column.lower() for column, _ in key_columns]
         if len(set(names)) < len(names):
             raise TableError(f"The key has a column twice: {', '.join(column for column, _ in key_columns)}.")
-        # a name that a later release has added may be a key's or a property's: then it is theirs
+        # a key or a property may take the name of a column that a later release has added
         clash = [column for column, _ in key_columns if column.lower() in FIRST_RELEASE]
         if clash:
             raise TableError(
@@ -140,7 +140,7 @@ class ResultTable:
         taken = {*names, *(column.name.lower() for column in answers)}
         #: the result columns of a new table
         self.result_names = tuple(name for name in RESULT_NAMES if name not in taken)
-        #: what is written of them to the table that :meth:`check` found
+        #: the result columns that are written to the table that :meth:`check` found
         self._layout = Layout()
         #: types of the key columns of the table that :meth:`check` found
         self._found_keys: dict[str, Any] = {}
@@ -164,13 +164,13 @@ class ResultTable:
         return tuple(column.name for column in self.table.columns if column.name not in self._layout.left_out)
 
     def widest(self, column: str) -> list[Any]:
-        """The keys that need the most room in a key column, as values of its kind; none where the source was not read."""
+        """The keys that need the most room in a key column, as values of its kind; empty where the source was not read."""
         kind = key_kind(dict(self.key_columns)[column])
         fitting = {"text": str, "integer": int, "numeric": (int, Decimal)}.get(kind, ())
         return [key for key in self._widest.get(column, ()) if isinstance(key, fitting)]  # type: ignore[arg-type]
 
     def leave_out(self, names: Iterable[str]) -> None:
-        """Note which result columns a landing does not write, since the table has no such columns."""
+        """Note the result columns that a landing does not write because the table lacks them."""
         self._layout = Layout(frozenset(names))
 
     @property
@@ -184,10 +184,10 @@ class ResultTable:
         return [*(name for name in _STAGED_AS_TEXT if name in self.written_results), *self.json_names]
 
     def key_values(self, journaled: Sequence[str]) -> Sequence[Sequence[Any]]:
-        """Journaled keys, each a JSON array, as the values of each key column, of its type."""
+        """Journaled keys, each a JSON array, as columns of values that have the key columns' types."""
         if not self.key_columns:
             return []
-        # as one document: parsing each alone takes three times as long
+        # the keys are parsed as one document: parsing each alone takes three times as long
         if len(self.key_columns) == 1:
             columns: Sequence[Sequence[Any]] = [_VALUES.decode(f"[{','.join([key[1:-1] for key in journaled])}]")]
         else:
@@ -195,9 +195,9 @@ class ResultTable:
         return [list(map(decode, column)) if decode else column for decode, column in zip(self._decoders, columns, strict=True)]
 
     def check_names(self, dialect: Dialect) -> None:
-        """Check that a database takes the names of the columns and of the table. Nothing is read from it.
+        """Check that a database takes the names of the columns and of the table. Nothing is read from the database.
 
-        :raises TableError: naming those that it does not take
+        :raises TableError: naming the names that it does not take
         """
         names = [
             *(("key column", name) for name in self.key_names),
@@ -213,9 +213,9 @@ class ResultTable:
             )
 
     def check(self, engine: Engine) -> bool:
-        """Whether the table exists. Finds all that can be known before anything is sent or written.
+        """Whether the table exists. Finds all problems that can be known before anything is sent or written.
 
-        :raises TableError: when results cannot land in it, or could not be created, or would be changed; the message lists every reason
+        :raises TableError: results could not land in the table, it could not be created, or it would change values; lists every reason
         """
         self.check_names(engine.dialect)
         answers = () if self.schema is None else self.schema.columns
@@ -248,14 +248,14 @@ class ResultTable:
         return found.exists
 
     def staged_keys(self, dialect: Dialect) -> list[tuple[str, Any]]:
-        """(name, type) of the key columns of a stage, which the table that :meth:`check` found compares with its own and keeps."""
+        """(name, type) of the stage's key columns. The table that :meth:`check` found compares these with its own, and keeps them."""
         return [(name, staged_type(type_name, self._found_keys.get(name), dialect)) for name, type_name in self.key_columns]
 
     def check_keys(self, connection: Connection, rows: sa.Table, batch_id: str) -> None:
         """Check that the table's key columns, as :meth:`check` found them, keep the keys of staged rows as they are.
 
-        :param rows: the stage
-        :raises TableError: naming a key that would be stored as another one, or what the database says of one that it cannot store
+        :param rows: the stage's table
+        :raises TableError: the table would store a key as another one, or the database cannot store one; the message names or quotes it
         """
         dialect = connection.dialect
         for name, type_name in self.key_columns:
@@ -280,7 +280,7 @@ class ResultTable:
         )
 
     def _refuse_narrow_keys(self, connection: Connection, table: ExistingTable) -> None:
-        """:raises TableError: for a key of the source that a column of the table would change"""
+        """:raises TableError: a column of the table would change a key of the source"""
         dialect = connection.dialect
         for name, type_name in self.key_columns:
             found = table.type_of(name)
@@ -299,11 +299,11 @@ class ResultTable:
                 raise self._narrow(name, found, dialect, problem, "was sent or written")
 
     def identity(self, connection: Connection) -> str:
-        """The one name of the table in its database, equal for every way to spell it: ``schema.table``, and on SQLite ``table``."""
+        """The one name of the table in its database, however it is spelled: ``schema.table``, and on SQLite ``table``."""
         return table_identity(connection, self.name)
 
     def extend(self, engine: Engine) -> None:
-        """Give a table that :meth:`check` has found, and that this package made, the columns that came with later releases."""
+        """Add the columns of later releases to a table that :meth:`check` has found and that this package made."""
         if self._layout.not_ours:
             log.warning(
                 "%s has columns of its own named %s, as result columns are: they are left alone, and what belongs into %s is not kept.",
@@ -313,11 +313,11 @@ class ResultTable:
             )
         if self._layout.addable:
             add_columns(engine, self.table, self._layout.addable)
-            # also when another landing has just added them
+            # this also finds columns that another landing has just added
             self.check(engine)
 
     def create(self, engine: Engine, *, unique_key: bool) -> None:
-        """Create the table unless somebody just did; ``unique_key`` makes the key its primary key."""
+        """Create the table unless it exists by now; ``unique_key`` makes the key its primary key."""
         columns = [sa.Column(c.name, c.type, nullable=c.nullable, autoincrement=False) for c in self.table.columns]
         extra = [sa.PrimaryKeyConstraint(*self.key_names)] if unique_key else []
         table = sa.Table(self.table.name, sa.MetaData(), *columns, *extra, schema=self.table.schema)

@@ -1,4 +1,4 @@
-"""Where batches land: in a table beside the ledger, in one of another database, or in files. What these do alike is here."""
+"""Where batches land: a table beside the ledger, a table of another database, or files. This module has what these share."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from airflow_provider_batchkit.model import BatchSnapshot
 
 log = logging.getLogger(__name__)
 
-#: ended batches, as the API shows them now, with their rows in the ledger
+#: ended batches as the API shows them now, with their rows in the ledger
 Seen = Sequence[tuple[BatchSnapshot, BatchRecord | None]]
 
 
@@ -30,16 +30,16 @@ class LandingOptions:
     """How batches land."""
 
     disposition: WriteDisposition = WriteDisposition.MERGE
-    #: also write a row, without a response, for each request that was not answered
+    #: whether a row without a response is also written for each request that was not answered
     include_failed: bool = False
-    #: write also what has landed in the same place before
+    #: whether batches are written again that have landed in the same place before
     rewrite: bool = False
-    #: use no database's own bulk path
+    #: whether the database's own bulk path is avoided
     portable: bool = False
 
     @property
     def replaces(self) -> bool:
-        """Whether the batches take the place of all that was there."""
+        """Whether the batches replace everything that was there."""
         return self.disposition is WriteDisposition.REPLACE
 
 
@@ -49,30 +49,30 @@ class Target(ABC):
 
     ledger: Ledger
     table: ResultTable
-    #: of the place, as the task spells it
+    #: the place's name, as the task spells it
     name: str
-    #: of the place, in the ledger
+    #: the place's name in the ledger
     known_as: str
     reading: Reading
     options: LandingOptions
 
     @abstractmethod
     def is_empty(self, books: Connection) -> bool:
-        """Whether nothing is there, so that what has landed is to land anew.
+        """Whether the place is empty, so that batches that have landed there must land anew.
 
-        :param books: to the ledger
+        :param books: a connection to the ledger
         """
 
     @abstractmethod
     def land(self, plan: Plan, batches: Sequence[Batch], late: Seen | None, report: LandingReport) -> Plan:
-        """Land batches together; gives the plan for the next ones.
+        """Land batches together; returns the plan for the next ones.
 
-        :param late: the batches where they were looked at already
-        :raises Overtaken: when what was read is not what is to be landed any more; nothing was written
+        :param late: the batches, where they have already been looked at
+        :raises Overtaken: what was read is no longer what must land; nothing was written
         """
 
     def land_all(self, batches: Sequence[Batch], report: LandingReport) -> None:
-        """Land batches one after the other, or all of them at once for a ``replace``. Where one cannot land, the others do."""
+        """Land batches one after the other, or all at once for a ``replace``. Where one cannot land, the others still do."""
         plan = self.plan(batches)
         failures: list[BatchKitError] = []
         for ones in [batches] if self.options.replaces else [[batch] for batch in batches]:
@@ -81,7 +81,7 @@ class Target(ABC):
             except BatchKitError as e:
                 failures.append(e)
         if failures:
-            # the one that waiting or a retry may mend: the others come up again behind it
+            # the error that waiting or a retry may mend is raised: the other failures come up again after it
             first = min(failures, key=lambda e: (e.wait is None, not e.retryable))
             for other in failures:
                 if other is not first:
@@ -90,19 +90,19 @@ class Target(ABC):
             raise first
 
     def plan(self, batches: Sequence[Batch]) -> Plan:
-        """What is to be written of the batches now."""
+        """What must be written for the batches now."""
         with self.ledger.engine.connect() as books:
             return Plan.make(books, self.known_as, lambda: self.is_empty(books), batches, rewrite=self.options.rewrite)
 
     def has_landed(self, plan: Plan, batches: Sequence[Batch]) -> bool:
-        """Whether nothing is to be written of the batches, unless they lack answers."""
+        """Whether nothing must be written for the batches, unless they lack answers."""
         if all(map(plan.has_landed, batches)):
             return True
         with self.ledger.engine.connect() as books:
             return self.would_replace_younger(books, plan, batches)
 
     def would_replace_younger(self, books: Connection, plan: Plan, batches: Sequence[Batch]) -> bool:
-        """See :meth:`Plan.would_replace_younger`; never where nothing is replaced."""
+        """See :meth:`Plan.would_replace_younger`; always False where nothing is replaced."""
         return self.options.replaces and plan.would_replace_younger(books, batches)
 
     def look_at(self, batches: Sequence[Batch]) -> Seen:
@@ -110,7 +110,7 @@ class Target(ABC):
         return [(self.reading.results.look(batch), batch.record) for batch in batches]
 
     def recall(self, plan: Plan, batches: Sequence[Batch], report: LandingReport) -> None:
-        """Tell of batches that have landed before."""
+        """Report batches that have landed before."""
         for batch in batches:
             log.info("%s has landed in %s before; nothing is written for it again", batch.batch_id, self.name)
             unfinished = self.ledger.unfinished(batch.record)
@@ -131,7 +131,7 @@ class Target(ABC):
                 plan = self.plan(plan.batches)
 
     def _look_for_the_rest(self, plan: Plan, batches: Sequence[Batch]) -> Seen | None:
-        """A batch that landed without some of its answers, when it can be read again; None when nothing more can be had."""
+        """A batch that landed without some of its answers, when it can be read again; None when the API has nothing more to give."""
         (batch, *others) = batches
         if others or not plan.is_torn(batch) or self.options.replaces:
             return None

@@ -21,11 +21,11 @@ _SUCCEEDED = RequestStatus.SUCCEEDED.value
 
 
 def prepare_connection(connection: Connection) -> None:
-    """Settings for a transaction that moves many rows.
+    """Apply settings for a transaction that moves many rows.
 
     PostgreSQL's planner is kept from nested loops: it has no statistics of tables that were filled a moment ago, and takes 100,000 rows
-    for one; a hash join is right for any number. SQLite's page caches, of the file and of the stage, hold 8 MB in place of 2; and its
-    connection is closed for good afterwards, with which the stage is gone: dropping it takes a tenth of a landing.
+    for one; a hash join is right for any number. SQLite's page caches, of the file and of the stage, hold 8 MB in place of 2. SQLite's
+    connection is closed for good afterwards, which removes the stage: dropping it would take a tenth of a landing.
     """
     if connection.dialect.name == "postgresql":
         connection.exec_driver_sql("SET LOCAL enable_nestloop = off")
@@ -36,10 +36,10 @@ def prepare_connection(connection: Connection) -> None:
 
 
 def queue_for_table(connection: Connection, table: ResultTable) -> None:
-    """Wait until no other landing in the table is under way, until the end of the transaction. Nobody else is held up.
+    """Wait until no other landing in the table is under way, and hold the queue until the transaction ends. Nobody else is held up.
 
-    Two runs may answer the same keys: on PostgreSQL both would insert them, or lock each other's rows. SQLite has one writer anyway.
-    There is one queue for a table, however it is spelled.
+    Two runs may answer the same keys: on PostgreSQL both would insert them, or lock each other's rows. SQLite has only one writer anyway.
+    A table has one queue, however it is spelled.
     """
     if connection.dialect.name == "postgresql":
         name = f"batchkit {table.identity(connection)}"
@@ -47,9 +47,9 @@ def queue_for_table(connection: Connection, table: ResultTable) -> None:
 
 
 def settle_outcomes(connection: Connection, stage: StageTables, record: BatchRecord, left_out: AbstractSet[str]) -> None:
-    """Write each source row's outcome and cost to the ledger, anew when the batch has landed before.
+    """Write each source row's outcome and cost to the ledger, again if the batch has landed before.
 
-    :param left_out: keys that are not staged, since their outcome in another round stands
+    :param left_out: keys that are not staged, because their outcome in another round stands
     """
     outcomes.forget(connection, record.job_id, record.shard)
     forget_failures(connection, record, left_out)
@@ -69,7 +69,7 @@ def settle_outcomes(connection: Connection, stage: StageTables, record: BatchRec
     }
     those = sa.select(*batch.values(), *noted.values()).where(rows.batchkit_key.is_not(None))
     if connection.dialect.name == "postgresql":
-        # near the order of the primary key, whatever the column's collation: a third of the time is saved, and pages of a large ledger
+        # this order is near the primary key's, whatever the column's collation: it saves a third of the time, and pages of a large ledger
         those = those.order_by(rows.batchkit_key.collate("C"))
     connection.execute(sa.insert(failed).from_select([*batch, *noted], those))
 
@@ -91,10 +91,10 @@ class TableWriter:
         self._connection.execute(sa.delete(self._table.table))
 
     def write(self, rows: sa.Table, batch_id: str, record: BatchRecord | None, *, older: sa.Select[Any] | None = None) -> None:
-        """Write one batch's staged rows as the disposition says.
+        """Write one batch's staged rows by the disposition.
 
-        :param older: ids of the batches over whose answers it may write; None for all. Given where the batch has landed before
-        :raises TableError: when the table would store a key as another one
+        :param older: ids of the batches whose answers it may overwrite; None for all. Given where the batch has landed before
+        :raises TableError: the table would store a key as another one
         """
         self._table.check_keys(self._connection, rows, batch_id)
         target, names, keys = self._table.table, self._table.column_names, self._table.key_names
@@ -120,7 +120,7 @@ class TableWriter:
         elif self._disposition is WriteDisposition.APPEND:
             own = target.c.batch_id == batch_id
             if older is not None:
-                # a row without an answer gives way; what is answered stays as it is
+                # a row without an answer is replaced; an answered row stays as it is
                 self._connection.execute(sa.delete(target).where(own, target.c.status.not_in([status.value for status in ANSWERED])))
                 self._connection.execute(sa.delete(rows).where(sa.exists().where(same_key, own)))
             else:
