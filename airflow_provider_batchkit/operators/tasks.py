@@ -51,7 +51,7 @@ def map_index_of(ti: Any) -> int:
 
 
 def attempt_id_of(ti: Any) -> str:
-    """The id of a task instance: a UUIDv7, new for every try. One without an id, as in a user's tests, is the youngest attempt."""
+    """The id of a task instance: a UUIDv7, new for every try. One without an id, as in users' tests, is the youngest attempt."""
     found = getattr(ti, "id", None)
     if found is not None:
         return str(found)
