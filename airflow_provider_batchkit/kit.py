@@ -57,7 +57,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-#: the API processes a batch within 24 hours or expires the rest (its documentation); an hour more for clocks and queues
+#: The API processes a batch within 24 hours or expires the rest (its documentation). The hour more is for clocks and queues.
 DEFAULT_TIMEOUT_S = 25 * 3600.0
 _STREAM_ATTEMPTS = 5
 
@@ -68,7 +68,7 @@ _T = TypeVar("_T")
 class Retrieval:
     """Results of one or more batches, what they cost, and what was wrong with the streams."""
 
-    #: in the order of the requests: always after :meth:`BatchKit.run`, after :meth:`BatchKit.retrieve` as far as the ids tell it
+    #: items in the order of the requests: always after :meth:`BatchKit.run`, and after :meth:`BatchKit.retrieve` as far as the ids give it
     items: list[BatchItem]
     tally: CostTally
     counts: BatchCounts
@@ -76,7 +76,7 @@ class Retrieval:
 
 
 class BatchKit(BatchApi):
-    """Message batches as a data engineer wants them, over a synchronous ``anthropic.Anthropic`` client.
+    """Message batches over a synchronous ``anthropic.Anthropic`` client.
 
     ::
 
@@ -88,8 +88,8 @@ class BatchKit(BatchApi):
             print(item.custom_id, item.content)
         print(result.tally.batch_cost_usd)
 
-    :meth:`run` is the three in one. What :meth:`submit` returns is a list, as long lists of requests become several batches; every method
-    that takes batch ids takes it as it is.
+    :meth:`run` does all three. :meth:`submit` returns a list, because many requests become several batches. Every method that takes batch
+    ids takes this list.
     """
 
     def __init__(
@@ -101,10 +101,10 @@ class BatchKit(BatchApi):
         allow_unknown_params: bool | Collection[str] = False,
     ) -> None:
         """
-        :param client: any first-party client; without one, one is made from ``api_key`` or the environment
-        :param price_book: where prices come from; the bundled ones by default
-        :param allow_unknown_params: names of parameters that are newer than the installed SDK, which otherwise are refused as misspelt; a
-            nested one with its path (``output_config.verbosity``). True lets every name through, and models of any name
+        :param client: any first-party client; by default, one is made from ``api_key`` or the environment
+        :param price_book: the prices; the bundled ones by default
+        :param allow_unknown_params: names of parameters that are newer than the installed SDK, which are otherwise refused as misspelt; a
+            nested one with its path (``output_config.verbosity``). True allows every name, and models of any name
         """
         if client is None:
             import anthropic
@@ -112,7 +112,7 @@ class BatchKit(BatchApi):
             client = anthropic.Anthropic(api_key=api_key)
         super().__init__(client)
         self.price_book = price_book or PriceBook()
-        #: which names the params of requests may have
+        #: the names that the params of requests may have
         self.param_names = ParamNames(allow_unknown_params, beta=self.sends_betas)
 
     def submit(
@@ -129,17 +129,17 @@ class BatchKit(BatchApi):
     ) -> list[str]:
         """Submit any number of requests as one or more batches; returns the list of their ids. Takes either ``requests`` or ``prompts``.
 
-        Everything is checked and written to a temporary folder first, and the API is asked for its limits and to count the tokens of a
-        sample, so bad input costs nothing.
+        Everything is first checked and written to a temporary folder. The API is asked for its limits and for the tokens of a sample. So
+        bad input costs nothing.
 
         :param requests: native ``{"custom_id", "params"}`` mappings or prompt strings; a string's ``custom_id`` is ``item-<position>``
-        :param prompts: strings alone
-        :param model: for requests that name none; likewise ``max_tokens``, ``system`` and ``params``
-        :param max_bytes_per_batch: bytes of a batch's body
+        :param prompts: prompt strings only
+        :param model: for requests that name none; the same holds for ``max_tokens``, ``system`` and ``params``
+        :param max_bytes_per_batch: the most bytes of a batch's body
         :raises BatchInputError: for both or neither of ``requests`` and ``prompts``, and for a bare string; nothing was sent
         :raises RequestError: for input that the API would refuse, naming the item; nothing was sent
-        :raises SubmitRefusedError: the API refused; ``submitted`` on the error lists batches that were accepted before
-        :raises SubmitUncertainError: the connection broke at a moment when nobody can know whether the batch was accepted
+        :raises SubmitRefusedError: the API refused a batch; ``submitted`` on the error lists the batches that were accepted before
+        :raises SubmitUncertainError: the connection broke at a moment that leaves open whether the batch was accepted
         """
         defaults = RequestDefaults(model, max_tokens, system, dict(params or {}), names=self.param_names)
         with scratch_folder() as folder:
@@ -147,7 +147,7 @@ class BatchKit(BatchApi):
             return [batch_id for batch_id, _ in self._send_all(writer, _write(writer, _asked(requests, prompts), defaults))]
 
     def _send_all(self, writer: ShardWriter, shards: Sequence[Shard]) -> Iterator[tuple[str, Shard]]:
-        """Each shard with the id of its batch, after it was accepted and before its files are removed."""
+        """Each shard with its batch's id. A pair is given after the batch was accepted and before the shard's files are removed."""
         check_shards(self, shards, writer.samples)
         ids: list[str] = []
         for shard in shards:
@@ -171,7 +171,7 @@ class BatchKit(BatchApi):
         system: Any = None,
         params: Mapping[str, Any] | None = None,
     ) -> Estimate:
-        """What :meth:`submit` of the same requests would cost, as a batch today: expected, and at most. Sends only token counts, for free.
+        """What :meth:`submit` would cost for the same requests today, expected and at most. Sends only token counts, which are free.
 
         :raises BatchInputError: for both or neither of ``requests`` and ``prompts``, and for a bare string
         :raises RequestError: for input that the API would refuse, naming the item
@@ -191,11 +191,11 @@ class BatchKit(BatchApi):
         timeout_s: float = DEFAULT_TIMEOUT_S,
         on_progress: Callable[[Mapping[str, BatchSnapshot]], None] | None = None,
     ) -> dict[str, BatchSnapshot]:
-        """Wait until every batch has ended; blocks. Looks at growing intervals, from ``interval_s`` to ``max_interval_s`` seconds.
+        """Wait until every batch has ended; blocks. The intervals between looks grow from ``interval_s`` to ``max_interval_s`` seconds.
 
         :param on_progress: called after each look with what is known of every batch
-        :raises BatchWaitTimeout: after ``timeout_s`` seconds; the batches keep running
-        :raises PollError: when looking keeps failing, or a batch has answered 404 for ``absence_s`` seconds
+        :raises BatchWaitTimeout: not all had ended after ``timeout_s`` seconds; the batches keep running
+        :raises PollError: looks kept failing, or a batch has answered 404 for ``absence_s`` seconds
         """
         ids, deadline = _as_ids(batch_ids), time.monotonic() + timeout_s
         state = PollState(ids, interval=interval_s, max_interval=max_interval_s, deadline=deadline, absence=self.absence_s)
@@ -212,14 +212,14 @@ class BatchKit(BatchApi):
             time.sleep(decision.seconds)
 
     def look(self, state: PollState) -> None:
-        """One look at every open batch of ``state``, which is told what was seen or why looking failed. Its news goes to the log."""
+        """Look once at every open batch of ``state``, and note in it what was seen or why the look failed. Its news goes to the log."""
         look(self.get, state)
 
     def cancel_all(self, batch_ids: str | Iterable[str]) -> list[Cancellation]:
         """Cancel batches, several at a time, and say what became of each, in the order given. Takes 25 seconds at most.
 
-        Each batch is canceled by itself, and nothing is raised for one that cannot be: a batch that had ended already is a line in the
-        log, any other failure a warning with its reason. Answers that a batch has by then stay answered and billed.
+        Each batch is canceled by itself, and a failure raises nothing. A batch that had already ended is a line in the log; any other
+        failure is a warning with its reason. Answers that a batch has by then stay answered and billed.
         """
         from airflow_provider_batchkit.api.cancel import cancel_batches
 
@@ -228,16 +228,16 @@ class BatchKit(BatchApi):
     def read_items(
         self, batch_id: str, reconciler: Reconciler, expected: int, *, sleep: Callable[[float], None] = time.sleep
     ) -> Iterator[BatchItem]:
-        """First answers of an ended batch as they come, each once, with their whole messages.
+        """The first answers of an ended batch as they come, each once, with their whole messages.
 
-        A stream that is cut is read again, and what was seen is passed over.
-        ``reconciler`` counts what does not belong, and what is missing of the ``expected`` results that the API counts: a stream that ends
-        too early without an error is read once more. The broken end of a cut stream is not counted.
+        A stream that is cut is read again, and results that were already seen are skipped. ``reconciler`` counts results that do not belong
+        to the batch, and those missing of the ``expected`` results that the API counts. A stream that ends too early without an error is
+        read once more. The broken end of a cut stream is not counted.
 
         Results that answer 404 are looked for again, for ``absence_s`` seconds at least.
 
-        :raises ResultStreamError: when the stream was cut five times in a row without progress
-        :raises BatchNotVisibleError: when the results are not visible for so long
+        :raises ResultStreamError: the stream was cut five times in a row without progress
+        :raises BatchNotVisibleError: the results stay invisible for that long
         """
         for block in self._read_whole(batch_id, reconciler, expected, sleep):
             yield from block.items()
@@ -245,7 +245,7 @@ class BatchKit(BatchApi):
     def _read_whole(
         self, batch_id: str, reconciler: Reconciler, expected: int, sleep: Callable[[float], None] = time.sleep
     ) -> Iterator[ResultBlock]:
-        """:meth:`read_blocks` with messages."""
+        """The same as :meth:`read_blocks`, with messages."""
 
         def blocks(chunks: Iterator[bytes]) -> Iterator[ResultBlock]:
             return itertools.starmap(reconciler.accept_block, parse_blocks(chunks, block_bytes=1, keep_messages=True))
@@ -261,9 +261,10 @@ class BatchKit(BatchApi):
         *,
         sleep: Callable[[float], None] = time.sleep,
     ) -> Iterator[ResultBlock]:
-        """:meth:`read_items` in blocks, without messages: a multiple faster. A 404 is raised at once: its caller waits better.
+        """The same as :meth:`read_items` in blocks and without messages, which is several times faster. A 404 is raised at once, because
+        the caller has a better way to wait.
 
-        :param on_bytes: told the size of each chunk that has been downloaded
+        :param on_bytes: called with the size of each chunk that has been downloaded
         """
 
         def blocks(chunks: Iterator[bytes]) -> Iterator[ResultBlock]:
@@ -289,9 +290,9 @@ class BatchKit(BatchApi):
         *,
         patient: bool = False,
     ) -> Iterator[_T]:
-        """What ``accepted`` makes of the results; see :meth:`read_items`.
+        """The results, passed through ``accepted``; see :meth:`read_items`.
 
-        :param patient: look for results that answer 404 here; otherwise the caller does
+        :param patient: whether results that answer 404 are looked for here; otherwise the caller does it
         """
         failures, read_whole, unseen = 0, False, Unseen(self.absence_s)
         while True:
@@ -320,20 +321,20 @@ class BatchKit(BatchApi):
     def retrieve(self, batch_ids: str | Sequence[str]) -> Retrieval:
         """Read the results of one or more ended batches into memory.
 
-        The API answers in any order. Items whose ids are ``item-<position>``, as those of prompts are, come by their positions, over all
-        batches of one submit; others stay where the API put them. For results larger than memory, iterate :meth:`read_items`.
+        The API answers in any order. Items with ids ``item-<position>``, which prompts get, are returned in the order of their positions,
+        over all batches of one submit. Other items stay where the API put them. For results larger than memory, iterate :meth:`read_items`.
 
-        A batch, or its results, that answers 404 is looked for again, for ``absence_s`` seconds at least: live batches answer so now and
-        then.
+        A batch that answers 404, or whose results do, is looked for again, for ``absence_s`` seconds at least: live batches answer 404 now
+        and then.
 
-        :raises BatchNotEndedError: when one is still running
-        :raises BatchNotVisibleError: when one is not visible for so long
+        :raises BatchNotEndedError: a batch is still running
+        :raises BatchNotVisibleError: a batch stays invisible for that long
         """
         found = [self._retrieve(batch_id, None) for batch_id in _as_ids(batch_ids)]
         return _together(found, _by_position([result.items for result in found]))
 
     def _retrieve(self, batch_id: str, asked: Mapping[str, str] | None) -> Retrieval:
-        """The results of one batch, as they come.
+        """The results of one batch, in the order in which they come.
 
         :param asked: every ``custom_id`` of the batch, with its key; None when they are not known
         """
@@ -363,8 +364,8 @@ class BatchKit(BatchApi):
     ) -> Retrieval:
         """Submit, wait and retrieve. Blocks until the last batch has ended; see :meth:`submit` and :meth:`wait`.
 
-        ``items`` has one item for each request, in the order of the requests: it can be zipped with them. A request that the results do not
-        name has the status ``missing``, and no content.
+        ``items`` has one item for each request, in the order of the requests, so it can be zipped with them. A request without a result has
+        the status ``missing`` and no content.
         """
         defaults = RequestDefaults(model, max_tokens, system, dict(params or {}), names=self.param_names)
         asked: dict[str, dict[str, str]] = {}
@@ -379,7 +380,7 @@ class BatchKit(BatchApi):
 
 
 def _asked(requests: Iterable[Any] | None, prompts: Iterable[str] | None) -> Iterable[Any]:
-    """The one of both that is given."""
+    """The argument that is given of the two."""
     if (requests is None) == (prompts is None):
         raise BatchInputError(f"Give requests or prompts, not {'neither' if requests is None else 'both'}. Nothing was sent.")
     return items_of(requests) if prompts is None else prompts_of(prompts)
@@ -392,16 +393,16 @@ def _write(writer: ShardWriter, requests: Iterable[Any], defaults: RequestDefaul
 
 
 def _of_each(custom_ids: Iterable[str], items: Iterable[BatchItem]) -> Iterator[BatchItem]:
-    """The item of each id, in the order of the ids."""
+    """The item with each id, in the order of the ids."""
     found = {item.custom_id: item for item in items}
     for custom_id in custom_ids:
         yield found.get(custom_id) or BatchItem(custom_id, RequestStatus.MISSING)
 
 
 def _by_position(batches: Sequence[Sequence[BatchItem]]) -> list[BatchItem]:
-    """The batches' items, those whose ids tell their position in order; the others stay where they are.
+    """The batches' items. Those whose ids hold a position are in its order; the others stay where they are.
 
-    Batches of several submits have positions that come twice. Then each batch is put in order by itself.
+    Batches of several submits repeat positions. Then each batch is put in order by itself.
     """
     items = list(itertools.chain.from_iterable(batches))
     places = {place: position for place, item in enumerate(items) if (position := position_of(item.custom_id)) is not None}
@@ -414,7 +415,7 @@ def _by_position(batches: Sequence[Sequence[BatchItem]]) -> list[BatchItem]:
 
 
 def _together(found: Iterable[Retrieval], items: list[BatchItem]) -> Retrieval:
-    """The sum of the results, with these items."""
+    """One result with the sums of these results, and with these items."""
     tally, counts, faults = CostTally(), BatchCounts(), StreamFaults()
     for result in found:
         tally, counts, faults = tally + result.tally, counts + result.counts, faults + result.faults

@@ -30,18 +30,18 @@ class RequestStatus(str, Enum):
     ERRORED = "errored"
     EXPIRED = "expired"
     CANCELED = "canceled"
-    #: succeeded for the API and billed, but the answer does not fit the schema that was asked for
+    #: the request succeeded at the API and is billed, but its answer does not fit the schema
     INVALID_OUTPUT = "invalid_output"
-    #: the result file ended without a line for it
+    #: the result file ended without a line for the request
     MISSING = "missing"
 
 
-#: outcomes of requests that were answered, and are billed: their rows are always written, a failed request's only when that is asked for
+#: Outcomes of requests that were answered and are billed. Their rows are always written; a failed request's row only on demand.
 ANSWERED = (RequestStatus.SUCCEEDED, RequestStatus.INVALID_OUTPUT)
 
 #: ``error_type`` of an answer that is unfinished
 TRUNCATED, PAUSED, REFUSED = "truncated", "paused", "refused"
-#: a message's ``stop_reason`` → the ``error_type`` of its row; none for an answer that is whole
+#: a message's ``stop_reason`` → the ``error_type`` of its row; a complete answer has none
 UNFINISHED = {
     "max_tokens": TRUNCATED,
     "model_context_window_exceeded": TRUNCATED,
@@ -50,14 +50,14 @@ UNFINISHED = {
     "refusal": REFUSED,
 }
 
-#: what a row may come to, the best first; see :func:`outcome_rank`
+#: outcomes of a row, the best first; see :func:`outcome_rank`
 _BEST_FIRST = ("finished", TRUNCATED, "invalid_output", PAUSED, REFUSED, "errored", "canceled", "expired", "missing")
 
 
 def outcome_rank(status: str, error_type: str | None) -> int:
-    """The place of an outcome among all: of a row that several rounds have asked, the one of the lowest rank counts, of equals the latest.
+    """The rank of an outcome. When several rounds have asked a row, the outcome with the lowest rank counts, and the latest among equals.
 
-    :param error_type: tells unfinished answers apart, whatever their status
+    :param error_type: distinguishes unfinished answers, whatever their status
     """
     if status == RequestStatus.SUCCEEDED.value and error_type is None:
         return 0
@@ -65,7 +65,7 @@ def outcome_rank(status: str, error_type: str | None) -> int:
     return _BEST_FIRST.index(error_type if answered and error_type in UNFINISHED.values() else status)
 
 
-#: stands behind a model's name in a bill for requests whose usage the API did not tell: what they cost is not known
+#: follows a model's name in a bill for requests whose usage the API did not report, so that their cost is not known
 USAGE_UNKNOWN = " (usage unknown)"
 
 
@@ -88,12 +88,12 @@ class Usage(msgspec.Struct, frozen=True, gc=False):
 
     @property
     def prompt_tokens(self) -> int:
-        """All tokens of the prompt, cached or not: what price tiers by prompt size look at."""
+        """All tokens of the prompt, cached or not. Price tiers by prompt size depend on them."""
         return self.input_tokens + self.cache_write_5m_tokens + self.cache_write_1h_tokens + self.cache_read_tokens
 
     @property
     def counts(self) -> tuple[int, int, int, int, int, int]:
-        """Everything that is counted, in the order of the fields."""
+        """All the counts, in the order of the fields."""
         return (
             self.input_tokens,
             self.output_tokens,
@@ -104,7 +104,7 @@ class Usage(msgspec.Struct, frozen=True, gc=False):
         )
 
     def uncached(self) -> Usage:
-        """What would have been counted without prompt caching."""
+        """The usage that would have been counted without prompt caching."""
         return msgspec.structs.replace(
             self, input_tokens=self.prompt_tokens, cache_write_5m_tokens=0, cache_write_1h_tokens=0, cache_read_tokens=0
         )
@@ -112,7 +112,7 @@ class Usage(msgspec.Struct, frozen=True, gc=False):
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What one usage costs in USD, exact to ``COST_QUANTUM``: as part of a batch, and at the standard price."""
+    """The cost of one usage in USD, exact to ``COST_QUANTUM``: as part of a batch, and at the standard price."""
 
     batch_usd: Decimal
     standard_usd: Decimal
@@ -131,18 +131,18 @@ class BatchSnapshot:
     ended_at: datetime | None = None
     #: set once the results are gone, 29 days after creation
     archived_at: datetime | None = None
-    #: whether the API gave every one of the counts; one that it left out is 0
+    #: whether the API gave every one of the counts; a missing count is 0
     counted: bool = True
 
 
 class BatchItem(msgspec.Struct, frozen=True, gc=False):
     """One line of a batch's results.
 
-    ``status`` is what the API says of the request, but for an answer that is unfinished or of no use; for a failed one ``error_type`` and
-    ``error_message`` are the API's. ``text`` joins the text blocks of the answer; the input of the only tool call of an answer without
-    text is its text, as JSON. An unfinished answer has the ``error_type`` ``truncated``, ``paused`` or ``refused`` (see ``UNFINISHED``);
-    it is ``invalid_output``, but for a truncated one that has text. ``usage`` is what the API counted, over all iterations; None where it
-    counts nothing or does not say. ``message`` is the whole message as the API sent it, JSON bytes.
+    ``status`` is the API's, except for an answer that is unfinished or of no use. ``error_type`` and ``error_message`` of a failed request
+    are the API's. ``text`` joins the text blocks of the answer. Where an answer without text has only one tool call, ``text`` is the call's
+    input as JSON. An unfinished answer has the ``error_type`` ``truncated``, ``paused`` or ``refused`` (see ``UNFINISHED``). Its status is
+    ``invalid_output``, unless it is truncated and has text. ``usage`` is what the API counted, over all iterations; it is None where the
+    API counts nothing or does not say. ``message`` is the whole message as the API sent it, in JSON bytes.
     """
 
     custom_id: str
@@ -157,12 +157,12 @@ class BatchItem(msgspec.Struct, frozen=True, gc=False):
     message_id: str | None = None
     #: the API's id of a request that failed
     request_id: str | None = None
-    #: JSON
+    #: the message's ``stop_details`` as JSON
     stop_details: str | None = None
 
     @property
     def content(self) -> str | None:
-        """Another name of ``text``: the text of the answer, None for a request that was not answered."""
+        """Another name of ``text``: the text of the answer; None for a request that was not answered."""
         return self.text
 
 
@@ -201,7 +201,7 @@ class ModelTally:
     web_searches: int = 0
     batch_cost_usd: Decimal | None = Decimal(0)
     standard_cost_usd: Decimal | None = Decimal(0)
-    #: what the batch would have cost more without prompt caching: below zero where the writes cost more than the reads saved
+    #: what prompt caching saved on the batch's price; below zero where the writes cost more than the reads saved
     cache_savings_usd: Decimal | None = Decimal(0)
 
     def __add__(self, other: ModelTally) -> ModelTally:
@@ -220,7 +220,7 @@ class ModelTally:
 
     @property
     def savings_usd(self) -> Decimal | None:
-        """Standard price less batch price."""
+        """The standard price minus the batch price."""
         if self.batch_cost_usd is None or self.standard_cost_usd is None:
             return None
         return self.standard_cost_usd - self.batch_cost_usd
@@ -228,7 +228,7 @@ class ModelTally:
 
 @dataclass(frozen=True, slots=True)
 class UsageLine:
-    """Requests to one model that were priced alike. From such lines a batch can be priced again without its results."""
+    """Requests to one model that were priced alike. Such lines are enough to price a batch again without its results."""
 
     model: str
     inference_geo: str | None
@@ -246,12 +246,12 @@ class UsageLine:
 
     @property
     def counts(self) -> tuple[int, ...]:
-        """Requests, tokens and searches, as ``ModelTally`` begins with them."""
+        """Requests, tokens and searches, in the order of the first fields of ``ModelTally``."""
         return (self.requests, *self.usage.counts)
 
     @property
     def usage(self) -> Usage:
-        """All requests together."""
+        """The usage of all requests together."""
         return Usage(
             self.input_tokens,
             self.output_tokens,
@@ -266,10 +266,10 @@ class UsageLine:
 
 @dataclass(frozen=True, slots=True)
 class CostTally:
-    """What a batch, a job or a month cost, per model. Adds up with ``+``; exact, in ``Decimal`` USD.
+    """What a batch, a job or a month cost, per model. Tallies add up with ``+``, exactly, in ``Decimal`` USD.
 
     A total is ``None`` as soon as one model in it has no known price: an unknown cost is never shown as zero. Tokens always count.
-    ``price_version`` names the price data that was used; a sum over several versions lists them. ``lines`` are what it takes to price the
+    ``price_version`` names the price data that was used; a sum over several versions lists them. ``lines`` hold what is needed to price the
     same usage again (:func:`~airflow_provider_batchkit.cost.tally.reprice`); the ledger keeps them.
     """
 
@@ -286,7 +286,7 @@ class CostTally:
 
     @classmethod
     def sum(cls, tallies: Iterable[CostTally]) -> CostTally:
-        """Add any number of tallies; none at all gives an empty one."""
+        """Add any number of tallies. The sum of none is an empty tally."""
         total = cls()
         for tally in tallies:
             total = total + tally
@@ -294,7 +294,7 @@ class CostTally:
 
     @property
     def total(self) -> ModelTally:
-        """All models together."""
+        """The sum over all models."""
         total = ModelTally()
         for tally in self.models.values():
             total = total + tally
@@ -377,16 +377,16 @@ def _tally_from_json(values: Mapping[str, Any]) -> ModelTally:
         known[f.name] = (None if value is None else Decimal(str(value))) if f.name.endswith("_usd") else value
     tally = ModelTally(**known)
     if tally.used_cache and "cache_savings_usd" not in values:
-        # written before this was counted
+        # the tally was written before cache savings were counted
         return replace(tally, cache_savings_usd=None)
     return tally
 
 
 @dataclass(frozen=True, slots=True)
 class Bound:
-    """The most that requests can cost as a batch, in USD, and the most tokens they can use: a bill is never above it.
+    """The most that requests can cost as a batch, in USD, and the most tokens they can use. A bill is never above it.
 
-    ``None`` where nothing bounds them, or where no price is known; ``why`` says which.
+    A value is ``None`` where nothing bounds the requests, or where no price is known; ``why`` says which.
     """
 
     usd: Decimal | None
@@ -395,9 +395,9 @@ class Bound:
 
 
 def parse_usd(value: Any, name: str) -> Decimal:
-    """A positive amount in USD; a float is taken as it prints.
+    """A positive amount in USD. A float is taken as it prints.
 
-    :raises BatchInputError: naming ``name``, for anything else
+    :raises BatchInputError: for anything else; the error names ``name``
     """
     try:
         amount = Decimal(str(value)) if isinstance(value, Decimal | int | str | float) and not isinstance(value, bool) else None
@@ -419,7 +419,7 @@ def format_usd_exact(value: Decimal | None) -> str | None:
 
 
 def usd_text(value: Decimal | None) -> str:
-    """An amount for a person, rounded up: to the cent, below a dollar to four digits."""
+    """An amount for a person, rounded up: to the cent, or to four digits below a dollar."""
     if value is None:
         return "unknown"
     if value >= 1:
@@ -427,19 +427,19 @@ def usd_text(value: Decimal | None) -> str:
     return f"${format_usd_exact(Context(prec=4, rounding=ROUND_CEILING).plus(value))}"
 
 
-#: The types that a source tells of its columns, and the type of Python's values that each is a narrower form of. In the ledger a key
-#: column's type is a text: ``integer``, ``char(10)``, ``numeric(38,0)``, ``enum(public.mood)``.
+#: Types that a source reports for its columns → the type of Python's values that each narrows. The ledger keeps the type of a key column
+#: as a text: ``integer``, ``char(10)``, ``numeric(38,0)``, ``enum(public.mood)``.
 _NARROWER_KEYS = {"smallint": "integer", "int": "integer", "real": "float", "char": "text", "varchar": "text", "enum": "text"}
 
 
 def key_kind(type_name: str) -> str:
-    """The type of the values of a key column: ``text`` for ``char(10)``."""
+    """The type of the values of a key column, such as ``text`` for ``char(10)``."""
     base = type_name.partition("(")[0]
     return _NARROWER_KEYS.get(base, base)
 
 
 def common_key_type(type_names: Collection[str]) -> str:
-    """The narrowest type of a key column that holds the keys of several, which may be text."""
+    """The narrowest type of a key column that holds the keys of all these types; it may be text."""
     kinds = set(map(key_kind, type_names))
     if len(set(type_names)) == 1:
         return next(iter(type_names))
