@@ -6,30 +6,31 @@
     ├── BatchInputError            terminal   the input or a setting is wrong; nothing was sent, nothing billed
     │   ├── RequestError           terminal   one request would be refused by the API; names the item
     │   └── TableError             terminal   the result table does not fit what is to land in it
-    ├── CostLimitError             terminal   the most that a job can cost is above max_cost_usd, or cannot be told; nothing was sent
-    │   └── BudgetExceededError    terminal   the budget has no room for it in this window; nothing was sent
-    │       └── BudgetReservedError  retry    it would have room if batches under way land cheaper than they may; nothing was sent
+    ├── CostLimitError             terminal   the most that a job can cost is above max_cost_usd, or unknown; nothing was sent
+    │   └── BudgetExceededError    terminal   the budget has no room for the job in this window; nothing was sent
+    │       └── BudgetReservedError  retry    there is room if batches under way land for less than they reserved; nothing was sent
     ├── SubmitRefusedError         terminal   the API refused the batch (4xx); nothing was billed
     ├── SubmitThrottledError       retry      the API said "not now" (429, 529) longer than we wait; nothing was billed
     ├── SubmitUncertainError       retry      nobody knows yet whether the API accepted the batch; settle, never resend
     ├── LeaseLostError             retry      another attempt of the same job has taken over; this one sent nothing more
     ├── LandedMeanwhileError       retry      a batch landed while rows that share its requests were added to it; nothing was sent
-    ├── LedgerError                terminal   the ledger does not allow this move, or is of another version
+    ├── LedgerError                terminal   the ledger does not allow this state change, or is of another version
     ├── BatchUnavailableError      terminal   the batch is archived or invisible to this key; says what can be recovered
-    │   ├── BatchNotVisibleError   retry      the API answers 404 for it: deleted, of another workspace, or hidden for a moment
+    │   ├── BatchNotVisibleError   retry      the API answers 404 for the batch: deleted, of another workspace, or hidden for a moment
     │   └── BatchGoneError         terminal   a submitted batch was archived before it landed; it may have been billed
-    │       └── BatchVanishedError retry      it answers 404 for longer than [batchkit] absence_seconds; it may be back
+    │       └── BatchVanishedError retry      the batch answers 404 for longer than [batchkit] absence_seconds; it may return
     ├── WrongBatchError            terminal   a batch has results that its row did not ask; nothing was written
     ├── ReplaceRefusedError        retry      a "replace" would have deleted rows without an answer to put in their place
-    ├── WarehouseBusyError         retry      another process keeps the database of the results to itself
+    ├── WarehouseBusyError         retry      another process has the database of the results to itself
     │   └── TurnTakenError         retry      another landing has the turn at the result table
     ├── BatchNotEndedError         retry      results were asked of a batch that is still running
-    ├── BatchWaitTimeout           retry      the batch did not end in the time allowed; it goes on and can be waited for again
+    ├── BatchWaitTimeout           retry      the batch did not end in the time allowed; it keeps running and can be waited for again
     ├── PollError                  retry      the API kept failing while we polled; the batch itself is untouched
     ├── ResultStreamError          retry      the results could not be read to their end; nothing was written
     └── ErrorRateError             terminal   results landed, but more of them failed than ``fail_on_error_rate`` allows
 
-"terminal" means that another try of the same thing ends the same way, "retry" that it is worth one. ``retryable`` says it to programs.
+"terminal" means that another try of the same thing ends the same way; "retry" means that a try is worth while. Programs read
+``retryable``.
 """
 
 from __future__ import annotations
@@ -47,18 +48,18 @@ class BatchKitError(Exception):
     submitted: Sequence[str] = ()
     #: figures of the batches that the same call had landed before it failed
     landed: Sequence[Any] = ()
-    #: a :class:`~airflow_provider_batchkit.jobs.waiting.WaitFor` where the same may succeed later, without anybody's doing
+    #: a :class:`~airflow_provider_batchkit.jobs.waiting.WaitFor` where the same call may succeed later without any intervention
     wait: Any = None
 
 
 class BatchInputError(BatchKitError, ValueError):
-    """The input or a setting is wrong. Raised before anything is sent."""
+    """The input or a setting is wrong. Nothing was sent."""
 
 
 class RequestError(BatchInputError):
     """One request is not what the Messages API takes. The message names the item by its key or position.
 
-    ``position`` is the item's in its source, from 0, where that is known.
+    ``position`` is the item's position in its source, from 0, where it is known.
     """
 
     def __init__(self, message: str, *, position: int | None = None) -> None:
@@ -71,15 +72,15 @@ class TableError(BatchInputError):
 
 
 class CostLimitError(BatchKitError):
-    """What is to be sent may cost more than it is allowed to, or nothing bounds its cost. Nothing was sent by this attempt."""
+    """The requests may cost more than they are allowed to, or nothing bounds their cost. This attempt sent nothing."""
 
 
 class BudgetExceededError(CostLimitError):
-    """What is to be sent may exceed a budget. Says cap, spent, reserved, asked and when the window ends. Nothing was sent."""
+    """The requests may exceed a budget. The message gives cap, spent, reserved, asked and the window's end. Nothing was sent."""
 
 
 class BudgetReservedError(BudgetExceededError):
-    """What is spent leaves room, but batches under way have reserved it. As they land, what they did not cost is free again."""
+    """The budget has room, but batches under way have reserved it. When they land, the part that they did not cost is free again."""
 
     retryable = True
 
@@ -87,7 +88,7 @@ class BudgetReservedError(BudgetExceededError):
 class SubmitRefusedError(BatchKitError):
     """The API refused to create the batch, so nothing is running and nothing is billed.
 
-    ``status`` is the HTTP status of the refusal, ``error_type`` the API's own error type where it gave one.
+    ``status`` is the HTTP status of the refusal. ``error_type`` is the API's own error type, where it gave one.
     """
 
     def __init__(self, message: str, *, status: int, error_type: str | None = None) -> None:
@@ -97,7 +98,7 @@ class SubmitRefusedError(BatchKitError):
 
 
 class SubmitThrottledError(BatchKitError):
-    """The API answered 429 or 529, or no connection could be made, until the bound on waiting was reached. Nothing was accepted or billed.
+    """The API answered 429 or 529, or no connection could be made, until the wait's limit was reached. Nothing was accepted or billed.
 
     ``pause_s`` is how long to wait before the next try, in seconds.
     """
@@ -110,7 +111,7 @@ class SubmitThrottledError(BatchKitError):
 
 
 class SubmitUncertainError(BatchKitError):
-    """The create call ended without an answer that proves what happened. Must be reconciled before anything is sent again."""
+    """No answer proves what the create call did. The batch must be reconciled before anything is sent again."""
 
     retryable = True
 
@@ -118,54 +119,54 @@ class SubmitUncertainError(BatchKitError):
 class LeaseLostError(BatchKitError):
     """A newer attempt of the same job holds its lease; this attempt stops before it sends anything more.
 
-    Worth a retry, because it says nothing about the job: Airflow's newest attempt has a lease of its own and goes on.
+    A retry is worth while, because the error says nothing about the job: Airflow's newest attempt has a lease of its own and goes on.
     """
 
     retryable = True
 
 
 class LandedMeanwhileError(BatchKitError):
-    """A batch landed while rows that share its requests were added to it: they would have had no answer."""
+    """A batch landed while rows that share its requests were added to it. These rows would have had no answer."""
 
     retryable = True
 
 
 class LedgerError(BatchKitError):
-    """The ledger refuses a move that its state table does not have, or its tables are of another version."""
+    """The ledger refuses a state change that its state table does not have, or its tables are of another version."""
 
 
 class BatchUnavailableError(BatchKitError):
-    """The batch or its results cannot be had with this connection: archived, or the key is refused."""
+    """The batch or its results are unavailable to this connection: they are archived, or the key is refused."""
 
 
 class BatchNotVisibleError(BatchUnavailableError):
-    """The API answers 404. Live batches do so now and then, so that this alone does not prove that a batch is gone."""
+    """The API answers 404. Live batches answer 404 now and then, so this alone does not prove that a batch is gone."""
 
     retryable = True
-    #: of the batch that is not visible, where it is one
+    #: id of the batch that is not visible, where the error is about one batch
     batch_id: str | None = None
 
 
 class BatchGoneError(BatchUnavailableError):
-    """A batch that was accepted has been deleted or archived before it landed. Its rows have no answer, and it may have been billed."""
+    """An accepted batch was deleted or archived before it landed. Its rows have no answer, and it may have been billed."""
 
-    #: the batch, and what has become of it
+    #: id of the batch, and what has become of it
     batch_id: str = ""
     reason: str = ""
 
 
 class BatchVanishedError(BatchGoneError):
-    """A batch that was accepted has answered 404 to every look for long enough to call it gone. A retry looks again: it may be back."""
+    """An accepted batch has answered 404 to every look for long enough to be called gone. A retry looks again, for it may be back."""
 
     retryable = True
 
 
 class WrongBatchError(BatchKitError):
-    """A batch has results that were never asked of it, and not every result that was. Nothing of it was written."""
+    """A batch has results that it was never asked for, and lacks some that it was asked for. Nothing of it was written."""
 
 
 class ReplaceRefusedError(BatchKitError):
-    """A ``replace`` was to delete the table's rows, and not every request has a readable result, or none has an answer.
+    """A ``replace`` would have deleted the table's rows, although some requests lack a readable result, or none has an answer.
 
     Nothing was written or deleted. A retry reads the results again. ``torn`` says that results are missing or unreadable.
     """
@@ -178,13 +179,13 @@ class ReplaceRefusedError(BatchKitError):
 
 
 class WarehouseBusyError(BatchKitError):
-    """The database of the results cannot be used at the moment. What is prepared is in the ledger, and a retry goes on from there."""
+    """The database of the results cannot be used at the moment. What was prepared is in the ledger, and a retry goes on from there."""
 
     retryable = True
 
 
 class TurnTakenError(WarehouseBusyError):
-    """Another landing has the turn at the result table, or its worker died with it. At ``free_at`` (aware, UTC) anybody may take it."""
+    """Another landing has the turn at the result table, or died with it. From ``free_at`` (aware, UTC) on, anyone may take it."""
 
     def __init__(self, message: str, free_at: datetime) -> None:
         super().__init__(message)
@@ -192,7 +193,7 @@ class TurnTakenError(WarehouseBusyError):
 
 
 class BatchNotEndedError(BatchKitError):
-    """Results exist only once the whole batch has ended."""
+    """The batch is still running; its results exist only once the whole batch has ended."""
 
     retryable = True
 
@@ -210,7 +211,7 @@ class PollError(BatchKitError):
 
 
 class ResultStreamError(BatchKitError):
-    """The result stream was cut more often than we read again. Nothing was written."""
+    """The result stream was cut more often than it is read again. Nothing was written."""
 
     retryable = True
 
