@@ -1,7 +1,7 @@
 """OpenLineage: the tables that a task reads and writes, and what the run cost.
 
-Nothing here is needed without the OpenLineage provider, and nothing in it fails a task. OpenLineage calls these methods in a copy of the
-task's process, so they know what the same leg of the task has left on the operator.
+This module does nothing without the OpenLineage provider, and never fails a task. OpenLineage calls these methods in a copy of the task's
+process, so they see what the same leg of the task has stored on the operator.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-#: name of our run facet: what the task has published, money as text
+#: name of our run facet, which holds what the task has published, with money as text
 FACET = "batchkit"
 
 
 class BatchLineage:
-    """The OpenLineage methods of an operator with ``sql`` (what it reads) or ``table`` (what it writes), or both."""
+    """The OpenLineage methods of an operator with ``sql``, which it reads, or ``table``, which it writes, or both."""
 
-    #: what the run has done so far, see :mod:`~airflow_provider_batchkit.operators.publish`
+    #: what the run has published so far, see :mod:`~airflow_provider_batchkit.operators.publish`
     lineage_summary: dict[str, Any] | None = None
 
     def get_openlineage_facets_on_start(self) -> OperatorLineage[Any, Any] | None:
@@ -35,12 +35,12 @@ class BatchLineage:
         return describe(self)
 
     def get_openlineage_facets_on_failure(self, task_instance: Any) -> OperatorLineage[Any, Any] | None:
-        """The same: a fetch may fail after its answers have landed."""
+        """The same as on completion, since a fetch may fail after its answers have landed."""
         return describe(self)
 
 
 def describe(task: Any) -> OperatorLineage[Any, Any] | None:
-    """What OpenLineage is told of a task; None where its provider is not installed. A part that cannot be had leaves the others."""
+    """The lineage of a task; None when the OpenLineage provider is not installed. Each part that fails is left out alone."""
     try:
         from airflow.providers.openlineage.extractors import OperatorLineage
     except ImportError:
@@ -49,7 +49,7 @@ def describe(task: Any) -> OperatorLineage[Any, Any] | None:
     for part in (_add_statement, _add_source_tables, _add_result_table, _add_result_files, _add_run_facet):
         try:
             part(task, lineage)
-        except Exception:  # to name its tables a hook may ask the database, which may be what the task failed for
+        except Exception:  # a hook may query the database for names, and an error of that database may be why the task failed
             log.warning("This task's lineage lacks a part (%s)", part.__name__, exc_info=True)
     return lineage
 
@@ -62,7 +62,7 @@ def _add_statement(task: Any, lineage: OperatorLineage[Any, Any]) -> None:
 
 
 def _add_source_tables(task: Any, lineage: OperatorLineage[Any, Any]) -> None:
-    """By OpenLineage's own parser, and by name alone: their columns are not worth a query at every start of a task."""
+    """Add the tables that OpenLineage's parser finds in the query, by name only: columns would need a query at every start of a task."""
     from airflow.providers.openlineage.sqlparser import SQLParser
 
     if not isinstance(getattr(task, "sql", None), str):
@@ -97,10 +97,10 @@ def _add_result_table(task: Any, lineage: OperatorLineage[Any, Any]) -> None:
 def _add_result_files(task: Any, lineage: OperatorLineage[Any, Any]) -> None:
     from openlineage.client.event_v2 import OutputDataset
 
-    # a submit has the place too, and writes nothing there
+    # a submit also has an output_path, but writes no results there
     if getattr(task, "output_path", None) is None or not hasattr(task, "write_disposition"):
         return
-    # OpenLineage documentation, "Dataset Naming": s3://bucket and the key, or file and the path
+    # a dataset is named by s3://bucket and the key, or by "file" and the path (OpenLineage documentation, "Dataset Naming")
     scheme, _, rest = str(task.output_path).rpartition("://")
     bucket, _, name = rest.rpartition("@")[2].partition("/") if scheme not in ("", "file") else ("", "", rest)
     lineage.outputs.append(OutputDataset(namespace=f"{scheme}://{bucket}" if bucket else "file", name=name))
@@ -114,7 +114,7 @@ def _add_run_facet(task: Any, lineage: OperatorLineage[Any, Any]) -> None:
 
 
 def _database(conn_id: str) -> tuple[Any, Any, Any]:
-    """Hook, connection, and what OpenLineage calls the database: None for one that it has no name for, such as SQLite."""
+    """Hook, connection, and OpenLineage's information on the database, which is None for one without a name there, such as SQLite."""
     connection = BaseHook.get_connection(conn_id)
     hook = connection.get_hook()
     return hook, connection, hook.get_openlineage_database_info(connection)

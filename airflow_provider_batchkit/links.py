@@ -10,22 +10,22 @@ from airflow.providers.common.compat.sdk import BaseOperatorLink, XCom, conf
 if TYPE_CHECKING:
     from airflow.providers.common.compat.sdk import BaseOperator, Context, TaskInstanceKey
 
-#: the Console's page of batches, of the default workspace (API documentation, "Batch processing", "Tracking your batch")
+#: the Console's page of the default workspace's batches (API documentation, "Batch processing", "Tracking your batch")
 CONSOLE_URL = "https://platform.claude.com/settings/workspaces/default/batches"
 XCOM_KEY = "batchkit_console_link"
 
 
 def push_console_link(context: Context, batch_ids: Sequence[str]) -> None:
-    """Put the link where Airflow shows it from: at once, so that it is there while the task runs, is deferred or has failed."""
+    """Push the link to the XCom from which Airflow shows it, at once, so that it is there while the task runs, waits or has failed."""
     if batch_ids:
         context["ti"].xcom_push(key=XCOM_KEY, value=console_url(batch_ids[0]))
 
 
 def console_url(batch_id: str) -> str:
-    """The Console's page of batches, with the id of one behind a ``#``.
+    """The address of the Console's page of batches, with a batch's id after a ``#``.
 
-    The Console documents no address of a single batch: the page is the list, and the id is there for the eye. Which workspace's page it
-    is, ``[batchkit] console_url`` says.
+    The Console documents no address of a single batch: the page is the list, and the id only helps the reader. ``[batchkit] console_url``
+    sets the workspace's page.
     """
     return f"{console_page()}#{batch_id}"
 

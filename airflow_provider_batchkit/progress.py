@@ -1,4 +1,4 @@
-"""What people read while something takes long: a log line every few seconds at most, and spans of time in words."""
+"""Progress of long work for people: a log line every few seconds at most, and spans of time in words."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Progress:
     """Counts rows and bytes, and logs ``<what>: 120,000 rows, 41,000 rows/s, 73.2 MB, 40 %, 4 s left`` at most every five seconds."""
 
     def __init__(self, log: logging.Logger, what: str, total: int | None = None) -> None:
-        """:param total: rows expected, for a percentage and the time left"""
+        """:param total: expected rows; with it the line shows a percentage and the time left"""
         self.rows = 0
         self.bytes = 0
         self._log = log
@@ -22,10 +22,10 @@ class Progress:
         self._start = self._last = time.monotonic()
 
     def add(self, rows: int = 1, byte_count: int = 0) -> None:
-        """Rows that are done, and the bytes that were read or written for them."""
+        """Count rows that are done, and the bytes that were read or written for them."""
         self.rows += rows
         self.bytes += byte_count
-        # the clock is read for every thousandth row, and for bytes, which come in large pieces
+        # the clock is read only for every thousandth row, and for bytes, which come in large pieces
         if self.rows % 1_000 < rows or byte_count:
             now = time.monotonic()
             if now - self._last >= _EVERY_S:
@@ -44,13 +44,13 @@ class Progress:
         return f", {self.bytes / 1e6:,.1f} MB" if self.bytes else ""
 
     def done(self) -> None:
-        """Log the whole once."""
+        """Log the totals once at the end."""
         now = time.monotonic()
         self._log.info("%s: %s rows in %.1f s%s", self._what, f"{self.rows:,}", now - self._start, self._megabytes())
 
 
 def span_text(seconds: float) -> str:
-    """A span of time in the two units that tell most of it: ``45 s``, ``12 min``, ``1 h 12 min``, ``3 d 4 h``."""
+    """A span of time in its one or two largest units: ``45 s``, ``12 min``, ``1 h 12 min``, ``3 d 4 h``."""
     minutes = int(max(seconds, 0) // 60)
     if minutes == 0:
         return f"{max(seconds, 0):.0f} s" if seconds < 59.5 else "1 min"
