@@ -1,4 +1,4 @@
-"""``@task.claude_batch``: a Python function says what to ask, the rest is :class:`SubmitBatchOperator`."""
+"""``@task.claude_batch``: a Python function returns the requests, and :class:`SubmitBatchOperator` submits them."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from airflow_provider_batchkit.operators.tasks import batchkit_errors
 if TYPE_CHECKING:
     from airflow.providers.common.compat.sdk import TaskDecorator
 
-#: where a submit's rows come from; here they come from the function
+#: the source parameters of a submit, which the function replaces here
 _SOURCES = ("sql", "input_path", "requests")
 
 
 class ClaudeBatchDecoratedOperator(DecoratedOperator, SubmitBatchOperator):
     """A submit whose requests are what a function returns. Returns the list of batch ids.
 
-    The function's result is read as it comes, a generator row by row, and never passes through XCom. A retry calls the function again: a
-    row that an earlier attempt has asked is known by its key (``key``, a native request's ``custom_id``, else its position) and is not
-    asked again, so without keys the order must be the same on every call.
+    The function's result never passes through XCom, and a generator is read row by row. A retry calls the function again. A row that an
+    earlier attempt has asked is recognized by its key (``key``, a native request's ``custom_id``, else its position) and is not asked
+    again, so without keys the order must be the same on every call.
 
-    :param python_callable: returns prompts, rows or native requests, as ``requests`` of :class:`SubmitBatchOperator` takes them: a list, or
-        any iterable that has an order
+    :param python_callable: a function that returns prompts, rows or native requests, as ``requests`` of :class:`SubmitBatchOperator` takes
+        them: a list, or any iterable that has an order
     :param op_args: the function's positional arguments (templated)
     :param op_kwargs: the function's keyword arguments (templated)
     """
 
     template_fields: Sequence[str] = (
         *DecoratedOperator.template_fields,
-        # the requests exist while the task runs, and nowhere else: a million of them are not for the UI's page of rendered fields
+        # the requests exist only while the task runs: a million of them do not belong on the UI's page of rendered fields
         *(field for field in SubmitBatchOperator.template_fields if field not in _SOURCES),
     )
     template_fields_renderers = {**DecoratedOperator.template_fields_renderers, **SHOWN_AS}  # noqa: RUF012 - Airflow's own attribute
@@ -67,9 +67,9 @@ class ClaudeBatchDecoratedOperator(DecoratedOperator, SubmitBatchOperator):
     def _go_on(self, leg: Leg) -> Any:
         try:
             from airflow.sdk.bases.decorator import determine_kwargs
-        except ImportError:  # Airflow 3.1, where this is one of the parts that a parse does not load
+        except ImportError:  # Airflow 3.1 has it only in a module that a parse does not load
             from airflow.utils.operator_helpers import determine_kwargs  # type: ignore[attr-defined]
-        # in every leg: the function is the source, and is read anew as a query is
+        # the function is the source, so every leg calls it again, as it would run a query again
         arguments = determine_kwargs(self.python_callable, self.op_args, {**leg.context, **self.op_kwargs})
         returned = self.python_callable(*self.op_args, **arguments)
         with batchkit_errors():
@@ -79,7 +79,7 @@ class ClaudeBatchDecoratedOperator(DecoratedOperator, SubmitBatchOperator):
 
 
 def _check(name: str, returned: Any) -> None:
-    """:raises BatchInputError: for what is not an iterable of requests, or would be iterated into something else than its rows"""
+    """:raises BatchInputError: when the result is no ordered iterable of requests, such as None, one text or a set"""
     kind = type(returned).__name__
     if returned is None:
         problem = "nothing. Does it lack a return or a yield?"
