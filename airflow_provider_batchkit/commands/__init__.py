@@ -1,1 +1,1 @@
-"""The command line: what a person decides or wants to see."""
+"""The command line, with which a person looks at batches and decides about them."""

@@ -1,4 +1,4 @@
-"""``ddl`` and ``prune``: the ledger's tables, and how large they grow."""
+"""``ddl`` and ``prune``: they print the ledger's tables as SQL, and keep the tables small."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from airflow_provider_batchkit.exceptions import BatchInputError
 
 
 def ddl(given: argparse.Namespace) -> int:
-    """The statements that create a ledger. Nothing is run."""
+    """Print the statements that create a ledger. Nothing is run."""
     from sqlalchemy.exc import ArgumentError, NoSuchModuleError
 
     from airflow_provider_batchkit.ledger.ddl import statements
@@ -37,7 +37,7 @@ def _dialect(given: argparse.Namespace) -> str:
 
 
 def prune(given: argparse.Namespace) -> int:
-    """Say what is deleted and what is kept, ask, and delete."""
+    """Print what is deleted and what is kept, ask for confirmation, and delete."""
     from airflow_provider_batchkit.ledger.prune import plan
     from airflow_provider_batchkit.ledger.prune import prune as prune_job
 

@@ -1,4 +1,4 @@
-"""Where a command finds its ledger and its connections, and what it says where there is none."""
+"""Finds the ledger and the connections of a command, with an error that helps where there is none."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 def open_ledger(conn_id: str | None, *, migrate: bool = False) -> Iterator[Ledger]:
     """The ledger of a connection, or of the one that the configuration names.
 
-    :param migrate: bring it to the present version, as a task would
-    :raises BatchInputError: where no ledger is named, there is none, it is of another version, or the database cannot be reached
+    :param migrate: whether to migrate it to the present version, as a task would
+    :raises BatchInputError: when no ledger is named, it does not exist, it has another version, or the database cannot be reached
     """
     from sqlalchemy.exc import DBAPIError
 
@@ -50,15 +50,15 @@ def open_ledger(conn_id: str | None, *, migrate: bool = False) -> Iterator[Ledge
 
 
 def reason_of(error: Exception) -> str:
-    """The first line of what a database driver says; the statement and its parameters are left out."""
+    """The first line of a database driver's message, without the statement and its parameters."""
     words = str(getattr(error, "orig", None) or error).strip()
     return (words.splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def ledger_conn_id(given: str | None) -> str:
-    """The connection that was named, or else the configured one.
+    """The connection that the user named, or else the configured one.
 
-    :raises BatchInputError: where there is neither
+    :raises BatchInputError: when there is neither
     """
     from airflow.providers.common.compat.sdk import conf
 
@@ -72,18 +72,18 @@ def ledger_conn_id(given: str | None) -> str:
 
 
 def find_connection(conn_id: str) -> None:
-    """Let the hooks find a connection wherever Airflow has it: outside a task they look into the environment and secrets backends alone.
+    """Let the hooks find a connection wherever Airflow has it. Outside a task they look only into the environment and secrets backends.
 
-    :raises AirflowNotFoundException: when it is nowhere
+    :raises AirflowNotFoundException: when Airflow has no such connection
     """
-    from airflow.models.connection import Connection  # the metadata database's own; the task SDK's looks for a supervisor
+    from airflow.models.connection import Connection  # this one reads the metadata database; the task SDK's needs a supervisor
 
     found = Connection.get_connection_from_secrets(conn_id)
     os.environ.setdefault(f"AIRFLOW_CONN_{conn_id.upper()}", found.get_uri())
 
 
 def confirmed() -> bool:
-    """Whether the person types yes."""
+    """Ask the person, and return whether the answer was yes."""
     try:
         return input("Do it? Type yes: ").strip().lower() == "yes"
     except EOFError:

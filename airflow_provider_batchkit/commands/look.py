@@ -1,4 +1,4 @@
-"""``jobs``, ``batches``, ``failed``, ``spend``: what the ledger tells."""
+"""``jobs``, ``batches``, ``failed`` and ``spend``: they print what is in the ledger."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     from airflow_provider_batchkit.ledger.overview import BatchView, Filter, JobView
     from airflow_provider_batchkit.model import BatchSnapshot
 
-#: a batch ends so long after its creation at the latest (API documentation)
+#: the longest life of a batch, from its creation (API documentation)
 _LIFE = timedelta(hours=24)
 _SPENT_DAYS = 30
 
 
 def jobs(given: argparse.Namespace) -> int:
-    """A line for each job."""
+    """Print one line per job."""
     from airflow_provider_batchkit.ledger.overview import Overview
 
     with open_ledger(given.conn_id) as ledger:
@@ -55,7 +55,7 @@ def _job_row(one: JobView) -> dict[str, Any]:
 
 
 def batches(given: argparse.Namespace) -> int:
-    """A line for each batch; of running ones with what the API's list shows."""
+    """Print one line per batch; for running ones with what the API's list shows."""
     from airflow_provider_batchkit.ledger.overview import Overview
 
     with open_ledger(given.conn_id) as ledger:
@@ -91,7 +91,7 @@ def _batch_row(one: BatchView, snapshot: BatchSnapshot | None, now: datetime, on
     return {
         **who,
         "api_status": None if snapshot is None else snapshot.processing_status,
-        # a batch that ended long ago and has not landed waits for a task that may have failed
+        # this shows batches that ended long ago and have not landed: their task may have failed
         "ended_ago": None if snapshot is None or snapshot.ended_at is None else now - snapshot.ended_at,
         "done": None if snapshot is None else snapshot.counts.total - snapshot.counts.processing,
         "age": now - (created or record.intended_at),
@@ -102,7 +102,7 @@ def _batch_row(one: BatchView, snapshot: BatchSnapshot | None, now: datetime, on
 
 
 def _seen(found: list[BatchView]) -> Mapping[str, BatchSnapshot]:
-    """What the API shows of running batches, by one list call for each connection. One that cannot be used is named."""
+    """What the API shows of running batches, with one list call per connection. A connection that cannot be used is reported."""
     import anthropic
     from airflow.providers.common.compat.sdk import AirflowException
 
@@ -127,7 +127,7 @@ def _seen(found: list[BatchView]) -> Mapping[str, BatchSnapshot]:
 
 
 def failed(given: argparse.Namespace) -> int:
-    """Why rows of a job failed, or each of them."""
+    """Print why rows of a job failed, or each failed row."""
     from airflow_provider_batchkit.hooks.settings import configured_failures
     from airflow_provider_batchkit.ledger.overview import Overview
 
@@ -164,7 +164,7 @@ def failed(given: argparse.Namespace) -> int:
 
 
 def spend(given: argparse.Namespace) -> int:
-    """What landed batches cost, and the budgets."""
+    """Print what landed batches cost, and the budgets."""
     from airflow_provider_batchkit.ledger.spending import Spending
 
     since = given.since or datetime.now(UTC) - timedelta(days=_SPENT_DAYS)

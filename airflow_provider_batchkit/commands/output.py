@@ -1,4 +1,4 @@
-"""What commands print: tables for people, JSON and YAML for programs, as Airflow's own commands do."""
+"""The output of commands: tables for people, JSON and YAML for programs, as Airflow's own commands print them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def show(rows: Sequence[Row], output: str, *, empty: str) -> None:
     """Print rows of the same columns.
 
     :param output: ``table``, ``plain``, ``json`` or ``yaml``
-    :param empty: what a person reads where there is none
+    :param empty: the text for a person when there is no row
     """
     if output in ("json", "yaml"):
         show_document([plain_values(row) for row in rows], output)
@@ -41,7 +41,7 @@ def show_document(document: Any, output: str) -> None:
 
 
 def plain_values(row: Row) -> dict[str, Any]:
-    """Values as JSON has them: money as exact text, times as ISO 8601, spans in seconds."""
+    """The row's values in types of JSON: money as exact text, times as ISO 8601, spans in seconds."""
     return {name: _plain(value) for name, value in row.items()}
 
 
@@ -62,7 +62,7 @@ def _plain(value: Any) -> Any:
 
 
 def text_of(value: Any) -> str:
-    """A value for a person: money rounded up to the cent, times to the minute."""
+    """A value as text for a person: money is rounded up to the cent, times are given to the minute."""
     match value:
         case None | () | []:
             return "-"
@@ -77,5 +77,5 @@ def text_of(value: Any) -> str:
         case tuple() | list() | Mapping():
             return ", ".join(f"{text_of(value[one])} {one}" if isinstance(value, Mapping) else text_of(one) for one in value)
         case _:
-            # the console would take brackets in a text for its own markup
+            # the console would read brackets in a text as its own markup
             return str(value).replace("[", r"\[")

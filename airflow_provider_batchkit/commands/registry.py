@@ -1,7 +1,7 @@
 """The commands and their arguments, for ``python -m airflow_provider_batchkit`` and for ``airflow batchkit`` alike.
 
-Airflow reads this module whenever one of its own commands runs, so nothing heavy is imported here: what a command does is imported when it
-runs.
+Airflow imports this module whenever one of its own commands runs, so nothing heavy is imported here: each command's module is imported when
+the command runs.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from typing import Any
 
 from airflow_provider_batchkit.progress import span_of
 
-#: as in airflow_provider_batchkit.ledger.overview and .spending, which load SQLAlchemy; a test compares them
+#: copies of airflow_provider_batchkit.ledger.overview and .spending, which load SQLAlchemy; a test compares them
 STATES = ("open", "doubt", "sending", "submitted", "prepared", "gone", "landed", "rejected", "void")
 GROUPS = ("day", "dag", "model")
 _DESCRIPTION = "Message batches of Airflow tasks: what is in flight, what failed and why, what it cost."
 
 
 class Argument:
-    """An argument: its flags, and what argparse is given beside them."""
+    """An argument: its flags, and its further options for argparse."""
 
     def __init__(self, *flags: str, **options: Any) -> None:
         self.flags = flags
@@ -33,7 +33,7 @@ class Argument:
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """A command. ``run`` names its function as ``module:function``; that takes the parsed arguments and returns the exit code."""
+    """A command. ``run`` names its function as ``module:function``; the function takes the parsed arguments and returns the exit code."""
 
     name: str
     help: str
@@ -43,13 +43,13 @@ class Command:
 
 
 def utc_time(text: str) -> datetime:
-    """A date or time as typed (``2026-11-01``, ``2026-11-01T12:00``), in UTC unless it says otherwise."""
+    """A date or time as a person types it (``2026-11-01``, ``2026-11-01T12:00``), in UTC unless it has an offset."""
     found = datetime.fromisoformat(text)
     return found.replace(tzinfo=UTC) if found.tzinfo is None else found
 
 
 def span(text: str) -> timedelta:
-    """A span as typed: ``90d`` or ``12h``."""
+    """A span of time as a person types it: ``90d`` or ``12h``."""
     try:
         return span_of(text)
     except ValueError as e:
@@ -216,12 +216,12 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0: done; 1: refused, not confirmed or not possible; 2: the arguments make no sense."""
+    """Run the command line, and return its exit code: 0 done; 1 refused, not confirmed or not possible; 2 arguments that are not valid."""
     return run(parser().parse_args(arguments))
 
 
 def run(given: argparse.Namespace) -> int:
-    """Run the command that was given, and say in one line what went wrong."""
+    """Run the parsed command; an error is printed as one line."""
     from airflow.providers.common.compat.sdk import AirflowException
 
     from airflow_provider_batchkit.exceptions import BatchKitError
@@ -239,7 +239,7 @@ def run(given: argparse.Namespace) -> int:
 
 
 def airflow_commands() -> list[Any]:
-    """``airflow batchkit …``, as Airflow's command line takes it (3.2 and later)."""
+    """The commands as ``airflow batchkit …``, in the form that Airflow's command line takes (3.2 and later)."""
     from airflow.cli.cli_config import ActionCommand, Arg, GroupCommand
 
     def action(command: Command) -> ActionCommand:

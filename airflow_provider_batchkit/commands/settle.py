@@ -1,4 +1,4 @@
-"""``settle JOB SHARD --void | --is BATCH``: a person decides what became of a shard."""
+"""``settle JOB SHARD --void | --is BATCH``: a person decides whether a shard was accepted, and as which batch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def settle(given: argparse.Namespace) -> int:
-    """Say what the decision means, ask, and carry it out."""
+    """Print what the decision means, ask for confirmation, and carry it out."""
     if given.void == (given.batch_id is not None):
         raise BatchInputError("Say what became of the shard: either --void or --is BATCH. Nothing was changed.")
     with open_ledger(given.conn_id, migrate=True) as ledger:

@@ -1,4 +1,4 @@
-"""``orphans`` and ``cancel``: batches as the API shows them."""
+"""``orphans`` and ``cancel``: commands for the batches that the API shows."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     from airflow_provider_batchkit.ledger.overview import BatchView
     from airflow_provider_batchkit.model import BatchSnapshot
 
-#: the API keeps results for so long (API documentation)
+#: days for which the API keeps results (API documentation)
 _RESULTS_DAYS = 29
 _LOOKED_UP = 500
 
 
 def orphans(given: argparse.Namespace) -> int:
-    """Batches of the workspace that no ledger knows."""
+    """Print the batches of the workspace that no ledger knows."""
     from airflow_provider_batchkit.ledger.overview import Overview
 
     since = given.since or datetime.now(UTC) - timedelta(days=_RESULTS_DAYS)
@@ -31,7 +31,7 @@ def orphans(given: argparse.Namespace) -> int:
     names = given_names or ledger_conn_ids() or [ledger_conn_id(None)]
     connections, doubts = set[str](), list["BatchView"]()
     for name in names:
-        # a ledger that cannot be read is an error: all of its batches would seem to be nobody's
+        # a ledger that cannot be read is an error: all of its batches would seem to be orphans
         with open_ledger(name) as ledger:
             overview = Overview(ledger.engine)
             connections.update(overview.connections())
@@ -45,7 +45,7 @@ def orphans(given: argparse.Namespace) -> int:
         kit = _kit(conn_id)
         for snapshot in _listed(kit, since, conn_id):
             found.setdefault(snapshot.batch_id, (conn_id, snapshot))
-    # the ledgers are asked after the list, so that what was submitted meanwhile is known
+    # the ledgers are read after the list, so that they contain batches that were submitted meanwhile
     for name in names:
         with open_ledger(name) as ledger:
             ids = list(found)
@@ -71,7 +71,7 @@ def orphans(given: argparse.Namespace) -> int:
 
 
 def _may_be(one: BatchView, snapshot: BatchSnapshot) -> bool:
-    """Whether a batch may be the one of a shard in doubt. The shard's own task settles that by proof."""
+    """Whether a batch may belong to a shard in doubt. The shard's own task settles that by proof."""
     return snapshot.counts.total == one.record.requests and snapshot.created_at > one.record.intended_at - timedelta(minutes=15)
 
 
@@ -85,7 +85,7 @@ def _listed(kit: BatchKit, since: datetime, conn_id: str) -> list[BatchSnapshot]
 
 
 def cancel(given: argparse.Namespace) -> int:
-    """Cancel a batch, after saying what that means."""
+    """Cancel a batch, after printing what that means and asking for confirmation."""
     import anthropic
 
     from airflow_provider_batchkit.api.cancel import Fate
