@@ -1,4 +1,4 @@
-"""Who may see and do what: Airflow's own permissions, asked for every request, and its audit log."""
+"""Access to the page: every request checks Airflow's own permissions, and actions go to Airflow's audit log."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ CANCEL_EVENT = "batchkit_cancel_batch"
 
 
 def visible_dags(user: GetUserDep) -> frozenset[str]:
-    """The DAGs whose task instances the user may see. 401 for anybody without a login.
+    """The DAGs whose task instances the user may see. A request without a login gets 401.
 
-    A user may be allowed to see a DAG and none of its task instances: a job is one, so the lists leave such DAGs out, too.
+    A user may be allowed to see a DAG but none of its task instances. A job is a task instance, so the lists leave such DAGs out, too.
     """
     manager = get_auth_manager()
     found = frozenset(manager.get_authorized_dag_ids(user=user, method="GET"))
@@ -29,25 +29,25 @@ def visible_dags(user: GetUserDep) -> frozenset[str]:
         details = DagDetails(id=dag_id)
         return manager.is_authorized_dag(method="GET", access_entity=DagAccessEntity.TASK_INSTANCE, details=details, user=user)
 
-    # the one question without a DAG is that of Airflow's own list of task instances; only where it is refused, each DAG is asked about
+    # the check without a DAG is the one that Airflow's own list of task instances makes; only when it is refused, each DAG is checked
     return found if not found or sees_tasks(None) else frozenset(dag_id for dag_id in found if sees_tasks(dag_id))
 
 
 VisibleDep = Annotated[frozenset[str], Depends(visible_dags)]
 
-#: 401 without a login, 403 for a DAG in the path whose task instances the user may not see
+#: answers 401 without a login, and 403 when the user may not see the task instances of the DAG in the path
 may_see = Depends(requires_access_dag("GET", DagAccessEntity.TASK_INSTANCE))
-#: likewise for one whose runs the user may not edit
+#: answers 401 without a login, and 403 when the user may not edit the runs of the DAG in the path
 may_edit_runs = Depends(requires_access_dag("PUT", DagAccessEntity.RUN))
 
 
 def from_this_page(x_batchkit: Annotated[str | None, Header()] = None, sec_fetch_site: Annotated[str | None, Header()] = None) -> None:
-    """A header that another site's form cannot set, and no word of the browser that another site asks: the login's cookie alone does not
-    cancel anything.
+    """Require a header that another site's form cannot set, and refuse requests that the browser marks as another site's. The login's
+    cookie alone does not cancel anything.
     """
     if x_batchkit is None:
         raise HTTPException(403, {"message": "The header X-BatchKit is missing.", "todo": "Cancel from the Batches page."})
-    # browsers send it to https addresses and to localhost
+    # browsers send this header only to https addresses and to localhost
     if sec_fetch_site not in (None, "same-origin"):
         raise HTTPException(403, {"message": "The request came from another site.", "todo": "Cancel from the Batches page."})
 
@@ -56,7 +56,7 @@ from_page = Depends(from_this_page)
 
 
 def note_cancel(user: Any, one: BatchView) -> None:
-    """A line in Airflow's audit log. It is written before the batch is canceled, so that no cancel goes without one."""
+    """Write a line to Airflow's audit log. It is written before the batch is canceled, so that no cancel lacks its line."""
     extra = {"batch_id": one.record.batch_id, "job_id": one.record.job_id, "shard": one.record.shard, "requests": one.record.requests}
     with create_session() as session:
         session.add(

@@ -1,4 +1,4 @@
-"""What the routes answer: the ledger's values as JSON. Money is exact text, times are ISO 8601 in UTC, spans are seconds."""
+"""The answers of the routes: the ledger's values as JSON. Money is exact text, times are ISO 8601 in UTC, spans are seconds."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from airflow_provider_batchkit.ledger.spending import Latency, Spent, ToldAlert
 from airflow_provider_batchkit.links import console_url
 from airflow_provider_batchkit.model import COST_QUANTUM, BatchSnapshot, RequestStatus, format_usd_exact
 
-#: a batch ends so long after its creation at the latest (API documentation)
+#: the longest life of a batch, from its creation (API documentation)
 LIFE = timedelta(hours=24)
 
 
 def plain(value: Any) -> Any:
-    """A value as JSON has it."""
+    """A value in the types of JSON."""
     match value:
         case Decimal():
             return format_usd_exact(value)
@@ -78,13 +78,13 @@ def batch_json(one: BatchView) -> dict[str, Any]:
         "bound_usd": plain(one.bound_usd),
         "budget": one.budget,
         "console_url": None if record.batch_id is None else console_url(record.batch_id),
-        # what a person decides where nothing proves it
+        # the commands with which a person decides a doubt that cannot be proved
         "settle": record.settle_command if one.state == "doubt" else None,
     }
 
 
 def detail_json(ledger: str, one: JobDetail, failed: list[FailedRows], others: int, *, show_content: bool) -> dict[str, Any]:
-    """One job, with everything that is known of it."""
+    """One job with all its details."""
     return {
         **job_json(one.job),
         "ledger": ledger,
@@ -106,7 +106,7 @@ def detail_json(ledger: str, one: JobDetail, failed: list[FailedRows], others: i
 
 
 def _failed_json(one: FailedRows, *, show_content: bool) -> dict[str, Any]:
-    """Rows that failed for one reason. The API's words about an error are shown; what was said of an answer may quote it."""
+    """Rows that failed for one reason. The API's own error messages are always shown; a message about an answer may quote the answer."""
     shown = show_content or one.status == RequestStatus.ERRORED.value
     return {**plain(asdict(one)), "message": one.message if shown else None, "message_hidden": bool(one.message) and not shown}
 
@@ -118,7 +118,7 @@ def spent_json(one: Spent) -> dict[str, Any]:
 
 
 def budget_json(one: BudgetStatus, alerts: Sequence[ToldAlert] = ()) -> dict[str, Any]:
-    """A budget in its present window, with its alerts that were told in it."""
+    """A budget in its present window, with the alerts that were sent in this window."""
     told = [{"percent": alert.percent, "told_at": alert.told_at} for alert in alerts]
     rest = {"remaining_usd": one.remaining_usd, "remaining_tokens": one.remaining_tokens, "alerts": told}
     values: dict[str, Any] = plain({**asdict(one), **rest})
@@ -126,7 +126,7 @@ def budget_json(one: BudgetStatus, alerts: Sequence[ToldAlert] = ()) -> dict[str
 
 
 def latency_json(one: Latency) -> dict[str, Any]:
-    """How long batches took."""
+    """A line of the latencies of batches."""
     values: dict[str, Any] = plain(asdict(one))
     return values
 

@@ -1,5 +1,5 @@
-"""The routes of the Batches page. Every one demands a login; lists show the DAGs that the user may see, and a DAG in the path that the user
-may not see is a 403. A test goes over every route of the app.
+"""The routes of the Batches page. Every route requires a login. Lists show the DAGs that the user may see, and a DAG in the path that the
+user may not see is answered with 403. A test checks this for every route of the app.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from airflow_provider_batchkit.ui.looks import Looks
 log = logging.getLogger(__name__)
 
 _HERE = Path(__file__).parent
-#: jobs in flight that are shown at once
+#: most jobs in flight on the page
 _IN_FLIGHT = 200
-#: keys of failed rows that are shown at once, and the length of one as text
+#: most keys of failed rows in one answer, and most characters of a key
 _KEYS = 500
 _KEY_CHARS = 4_000
 _HEADERS = {
@@ -54,8 +54,8 @@ _Key = Annotated[str, Query(max_length=_KEY_CHARS)]
 
 
 def create_app() -> FastAPI:
-    """The app that lies below ``/batchkit``."""
-    # the documentation's routes would be open to anybody
+    """The app that Airflow serves below ``/batchkit``."""
+    # FastAPI's routes for its documentation are off, because they would need no login
     app = FastAPI(title="BatchKit", docs_url=None, redoc_url=None, openapi_url=None, dependencies=[Depends(get_user)])
     page = _Page()
     for path, answer in (
@@ -87,7 +87,7 @@ def _file(name: str, kind: str) -> Callable[[], Response]:
 
 
 async def _strict(request: Request, call_next: Callable[[Request], Any]) -> Any:
-    """Strict headers for every answer, and no stack trace in any."""
+    """Set strict headers on every answer, and keep stack traces out of all of them."""
     try:
         answer = await call_next(request)
     except Exception:
@@ -131,14 +131,14 @@ def _known(ledger: str) -> str:
 
 
 class _Page:
-    """The routes, and what they share."""
+    """The routes, and the state that they share."""
 
     def __init__(self) -> None:
         self._ledgers = Ledgers()
         self._looks = Looks()
 
     def about(self, visible: VisibleDep) -> dict[str, Any]:
-        """The ledgers that are shown, and what their jobs can be filtered by."""
+        """The ledgers of the page, and the values by which their jobs can be filtered."""
         found: dict[str, Any] = {"states": STATES, "ledgers": [], "troubles": [], "dag_ids": set(), "models": set()}
         for conn_id in ledger_conn_ids():
             found["ledgers"].append(conn_id)
@@ -170,7 +170,7 @@ class _Page:
 
     @staticmethod
     def _open_jobs(conn_id: str, show: Filter, engine: Engine) -> tuple[list[dict[str, Any]], bool]:
-        """Jobs in flight, and whether there are younger ones that are not shown: the oldest are those that may be stuck."""
+        """The oldest jobs in flight, which are the ones that may be stuck, and whether there are younger ones that are not shown."""
         overview = Overview(engine)
         page = overview.jobs(show, limit=_IN_FLIGHT, oldest_first=True)
         jobs = page.jobs
@@ -182,7 +182,7 @@ class _Page:
         return shown, page.next is not None
 
     def progress(self, visible: VisibleDep) -> dict[str, Any]:
-        """How far open batches are: one list call a connection, of which everybody sees the batches of his own DAGs."""
+        """The progress of open batches, from one list call per connection. Each user sees the batches of the DAGs that the user may see."""
         open_batches = list[BatchView]()
         for conn_id in ledger_conn_ids():
             try:
@@ -190,7 +190,7 @@ class _Page:
                     conn_id, lambda engine: Overview(engine).batches(Filter(state="open"), limit=5 * _IN_FLIGHT, oldest_first=True)
                 )
             except TroubleError:
-                continue  # the list of jobs names it
+                continue  # the list of jobs reports a ledger that cannot be read
         wanted = defaultdict[str, dict[str, datetime | None]](dict)
         for one in open_batches:
             if one.record.batch_id is not None:
@@ -270,7 +270,7 @@ class _Page:
         dag_id: _Text = None,
         model: _Text = None,
     ) -> dict[str, Any]:
-        """What landed batches cost that were created in the last days or in a month (UTC), budgets, and how long batches took."""
+        """The cost of landed batches created in the last days or in a month (UTC), the budgets, and the latencies of batches."""
         dag_ids = visible if dag_id is None else visible & {dag_id}
         today = datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
         since, until = today - timedelta(days=days - 1), None

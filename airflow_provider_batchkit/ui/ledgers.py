@@ -1,7 +1,7 @@
-"""The ledgers that the page reads. One that cannot be read is named, and does not hide the others.
+"""The ledgers that the page reads. A ledger that cannot be read is reported, and does not hide the others.
 
-Engines are kept for some minutes, for a connection may be changed. They read only, wait for a lock for seconds, and give a statement a
-time, so that no request hangs for long.
+Engines are kept for some minutes only, since a connection may be changed. They only read, wait for a lock for some seconds, and limit the
+time of a statement, so that no request hangs for long.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 
-#: seconds for which an engine is kept, and for which a database that did not answer is left alone
+#: seconds for which an engine is kept, and seconds without a further try after a database did not answer
 _KEPT_S = 300.0
 _LEFT_ALONE_S = 10.0
 _CONNECT_S = 5
@@ -39,7 +39,7 @@ _LOCK_MS = 3_000
 
 @dataclass(frozen=True, slots=True)
 class Trouble:
-    """Why a ledger cannot be shown, and what to do. No secret: neither a password nor a statement."""
+    """Why a ledger cannot be shown, and what to do. It holds no secret: neither a password nor a statement."""
 
     conn_id: str
     #: ``missing`` (no connection), ``empty`` (no ledger yet), ``version``, ``down``
@@ -57,7 +57,7 @@ class TroubleError(Exception):
 
 
 class UnfitValueError(ValueError):
-    """A value that no row can have, such as a number that is too large for its column. The ledger is as well as before."""
+    """A value that no row can have, such as a number that is too large for its column. The ledger itself can be read."""
 
 
 class Ledgers:
@@ -69,10 +69,10 @@ class Ledgers:
         self._down: dict[str, tuple[float, Trouble]] = {}
 
     def read(self, conn_id: str, question: Callable[[Engine], _T]) -> _T:
-        """The answer of a ledger.
+        """The result of ``question`` on a ledger's engine.
 
-        :raises TroubleError: when it cannot be read
-        :raises UnfitValueError: when the database refuses a value that was asked for
+        :raises TroubleError: when the ledger cannot be read
+        :raises UnfitValueError: when the database refuses a value in the question
         """
         with self._lock:
             until, trouble = self._down.get(conn_id, (0.0, None))
@@ -83,7 +83,7 @@ class Ledgers:
             _refuse_unreadable(conn_id, engine)
             return question(engine)
         except (DataError, OverflowError) as e:
-            # whoever asks for nonsense must not make everybody else's page say that the ledger is down
+            # a bad value in one user's request must not make every user's page report that the ledger is down
             raise UnfitValueError(type(e).__name__) from e
         except SQLAlchemyError as e:
             raise TroubleError(self._note(_down(conn_id, e))) from e
@@ -113,7 +113,7 @@ class Ledgers:
 
 
 def _reading(conn_id: str) -> Engine:
-    """An engine that only reads, as far as the database can be told so."""
+    """An engine that only reads, as far as the database can enforce it."""
     hook, kind = hook_named(conn_id)
     place = ledger_place(conn_id, conn_id)
     options: dict[str, Any] = {"pool_size": 2, "max_overflow": 8, "pool_timeout": _CONNECT_S}

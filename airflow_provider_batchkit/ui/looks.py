@@ -1,4 +1,4 @@
-"""What the API shows of running batches: one list call a connection, kept for ten seconds for everybody who looks at the page."""
+"""What the API shows of running batches: one list call per connection, whose result is kept for ten seconds for all users of the page."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _KEPT_S = 10.0
-#: a person waits for it
+#: seconds for a call to the API, short because a person waits for it
 _CALL_S = 8.0
-#: seconds for which a client is kept: its connection may be changed
+#: seconds for which a client is kept; then its connection, which may have changed, is read again
 _CLIENT_S = 300.0
 
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What a look at a connection's list brought; ``trouble`` says why it brought nothing."""
+    """The result of a look at a connection's list; ``trouble`` is the reason when there is none."""
 
     batches: Mapping[str, BatchSnapshot] = field(default_factory=dict)
     trouble: str | None = None
@@ -49,7 +49,7 @@ class Looks:
         self._kits: dict[str, tuple[float, BatchKit]] = {}
 
     def at(self, conn_id: str, wanted: Mapping[str, datetime | None]) -> Seen:
-        """What the list of the connection shows of all its open batches. Whoever comes meanwhile waits for the same look."""
+        """What the list of the connection shows of all its open batches. Requests that come during a look wait for its result."""
         with self._lock:
             turn = self._turns.setdefault(conn_id, threading.Lock())
         with turn:
@@ -71,7 +71,7 @@ class Looks:
             return Seen(trouble=str(e).splitlines()[0][:300])
 
     def cancel(self, conn_id: str, batch_id: str) -> Cancellation:
-        """Cancel a batch, and look anew afterwards.
+        """Cancel a batch, and forget the last look.
 
         :raises AirflowException: when the connection cannot be used
         """
@@ -80,12 +80,12 @@ class Looks:
         return end
 
     def forget(self, conn_ids: Iterable[str]) -> None:
-        """The next look is a new one."""
+        """Drop the results of these connections, so that the next request makes a new look."""
         for conn_id in conn_ids:
             self._seen.pop(conn_id, None)
 
     def kit(self, conn_id: str) -> BatchKit:
-        """The engine on a connection, made anew every few minutes."""
+        """The batch engine on a connection, which is made anew every few minutes."""
         with self._lock:
             until, kit = self._kits.get(conn_id, (0.0, None))
         if kit is None or time.monotonic() > until:

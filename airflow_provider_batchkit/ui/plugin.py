@@ -1,5 +1,5 @@
-"""The plugin, which Airflow loads in every one of its processes. So nothing is imported here that such a process has not loaded anyway:
-FastAPI and everything behind the routes come with the first request.
+"""The plugin, which Airflow loads in every one of its processes. So this module imports only what such a process has loaded anyway:
+FastAPI and everything behind the routes are imported with the first request.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import airflow
 from airflow.plugins_manager import AirflowPlugin
 from airflow.providers.common.compat.sdk import conf
 
-#: where the app lies below Airflow's base URL
+#: path of the app below Airflow's base URL
 PREFIX = "/batchkit"
 _PLACES = ("nav", "dag", "dag_run", "task_instance")
-#: Airflow 3.1.0 gives a plugin's page neither React nor the login's cookie: there it would be an entry that leads to an error. 3.1.8 gives
-#: both; what is in between was not run
+#: The first version that shows the page. Airflow 3.1.0 gives a plugin's page neither React nor the login's cookie, so its entry would lead
+#: to an error. 3.1.8 gives both; the versions in between were not run.
 _FIRST = (3, 1, 8)
 
 
@@ -53,13 +53,13 @@ def _place(destination: str) -> dict[str, Any]:
         "url_route": route,
         "icon": f"{icon}.svg",
         "icon_dark_mode": f"{icon}-dark.svg",
-        # Airflow 3.3 and later; before, the entry stands under "Plugins"
+        # Airflow 3.3 and later read this key; earlier versions put the entry under "Plugins"
         **({"nav_top_level": True} if destination == "nav" else {}),
     }
 
 
 def places(version: str) -> list[dict[str, Any]]:
-    """Where the page stands in this version of Airflow; nowhere before the first that can show it."""
+    """The places of the page in this version of Airflow; empty before the first version that can show it."""
     known = tuple(int(part) for part in re.findall(r"\d+", version)[:3])
     return [_place(destination) for destination in _PLACES] if known >= _FIRST else []
 
@@ -68,5 +68,5 @@ class BatchKitPlugin(AirflowPlugin):
     """The Batches page in the navigation, and as a tab of DAGs, runs and task instances."""
 
     name = "batchkit"
-    fastapi_apps = [{"app": LazyApp(), "url_prefix": PREFIX, "name": "BatchKit"}]  # noqa: RUF012 Airflow's own form of it
+    fastapi_apps = [{"app": LazyApp(), "url_prefix": PREFIX, "name": "BatchKit"}]  # noqa: RUF012 Airflow reads a plain list
     react_apps = places(airflow.__version__)
