@@ -14,9 +14,9 @@ import pytest
 
 from tests.databases import Database, postgres_database, running_mariadb, running_postgres, sqlite_database
 
-# Airflow reads its settings when it is first imported, so they are set here, before any test module is: a home and a metadata database
-# of this session's own. What the person's shell says of Airflow or Anthropic is taken away: no test may reach a real installation or
-# the real API.
+# Airflow reads its settings when it is first imported, so they are set here, before any test module is imported: the session has its own
+# home and metadata database. Variables of the shell for Airflow or Anthropic are removed: no test may reach a real installation or the
+# real API.
 for _name in list(os.environ):
     if _name.startswith(("AIRFLOW_", "ANTHROPIC_", "OPENLINEAGE_")):
         del os.environ[_name]
@@ -31,12 +31,12 @@ os.environ["AIRFLOW__CORE__UNIT_TEST_MODE"] = "True"
 os.environ["AIRFLOW__CORE__LOAD_EXAMPLES"] = "False"
 os.environ["AIRFLOW__CORE__DAGS_FOLDER"] = str(AIRFLOW_HOME / "dags")
 os.environ["AIRFLOW__CORE__PLUGINS_FOLDER"] = str(AIRFLOW_HOME / "plugins")
-# a batch that the simulator does not show is not there, unless a test hides it
+# a batch that the simulator does not show does not exist unless a test hides it, so tests need not look for it for long
 os.environ["AIRFLOW__BATCHKIT__ABSENCE_SECONDS"] = "0.2"
 os.environ["AIRFLOW__DATABASE__SQL_ALCHEMY_CONN"] = f"sqlite:///{AIRFLOW_HOME / 'airflow.db'}"
 
-# No test speaks TLS. Without a single authority a client is made at once, where reading them all takes 30 ms, and none of them can talk
-# to the real API.
+# No test uses TLS. Without any certificate authority a client is made at once, while reading all of them takes 30 ms, and no client can
+# talk to the real API.
 os.environ.pop("SSL_CERT_FILE", None)
 os.environ["SSL_CERT_DIR"] = str(AIRFLOW_HOME / "plugins")
 
@@ -46,7 +46,7 @@ ALONE = ("tests/crash/", "tests/e2e/", "tests/integration/test_poller.py", "test
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Where several workers share the tests (``make test``), one of them begins with those of ``ALONE``, one after the other."""
+    """When several workers share the tests (``make test``), one of them begins with the tests of ``ALONE``, one after the other."""
     from xdist.scheduler import LoadScopeScheduling
 
     class Scheduling(LoadScopeScheduling):  # type: ignore[misc] # it has no types

@@ -8,7 +8,7 @@ from urllib.parse import quote
 
 
 def anthropic_connection(base_url: str, model: str | None = None, *, key: str = "test-key") -> str:
-    """An ``anthropic`` connection to a simulator; ``model`` is what it asks where a task names none."""
+    """An ``anthropic`` connection to a simulator; ``model`` is the model for tasks that name none."""
     extra: dict[str, Any] = {"anthropic_client_kwargs": {"base_url": base_url}}
     if model is not None:
         extra["model"] = model

@@ -1,4 +1,4 @@
-"""The databases that tests run on: SQLite files, and a real PostgreSQL that a wheel brings along."""
+"""The databases that tests run on: SQLite files, a real PostgreSQL from a wheel, and an installed MariaDB."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Database:
 
 
 def opener(engine: sa.Engine) -> Callable[[], Any]:
-    """Opens new connections of the engine's driver, which belong to whoever asks for one."""
+    """A function that opens new connections of the engine's driver, which the caller closes."""
 
     def connect() -> Any:
         pooled = engine.raw_connection()
@@ -64,7 +64,7 @@ def sqlite_database(path: Path) -> Database:
 def postgres_database(server_url: str, options: str = "") -> Iterator[Database]:
     """A new database on the server at ``server_url``, dropped at the end together with whoever is still connected to it.
 
-    :param options: of CREATE DATABASE, such as an encoding
+    :param options: options of CREATE DATABASE, such as an encoding
     """
     admin = sa.create_engine(server_url, isolation_level="AUTOCOMMIT", poolclass=sa.pool.NullPool)
     name = f"test_{secrets.token_hex(6)}"
@@ -107,7 +107,7 @@ def running_postgres() -> Iterator[str]:
             yield f"postgresql+psycopg://postgres:postgres@127.0.0.1:{port}/postgres"
         finally:
             try:
-                pg_ctl("-m", "immediate", "stop")  # its data is thrown away in a moment
+                pg_ctl("-m", "immediate", "stop")  # the data is deleted right after, so it need not be saved
             except subprocess.SubprocessError:
                 _kill_postmaster(server.pgdata)
     finally:
@@ -121,7 +121,7 @@ def _start_on_a_free_port(*, pg_ctl: Callable[..., None], socket_dir: Path, log:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = int(probe.getsockname()[1])
-        # fsync off: nothing of it outlives the tests
+        # fsync is off because the data does not outlive the tests
         options = f"-h 127.0.0.1 -p {port} -k {socket_dir} -c fsync=off -c full_page_writes=off -c max_connections=200"
         try:
             pg_ctl("-o", options, "-l", str(log), "start")
@@ -135,7 +135,7 @@ def _start_on_a_free_port(*, pg_ctl: Callable[..., None], socket_dir: Path, log:
 
 
 def _kill_postmaster(pgdata: Path) -> None:
-    """End a server that did not stop when it was asked to. Its children end with it."""
+    """Kill a server that pg_ctl could not stop. Its child processes end with it."""
     with contextlib.suppress(OSError, ValueError, IndexError):
         os.kill(int((pgdata / "postmaster.pid").read_text().splitlines()[0]), signal.SIGKILL)
 
@@ -169,7 +169,7 @@ def running_mariadb() -> Iterator[int]:
         shutil.rmtree(home, ignore_errors=True)
 
 
-#: where Debian puts servers, which not every user's PATH has
+#: PATH with the folders in which Debian installs servers, since not every user's PATH has them
 _SERVER_PATH = os.pathsep.join((os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"))
 
 

@@ -1,4 +1,4 @@
-"""A company's gateway before the simulator: another address, a path of its own, and what it makes of the answers."""
+"""A company's gateway in front of the simulator: it has another address and its own path, and may change the answers."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ Change = Callable[[str, str, int, bytes], bytes]
 
 
 class Gateway:
-    """Forwards ``<base_url>/…`` to an API; without one it answers 404 and only keeps what it is sent.
+    """Forwards ``<base_url>/…`` to an API; without a target it answers 404 and only records the calls.
 
-    ``calls`` are method and path of what came, ``headers`` their headers with lower-case names, ``bodies`` their bodies.
+    ``calls`` are method and path of each call, ``headers`` their headers with lower-case names, ``bodies`` their bodies.
     """
 
     def __init__(self, target: str | None = None, *, prefix: str = "", change: Change | None = None, repeat_posts: int = 1) -> None:
-        """:param repeat_posts: how often it sends each POST on"""
+        """:param repeat_posts: how often it forwards each POST"""
         self.calls: list[tuple[str, str]] = []
         self.headers: list[dict[str, str]] = []
         self.bodies: list[bytes] = []

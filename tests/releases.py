@@ -1,4 +1,4 @@
-"""What the supported releases of Airflow differ in, for the tests: what moved, and what a release lacks."""
+"""The differences between the supported releases of Airflow that matter to tests: moved names and missing features."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _FIRST = {
 
 
 def needs(feature: str) -> pytest.MarkDecorator:
-    """Skips a test where Airflow is older than the first release that has ``feature``, and says so."""
+    """Skips a test when Airflow is older than the first release that has ``feature``, and gives this as the reason."""
     first = _FIRST[feature]
     return pytest.mark.skipif(first > AIRFLOW, reason=f"Airflow {AIRFLOW} lacks {feature}: {first} is the first that has it")
 
@@ -26,7 +26,7 @@ def needs(feature: str) -> pytest.MarkDecorator:
 def parsed(path: Path, dag_id: str) -> Any:
     """A DAG of a file, parsed as Airflow's DAG processor does, and ready for ``dag.test()``.
 
-    Airflow 3.1.0 tests only DAGs that are in its database; later ones put them there by themselves.
+    Airflow 3.1.0 tests only DAGs that are in its database; later releases add them to it automatically.
     """
     try:
         from airflow.dag_processing.dagbag import DagBag, sync_bag_to_db
@@ -43,7 +43,7 @@ def parsed(path: Path, dag_id: str) -> Any:
 
 
 def serialized(dag: Any) -> Any:
-    """A DAG as Airflow stores it, from which it tells whether a parse has made a new version."""
+    """A DAG in the form in which Airflow stores it. Airflow compares these forms to see whether a parse has made a new version."""
     from airflow.serialization import serialized_objects
 
     # Airflow 3.1 has one class for both directions

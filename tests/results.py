@@ -1,4 +1,4 @@
-"""Databases of results that are not the ledger's: each behind its adapter, and as a place to look into."""
+"""Databases for results apart from the ledger's: each has its adapter, and can be queried by a test."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import sqlalchemy as sa
 from airflow_provider_batchkit.landing import Warehouse
 from airflow_provider_batchkit.landing.warehouse import warehouse_of
 
-#: every database and driver that results can land in, and what it takes to have it
+#: every database and driver in which results can land
 RESULTS = (
     *("sqlite", "postgres-psycopg3", "postgres-psycopg2", "duckdb"),
     *("mysql-pymysql", "mysql-mysqlclient", "mysql-connector", "snowflake"),
@@ -57,7 +57,7 @@ class Results:
 
 @contextlib.contextmanager
 def results_in(kind: str, folder: Path, request: pytest.FixtureRequest) -> Iterator[Results]:
-    """An empty database of results; the test is skipped by name where it cannot be had."""
+    """An empty database of results; where it is not available, the test is skipped and names it."""
     match kind:
         case "sqlite":
             yield Results(kind, lambda: sqlite3.connect(folder / "results.db"))
@@ -80,7 +80,7 @@ def results_in(kind: str, folder: Path, request: pytest.FixtureRequest) -> Itera
 
 
 def mysql_client(client: str, port: int) -> Callable[[], Any]:
-    """What connects to a new database of the MariaDB server, with one of the clients that MySqlHook may use."""
+    """A function that connects to a new database of the MariaDB server, with one of the clients that MySqlHook may use."""
     module = {"pymysql": "pymysql", "mysqlclient": "MySQLdb", "connector": "mysql.connector"}[client]
     driver = pytest.importorskip(module, reason=f"{client} is not installed")
     name = f"test_{secrets.token_hex(6)}"
@@ -93,7 +93,7 @@ def mysql_client(client: str, port: int) -> Callable[[], Any]:
 
 
 def fakesnow_connect(**how: Any) -> Callable[[], Any]:
-    """What connects to a new account of fakesnow, an emulation of Snowflake's connector on DuckDB.
+    """A function that connects to a new account of fakesnow, an emulation of Snowflake's connector on DuckDB.
 
     It has the connector's errors, PUT, stages, COPY and the information schema. It has no locks that wait, no roles and no collations,
     enforces keys, and knows no session parameter but AUTOCOMMIT.

@@ -1,4 +1,4 @@
-"""A journaled job without Airflow: the same stages that the operators compose, on any database, against a simulator."""
+"""A journaled job without Airflow: it uses the same stages as the operators, on any database, against a simulator."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from airflow_provider_batchkit.request.template import RowTemplate
 from airflow_provider_batchkit.schema import OutputSchema
 from airflow_provider_batchkit.source.types import KeyTypes
 
-#: every way into a table, as database, driver, and whether it is the one that works anywhere
+#: every way to load a table: database, driver, and whether the load is the portable one, which works on any database
 LANDING_PATHS = {
     "sqlite": ("sqlite", "", False),
     "sqlite-portable": ("sqlite", "", True),
@@ -40,7 +40,7 @@ def kit_for(base_url: str, *, api_key: str = "test-key", **client: Any) -> Batch
 
 
 def times_of(settle_seconds: float | None, absence_seconds: float = 0.1) -> SettleTimes:
-    """Times as short as a test wants them."""
+    """Settle times that are as short as a test needs."""
     return DEFAULT_TIMES if settle_seconds is None else SettleTimes(settle_seconds, absence_seconds)
 
 
@@ -71,7 +71,7 @@ class Warehouse:
         only: Iterable[str] | None = None,
         **options: Any,
     ) -> SubmitReport:
-        """Submit rows as the job of ``run_id``, in an attempt of its own unless one is given."""
+        """Submit rows as the job of ``run_id``, in a new attempt unless one is given."""
         job = self.job(run_id, map_index=map_index)
         types = KeyTypes(key)
         schema = None if output_schema is None else OutputSchema.parse(output_schema)
@@ -90,11 +90,11 @@ class Warehouse:
         return submit_job(attempt, builder.pieces(rows, types.see), how, only=only, before_send=note_key)
 
     def attempt(self, job: JobRecord | None = None, **how: Any) -> Attempt:
-        """An attempt that is younger than all before it, of the job of ``run-1`` unless another is given."""
+        """A new attempt, younger than all earlier ones, of the job of ``run-1`` unless another job is given."""
         return Attempt(self.kit, self.ledger, job or self.job(), str(uuid6.uuid7()), how.pop("since", datetime.now(UTC)), **how)
 
     def job(self, run_id: str = "run-1", *, task_id: str = "submit", map_index: int = -1) -> JobRecord:
-        """The job of a run, in a ledger that is there."""
+        """The job of a run. The ledger is created if needed."""
         self.ledger.ensure()
         return self.ledger.identify("dag", run_id, task_id, map_index)
 
@@ -121,7 +121,7 @@ class Warehouse:
         settle_seconds: float | None = None,
         **options: Any,
     ) -> LandingReport:
-        """Land batches in a table; with ``into``, of another database."""
+        """Land batches in a table; with ``into``, in a table of another database."""
         how = {name: options.pop(name) for name in ("include_failed", "rewrite", "portable") if name in options}
         return fetch_job(
             self.kit,
