@@ -5,7 +5,7 @@
     BatchKitError
     ├── BatchInputError            terminal   the input or a setting is wrong; nothing was sent, nothing billed
     │   ├── RequestError           terminal   one request would be refused by the API; names the item
-    │   └── TableError             terminal   the result table does not fit what is to land in it
+    │   └── TableError             terminal   the result table does not fit the results
     ├── CostLimitError             terminal   the most that a job can cost is above max_cost_usd, or unknown; nothing was sent
     │   └── BudgetExceededError    terminal   the budget has no room for the job in this window; nothing was sent
     │       └── BudgetReservedError  retry    there is room if batches under way land for less than they reserved; nothing was sent
@@ -68,7 +68,7 @@ class RequestError(BatchInputError):
 
 
 class TableError(BatchInputError):
-    """The result table, its name or its columns do not fit what is to land in it."""
+    """The result table, its name or its columns do not fit the results."""
 
 
 class CostLimitError(BatchKitError):

@@ -191,7 +191,7 @@ class ReadLine:
 
     @property
     def usage_is_whole(self) -> bool:
-        """Whether everything that the line tells of its usage could be read. A counter that is null counts nothing."""
+        """Whether everything that the line says about its usage could be read. A counter that is null counts nothing."""
         return not any(o.member.startswith(_USAGE) and o.problem not in (NULL, UNKNOWN) for o in self.odd)
 
 

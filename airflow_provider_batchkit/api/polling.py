@@ -77,7 +77,7 @@ class Figures:
     #: requests of the batches that have been seen, and how many are done. The API may count none as done before a batch has ended
     requests: int
     done: int
-    #: of the running batches: the id of the oldest, its age in seconds, and the seconds until the first of them expires
+    #: id of the oldest running batch, its age in seconds, and the seconds until the first running batch expires
     oldest: str | None = None
     age_s: float = 0.0
     left_s: float = 0.0

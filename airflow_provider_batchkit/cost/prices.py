@@ -63,7 +63,7 @@ OVERRIDE_FIELDS = (*OVERRIDE_TOKEN_FIELDS, "web_search_usd_per_1k", "batch_disco
 #: What may follow a model's name: a date, "latest", and the version of a release. ``claude-2.1`` has another form.
 _NAME_SUFFIX = re.compile(r"([-@](\d{8}|\d{4}-\d\d-\d\d|latest))?(-v\d+(:\d+)?)?$|(?<=^claude-2)\.\d$")
 
-#: Wide enough that a product of a price and its factors is never rounded, whatever the caller's decimal context.
+#: This precision is wide enough that a product of a price and its factors is never rounded, whatever the caller's decimal context.
 _EXACT = Context(prec=60)
 
 
@@ -104,7 +104,7 @@ class ModelRates:
     tiers: tuple[PriceTier, ...]
     web_search_usd: Decimal
     us_multiplier: Decimal
-    #: of each tier, its ``min_prompt_tokens`` and four rows of rates: global, global fast, US-only, US-only fast
+    #: each tier's ``min_prompt_tokens`` with four rows of rates: global, global fast, US-only, US-only fast
     _lines: tuple[tuple[int, tuple[tuple[int, ...], ...]], ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

@@ -36,7 +36,7 @@ class Layout:
 
     #: result columns that are not written
     left_out: frozenset[str] = frozenset()
-    #: of these, the columns that can be added to the table
+    #: left-out columns that can be added to the table
     addable: tuple[str, ...] = ()
     #: the table's own columns with the name of a result column, which are left alone
     not_ours: tuple[str, ...] = ()

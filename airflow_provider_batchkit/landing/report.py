@@ -26,7 +26,7 @@ class LandedBatch:
     snapshot: BatchSnapshot
     #: source rows per outcome
     counts: Counter[str]
-    #: of these, unfinished answers, per ``error_type``
+    #: unfinished answers among the counted rows, per ``error_type``
     unfinished: Counter[str]
     tally: CostTally
     faults: StreamFaults

@@ -148,7 +148,7 @@ class Stage:
         """
         #: rows per outcome, including those that are left out
         self.counts: Counter[str] = Counter()
-        #: of these, unfinished answers, per ``error_type``
+        #: unfinished answers among the counted rows, per ``error_type``
         self.unfinished: Counter[str] = Counter()
         self._result_table = table
         self._keys = keys

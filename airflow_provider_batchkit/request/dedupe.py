@@ -41,7 +41,7 @@ class RowCounts:
     passed_over: int = 0
     #: rows that an earlier attempt has in flight or landed
     known: int = 0
-    #: of these, rows whose request would be another one now; they are not asked again
+    #: known rows whose request would be another one now; they are not asked again
     changed: int = 0
     #: rows whose request an earlier run of the task has answered
     unchanged: int = 0

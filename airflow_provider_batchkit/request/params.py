@@ -138,7 +138,7 @@ def parse_allowed(text: str | None) -> bool | list[str]:
 
 
 def _has_names(name: str, value: Any) -> bool:
-    """Whether a member of params holds names that are to be checked: those of its own members, or a model's."""
+    """Whether a member of params holds names that must be checked: those of its own members, or a model's."""
     return name not in _OPEN and (name == "model" or not isinstance(value, str))
 
 

@@ -112,7 +112,7 @@ class ShardWriter:
         self._copies: dict[int, list[bytes]] = {}
         self._copies_held = 0
         self._earlier: set[int] = set()
-        #: of each shard, the number of requests in the shards before it
+        #: for each shard, the number of requests in the shards before it
         self._firsts: list[int] = []
 
     def add(self, requests: Sequence[PreparedRequest]) -> None:

@@ -28,8 +28,8 @@ from airflow_provider_batchkit.exceptions import BatchInputError, RequestError
 if TYPE_CHECKING:
     import pyarrow as pa
 
-#: bytes of a line, and characters of a CSV field; the Messages API takes 32 MB a request. Without this bound, a quote that is never closed
-#: would make a field of the file's size
+#: the greatest length of a line and of a CSV field; the Messages API takes 32 MB a request. Without this bound, a quote that is never
+#: closed would make a field of the file's size
 MAX_LINE = 32 * 1024 * 1024
 _BUFFER_BYTES = 1024 * 1024
 _PARQUET_ROWS = 1_000

@@ -14,7 +14,7 @@ from airflow_provider_batchkit.exceptions import RequestError
 
 _DECODE_KEY = msgspec.json.Decoder(list[Any])
 _ENCODE_KEY = msgspec.json.Encoder(decimal_format="string")
-#: bytes of a key, which is part of an index of the ledger and of the result table; PostgreSQL's indexes take 2,700 bytes
+#: the most bytes of a key, which is part of an index of the ledger and of the result table; PostgreSQL's indexes take 2,700 bytes
 _MAX_KEY_BYTES = 2_000
 _INT64 = 2**63
 
