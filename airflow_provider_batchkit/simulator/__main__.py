@@ -20,7 +20,7 @@ PARENT_POLL_SECONDS = 0.5
 
 
 def parser() -> argparse.ArgumentParser:
-    """All flags. Those of settings have no defaults here: what is not given keeps the default of ``SimulatorSettings``."""
+    """All flags. The flags of settings have no defaults here: a flag that is not given keeps the default of ``SimulatorSettings``."""
     root = argparse.ArgumentParser(prog="airflow_provider_batchkit.simulator", description=__doc__, argument_default=argparse.SUPPRESS)
     process = root.add_argument_group("process")
     process.add_argument("--port", type=int, default=0, help="TCP port on 127.0.0.1; 0 takes a free one")
@@ -54,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def settings_from(options: dict[str, Any]) -> SimulatorSettings:
-    """Settings out of the parsed flags. Raises ValueError."""
+    """Settings from the parsed flags. Raises ValueError."""
     given = msgspec.json.decode(options["settings"], type=dict[str, Any])
     given |= {name: value for name, value in options.items() if name in SimulatorSettings.__struct_fields__}
     if "key" in options:
@@ -64,7 +64,7 @@ def settings_from(options: dict[str, Any]) -> SimulatorSettings:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the simulator; 0 after a signal, 2 for flags that make no sense."""
+    """Runs the simulator and returns the exit code: 0 after a signal, 2 for flags that are not valid."""
     root = parser()
     options = vars(root.parse_args(argv))
     try:
@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _write_whole(path: Path, text: str) -> None:
-    """Writes so that a reader sees nothing or all of it."""
+    """Writes a file so that a reader sees either nothing or the whole text."""
     part = path.with_name(path.name + ".part")
     part.write_text(text)
     part.replace(path)

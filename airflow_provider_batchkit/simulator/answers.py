@@ -1,4 +1,4 @@
-"""The message of a request that succeeds: content blocks, stop reason, usage. Shapes as recorded, or as the SDK's types have them."""
+"""The message of a request that succeeds: content blocks, stop reason, usage. Its shape follows recordings or the SDK's types."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from .records import Record
 
 Block = dict[str, Any]
 
-#: The advisor's and the fallback's model, and the tokens of what the top level of ``usage`` leaves out: model (empty: the request's own),
-#: input and output.
+#: The model of the advisor and of the fallback. ITERATIONS holds the inferences that the top level of ``usage`` leaves out: model (empty
+#: for the request's own), input tokens and output tokens.
 ADVISOR = FALLBACK = "claude-opus-5-5"
 ITERATIONS = {"compaction": ("", 180_000, 3_500), "advisor": (ADVISOR, 1_200, 300)}
 _HALVED = {"max_tokens": "max_tokens", "context-window": "model_context_window_exceeded", "pause-turn": "pause_turn"}
@@ -22,11 +22,11 @@ _PLAIN = frozenset(("", "max_tokens", "context-window", "invalid-output"))
 
 
 class Answer(NamedTuple):
-    """What a request is answered."""
+    """The answer to a request."""
 
     content: list[Block]
     stop_reason: str
-    #: of the answer, thinking included; at most ``max_tokens``
+    #: tokens of the answer with its thinking, at most ``max_tokens``
     output_tokens: int
     thinking_tokens: int = 0
 
@@ -64,7 +64,7 @@ def _thinking_block(record: Record) -> Block:
 
 
 def _text(record: Record, room: int) -> tuple[str, str]:
-    """Text and stop reason, in at most ``room`` tokens."""
+    """The answer's text, of at most ``room`` tokens, and its stop reason."""
     if record.marker.startswith("refusal") and record.marker != "refusal-partial":
         return "", "refusal"
     if record.schema and record.marker != "invalid-output":
@@ -91,7 +91,7 @@ def _tool_calls(record: Record, ident: str, room: int) -> tuple[list[Block], str
 
 
 def _blocks(record: Record, text: str, ident: str) -> Iterator[Block]:
-    """The blocks of an answer that is more than its text."""
+    """The content blocks of an answer with text."""
     match record.marker:
         case "pause-turn":
             yield {"type": "text", "text": text}
@@ -125,7 +125,7 @@ def _blocks(record: Record, text: str, ident: str) -> Iterator[Block]:
 
 
 def _searches(record: Record, ident: str) -> Iterator[Block]:
-    """The web searches before an answer, each with what it found."""
+    """The blocks of the web searches before an answer, each with its result."""
     found: object = [
         {
             "type": "web_search_result",
@@ -194,7 +194,7 @@ def _stop_details(record: Record) -> Block:
 
 
 def _iterations(record: Record, usage: Block) -> Iterator[Block]:
-    """One entry for each inference behind the message; the request's own is what the top level of ``usage`` says."""
+    """One entry per inference of the message; the entry of the request's own inference equals the top level of ``usage``."""
     own = {name: value for name, value in usage.items() if "tokens" in name and name != "output_tokens_details"}
     own["cache_creation"] = usage["cache_creation"]
     nothing = {"cache_creation_input_tokens": 0, "cache_read_input_tokens": 0, "cache_creation": None}
@@ -204,7 +204,7 @@ def _iterations(record: Record, usage: Block) -> Iterator[Block]:
         return
     model, read, written = ITERATIONS[record.marker]
     other = {**nothing, "input_tokens": read, "output_tokens": written}
-    # anthropic 1.3 has types that demand the model of a message; later ones do not
+    # the types of anthropic 1.3 require the model of a message; later versions do not
     own = {"type": "message", "model": record.model, **own}
     if record.marker == "compaction":
         yield {"type": "compaction", **other}

@@ -1,4 +1,4 @@
-"""State and controls of one simulator, and the socket that its connections come in by."""
+"""State and controls of one simulator, and the server socket that accepts its connections."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class Core:
 
 
 class Server(ThreadingHTTPServer):
-    """One thread per connection, on 127.0.0.1 only; knows its open connections, to end them when it stops."""
+    """Runs one thread per connection, on 127.0.0.1 only. It keeps its open connections, to end them when it stops."""
 
     daemon_threads = True
     block_on_close = False
@@ -94,7 +94,7 @@ class Server(ThreadingHTTPServer):
         self.netloc = f"127.0.0.1:{self.server_port}"
 
     def server_bind(self) -> None:
-        """Binds without the reverse look-up of the host name that the base class does."""
+        """Binds without the reverse lookup of the host name that the base class does."""
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self.socket.bind(self.server_address)
         self.server_address = self.socket.getsockname()
@@ -113,6 +113,6 @@ class Server(ThreadingHTTPServer):
             super().shutdown_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that goes away is no error here; anything else is printed by the base class."""
+        """Ignores a client that has gone away; the base class prints any other error."""
         if not isinstance(sys.exception(), ConnectionError):
             super().handle_error(request, client_address)

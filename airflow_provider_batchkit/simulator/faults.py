@@ -1,8 +1,8 @@
-"""Faults: what goes wrong on purpose, on which call, and how often.
+"""Faults: deliberate failures, each on given calls and a given number of times.
 
-Of the faults that answer or cut a whole call (``cut_…``, ``status…``, ``html…``) the first armed one in the list strikes, the others wait
-for their turn; ``late``, ``late_accept``, ``hide``, ``vanish`` and the faults inside a results stream come on top of them, all together.
-``cut_results`` belongs to the latter.
+Among the faults that answer or cut a whole call (``cut_…``, ``status…``, ``html…``), only the first armed one in the list strikes, and the
+others wait for a later call. ``late``, ``late_accept``, ``hide``, ``vanish`` and the faults inside a results stream, such as
+``cut_results``, all strike in addition.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from .errors import ApiError
 
 ANSWERING = ("cut_before_accept", "cut_after_accept", "status", "status_after_accept", "html", "html_after_accept")
 IN_RESULTS = ("cut_results", "broken_line", "duplicate_line", "foreign_line", "missing_line", "trickle", "set_member", *odd_lines.CHANGES)
-#: calls that ask for a batch by its id, and the list: where ``vanish`` strikes
+#: the calls on which ``vanish`` strikes: those that ask for a batch by its id, and the list
 LOOKS = ("retrieve", "list", "results", "cancel", "delete")
 Kind = Literal[
     "cut_before_accept", "cut_after_accept", "late", "late_accept", "status", "status_after_accept", "html", "html_after_accept",
     "hide", "vanish", "cut_results", "broken_line", "duplicate_line", "foreign_line", "missing_line", "trickle",
     "set_member", "null_counters", "unknown_members", "lone_surrogate", "new_type", "flat_error", "no_usage", "odd_block",
 ]  # fmt: skip
-#: What a login page of a company's gateway looks like from the outside.
+#: The page that a ``html`` fault sends by default, like the login page of a company's gateway.
 PAGE = "<!DOCTYPE html>\n<html>\n<head><title>Sign in</title></head>\n<body>Your session has expired.</body>\n</html>\n"
 Endpoint = Literal["create", "retrieve", "list", "cancel", "delete", "results", "count_tokens", "models", "model", "messages", "*"]
 
@@ -35,34 +35,34 @@ Endpoint = Literal["create", "retrieve", "list", "cancel", "delete", "results", 
 class Fault(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """One fault.
 
-    ``cut_before_accept``: the body is read, nothing is done, the connection is closed without an answer. ``cut_after_accept``: the call
-    is carried out, then the same. ``status``: nothing is done, the answer is ``status``. ``status_after_accept``: the call is carried
-    out, the answer is ``status``. ``late``: the call is carried out at once and answered after ``seconds``, so a late list shows what was
-    there when the call began. ``late_accept``: the call is carried out after ``seconds``, also when the client has gone away by then.
-    ``html``: nothing is done, the answer is a gateway's page: ``body`` of ``content_type``, by default with status 200.
-    ``html_after_accept``: the call is carried out, then the same.
+    ``cut_before_accept``: the body is read, nothing is done, and the connection is closed without an answer. ``cut_after_accept``: the call
+    is carried out, then the connection is closed without an answer. ``status``: nothing is done, and the answer is ``status``.
+    ``status_after_accept``: the call is carried out, and the answer is ``status``. ``late``: the call is carried out at once and answered
+    after ``seconds``, so a late list shows the batches that existed when the call began. ``late_accept``: the call is carried out after
+    ``seconds``, even when the client has gone away by then. ``html``: nothing is done, and the answer is a gateway's page: ``body`` of
+    ``content_type``, by default with status 200. ``html_after_accept``: the call is carried out, and the answer is that page.
     ``hide``: the batch that the call creates is missing from the list and answers 404 for ``seconds``, or for ``calls``.
     ``vanish``: the call does not find a live batch; a retrieve, results, cancel or delete answers 404, a list leaves ``batch`` out
     (without ``batch``: all of them). It does not count as a look.
 
-    In a results stream, ``line`` counts result lines from 1: ``cut_results`` ends the stream in the middle of it (``clean``: before it,
-    as if it were the regular end), ``broken_line`` and ``foreign_line`` put a line before it, ``duplicate_line`` sends it twice,
+    In a results stream, ``line`` counts result lines from 1: ``cut_results`` ends the stream in the middle of that line (``clean``: before
+    it, as if it were the regular end), ``broken_line`` and ``foreign_line`` put a line before it, ``duplicate_line`` sends it twice,
     ``missing_line`` drops it; ``trickle`` waits ``seconds`` before each line. ``set_member`` gives the member at the path ``member``
-    (``result.message.usage.output_tokens``, ``result.message.content.0.text``) the ``value``, or takes it away where there is none; the
-    other kinds of ``odd_lines.CHANGES`` change a line in ways of their own. These take ``line`` 0 for every line, or a ``custom_id``.
+    (``result.message.usage.output_tokens``, ``result.message.content.0.text``) the ``value``, or removes it when there is no value. The
+    other kinds of ``odd_lines.CHANGES`` each change a line in another way. These take ``line`` 0 for every line, or a ``custom_id``.
     """
 
     kind: Kind
-    #: which calls it matches; by default ``create``, ``retrieve`` for ``vanish``, ``results`` for the faults in a results stream;
-    #: ``*`` stands for all calls, of ``vanish`` for all that ask for a batch
+    #: the endpoint whose calls it matches: by default ``create``; for ``vanish`` ``retrieve``, and for faults in a results stream
+    #: ``results``. ``*`` matches all calls, for ``vanish`` all that ask for a batch
     endpoint: Endpoint | None = None
-    #: only calls on this batch
+    #: the batch whose calls it matches; null: any batch
     batch: str | None = None
     #: matching calls that pass before it strikes
     after: Annotated[int, msgspec.Meta(ge=0)] = 0
-    #: how many calls it strikes; null: all
+    #: how many calls it strikes; null: all of them
     times: Annotated[int, msgspec.Meta(ge=1)] | None = 1
-    #: share of the matching calls that it strikes, 0 to 1; the simulator's seed decides which. The others do not count as ``times``
+    #: share of the matching calls that it strikes, 0 to 1; the simulator's seed decides which. The other calls do not use up ``times``
     chance: Annotated[float, msgspec.Meta(ge=0, le=1)] = 1.0
     #: HTTP status of the answer; by default 500, for a page 200
     status: Annotated[int, msgspec.Meta(ge=200, le=599)] | None = None
@@ -75,22 +75,24 @@ class Fault(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     body: str = PAGE
     content_type: str = "text/html; charset=utf-8"
     seconds: Annotated[float, msgspec.Meta(ge=0)] = 0.01
-    #: of ``hide``, in place of ``seconds``: calls for this batch, and list calls of its workspace, that do not find it
+    #: for ``hide``, in place of ``seconds``: how many calls for this batch, and list calls of its workspace, do not find it
     calls: Annotated[int, msgspec.Meta(ge=1)] | None = None
     line: Annotated[int, msgspec.Meta(ge=0)] = 1
-    #: in place of ``line``: the lines of this request
+    #: in place of ``line``: changes the lines of this request
     custom_id: str | None = None
     #: path of the member that ``set_member`` sets: names, and positions in a list, with dots between them
     member: str = ""
     value: Any | msgspec.UnsetType = msgspec.UNSET
     clean: bool = False
-    #: cut with a TCP reset in place of a regular close
+    #: whether to cut with a TCP reset in place of a regular close
     reset: bool = False
     #: how often it has struck
     struck: int = 0
 
     def __post_init__(self) -> None:
-        """Raises ValueError for an error without an error's status, a member without a path, and a line that has to be one."""
+        """Raises ValueError for a status that is not an error's, ``set_member`` without ``member`` (or the reverse), and a fault of one
+        line without that line's number.
+        """
         if self.kind.startswith("status") and (self.status or 500) < 300:
             raise ValueError(f"status {self.status} is no error")
         if (self.kind == "set_member") != bool(self.member):
@@ -100,11 +102,11 @@ class Fault(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
     @property
     def is_change(self) -> bool:
-        """Whether it changes a result line, in place of adding, dropping or cutting one."""
+        """Whether it changes a result line, as opposed to adding, dropping or cutting one."""
         return self.kind == "set_member" or self.kind in odd_lines.CHANGES
 
     def matches(self, endpoint: str, batch_id: str | None) -> bool:
-        """Whether it is meant for this call."""
+        """Whether it can strike this call."""
         if self.kind == "vanish":
             own_batch = self.batch in (None, batch_id) or endpoint == "list"
             return own_batch and endpoint in LOOKS and (self.endpoint or "retrieve") in ("*", endpoint)
@@ -130,7 +132,7 @@ class Plan:
     in_results: list[Fault] = field(default_factory=list)
 
     def add(self, fault: Fault) -> None:
-        """Of several that answer the call, hold it up or hide its batch, the last one counts."""
+        """Adds a fault. If several answer the call, delay it or hide its batch, the last one counts."""
         if fault.kind in ANSWERING:
             self.answering = fault
         elif fault.kind in IN_RESULTS:
@@ -145,7 +147,7 @@ class Plan:
             self.hide = fault
 
     def strike(self, *kinds: str) -> None:
-        """Raises CutError, PageError or ApiError when the call's answering fault is of one of these kinds."""
+        """Raises CutError, PageError or ApiError when the fault that answers the call has one of these kinds."""
         fault = self.answering
         if fault is None or fault.kind not in kinds:
             return
@@ -179,7 +181,7 @@ class FaultList:
             self._faults.append(fault)
 
     def clear(self) -> None:
-        """Drops all faults, also those that have not struck yet."""
+        """Drops all faults, including those that have not struck yet."""
         with self._lock:
             self._faults.clear()
 
@@ -189,7 +191,7 @@ class FaultList:
             return [msgspec.to_builtins(fault) for fault in self._faults]
 
     def take(self, endpoint: str, batch_id: str | None) -> Plan:
-        """The faults that strike this call. Counts the call for all that it matches."""
+        """The faults that strike this call. The call counts for every fault that it matches."""
         plan = Plan()
         with self._lock:
             for fault in self._faults:
@@ -210,7 +212,7 @@ class FaultList:
 
 
 class CutError(Exception):
-    """The stream is to end here: ``last`` is what is still sent, ``fault`` says how to close."""
+    """Ends the stream here: ``last`` is still sent, and ``fault`` decides how the connection is closed."""
 
     def __init__(self, last: bytes, fault: Fault) -> None:
         super().__init__(fault.kind)
@@ -219,7 +221,7 @@ class CutError(Exception):
 
 
 class PageError(Exception):
-    """The answer is to be ``fault.body``, a page that is no answer of the API."""
+    """Makes ``fault.body`` the answer: a page that is not an answer of the API."""
 
     def __init__(self, fault: Fault) -> None:
         super().__init__(fault.kind)
@@ -227,7 +229,7 @@ class PageError(Exception):
 
 
 def faulty(lines: Iterable[bytes], faults: list[Fault]) -> Iterator[bytes]:
-    """The lines with the faults among them. Raises CutError where the stream is to be cut; a line past the last one stands for the end."""
+    """The lines with the faults applied. Raises CutError where the stream is cut; a ``line`` past the last one means the end."""
     if not faults:
         yield from lines
         return
@@ -240,7 +242,7 @@ def faulty(lines: Iterable[bytes], faults: list[Fault]) -> Iterator[bytes]:
 
 
 def _around(line: bytes, faults: list[Fault]) -> Iterator[bytes]:
-    """One line with what its faults make of it."""
+    """The lines that one line becomes through its faults."""
     sent = [line]
     for fault in faults:
         match fault.kind:

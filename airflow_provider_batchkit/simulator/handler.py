@@ -26,18 +26,18 @@ from .tokens import OVERHEAD_TOKENS, tokens_of_bytes
 
 READ_BYTES = 1 << 20
 CHUNK_BYTES = 1 << 16
-#: Statuses of the 4xx that say nothing against the same call a little later.
+#: 4xx statuses after which the same call may succeed a little later.
 PASSING = (408, 409, 429)
-#: Bodies over the limit are read and thrown away up to here, so that the client gets to read the 413; beyond, the connection closes.
+#: Bodies over the limit are read and thrown away up to this size, so that the client can read the 413; above it, the connection closes.
 DRAIN_BYTES = 1_000_000_000
-#: Batches on one page, from the API's documentation.
+#: Most batches on one page (API documentation).
 MAX_PAGE = 1000
-#: What the API says to whoever looks at a batch that runs, in seconds.
+#: The ``retry-after`` header, in seconds, that the API sends with a running batch.
 RETRY_AFTER = "10"
-#: What the API says of its limit of calls a minute. This one has none.
+#: The limit of calls per minute that the API names in its headers. The simulator does not limit calls.
 CALLS_A_MINUTE = 4000
 ORGANIZATION = "00000000-0000-4000-8000-000000000000"
-#: Form of the anthropic-version header; which dates are known changes with every SDK, so any date passes.
+#: Form of the anthropic-version header. Any date passes, since every SDK may know other dates.
 API_VERSION = re.compile(r"20\d\d-\d\d-\d\d")
 _ID = r"/(?P<id>[^/]+)"
 _ROUTES = tuple(
@@ -63,11 +63,11 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
     server: Server
-    #: headers of the answer to the call that is carried out
+    #: further headers for the answer to the present call
     _extra: dict[str, str]
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base class's name
-        """No access log: the counts are in the stats."""
+        """Writes no access log, because the stats have the counts."""
 
     def do_GET(self) -> None:
         self._serve()
@@ -146,7 +146,7 @@ class Handler(BaseHTTPRequestHandler):
         return workspace
 
     def _workspace(self) -> str:
-        """The workspace that the credentials belong to. Raises ApiError: 401, 400 without a version, 403 for another workspace's id."""
+        """The workspace of the credentials. Raises ApiError: 401, 400 without a version, 403 for another workspace's id."""
         bearer = self.headers.get("authorization", "")
         key = self.headers.get("x-api-key") or (bearer[7:].strip() if bearer.lower().startswith("bearer ") else "")
         if not key:
@@ -226,10 +226,10 @@ class Handler(BaseHTTPRequestHandler):
         else:
             self._answer(200, answer)
 
-    # bytes in
+    # reading a call
 
     def _read_body(self, limit: int) -> tuple[bytearray, bool]:
-        """The body, and whether it is over ``limit`` bytes; one over it is read and thrown away."""
+        """The body, and whether it is over ``limit`` bytes; a body over the limit is read and thrown away."""
         if "chunked" in self.headers.get("transfer-encoding", "").lower():
             return self._read_chunked(limit)
         size = int(self.headers.get("content-length") or 0)
@@ -273,7 +273,7 @@ class Handler(BaseHTTPRequestHandler):
             raise ConnectionResetError("the client closed the connection inside the body")
         return data
 
-    # bytes out
+    # sending the answer
 
     def _head(self, status: int, request: str, *extra: str) -> bytes:
         lines = [
@@ -302,7 +302,7 @@ class Handler(BaseHTTPRequestHandler):
         self._answer(error.status, error_body(error.type, error.message, ""))
 
     def _answer_page(self, fault: Fault) -> None:
-        """Answers as something between the client and the API would: without a request id."""
+        """Answers as a gateway between the client and the API does: without a request id."""
         status = fault.status or 200
         self.core.count_status(status)
         data = fault.body.encode()
@@ -315,7 +315,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write("\r\n".join([*head, "", ""]).encode("latin-1") + data)
 
     def _stream(self, lines: Iterator[bytes], faults: list[Fault]) -> None:
-        """Sends lines in chunks of about 64 KB; with a ``trickle`` fault one by one."""
+        """Sends lines in chunks of about 64 KB; with a ``trickle`` fault line by line."""
         self.core.count_status(200)
         self.wfile.write(self._head(200, request_id(), "content-type: application/x-jsonl", "transfer-encoding: chunked"))
         pause = max((fault.seconds for fault in faults if fault.kind == "trickle"), default=0.0)
@@ -348,13 +348,13 @@ class Handler(BaseHTTPRequestHandler):
         self.close_connection = True
         self.core.count_status(0)
         if cut.fault.reset:
-            time.sleep(0.01)  # a reset discards what the client has not read yet; what came before it should arrive
+            time.sleep(0.01)  # a reset discards bytes that the client has not read yet, so it gets time to read them
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.server.resets.add(self.connection)
 
 
 def _page_query(query: dict[str, list[str]]) -> tuple[int, str | None, str | None]:
-    """limit, after_id, before_id. Raises ApiError (400) for a limit that is no integer from 1 to 1000."""
+    """``limit``, ``after_id`` and ``before_id`` of a query. Raises ApiError (400) for a limit that is not an integer from 1 to 1000."""
     text = query.get("limit", ["20"])[-1]
     if not text.isdecimal():
         raise ApiError(400, "limit: Input should be a valid integer, unable to parse string as an integer")

@@ -1,4 +1,4 @@
-"""From a request's checked params to the record that is kept of it."""
+"""Makes the record that is kept of a request from its checked params."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .validate import BetaParams, Params, SystemBlock, Turn, message_params
 
 
 class Intake:
-    """Makes the records of one call. ``seen`` and ``cached`` are questions to the store; ``struck`` is what it should learn."""
+    """Makes the records of one call. ``seen`` and ``cached`` query the store, which reads ``struck`` after the call."""
 
     def __init__(self, settings: SimulatorSettings, seen: Callable[[str], bool], cached: Callable[[str], bool]) -> None:
         self._settings = settings
@@ -27,14 +27,14 @@ class Intake:
         self._seen = seen
         self._cached = cached
         self._shared: dict[bytes, bytes] = {}
-        #: prefixes that this call's requests name: warm already, and by how many of them
+        #: prefix → whether it is warm already; ``_uses`` counts the requests of this call that have it
         self._warm: dict[str, bool] = {}
         self._uses: dict[str, int] = {}
         #: digests of prompts that a once-only outcome has struck in this call
         self.struck: set[str] = set()
 
     def record(self, custom_id: str, raw: msgspec.Raw | bytearray, *, beta: bool) -> Record:
-        """Raises ApiError for bad params, and SlipError for an unknown marker in the prompt."""
+        """The record of a request. Raises ApiError for bad params, and SlipError for an unknown marker in the prompt."""
         params = message_params(raw, self._models, beta=beta)
         prompt = prompt_of(params.messages)
         size = system_bytes(params.system)
@@ -85,7 +85,7 @@ class Intake:
         return ""
 
     def _ask_for_a_form(self, record: Record, params: Params) -> None:
-        """The schema of the answer, or the tool that it has to call and the schema of its input."""
+        """Sets the schema of the answer, or the tool that the answer must call and the schema of the tool's input."""
         fmt = params.output_config.format if params.output_config else None
         if fmt is None and isinstance(params, BetaParams):
             fmt = params.output_format
@@ -128,7 +128,7 @@ class Intake:
             ttl = block.cache_control.ttl
             prefixes.append(prefix := f"{ttl}/{record.model}/{tokens.digest_of(text)}")
             if self._finds(prefix):
-                # what comes before it is part of it
+                # the prefix contains everything before it, so reading it covers the shorter ones
                 read, written = size, {"5m": 0, "1h": 0}
             else:
                 written[ttl] = size - read - written["1h" if ttl == "5m" else "5m"]

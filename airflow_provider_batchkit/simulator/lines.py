@@ -1,4 +1,4 @@
-"""Result lines: what a batch's results say of each request, in an order of their own."""
+"""Result lines: the result of each request of a batch, in another order than the requests."""
 
 from __future__ import annotations
 
@@ -50,18 +50,18 @@ def _error(record: Record, batch_id: str) -> dict[str, Any]:
 
 
 def result_lines(records: list[Record], batch_id: str, seed: int) -> Iterator[bytes]:
-    """All result lines in another order than asked: the same for the same seed, and different from the requests' from two on."""
+    """All result lines. The same seed gives the same order, which differs from that of the requests when there are two or more."""
     for position in order(len(records), seed):
         yield result_line(records[position], batch_id)
 
 
 def order(size: int, seed: int) -> Iterator[int]:
-    """The positions 0 to size-1, each once, mixed by an affine step without any memory."""
+    """The positions 0 to size-1, each once, permuted by an affine step that needs no memory."""
     step = max(2, int(size * 0.618))
     while _common_divisor(step, size) != 1:
         step += 1
     start = 1 + seed
-    if step % size == 1 and start % size == 0:  # two requests: their one other order
+    if step % size == 1 and start % size == 0:  # the order would stay as it is, as it can for two requests
         start = 1
     return ((start + step * number) % size for number in range(size))
 

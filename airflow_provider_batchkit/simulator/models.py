@@ -1,6 +1,6 @@
 """The catalogue of models for ``/v1/models``: names, limits, lifecycle. A request with a model that is not in it fails.
 
-Dates and most limits are placeholders. From recordings: the dated names of two 4.5 models, and the 64,000 answer tokens of Haiku 4.5.
+Dates and most limits are placeholders. The dated names of two 4.5 models, and the 64,000 answer tokens of Haiku 4.5, were recorded.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ _MODELS = (
     ("claude-opus-4-5-20251101", "Claude Opus 4.5"),
     ("claude-sonnet-4-5-20250929", "Claude Sonnet 4.5"),
 )
-#: The dated name behind a model's short one, where it is known: Haiku and Sonnet from recorded answers, Opus from the SDK's list of models.
+#: Short name → dated name, where that is known: for Haiku and Sonnet from recorded answers, for Opus from the SDK's list of models.
 _DATED = {
     "claude-haiku-4-5": "claude-haiku-4-5-20251001",
     "claude-opus-4-5": "claude-opus-4-5-20251101",
     "claude-sonnet-4-5": "claude-sonnet-4-5-20250929",
 }
-#: Models that take no ``thinking.type`` of ``enabled``: Opus from 4.7 on; for Fable and Mythos it is a guess.
+#: Models that refuse ``thinking.type`` ``enabled``: Opus from 4.7 on; for Fable and Mythos it is a guess.
 _ADAPTIVE_ONLY = ("claude-opus-4-7", "claude-opus-4-8", "claude-opus-5", "claude-fable-5", "claude-mythos-5")
 _YES = {"supported": True}
 _NO = {"supported": False}
@@ -50,7 +50,7 @@ def dated(model: str) -> str:
 
 @cache
 def knows_geography(model: str) -> bool:
-    """Whether the model's answers say where they were made. Those up to the 4.5 models answer ``not_available``."""
+    """Whether the model's answers name their ``inference_geo``. Models up to 4.5 answer ``not_available``."""
     return not any(part in model for part in ("-4-5", "-4-1", "-4-0", "-4-2025", "claude-3", "claude-2"))
 
 
@@ -96,7 +96,7 @@ MODELS: dict[str, dict[str, Any]] = {id_: _model(id_, name) for id_, name in _MO
 
 
 def catalogue(changes: Mapping[str, Mapping[str, Any]]) -> Catalogue:
-    """Id → ModelInfo, newest first: the known models, with ``changes`` to members of them; a new id is a new model, at the end."""
+    """Id → ModelInfo, newest first: the known models with ``changes`` to their members. A new id adds a model at the end."""
     if not changes:
         return MODELS
     models = dict(MODELS)
@@ -106,5 +106,5 @@ def catalogue(changes: Mapping[str, Mapping[str, Any]]) -> Catalogue:
 
 
 def find(models: Catalogue, name: str) -> dict[str, Any] | None:
-    """The model of this name, which may be a short one."""
+    """The model of this name, which may be a short name; None when there is none."""
     return models.get(name) or models.get(dated(name))

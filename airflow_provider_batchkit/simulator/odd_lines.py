@@ -1,6 +1,6 @@
-"""Result lines whose shape is not the documented one: what an API that has moved on, or one of its bugs, may send.
+"""Result lines of an undocumented shape, such as a newer API or one of its bugs may send.
 
-``CHANGES`` names them: as faults they change the lines of one reading, as markers (with ``-`` for ``_``) the lines of one request.
+``CHANGES`` names the changes. As faults they change the lines of one reading; as markers (with ``-`` for ``_``) the lines of one request.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ class _Owner(msgspec.Struct):
 
 
 _owner = msgspec.json.Decoder(_Owner)
-#: Stands in the text until the line is encoded: no encoder writes half of a surrogate pair.
+#: A placeholder for half of a surrogate pair until the line is encoded, since no encoder writes such a half.
 _SURROGATE = "\ufdd0"
 _ESCAPE = rb"\ud800"
 
 
 def custom_id_of(line: bytes) -> str:
-    """The ``custom_id`` of a result line; ``""`` for none."""
+    """The ``custom_id`` of a result line; ``""`` when it has none."""
     return _owner.decode(line).custom_id if line else ""
 
 
 def changed(line: bytes, kind: str) -> bytes:
-    """A result line after the change ``kind`` of ``CHANGES``. A line that has not what the change is about stays as it is."""
+    """A result line after the change ``kind`` of ``CHANGES``. A line without the member that the change needs stays as it is."""
     decoded = _decoded(line)
     CHANGES[kind](decoded)
     return _encoded(decoded)
 
 
 def with_member(line: bytes, path: str, value: Any) -> bytes:
-    """A result line whose member at ``path`` is ``value``, or missing for ``UNSET``. A path that leads nowhere changes nothing."""
+    """A result line with ``value`` as its member at ``path``, or without it for ``UNSET``. A path that does not exist changes nothing."""
     decoded = _decoded(line)
     *way, last = path.split(".")
     node: Any = decoded
@@ -67,19 +67,19 @@ def _encoded(line: Line) -> bytes:
 
 
 def _message(line: Line) -> Line:
-    """The message of a line that has one; an empty one otherwise, whose changes are lost."""
+    """The message of a line; for a line without one an empty mapping, so that changes to it have no effect."""
     message = line["result"].get("message")
     return message if isinstance(message, dict) else {}
 
 
 def _null_counters(line: Line) -> None:
-    """Every counter but those of plain input and output is null."""
+    """Makes every counter null but those of plain input and output."""
     usage = _message(line).get("usage") or {}
     usage.update(dict.fromkeys([name for name in usage if name not in ("input_tokens", "output_tokens")]))
 
 
 def _unknown_members(line: Line) -> None:
-    """Members that nobody knows yet, at every level."""
+    """Adds unknown members at every level."""
     novelty = {"since": "tomorrow", "list": [1, None, {"deep": True}]}
     line["novelty"] = novelty
     line["result"]["novelty"] = novelty
@@ -91,31 +91,31 @@ def _unknown_members(line: Line) -> None:
 
 
 def _lone_surrogate(line: Line) -> None:
-    r"""Half of a surrogate pair, as the raw escape ``\ud800``, after the text."""
+    r"""Adds half of a surrogate pair, as the raw escape ``\ud800``, to the text."""
     for block in _message(line).get("content", ()):
         if block.get("type") == "text":
             block["text"] += _SURROGATE
 
 
 def _new_type(line: Line) -> None:
-    """A result that is none of the four."""
+    """Makes the type of the result none of the four documented ones."""
     line["result"] = {"type": "postponed", "reason": {"code": "capacity"}}
 
 
 def _flat_error(line: Line) -> None:
-    """An error that is not nested twice."""
+    """Makes the result an error that is not nested twice."""
     error = line["result"].get("error") or {}
     inner = error.get("error") or {"type": "api_error", "message": "Internal server error"}
     line["result"] = {"type": "errored", "error": {"type": inner["type"], "message": inner["message"]}}
 
 
 def _no_usage(line: Line) -> None:
-    """A message without its usage."""
+    """Removes the message's usage."""
     _message(line).pop("usage", None)
 
 
 def _odd_block(line: Line) -> None:
-    """A block of an unknown type before the answer, with an object where other blocks have text."""
+    """Puts a block of an unknown type before the answer, with an object where other blocks have text."""
     _message(line).get("content", []).insert(0, {"type": "sketch", "text": {"strokes": [[0, 0], [1, 1]]}})
 
 

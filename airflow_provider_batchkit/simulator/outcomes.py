@@ -1,10 +1,10 @@
-"""Scripted outcomes: what becomes of which request. Markers in a prompt come first, then the rates of the settings.
+"""Scripted outcomes of requests. A marker in the prompt decides first, then the rates of the settings.
 
-A marker is ``[[sim:NAME]]`` anywhere in the last user message, or ``[[sim:NAME-once]]``: only the first time that this prompt text is
+A marker is ``[[sim:NAME]]`` anywhere in the last user message. ``[[sim:NAME-once]]`` strikes only the first time that this prompt text is
 seen in its workspace, so that a request which is asked again succeeds.
 
 - ``errored``, ``overloaded``, ``rate-limit``, ``api-error``: an ``errored`` line. ``credit``, ``usage-limit``, ``billing``, ``disabled``:
-  one whose reason is the account. ``file-url``, ``image``: one that fails while it runs.
+  an ``errored`` line because of the account. ``file-url``, ``image``: an ``errored`` line of a request that fails while it runs.
 - ``expired``, ``canceled``: no answer.
 - ``max_tokens``: half of the answer, cut. ``context-window``: the same for ``model_context_window_exceeded``. ``thinking``: a thinking
   block before the answer. ``thinking-only``: thinking uses up ``max_tokens``, and there is no text.
@@ -12,9 +12,9 @@ seen in its workspace, so that a request which is asked again succeeds.
   output. ``refusal-partial``: refused in the middle of the text, which is billed.
 - ``tool``: a call of the request's first tool that has an ``input_schema``, also when no ``tool_choice`` forces it; ``tool-twice``: two.
 - ``pause-turn``: a server tool's turn that is paused. ``citations``: a text in blocks, one of which cites.
-- ``search``: a web search, also without the tool. ``search-error``: one that fails, without cost.
+- ``search``: a web search, also without the tool. ``search-error``: a web search that fails, without cost.
 - ``compaction``, ``advisor``, ``fallback``: ``usage.iterations``, with the content blocks of the beta API.
-- ``invalid-output``: prose, whatever schema was asked for.
+- ``invalid-output``: prose, even when a schema was asked for.
 - A change of ``odd_lines.CHANGES``, with ``-`` for ``_``: a result line of an undocumented shape.
 """
 
@@ -30,7 +30,7 @@ from .errors import ApiError
 
 
 class Outcome(IntEnum):
-    """What becomes of a request when its batch ends."""
+    """The outcome of a request when its batch ends."""
 
     SUCCEEDED = 0
     ERRORED = 1
@@ -39,27 +39,27 @@ class Outcome(IntEnum):
 
 
 class Script(NamedTuple):
-    """What a marker asks for: an outcome and, for an errored one, the error as its result line is to carry it."""
+    """The script of a marker: an outcome and, for an errored one, the error in its result line."""
 
     outcome: Outcome = Outcome.SUCCEEDED
     #: type and message of the error
     type: str = ""
     message: str = ""
-    #: whether ``details`` says that the error is the user's to see; otherwise it is null
+    #: whether ``details`` marks the error as visible to the user; otherwise ``details`` is null
     details: bool = False
-    #: whether the line names the request (``workerreq_…``), or has no member ``request_id`` at all
+    #: whether the line has the member ``request_id``, which names the request (``workerreq_…``)
     named: bool = True
 
 
-#: The categories of a refusal, from the SDK's types.
+#: The categories of refusals in the SDK's types.
 CATEGORIES = ("cyber", "bio", "frontier_llm", "reasoning_extraction", "general_harms")
-#: Those whose refusals are billed although nothing was answered, since 24 September 2026.
+#: Categories whose refusals are billed, since 24 September 2026, although nothing was answered.
 BILLED_CATEGORIES = frozenset(("bio", "frontier_llm", "reasoning_extraction"))
 _E = Outcome.ERRORED
 _INVALID = "invalid_request_error"
 _ODD_OUTCOMES = {"new_type": _E, "flat_error": _E}
-#: marker → script. The texts of credit, file-url and image were recorded; those of usage-limit, billing and disabled follow what reports
-#: say of them, and are nobody's words
+#: marker → script. The texts of credit, file-url and image were recorded. Those of usage-limit, billing and disabled are invented after
+#: reports of such errors.
 MARKERS: dict[str, Script] = {
     "errored": Script(_E, _INVALID, "The simulator was told to fail this request.", details=True),
     "overloaded": Script(_E, "overloaded_error", "Overloaded"),
@@ -95,11 +95,11 @@ _TWO_TO_64 = 2**64
 
 
 class SlipError(ApiError):
-    """A marker that is none: a test would prove nothing, so the whole call is refused."""
+    """Refuses the whole call because of an unknown marker, with which a test would prove nothing."""
 
 
 def marker_in(prompt: str) -> tuple[str, bool]:
-    """Name of the first marker in a prompt that has one, and whether it strikes once. Raises SlipError (400) for an unknown name."""
+    """Name of the prompt's first marker, and whether it strikes only once. Raises SlipError (400) for an unknown name."""
     found = _MARKER.search(prompt)
     if found is None or found[1] not in MARKERS:
         known = ", ".join(sorted(MARKERS))

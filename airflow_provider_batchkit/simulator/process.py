@@ -41,7 +41,7 @@ class RemoteControl:
     def __init__(self, base_url: str) -> None:
         self.base_url = base_url
         self.faults = RemoteFaults(self)
-        self._opener = build_opener(ProxyHandler({}))  # a proxy of the environment is not for loopback
+        self._opener = build_opener(ProxyHandler({}))  # a proxy from the environment must not be used for loopback
 
     def call(self, method: str, path: str, body: object = None) -> Any:
         """One control call; raises ValueError with the simulator's message when it refuses, OSError when it does not answer."""
@@ -79,9 +79,9 @@ class RemoteControl:
 
 
 class SimulatorProcess(RemoteControl):
-    """A simulator in a process of its own, for a ``with`` block: started, waited for, and ended by its pid.
+    """A simulator in a process of its own, for a ``with`` block: it is started, waited for, and ended by its pid.
 
-    Takes what ``Simulator`` takes. It ends itself when this process dies. Raises RuntimeError when it does not start.
+    It takes the parameters of ``Simulator``, and ends itself when this process dies. Raises RuntimeError when it does not start.
     """
 
     def __init__(self, settings: SimulatorSettings | None = None, *, port: int = 0, faults: Iterable[Fault] = (), **changes: Any) -> None:

@@ -32,13 +32,13 @@ _UNSUPPORTED = {
 
 @lru_cache(maxsize=256)
 def decoded(schema: bytes) -> Any:
-    """The schema as an object; not to be changed, for it is shared."""
+    """The schema as an object, which is shared and must not be changed."""
     return msgspec.json.decode(schema)
 
 
 @lru_cache(maxsize=256)
 def problem_of(schema: bytes) -> str:
-    """What the API would not take about a schema, ``""`` for nothing: open objects, bounds, recursion, and what is no schema at all."""
+    """Why the API would refuse a schema (open objects, bounds, recursion, or no schema at all); ``""`` when it would not."""
     root = decoded(schema)
     if not isinstance(root, dict):
         return "Input should be a valid dictionary"
@@ -61,13 +61,13 @@ def problem_of(schema: bytes) -> str:
 
 
 def encoded(schema: object) -> bytes:
-    """A schema as bytes, as the functions here take it."""
+    """A schema as bytes, in the form that these functions take."""
     return msgspec.json.encode(schema)
 
 
 @lru_cache(maxsize=256)
 def misfit_of(schema: bytes) -> str:
-    """What hinders an answer in the schema, ``""`` for nothing. A tool's input may have any schema that an object fits."""
+    """Why the simulator cannot answer in the schema; ``""`` when it can. A tool's input may have any schema that an object fits."""
     try:
         answer_in_schema(decoded(schema), "0" * 12)
     except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
@@ -76,7 +76,7 @@ def misfit_of(schema: bytes) -> str:
 
 
 def check(schema: bytes) -> None:
-    """Raises ApiError (400) for a schema that the API would not take."""
+    """Raises ApiError (400) for a schema that the API would refuse."""
     problem = problem_of(schema)
     if problem:
         raise ApiError(400, f"output_config.format.schema: {problem}")
@@ -92,7 +92,7 @@ def _nodes(schema: object) -> Iterator[dict[str, Any]]:
 
 
 def _members(schema: dict[str, Any]) -> Iterator[object]:
-    """The schemas that stand directly in a schema."""
+    """The schemas directly inside a schema."""
     for keyword in ("properties", "$defs", "definitions"):
         members = schema.get(keyword)
         yield from members.values() if isinstance(members, dict) else ()
@@ -102,7 +102,7 @@ def _members(schema: dict[str, Any]) -> Iterator[object]:
 
 
 def _is_recursive(schema: object, root: object, inside: frozenset[str]) -> bool:
-    """Whether a ``$ref`` leads to a schema that it stands in."""
+    """Whether a ``$ref`` leads to a schema that contains it."""
     if not isinstance(schema, dict):
         return False
     if "$ref" not in schema:
@@ -114,7 +114,7 @@ def _is_recursive(schema: object, root: object, inside: frozenset[str]) -> bool:
 def answer_in_schema(schema: object, digest: str) -> str:
     """A small JSON text that fits ``schema``; its integers and strings come from the digest, so it is the same on every run.
 
-    Knows objects, arrays, strings, integers, numbers, booleans, null, enum, const, anyOf, oneOf, allOf (first member), local ``$ref``,
+    It handles objects, arrays, strings, integers, numbers, booleans, null, enum, const, anyOf, oneOf, allOf (first member), local ``$ref``,
     lengths and ranges. Other keywords (``pattern``, ``not``, …) are ignored.
     """
     return msgspec.json.encode(_value(schema, schema, digest, "$", 0)).decode()
@@ -156,7 +156,7 @@ def _value(schema: object, root: object, digest: str, path: str, depth: int) -> 
 
 
 def _object(schema: dict[str, Any], root: object, digest: str, path: str, depth: int) -> dict[str, Any]:
-    """All properties near the root, only the required ones deeper down, so that a recursive schema comes to an end."""
+    """An object with all properties near the root and only the required ones deeper down, so that a recursive schema ends."""
     properties = schema.get("properties", {})
     names = properties if depth < MAX_SCHEMA_DEPTH // 8 else [name for name in properties if name in schema.get("required", ())]
     return {name: _value(properties[name], root, digest, f"{path}.{name}", depth + 1) for name in names}

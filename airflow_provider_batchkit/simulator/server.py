@@ -1,4 +1,4 @@
-"""The simulator as an object of this process: a server on a thread, its stats, its faults, its controls."""
+"""The simulator as an object in this process: a server on a thread, with its stats, faults and controls."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from .handler import Handler
 from .settings import SimulatorSettings
 from .store import Spell
 
-#: How soon a stop is noticed.
+#: Seconds within which a stop is noticed.
 POLL_SECONDS = 0.02
 
 
 class Simulator:
     """A Message Batches API on 127.0.0.1, on a thread of this process, for a ``with`` block.
 
-    ``settings``, then ``changes`` to single fields of it by name: ``Simulator(clock="manual", output_tokens=100)``. ``port`` 0 takes a
-    free one. Raises ValueError for bad settings and OSError for a taken port.
+    It takes ``settings``, and ``changes`` to single fields by name: ``Simulator(clock="manual", output_tokens=100)``. ``port`` 0 takes a
+    free port. Raises ValueError for bad settings and OSError for a taken port.
     """
 
     def __init__(self, settings: SimulatorSettings | None = None, *, port: int = 0, faults: Iterable[Fault] = (), **changes: Any) -> None:
@@ -37,11 +37,11 @@ class Simulator:
         self.stop()
 
     def start(self) -> None:
-        """Starts serving; the port is bound already."""
+        """Starts serving on the port, which is bound already."""
         self._thread.start()
 
     def stop(self) -> None:
-        """Stops serving and closes all connections, also those in the middle of an answer."""
+        """Stops serving and closes all connections, even those in the middle of an answer."""
         self._core.stopping.set()
         if self._thread.is_alive():
             self._server.shutdown()
@@ -59,7 +59,7 @@ class Simulator:
 
     @property
     def base_url(self) -> str:
-        """For ``anthropic.Anthropic(base_url=…)``."""
+        """The URL for ``anthropic.Anthropic(base_url=…)``."""
         return f"http://{self._server.netloc}"
 
     @property
@@ -68,11 +68,11 @@ class Simulator:
 
     @property
     def faults(self) -> FaultList:
-        """``add(kind, **fields)``, ``clear()``."""
+        """The list of faults, with ``add(kind, **fields)`` and ``clear()``."""
         return self._core.faults
 
     def stats(self) -> dict[str, Any]:
-        """Calls, accepted batches and the bill, as ``GET /_sim/stats`` answers them."""
+        """Calls, accepted batches and the bill, as ``GET /_sim/stats`` gives them."""
         return self._core.stats()
 
     def custom_ids(self, batch_id: str) -> list[str]:
@@ -84,19 +84,19 @@ class Simulator:
         self._core.set(changes)
 
     def end(self, batch_id: str) -> None:
-        """Ends a batch as scripted; a canceling one with its requests canceled."""
+        """Ends a batch as scripted. A batch that is being canceled ends with its requests canceled."""
         self._core.store.finish(batch_id, "end")
 
     def expire(self, batch_id: str) -> None:
-        """Ends a batch with all requests expired that were not done."""
+        """Ends a batch; all requests that were not done expire."""
         self._core.store.finish(batch_id, "expire")
 
     def archive(self, batch_id: str) -> None:
-        """Ends a batch if need be and takes its results away."""
+        """Ends a batch if it still runs, and drops its results."""
         self._core.store.finish(batch_id, "archive")
 
     def hide(self, batch_id: str, *, seconds: float = 0.0, calls: int = 0) -> None:
-        """Hides a batch from the list and behind a 404, for ``calls`` where that is above 0, else for ``seconds``."""
+        """Hides a batch: the list leaves it out and its id answers 404, for ``calls`` where that is above 0, else for ``seconds``."""
         self._core.store.hide(batch_id, Spell(seconds, calls))
 
     def advance(self, seconds: float) -> None:

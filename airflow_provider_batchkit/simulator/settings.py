@@ -1,4 +1,4 @@
-"""What a simulator can be told: limits, clock, keys, token model, scripted outcomes."""
+"""The settings of a simulator: limits, clock, keys, token model, scripted outcomes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .outcomes import MARKERS
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 Count = Annotated[int, msgspec.Meta(ge=0)]
 
-#: Limits of the API, from its documentation: body bytes and requests of one batch.
+#: Limits of the API for one batch, from its documentation: bytes of the body, and requests.
 MAX_BODY_BYTES = 256_000_000
 MAX_REQUESTS = 100_000
 #: Seconds until a batch that has not ended expires, and until its results are archived, both from creation.
@@ -24,46 +24,46 @@ _CLOCK = re.compile(r"polls:(?P<polls>\d+)|seconds:(?P<least>\d+(\.\d+)?)(-(?P<m
 
 
 class SimulatorSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Every knob of the simulator. Outcome and token settings hold for requests accepted after they are set.
+    """All settings of the simulator. Outcome and token settings hold for requests accepted after they are set.
 
-    ``clock``: when a batch ends. ``"instant"``: with its creation. ``"polls:N"``: after N looks (retrieve, or a list page that shows
-    it) have answered ``in_progress``. ``"seconds:S"``: S seconds after creation; ``"seconds:S-T"``: after a time between the two, another
-    one for each batch. ``"manual"``: by a control call only. In every mode a batch that is 24 hours old on the simulator's clock expires,
-    and one that is 29 days old loses its results.
+    ``clock`` decides when a batch ends. ``"instant"``: at its creation. ``"polls:N"``: after N looks (a retrieve, or a list page that shows
+    it) have answered ``in_progress``. ``"seconds:S"``: S seconds after its creation; ``"seconds:S-T"``: after a time between S and T, which
+    differs from batch to batch. ``"manual"``: only by a control call. In every mode a batch that is 24 hours old on the simulator's clock
+    expires, and a batch that is 29 days old loses its results.
     """
 
     clock: str = "instant"
     #: seconds by which the server's clock is ahead of the machine's (negative: behind)
     skew_seconds: float = 0.0
-    #: decides the order of results, the rates below, how long each batch takes, which calls a fault with a chance strikes; no more
+    #: decides the order of results, the rates below, the time of each batch, and the calls that a fault with a chance strikes; nothing else
     seed: int = 0
     #: API key or bearer token → workspace; empty: every non-empty key belongs to workspace ``default``
     keys: dict[str, str] = {}
     max_body_bytes: Annotated[int, msgspec.Meta(ge=1, le=MAX_BODY_BYTES)] = MAX_BODY_BYTES
     max_requests: Annotated[int, msgspec.Meta(ge=1, le=MAX_REQUESTS)] = MAX_REQUESTS
-    #: refuse a whole batch for bad ``params`` of one request when it is created. The API accepts it and makes that request errored
+    #: whether bad ``params`` of one request make its whole batch refused. The API accepts the batch, and that request is errored
     strict_params: bool = False
     #: requests of one workspace that may be processing at the same time; a create above it is a 429. None: any number
     queue_requests: Count | None = None
-    #: the host that a ``results_url`` names: the API names its own, also to who calls through a gateway. Empty: the one that was called
+    #: the host in ``results_url``: the API names its own, even to a client behind a gateway. Empty: the host that the client called
     results_host: str = "https://api.anthropic.com"
-    #: counters of a running batch move with its looks or its seconds, in place of staying zero until it has ended
+    #: whether the counters of a running batch move with its looks or its seconds; otherwise they stay zero until it has ended
     moving_counts: bool = False
     #: model id → members of its ``ModelInfo`` to change (``{"lifecycle": "retired"}``, ``{"max_tokens": 8000}``); a new id is a new model
     models: dict[str, dict[str, Any]] = {}
 
-    #: tokens of every request and answer, in place of the token model of ``tokens.py``; ``count_tokens`` says the same of a request. They
-    #: may be more than a text can have: an estimate's bound holds for the token model, not for them
+    #: tokens of every request and answer, in place of the token model of ``tokens.py``; ``count_tokens`` returns the same number. They may
+    #: be more than a text can have: an estimate's bound holds for the token model, not for these settings
     input_tokens: Count | None = None
     output_tokens: Annotated[int, msgspec.Meta(ge=1)] | None = None
-    #: a text answer is filled up to so many tokens, or to ``max_tokens`` where that is less: its usage is that of its text
+    #: tokens up to which a text answer is filled, or ``max_tokens`` where that is less; the usage counts the filled text
     answer_tokens: Count = 0
-    #: searches billed to every succeeded request that brings a ``web_search_…`` tool
+    #: searches billed to every succeeded request that has a ``web_search_…`` tool
     web_searches: Count = 1
     #: tokens of the shortest prompt prefix that is cached, in place of each model's own
     cache_min_tokens: Count | None = None
-    #: requests of a batch that run at the same time, as far as the cache can tell: so many write a cold prefix, the rest read it.
-    #: None: all of them. In the one recorded batch one request wrote and the other read
+    #: requests of a batch that run at the same time, as far as the cache is concerned: so many write a cold prefix, and the rest read it.
+    #: None: all of them write. In the one recorded batch one request wrote and the other read
     cache_concurrency: Annotated[int, msgspec.Meta(ge=1)] | None = 1
 
     #: shares of all requests (0 to 1, their sum at most 1), picked by a hash of seed and custom_id
@@ -72,11 +72,11 @@ class SimulatorSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     canceled: Share = 0.0
     #: marker (see ``outcomes.py``) → share of all requests, beside the three above
     rates: dict[str, Share] = {}
-    #: the rates strike a prompt text only the first time it is seen, so that asking again succeeds
+    #: whether the rates strike a prompt text only the first time it is seen, so that asking again succeeds
     once: bool = False
     #: share of a batch that was finished before a cancel or an expiry reached it
     done_share: Share = 0.0
-    #: looks that answer ``canceling`` before a canceled batch is ``ended``; under the manual clock it stays canceling
+    #: looks that answer ``canceling`` before a canceled batch is ``ended``; with the manual clock it stays canceling
     cancel_looks: Count = 1
 
     def __post_init__(self) -> None:

@@ -32,7 +32,7 @@ _BILL_LINE = (
 
 
 class Spell(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How long a batch is hidden: for ``calls`` where that is above 0, else for ``seconds``. By default not at all."""
+    """How long a batch is hidden: for ``calls`` where that is above 0, else for ``seconds``. By default it is not hidden."""
 
     seconds: Annotated[float, msgspec.Meta(ge=0)] = 0.0
     calls: Count = 0
@@ -54,7 +54,7 @@ class Batch:
     cancel_initiated_at: float | None = None
     ended_at: float | None = None
     archived_at: float | None = None
-    #: while hidden, it is missing from lists and its id is unknown
+    #: the time until which lists leave the batch out and its id is unknown
     hidden_until: float = 0.0
     hidden_calls: int = 0
     counts: list[int] = field(default_factory=lambda: [0] * len(Outcome))
@@ -66,7 +66,7 @@ class Batch:
         return "in_progress" if self.cancel_initiated_at is None else "canceling"
 
     def as_json(self, base_url: str) -> dict[str, Any]:
-        """The MessageBatch object. All requests are processing until the batch has ended, unless its counters move."""
+        """The MessageBatch object. Until the batch has ended all its requests count as processing, unless its counters move."""
         ended = self.ended_at is not None
         return {
             "id": self.id,
@@ -91,9 +91,9 @@ def rfc3339(seconds: float | None) -> str | None:
 
 
 class Store:
-    """All batches, under one lock. Reading a body happens outside the lock, so a large batch holds nobody up.
+    """All batches, under one lock. Bodies are read outside the lock, so a large batch delays no other call.
 
-    Who asks for a batch gets a copy of it: one moment of its life, whatever another thread does to it while the answer is written.
+    A caller gets a copy of a batch, which does not change when another thread changes the batch while the answer is written.
     """
 
     def __init__(self, settings: SimulatorSettings) -> None:
@@ -101,7 +101,7 @@ class Store:
         self._lock = threading.RLock()
         self._advanced = 0.0
         self._batches: dict[str, Batch] = {}
-        #: id → creation number; kept after a delete, so that a deleted batch still serves as a cursor
+        #: id → creation number; it is kept after a delete, so that a deleted batch still serves as a cursor
         self._numbers: dict[str, int] = {}
         self._struck: set[tuple[str, str]] = set()
         self._cached_until: dict[tuple[str, str], float] = {}
@@ -115,7 +115,7 @@ class Store:
     # what clients call
 
     def create(self, body: bytearray, workspace: str, *, beta: bool, hidden: Spell = Spell()) -> Batch:  # noqa: B008 - immutable
-        """Takes a create call's body; the batch begins ``hidden``. Raises ApiError (400), and then nothing was accepted."""
+        """Creates a batch from a create call's body, which begins ``hidden``. Raises ApiError (400), and then nothing was accepted."""
         settings = self.settings
         raws = validate.batch_body(body, settings)
         intake = self._intake(settings, workspace)
@@ -140,7 +140,7 @@ class Store:
             return replace(batch)
 
     def _record(self, intake: Intake, custom_id: str, params: msgspec.Raw | ApiError, position: int, *, beta: bool) -> Record:
-        """The record of one request; one with bad params is errored from the start."""
+        """The record of one request; a request with bad params is errored from the start."""
         try:
             if isinstance(params, ApiError):
                 raise params
@@ -153,7 +153,7 @@ class Store:
             return Record(custom_id, outcome=Outcome.ERRORED, error_type=error.type, error=error.message)
 
     def _check_queue(self, workspace: str, size: int) -> None:
-        """Raises ApiError (429) when the workspace's batches would have more requests processing than the queue takes."""
+        """Raises ApiError (429) when more requests of the workspace would be processing than the queue takes."""
         limit = self.settings.queue_requests
         if limit is None:
             return
@@ -175,7 +175,7 @@ class Store:
         )
 
     def message(self, body: bytearray, workspace: str, *, beta: bool) -> dict[str, Any]:
-        """One synchronous message at standard price. Raises ApiError: 400, or what the prompt's marker scripts."""
+        """One synchronous message at standard price. Raises ApiError: 400, or the error that the prompt's marker scripts."""
         intake = self._intake(self.settings, workspace)
         salt = secrets.token_hex(8)
         record = intake.record(salt, body, beta=beta)
@@ -246,7 +246,7 @@ class Store:
     # what control calls do
 
     def finish(self, batch_id: str, how: str) -> Batch:
-        """``end`` ends a batch as scripted, a canceling one as canceled; ``expire`` expires what was not done; ``archive`` drops them."""
+        """Ends a batch. ``how`` is ``end`` (as scripted, or canceled if it is canceling), ``expire`` or ``archive`` (drops results)."""
         with self._lock:
             batch = self._batches.get(batch_id)
             if batch is None:
@@ -274,28 +274,28 @@ class Store:
         batch.hidden_until = 0.0 if spell.calls else self.now() + spell.seconds
 
     def _is_hidden(self, batch: Batch) -> bool:
-        """Whether a call that asks for the batch does not find it now. Counts the call."""
+        """Whether the batch is hidden from a call that asks for it now. The call is counted."""
         if batch.hidden_calls:
             batch.hidden_calls -= 1
             return True
         return self.now() < batch.hidden_until
 
     def advance(self, seconds: float) -> float:
-        """Moves the simulator's clock forward and gives its new time."""
+        """Moves the simulator's clock forward and returns its new time."""
         with self._lock:
             self._advanced += seconds
             self._refresh_all()
             return self.now()
 
     def custom_ids(self, batch_id: str) -> list[str]:
-        """The custom_ids of a batch in the order asked; raises ApiError (404). Empty once archived."""
+        """The custom_ids of a batch in the order asked; empty for an archived batch. Raises ApiError (404)."""
         with self._lock:
             if batch_id not in self._batches:
                 raise ApiError(404, f"no batch {batch_id}")
             return [record.custom_id for record in self._batches[batch_id].records]
 
     def stats(self) -> dict[str, Any]:
-        """Accepted batches and requests, bills, and a line on every batch that was not deleted, oldest first."""
+        """Accepted batches and requests, bills, and an entry for every batch that was not deleted, oldest first."""
         with self._lock:
             self._refresh_all()
             return {
@@ -332,7 +332,7 @@ class Store:
                 self._refresh(batch, look=False)
 
     def _refresh(self, batch: Batch, *, look: bool) -> None:
-        """Brings a batch up to the clock. A look counts only when it is answered with a batch that has not ended."""
+        """Brings a batch up to date with the clock. A look counts only when its answer shows a batch that has not ended."""
         now = self.now()
         if batch.ended_at is None:
             mode, least, most = clock_mode(self.settings.clock)
@@ -373,7 +373,7 @@ class Store:
             batch.records = []
 
     def _charge(self, tier: str, records: Sequence[Record], workspace: str, at: float) -> None:
-        """Bills what is billed, and remembers the prefixes that it leaves in the cache."""
+        """Adds the billed requests to the bill, and notes the prefixes that they leave in the cache."""
         bill = self._bills[tier]
         for record in records:
             if not record.is_billed:

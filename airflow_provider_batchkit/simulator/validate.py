@@ -1,6 +1,6 @@
-"""Checks of what clients send. Field lists follow the parameter types of SDK 2.12; messages were recorded, or follow the API's style.
+"""Checks of calls from clients. Field lists follow the parameter types of SDK 2.12; messages were recorded, or follow the API's style.
 
-Bodies are decoded in two steps, the list first and every request by itself, so that no single step holds the interpreter for long.
+Bodies are decoded in two steps, first the list and then each request by itself, so that no single step blocks the interpreter for long.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class _Strict(msgspec.Struct, forbid_unknown_fields=True, gc=False):
 
 
 class CacheControl(_Strict, gc=False):
-    """Marks the end of a prefix that is to be cached."""
+    """A mark at the end of a prefix that is to be cached."""
 
     type: Literal["ephemeral"]
     ttl: Literal["5m", "1h"] = "5m"
@@ -55,7 +55,7 @@ class Turn(_Strict, gc=False):
 
 
 class OutputFormat(_Strict, gc=False):
-    """The JSON Schema that the answer is to fit, as its bytes."""
+    """The JSON Schema that the answer must fit, as bytes."""
 
     type: Literal["json_schema"]
     schema: msgspec.Raw
@@ -101,7 +101,7 @@ class Params(_Strict, gc=False):
 
 
 class BetaParams(Params, gc=False):
-    """The same with the parameters of the beta API: for calls that carry an ``anthropic-beta`` header."""
+    """Parameters of one message with those of the beta API, for calls with an ``anthropic-beta`` header."""
 
     output_format: OutputFormat | None = None
     billing_policy: Any = None
@@ -136,7 +136,7 @@ class BatchRequest(_Strict, gc=False):
 
 
 class Owner(msgspec.Struct):
-    """What a request must have to be accepted: an id to fail under."""
+    """The least that a request needs to be accepted: the id under which it can fail."""
 
     custom_id: str
 
@@ -160,7 +160,7 @@ _REASONS = (
 
 
 def api_message(error: msgspec.MsgspecError, path: str) -> str:
-    """A complaint of msgspec in the API's words: ``requests.3.params.max_tokens: Field required``."""
+    """The message of a msgspec error in the API's wording: ``requests.3.params.max_tokens: Field required``."""
     text, _, where = str(error).partition(" - at `$")
     where = re.sub(r"\[(\d+)\]", r".\1", where.rstrip("`")).strip(".")
     for pattern, name, reason in _REASONS:
@@ -172,7 +172,7 @@ def api_message(error: msgspec.MsgspecError, path: str) -> str:
 
 
 def batch_body(body: bytearray, settings: SimulatorSettings) -> list[msgspec.Raw]:
-    """The raw requests of a create call. Raises ApiError (400) when the body is no JSON or holds no or too many requests."""
+    """The raw requests of a create call. Raises ApiError (400) when the body is not JSON, or has no or too many requests."""
     try:
         requests = _create_body.decode(body)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
@@ -188,9 +188,9 @@ def batch_body(body: bytearray, settings: SimulatorSettings) -> list[msgspec.Raw
 
 
 def batch_request(raw: msgspec.Raw, position: int, *, strict: bool) -> tuple[str, msgspec.Raw | ApiError]:
-    """``custom_id`` and unread params of one request of the list, or what is wrong with the rest of it.
+    """``custom_id`` and unread params of one request of the list, or the error of the params in their place.
 
-    Raises ApiError (400) for a bad ``custom_id``; ``strict``, also for anything else.
+    Raises ApiError (400) for a bad ``custom_id``; with ``strict`` also for any other error.
     """
     given: msgspec.Raw | ApiError
     try:
@@ -212,7 +212,7 @@ def batch_request(raw: msgspec.Raw, position: int, *, strict: bool) -> tuple[str
 
 
 def message_params(raw: msgspec.Raw | bytearray, models: Catalogue, *, beta: bool) -> Params:
-    """Parameters of one message, checked. Raises ApiError, 404 for an unknown model, else 400; paths begin inside the params."""
+    """The checked parameters of one message. Raises ApiError, 404 for an unknown model, else 400; its paths begin inside the params."""
     try:
         params = (_beta_params if beta else _params).decode(raw)
     except msgspec.MsgspecError as error:
@@ -244,7 +244,7 @@ def known_model(name: str, models: Catalogue) -> dict[str, Any]:
 
 
 def count_params(body: bytearray, models: Catalogue) -> CountParams:
-    """Parameters of a token count, checked. Raises ApiError, 404 for an unknown model, else 400."""
+    """The checked parameters of a token count. Raises ApiError, 404 for an unknown model, else 400."""
     try:
         params = _count_params.decode(body)
     except msgspec.MsgspecError as error:
@@ -256,9 +256,9 @@ def count_params(body: bytearray, models: Catalogue) -> CountParams:
 
 
 def check_system(system: str | list[SystemBlock], tools: list[dict[str, Any]]) -> None:
-    """Raises ApiError (400) for a blank block, and for cache markers that are too many or in the wrong order, messages aside.
+    """Raises ApiError (400) for a blank block, and for too many or wrongly ordered cache markers; markers on messages are not checked.
 
-    The texts are those that users of the API quote in public issues.
+    The error texts are those that users of the API quote in public issues.
     """
     if isinstance(system, str):
         return
