@@ -58,7 +58,7 @@ class Leg:
     def after(cls, context: Context, event: Any, since: str, sent: int, about: str) -> Leg:
         """The leg that a trigger's event begins. The task does not wait any more, which the XCom ``waits_for`` then shows.
 
-        ``dag.test()`` drops what a deferral passes on, so this reads back what the previous leg pushed. A retry starts without both.
+        ``dag.test()`` drops what a deferral passes on, so this reads back what the previous leg pushed. A retry has empty XComs.
 
         :raises BatchWaitTimeout: when the batches of a round have not ended in time
         :raises PollError: for an event that the trigger does not send, and when a round's batches could not be looked at

@@ -78,7 +78,7 @@ class SubmitBatchOperator(OwnsBatches, OutputOperator):
         ``table``, else the one table in which that run has landed. A row is asked when it, the prompt, the model or a parameter has
         changed. The rows that the earlier run wrote are assumed to be in the table still
     :param settle_seconds: seconds of looking for a batch that a killed attempt may have sent; its rows are sent anew only after these and
-        another ``[batchkit] absence_seconds``. A POST takes half of them at most
+        another ``[batchkit] absence_seconds``. A POST takes at most half of ``settle_seconds``
     :param cancel_on_kill: cancel the job's batches when the running task is killed; otherwise they go on, and a retry re-attaches
     :param max_cost_usd: cap in USD: fail before anything is sent when the task's batches may cost more. The estimate's upper bound counts,
         and what earlier attempts of this task have spent or may still spend. With a cap, requests without a bound (server tools, PDFs) are
