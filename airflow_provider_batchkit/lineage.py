@@ -75,12 +75,17 @@ def _add_source_tables(task: Any, lineage: OperatorLineage[Any, Any]) -> None:
         lineage.run_facets |= found.run_facets
 
 
+def _lands(task: Any) -> bool:
+    """Whether the task writes results. A submit has their table and place too, to check them before it sends, and writes nothing there."""
+    return hasattr(task, "write_disposition")
+
+
 def _add_result_table(task: Any, lineage: OperatorLineage[Any, Any]) -> None:
     from airflow.providers.openlineage.sqlparser import SQLParser
     from openlineage.client.event_v2 import OutputDataset
     from openlineage.client.facet_v2 import output_statistics_output_dataset
 
-    if not isinstance(getattr(task, "table", None), str):
+    if not _lands(task) or not isinstance(getattr(task, "table", None), str):
         return
     hook, _, info = _database(task.sql_conn_id)
     if info is not None:
@@ -97,8 +102,7 @@ def _add_result_table(task: Any, lineage: OperatorLineage[Any, Any]) -> None:
 def _add_result_files(task: Any, lineage: OperatorLineage[Any, Any]) -> None:
     from openlineage.client.event_v2 import OutputDataset
 
-    # a submit also has an output_path, but writes no results there
-    if getattr(task, "output_path", None) is None or not hasattr(task, "write_disposition"):
+    if not _lands(task) or getattr(task, "output_path", None) is None:
         return
     # a dataset is named by s3://bucket and the key, or by "file" and the path (OpenLineage documentation, "Dataset Naming")
     scheme, _, rest = str(task.output_path).rpartition("://")

@@ -23,7 +23,7 @@ from airflow_provider_batchkit.api.wire import (
     BATCHES,
     COUNT_TOKENS,
     ApiClock,
-    Page,
+    Listing,
     batch_of,
     batch_path,
     deleted_of,
@@ -31,11 +31,9 @@ from airflow_provider_batchkit.api.wire import (
     model_path,
     no_answer,
     own_address,
-    page_of,
     redirect_of,
     refuse_page,
     token_count_of,
-    utc,
 )
 from airflow_provider_batchkit.exceptions import (
     BatchNotEndedError,
@@ -215,30 +213,19 @@ class BatchApi:
             return self._ask(self.client.get, batch_path(batch_id), lambda response: batch_of(response, batch_id))
 
     def recent(self, since: datetime, clock: ApiClock | None = None) -> Iterator[BatchSnapshot]:
-        """Batches of the workspace created at or after ``since`` (aware), newest first; as many pages as that takes.
+        """Batches of the workspace created at or after ``since`` (aware), each once, newest first; as many pages as that takes.
 
         :param clock: learns the API's time. Where that is behind, the list goes back further by the lag: ``since`` is on the other clock
-        :raises anthropic.APIResponseValidationError: a page, or a member of one, cannot be read, so that any batch may be missing
+        :raises anthropic.APIResponseValidationError: a page, or a member of one, cannot be read, or the pages do not come to an end, so
+            that any batch may be missing
         """
-
-        def read(response: httpx2.Response) -> Page:
-            page = page_of(response)
-            if clock is not None:
-                clock.note(response)
-            if page.odd is not None or (page.batches and page.batches[-1].id == query.get("after_id")):
-                raise no_answer(response, page.odd or "it is the page before it")
-            return page
-
+        listing = Listing(since, clock)
         query: dict[str, Any] = {"limit": _PAGE}
         while True:
             with seeing("The list of batches"):
-                page = self._ask(self.client.get, BATCHES, read, params=query)
-            first = since if clock is None else since - clock.behind
-            for batch in page.batches:
-                if utc(batch.created_at) < first:
-                    return
-                yield batch.snapshot()
-            if not page.more or not page.batches:
+                page = self._ask(self.client.get, BATCHES, listing.read, params=query)
+            yield from listing.unseen(page)
+            if listing.ends_with(page):
                 return
             query["after_id"] = page.batches[-1].id
 

@@ -127,12 +127,12 @@ class WireBatch(msgspec.Struct, gc=False):
 
 class _Page(msgspec.Struct):
     data: list[WireBatch]
-    has_more: bool = False
+    has_more: bool | None = None
 
 
 class _RawPage(msgspec.Struct):
     data: list[msgspec.Raw]
-    has_more: bool = False
+    has_more: bool | None = None
 
 
 class _Deleted(msgspec.Struct):
@@ -148,10 +148,12 @@ class Page:
     """A page of the list, newest batch first."""
 
     batches: Sequence[WireBatch]
-    #: whether older batches follow
+    #: whether older batches follow, as far as the page says so
     more: bool
     #: why some of the page's members are left out; None when all could be read
     odd: str | None = None
+    #: why batches may be missing from the list although the page ends it; None when it proves that no older ones follow, or that they do
+    open_end: str | None = None
 
 
 _batch = msgspec.json.Decoder(WireBatch)
@@ -185,7 +187,7 @@ def page_of(response: httpx2.Response) -> Page:
         return _odd_page(response)
     except (msgspec.DecodeError, UnicodeDecodeError) as e:
         raise no_answer(response, str(e)) from e
-    return Page(page.data, page.has_more)
+    return Page(page.data, bool(page.has_more), None, _open_end(page.has_more, page.data))
 
 
 def _odd_page(response: httpx2.Response) -> Page:
@@ -197,7 +199,58 @@ def _odd_page(response: httpx2.Response) -> Page:
             odd.append(f"{e}: {_sample(bytes(raw))!r}")
     if not batches and odd:
         raise no_answer(response, odd[0])
-    return Page(batches, page.has_more, f"{len(odd)} of its members are no batches ({odd[0]})" if odd else None)
+    why = f"{len(odd)} of its members are no batches ({odd[0]})" if odd else None
+    return Page(batches, bool(page.has_more), why, _open_end(page.has_more, batches))
+
+
+def _open_end(has_more: bool | None, batches: Sequence[WireBatch]) -> str | None:
+    if has_more is None:
+        return "it does not say whether more batches follow"
+    return "it says that more batches follow, and shows none" if has_more and not batches else None
+
+
+class Listing:
+    """The list of batches from the newest back to a time, page after page, where a batch that is left out counts as a proof."""
+
+    def __init__(self, since: datetime, clock: ApiClock | None) -> None:
+        self._since = since
+        self._clock = clock
+        self._seen: set[str] = set()
+
+    def read(self, response: httpx2.Response) -> Page:
+        """The next page.
+
+        :raises anthropic.APIResponseValidationError: for a page that may hide batches, or after which the list would not come to an end
+        """
+        page = page_of(response)
+        if self._clock is not None:
+            self._clock.note(response)
+        why = page.odd
+        # a cursor that is forgotten on the way, or pages that go round in a ring
+        if page.batches and self._seen.issuperset(batch.id for batch in page.batches):
+            why = "it shows only batches of the pages before it"
+        elif page.open_end is not None and not self._goes_back_enough(page):
+            why = why or page.open_end
+        if why is not None:
+            raise no_answer(response, why)
+        return page
+
+    def unseen(self, page: Page) -> list[BatchSnapshot]:
+        """The page's batches that are young enough and were on no page before. An old one may stand before younger ones."""
+        found = {batch.id: batch for batch in page.batches if batch.id not in self._seen and utc(batch.created_at) >= self._first}
+        self._seen.update(batch.id for batch in page.batches)
+        return [batch.snapshot() for batch in found.values()]
+
+    def ends_with(self, page: Page) -> bool:
+        """Whether no page need be read after this one."""
+        return not page.more or self._goes_back_enough(page)
+
+    def _goes_back_enough(self, page: Page) -> bool:
+        return bool(page.batches) and utc(page.batches[-1].created_at) < self._first
+
+    @property
+    def _first(self) -> datetime:
+        return self._since if self._clock is None else self._since - self._clock.behind
 
 
 def deleted_of(response: httpx2.Response) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from airflow_provider_batchkit.operators.batch import FetchBatchOperator, SubmitBatchOperator
+from airflow_provider_batchkit.operators.batch import FetchBatchOperator, RunBatchOperator, SubmitBatchOperator
 from tests.databases import Database
 
 SUMMARY = {
@@ -110,6 +110,29 @@ def test_fetch_names_the_table_the_rows_and_the_cost(namespace: tuple[str, str])
     short = fetch(table="copy").get_openlineage_facets_on_start()
     assert short is not None
     assert short.outputs[0].name == f"{name}.public.copy"
+
+
+def test_a_submit_that_names_its_later_table_writes_none(namespace: tuple[str, str], caplog: pytest.LogCaptureFixture) -> None:
+    """``table`` of a submit is what a later task writes: no output of its own, before or after it has sent, and nothing is lacking."""
+    task = submit(sql="SELECT sku FROM products", key="sku", table="shop.copy")
+    start = task.get_openlineage_facets_on_start()
+    task.lineage_summary = {"batch_ids": ["msgbatch_1"], "source_rows": 3, "submitted_requests": 3}
+    for lineage in (start, task.get_openlineage_facets_on_complete(None), task.get_openlineage_facets_on_failure(None)):
+        assert lineage is not None
+        assert lineage.outputs == []
+        assert [d.name for d in lineage.inputs] == [f"{namespace[1]}.public.products"]
+    assert "lacks a part" not in caplog.text
+
+
+def test_a_run_names_the_table_that_it_writes(namespace: tuple[str, str]) -> None:
+    """The one task that submits and fetches both reads and writes."""
+    task = RunBatchOperator(
+        task_id="run", sql="SELECT sku FROM products", key="sku", prompt="{{ row.sku }}", table="shop.copy", sql_conn_id="warehouse"
+    )
+    lineage = task.get_openlineage_facets_on_start()
+    assert lineage is not None
+    assert [d.name for d in lineage.inputs] == [f"{namespace[1]}.public.products"]
+    assert [d.name for d in lineage.outputs] == [f"{namespace[1]}.shop.copy"]
 
 
 def test_a_database_that_openlineage_does_not_know_has_the_statement_alone(

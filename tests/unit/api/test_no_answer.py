@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from typing import Any
 
 import anthropic
+import httpx2
 import pytest
 
 from airflow_provider_batchkit import BatchKit
@@ -141,14 +142,59 @@ def test_an_odd_member_of_the_list_hides_no_other(sim: Simulator, kit: BatchKit,
             list(kit_for(gateway.base_url).recent(EPOCH))
 
 
-def test_a_list_that_repeats_its_page_ends(sim: Simulator, kit: BatchKit, ended: str) -> None:
-    """A cache that forgets the cursor would be read for ever."""
+def pages_of(kit: BatchKit, *pages: dict[str, Any]) -> Callable[[str, str, int, bytes], bytes]:
+    """A gateway's change of the list: page after page, and the last one for ever. Their members are numbers of batches, oldest first."""
+    made = [kit.submit([f"hello {i}"], **MODEL)[0] for i in range(3)]
+    listed = [json.loads(kit.client.get(f"/v1/messages/batches/{batch_id}", cast_to=httpx2.Response).content) for batch_id in made]
+    bodies = [json.dumps({**page, "data": [listed[i] for i in page["data"]]}).encode() for page in pages]
 
     def change(method: str, path: str, status: int, body: bytes) -> bytes:
-        return json.dumps({**json.loads(body), "has_more": True}).encode() if "limit=" in path else body
+        if not path.startswith("/v1/messages/batches?"):
+            return body
+        return bodies.pop(0) if len(bodies) > 1 else bodies[0]
 
-    with Gateway(sim.base_url, change=lambda *call: change(call[0], call[1].partition("&after_id")[0], *call[2:])) as gateway:
-        assert [s.batch_id for s in kit_for(gateway.base_url).recent(EPOCH)] == [ended]
+    return change
+
+
+@pytest.mark.parametrize(
+    "pages",
+    [
+        [{"data": [2, 1], "has_more": True}, {"data": [2, 1], "has_more": True}],
+        [{"data": [2], "has_more": True}, {"data": [1], "has_more": True}, {"data": [2], "has_more": True}],
+        [{"data": [2, 1], "has_more": True}, {"data": [], "has_more": True}],
+        [{"data": [2, 1]}],
+        [{"data": []}],
+        [{"data": [2, 1], "has_more": None}],
+    ],
+    ids=["the same page again", "a ring", "more and none", "no has_more", "nothing at all", "has_more null"],
+)
+def test_a_list_whose_end_is_not_shown_proves_nothing(sim: Simulator, kit: BatchKit, pages: list[dict[str, Any]]) -> None:
+    """A batch that such a list leaves out would count as never accepted, and be paid for again; nor is it read for ever."""
+    with (
+        Gateway(sim.base_url, change=pages_of(kit, *pages)) as gateway,
+        pytest.raises(anthropic.APIResponseValidationError, match="no answer of the API"),
+    ):
+        list(kit_for(gateway.base_url).recent(EPOCH))
+
+
+def test_a_batch_that_comes_twice_in_the_list_is_shown_once(sim: Simulator, kit: BatchKit) -> None:
+    """Twice, it would look like a POST that was repeated on the way."""
+    change = pages_of(kit, {"data": [2, 1, 2], "has_more": True}, {"data": [1, 0], "has_more": False})
+    with Gateway(sim.base_url, change=change) as gateway:
+        assert [s.batch_id for s in kit_for(gateway.base_url).recent(EPOCH)] == made_in(sim)[::-1]
+
+
+def test_an_old_batch_before_younger_ones_of_its_page_hides_none(sim: Simulator, kit: BatchKit) -> None:
+    """The list is read on until a page ends with what is too old."""
+    change = pages_of(kit, {"data": [0, 1, 2], "has_more": False})
+    made = made_in(sim)
+    with Gateway(sim.base_url, change=change) as gateway:
+        assert [s.batch_id for s in kit_for(gateway.base_url).recent(kit.get(made[1]).created_at)] == made[1:]
+
+
+def made_in(sim: Simulator) -> list[str]:
+    """Ids of the simulator's batches, oldest first."""
+    return [batch["id"] for batch in sorted(sim.stats()["batches"], key=lambda batch: batch["created_at"])]
 
 
 @pytest.mark.parametrize("member", ["processing", "succeeded"])
