@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 from airflow.providers.anthropic.exceptions import AnthropicError
 from airflow.providers.anthropic.hooks.anthropic import FIRST_PARTY_PLATFORMS, AnthropicHook
@@ -57,12 +57,14 @@ class BatchKitHook(AnthropicHook):
         """The batch engine on this connection, with the prices of Airflow's configuration.
 
         :raises BatchInputError: when ``[batchkit] price_overrides`` names a file that cannot be used
-        :raises AnthropicError: on a platform that does not serve the Message Batches API (Bedrock, Vertex, Foundry)
+        :raises AnthropicError: on a platform that does not serve the Message Batches API (Bedrock, Vertex, Foundry), and for an option of
+            the client that is no number where one is needed
         """
         from airflow_provider_batchkit.kit import BatchKit
 
         _refuse_other_platforms(self.platform)
         client = cast("Anthropic", self.conn)
+        _refuse_odd_options(client)
         lower_request_lines(client.base_url)
         kit = BatchKit(client, price_book=configured_prices(), allow_unknown_params=allowed_params())
         kit.absence_s = absence_seconds()
@@ -71,11 +73,12 @@ class BatchKitHook(AnthropicHook):
     async def get_async_conn(self) -> AsyncAnthropic:
         """A new async client, with the connection and its extra read without blocking the event loop. The caller closes it.
 
-        :raises AnthropicError: on a platform that does not serve the Message Batches API
+        :raises AnthropicError: as :attr:`kit` does
         """
         connection = await self._read_connection_async()
         # making a client reads the CA certificates, which takes 30 ms, and perhaps credential files, so it runs outside the event loop
         client = await asyncio.to_thread(_async_client, connection)
+        _refuse_odd_options(client)
         lower_request_lines(client.base_url)
         return client
 
@@ -100,6 +103,22 @@ def _refuse_other_platforms(platform: str) -> None:
             f"The Message Batches API is not available on the {platform!r} platform. Use the first-party Anthropic API "
             "(platform='anthropic') or Claude Platform on AWS (platform='aws')."
         )
+
+
+def _refuse_odd_options(client: Anthropic | AsyncAnthropic) -> None:
+    """The client takes any value for these, and fails with it in the middle of a call: after the journal was written, or the batch paid."""
+    import httpx2
+
+    timeout: object = client.timeout
+    retries: object = client.max_retries
+    if not (timeout is None or isinstance(timeout, httpx2.Timeout) or (_is_number(timeout) and timeout > 0)):
+        raise AnthropicError(f"anthropic_client_kwargs of the connection: timeout must be a number of seconds above 0, not {timeout!r}.")
+    if not (_is_number(retries) and isinstance(retries, int) and retries >= 0):
+        raise AnthropicError(f"anthropic_client_kwargs of the connection: max_retries must be a whole number, 0 or more, not {retries!r}.")
+
+
+def _is_number(value: object) -> TypeGuard[int | float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _async_client(connection: _ConnectionValues) -> AsyncAnthropic:

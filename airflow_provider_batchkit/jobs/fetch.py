@@ -37,6 +37,7 @@ from airflow_provider_batchkit.landing import (
     OutputFiles,
     Results,
     Warehouse,
+    WriteDisposition,
     land_batches,
     land_elsewhere,
     land_files,
@@ -121,6 +122,7 @@ def fetch_job(
             slept += pause
         else:
             report.first[:0] = landed
+            _name_equal_keys(ledger, batches, target, options)
             return report
 
 
@@ -243,6 +245,24 @@ class _Fetch:
         )
         error.batch_id, error.reason = batch_id, why
         return error
+
+
+def _name_equal_keys(ledger: Ledger, batches: Sequence[Batch], target: TableIn | OutputFiles, options: LandingOptions) -> None:
+    """Log that several jobs have answered the same keys. Batches are written in the order given, so the answer of the later one stays."""
+    if not isinstance(target, TableIn) or options.disposition is WriteDisposition.APPEND:
+        return
+    records = [batch.record for batch in batches if batch.record is not None]
+    jobs = {record.job_id for record in records}
+    again = ledger.answered_again(records) if len(jobs) > 1 else 0
+    if again:
+        log.warning(
+            "%s answers have a key that another of the %d jobs of this fetch has answered, too. %s keeps one row for each key, that of the "
+            "batch whose id comes later. The others were paid for. To keep them all, give each job a table of its own, make what tells the "
+            'jobs apart part of key, or fetch with write_disposition="append".',
+            f"{again:,}",
+            len(jobs),
+            target.name,
+        )
 
 
 def _refuse_parts(ledger: Ledger, batches: Sequence[Batch]) -> None:

@@ -109,15 +109,16 @@ class TableWriter:
         wanted = sa.true() if self._include_failed else rows.c.status.in_([status.value for status in ANSWERED])
         same_key = sa.and_(*(target.c[name] == rows.c[name] for name in keys))
         select = sa.select(*(staged[name].label(name) for name in names)).select_from(rows).where(wanted)
-        if self._disposition is WriteDisposition.MERGE:
+        if self._disposition is not WriteDisposition.APPEND:
+            # with replace, the table holds only rows of the same fetch, and another job's may have the same keys
             better = sa.or_(target.c.status != _SUCCEEDED, target.c.status.is_(None))
-            over = sa.true() if older is None else target.c.batch_id.in_(older)
+            over = sa.true() if older is None or self._disposition is WriteDisposition.REPLACE else target.c.batch_id.in_(older)
             better = sa.or_(sa.and_(rows.c.status == _SUCCEEDED, over), better)
             changed = {name: staged[name] for name in names if name not in keys}
             if self._connection.execute(sa.select(sa.exists().where(same_key))).scalar():
                 self._connection.execute(sa.update(target).values(changed).where(same_key, wanted, better))
                 self._connection.execute(sa.delete(rows).where(sa.exists().where(same_key)))
-        elif self._disposition is WriteDisposition.APPEND:
+        else:
             own = target.c.batch_id == batch_id
             if older is not None:
                 # a row without an answer is replaced; an answered row stays as it is

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import secrets
+from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
+from itertools import pairwise
 from typing import Any
 
 import sqlalchemy as sa
@@ -337,6 +339,15 @@ class Ledger(BatchMoves, Loads, Rounds, Account, budgets.Budgets, Alerts, Histor
             return {}
         with self.engine.connect() as connection:
             return outcomes.count_unfinished(connection, record.job_id, record.shard)
+
+    def answered_again(self, records: Iterable[BatchRecord]) -> int:
+        """How many answers in these landed batches have a key that another of them has answered, too. Two tasks may have equal keys."""
+        keys = array("q")
+        with self.engine.connect() as connection:
+            for record in records:
+                # eight bytes a key, whatever its length
+                keys.extend(hash(row.key) for row in outcomes.succeeded_rows(connection, record.job_id, record.shard))
+        return sum(one == other for one, other in pairwise(sorted(keys)))
 
     def answered_batches(self, job_id: str) -> list[BatchRecord]:
         """The job's batches that have landed with an answer."""

@@ -155,7 +155,8 @@ class FetchBatchOperator(LandingOperator):
     keyed by ``custom_id``. The summary is also the ``extra`` of the events of outlet assets. A batch that the API does not show at the
     moment is waited for, without a worker slot.
 
-    :param batch_id: a batch id or a list of them, usually the output of submit (templated)
+    :param batch_id: a batch id or a list of them, usually the output of submit (templated). They are written in this order: where
+        batches of several tasks answer the same key, the row of the later one stays, and a warning counts the others
     :param table: result table, ``table`` or ``schema.table`` (templated); created when it does not exist, keyed by the source's key
     :param output_path: place of result files, instead of ``table`` or beside it: a path or URL that ``ObjectStoragePath`` takes (local,
         ``s3://``, ``gs://``, ``abfs://``). It is a folder, or a path with a ``*`` for the batch's id, ``gs://lake/copy/*.parquet``

@@ -236,3 +236,28 @@ def test_batches_that_were_deleted_after_their_fetch_are_no_witnesses(home: Path
     task = submit(prompt="last {{ row.note }}", settle_seconds=0.5)
     task.context["ti"].run_id = "last"
     assert len(task.run()) == 1
+
+
+@pytest.mark.parametrize("disposition", ["merge", "replace", "append"])
+def test_two_jobs_that_answer_the_same_keys_are_named_and_the_later_id_stays(
+    home: Path, database: Database, api: SimulatorProcess, caplog: pytest.LogCaptureFixture, disposition: str
+) -> None:
+    """Two languages keyed by the product alone: half of what was paid for is not in the table. With append nothing is lost."""
+    fill(database, 3)
+    first, second = (
+        submit().run(),
+        submit(run_id="other", prompt="In French: {{ row.note }}", sql="SELECT id, note FROM things WHERE id > 0").run(),
+    )
+    fetch([*second, *first], write_disposition=disposition).run()
+    kept = {row[0] for row in rows(database, "SELECT batch_id FROM answers")}
+    assert kept == ({*first, *second} if disposition == "append" else {*first})
+    assert ("2 answers have a key that another of the 2 jobs" in caplog.text) == (disposition != "append")
+
+
+def test_jobs_with_keys_of_their_own_are_not_named(home: Path, database: Database, caplog: pytest.LogCaptureFixture) -> None:
+    """The usual case: parts of a source."""
+    fill(database, 3)
+    ids = [submit(run_id=f"part{i}", sql=f"SELECT id, note FROM things WHERE id = {i}").run()[0] for i in range(3)]
+    fetch(ids).run()
+    assert len(rows(database, "SELECT id FROM answers")) == 3
+    assert "have a key that another" not in caplog.text

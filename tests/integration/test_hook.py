@@ -74,3 +74,26 @@ def test_a_connection_that_cannot_work_is_an_error_that_says_why(
     if "platform" in extra:
         with pytest.raises(AnthropicError, match=says):
             _ = hook.kit
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("timeout", "600"),
+        ("timeout", [5, 600]),
+        ("timeout", True),
+        ("timeout", 0),
+        ("max_retries", "2"),
+        ("max_retries", 1.5),
+        ("max_retries", -1),
+    ],
+)
+def test_an_option_of_the_client_that_is_no_number_is_found_at_once(
+    airflow_db: Path, monkeypatch: pytest.MonkeyPatch, option: str, value: Any
+) -> None:
+    """The client takes it, and would fail in the middle of a call: the journal is written then, or the batch is paid."""
+    hook = connect(monkeypatch, ":secret@", {"anthropic_client_kwargs": {option: value}})
+    with pytest.raises(AnthropicError, match=f"anthropic_client_kwargs of the connection: {option} must be"):
+        _ = hook.kit
+    with pytest.raises(AnthropicError, match=f"{option} must be"):
+        asyncio.run(hook.get_async_conn())
