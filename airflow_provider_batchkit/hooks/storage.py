@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import logging
 import os
 import re
@@ -108,7 +109,8 @@ class ResultFiles:
         """Whether the file of a batch is in its place."""
         path = self._path(batch_id)
         path.fs.invalidate_cache()
-        return bool(path.fs.exists(path.path))
+        # in an object store, a prefix that objects have counts as a folder that exists
+        return bool(path.fs.isfile(path.path))
 
     def create(self, batch_id: str) -> NewResultFile:
         """A new file for the batch, which is not in its place yet."""
@@ -117,7 +119,7 @@ class ResultFiles:
         return NewResultFile(self._path(batch_id), batch_id)
 
     def check(self) -> None:
-        """Prove that files can be written, and then moved to their place: a file is written and deleted.
+        """Prove that files can be written and published: one is written under a hidden name, then under another, and is taken away.
 
         :raises BatchInputError: when it cannot be written or deleted; an error of the storage itself is raised as it is
         """
@@ -128,7 +130,7 @@ class ResultFiles:
         try:
             with probe as stream:
                 stream.write(b"")
-            probe.remove()
+            probe.rehearse()
         except (OSError, ValueError, ImportError) as e:
             raise BatchInputError(
                 f"{self.name}: no result file can be written there, or not be taken away again: {e}. Nothing was sent."
@@ -165,7 +167,7 @@ class NewResultFile:
         self._own = f"{self._hidden}{secrets.token_hex(8)}.tmp"
         self._local = path.protocol in _LOCAL
         self._stream: BinaryIO | None = None
-        self._published = False
+        self._moved = False
 
     def __enter__(self) -> BinaryIO:
         if self._local:
@@ -183,19 +185,31 @@ class NewResultFile:
         self._stream.close()
 
     def publish(self) -> None:
-        """Move the file to its place. It replaces a file that is there."""
-        self._storage.mv(self._own, self._place)
-        self._published = True
+        """Put it in its place, over a file that is there, in one step.
 
-    def remove(self) -> None:
-        """Delete the hidden file."""
-        self._storage.rm_file(self._own)
+        An object store has no rename: its copy is visible once it is whole, and :meth:`discard` takes the hidden object away.
+        """
+        self._move(self._place)
+
+    def rehearse(self) -> None:
+        """Publish it under another hidden name and take that away: needs the same rights."""
+        other = f"{self._hidden}{secrets.token_hex(8)}.tmp"
+        self._move(other)
+        self._storage.rm_file(other)
+
+    def _move(self, to: str) -> None:
+        if self._local:
+            self._storage.mv(self._own, to)
+        else:
+            # mv of an object store takes a ? or a [ of the path for a pattern, and the place for a folder
+            self._storage.cp_file(self._own, to)
+        self._moved = True
 
     def discard(self) -> None:
         """Delete the hidden file if the file is not in its place; if it is, also delete the hidden files of killed attempts."""
         try:
             self._storage.invalidate_cache()
-            left = self._storage.glob(f"{self._hidden}*.tmp") if self._published else [self._own]
+            left = self._storage.glob(f"{glob.escape(self._hidden)}*.tmp") if self._moved else [self._own]
             for name in left:
                 with suppress(FileNotFoundError):
                     self._storage.rm_file(name)

@@ -25,8 +25,8 @@ DAG_ID = "catalog_enrichment"
 COST_DAG_ID = "catalog_cost"
 PUBLISHED = ("batch_ids", "table", "rows", "counts", "cost_tally", "latency_s")
 EXAMPLES = Path(__file__).parents[2] / "example_dags"
-#: examples whose DAG is there only beside another provider
-LOADED_ELSEWHERE = {"into_bigquery", "into_redshift"}
+#: examples whose DAG is there, or runs, only beside another provider
+LOADED_ELSEWHERE = {"into_bigquery", "into_redshift", "into_duckdb"}
 
 
 @dataclass(frozen=True)
