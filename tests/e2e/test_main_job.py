@@ -8,15 +8,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
+from urllib.parse import quote
 
 import pytest
 import sqlalchemy as sa
 
 from airflow_provider_batchkit.model import CostTally
 from airflow_provider_batchkit.simulator import SimulatorProcess, SimulatorSettings
+from airflow_provider_batchkit.simulator.tokens import answer_for
 from tests import releases
 from tests.connections import anthropic_connection
-from tests.databases import sqlite_database
+from tests.databases import postgres_database, sqlite_database
 from tests.e2e.conftest import StartAirflow
 from tests.e2e.harness import AirflowStandalone
 
@@ -25,8 +28,9 @@ DAG_ID = "catalog_enrichment"
 COST_DAG_ID = "catalog_cost"
 PUBLISHED = ("batch_ids", "table", "rows", "counts", "cost_tally", "latency_s")
 EXAMPLES = Path(__file__).parents[2] / "example_dags"
-#: examples whose DAG is there, or runs, only beside another provider
-LOADED_ELSEWHERE = {"into_bigquery", "into_redshift", "into_duckdb"}
+#: examples whose DAG is there only beside another provider
+LOADED_ELSEWHERE = {"into_bigquery", "into_redshift"}
+THREE = "into_duckdb"
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,10 @@ class Shop:
     engine: sa.Engine
     #: OpenLineage's events, one JSON a line, where its provider is installed
     events: Path
+    #: the three databases of the example ``into_duckdb`` beside the warehouse, which is its shop
+    ledger: sa.Engine
+    analytics: Path
+    lake: Path
 
     def ended_run(self) -> str:
         """The id of the example's scheduled run, which has succeeded by then."""
@@ -50,7 +58,7 @@ class Shop:
 
 
 @pytest.fixture(scope="module")
-def shop(tmp_path_factory: pytest.TempPathFactory, start_airflow: StartAirflow) -> Iterator[Shop]:
+def shop(tmp_path_factory: pytest.TempPathFactory, start_airflow: StartAirflow, postgres_url: str) -> Iterator[Shop]:
     folder = tmp_path_factory.mktemp("shop")
     warehouse = sqlite_database(folder / "warehouse.db")
     engine = warehouse.engine()
@@ -61,14 +69,20 @@ def shop(tmp_path_factory: pytest.TempPathFactory, start_airflow: StartAirflow) 
     reviews = folder / "reviews.csv"
     reviews.write_text("review_id,product,stars,text\n" + "".join(f"R{i},thing {i // 2},4,good\n" for i in range(ROWS)))
     events = folder / "lineage.jsonl"
-    with SimulatorProcess(SimulatorSettings(clock="manual", input_tokens=2700, output_tokens=100)) as sim:
+    analytics, lake = folder / "analytics.duckdb", folder / "the lake"
+    settings = SimulatorSettings(clock="manual", input_tokens=2700, output_tokens=100)
+    with SimulatorProcess(settings) as sim, postgres_database(postgres_url) as ledger:
         env = {
+            "AIRFLOW_CONN_SHOP": warehouse.airflow_uri,
+            "AIRFLOW_CONN_ANALYTICS": f"duckdb://{quote(str(analytics), safe='')}",
+            "AIRFLOW_CONN_LEDGER": ledger.airflow_uri,
+            "AIRFLOW_VAR_LAKE": str(lake),
             "AIRFLOW_CONN_WAREHOUSE": warehouse.airflow_uri,
             "AIRFLOW_CONN_ANTHROPIC_DEFAULT": anthropic_connection(sim.base_url),
             "AIRFLOW_VAR_REVIEWS_CSV": str(reviews),
             "AIRFLOW__OPENLINEAGE__TRANSPORT": json.dumps({"type": "file", "log_file_path": str(events), "append": True}),
         }
-        yield Shop(start_airflow(EXAMPLES, env), sim, engine, events)
+        yield Shop(start_airflow(EXAMPLES, env), sim, engine, events, ledger.engine(), analytics, lake)
 
 
 def test_a_table_in_the_answers_and_the_bill_out(shop: Shop) -> None:
@@ -182,13 +196,87 @@ def test_one_task_asks_again_what_expired(shop: Shop) -> None:
     assert summary["counts"] == {"succeeded": ROWS}
 
 
+def in_duckdb(shop: Shop) -> list[tuple[Any, ...]]:
+    """Key, answer, price and batch of each row of the DuckDB file."""
+    import duckdb
+
+    with duckdb.connect(str(shop.analytics), read_only=True) as connection:
+        found: list[tuple[Any, ...]] = connection.execute(
+            "SELECT sku, response, cost_usd, batch_id FROM product_copy ORDER BY sku"
+        ).fetchall()
+        return found
+
+
+def in_the_lake(shop: Shop) -> list[tuple[Any, ...]]:
+    """The same of the Parquet files."""
+    import pyarrow.parquet as pq
+
+    files = sorted((shop.lake / "product_copy").iterdir())
+    return sorted(
+        tuple(row[name] for name in ("sku", "response", "cost_usd", "batch_id"))
+        for path in files
+        for row in pq.read_table(path).to_pylist()
+    )
+
+
+def test_rows_answers_and_ledger_lie_in_three_databases(shop: Shop) -> None:
+    """Out of SQLite into DuckDB and Parquet, the ledger in PostgreSQL: each row once in each, with its own answer, and one bill."""
+    pytest.importorskip("airflow.providers.duckdb.hooks.duckdb", reason="apache-airflow-providers-duckdb is not installed")
+    airflow, tasks = shop.airflow, ["describe.submit", "describe.wait", "describe.fetch"]
+    shop.sim.set(clock="manual")
+    before = shop.sim.stats()
+    run_id = airflow.trigger_dag(THREE)
+    airflow.wait_for_task(THREE, run_id, "describe.wait", "deferred")
+    batch_ids = airflow.xcom(THREE, run_id, "describe.submit")
+    assert not (shop.lake / "product_copy").exists()
+    for batch_id in batch_ids:
+        shop.sim.end(batch_id)
+    assert airflow.wait_for_run(THREE, run_id) == "success"
+
+    with shop.engine.connect() as connection:
+        source = connection.exec_driver_sql("SELECT sku, name, attributes FROM products").all()
+    answers = {sku: answer_for(f"Write a two-sentence description of {name}: {attributes}") for sku, name, attributes in source}
+    assert len(set(answers.values())) == len(answers) == ROWS
+    landed = in_duckdb(shop)
+    assert [(sku, response) for sku, response, _, _ in landed] == sorted(answers.items())
+    assert in_the_lake(shop) == landed
+    assert sorted(path.name for path in (shop.lake / "product_copy").iterdir()) == sorted(f"{batch_id}.parquet" for batch_id in batch_ids)
+
+    # the bill: in the task's summary, in both places of the rows, and in the ledger, which lies in PostgreSQL alone
+    summary = airflow.xcom(THREE, run_id, "describe.fetch")
+    tally = CostTally.from_json(summary["cost_tally"])
+    assert (summary["rows"], summary["counts"]) == (ROWS, {"succeeded": ROWS})
+    assert sum(cost for _, _, cost, _ in landed) == tally.batch_cost_usd != 0
+    booked = sa.text("SELECT SUM(batch_cost_picousd), SUM(standard_cost_picousd), COUNT(*) FROM batchkit_request")
+    spent = sa.text("SELECT batch_cost_usd, savings_usd, requests FROM batchkit_spend")
+    with shop.ledger.connect() as connection:
+        batch_pico, standard_pico, requests = connection.execute(booked).one()
+        assert [Decimal(pico).scaleb(-12) for pico in (batch_pico, standard_pico)] == [tally.batch_cost_usd, tally.standard_cost_usd]
+        assert requests == ROWS
+        assert tuple(connection.execute(spent).one()) == (tally.batch_cost_usd, tally.savings_usd, ROWS)
+    billed = [stats["bill"].get("claude-haiku-5-5", {}).get("input_tokens", 0) for stats in (before, shop.sim.stats())]
+    assert tally.input_tokens == billed[1] - billed[0] == 2700 * ROWS
+
+    # neither a clear nor another run buys or writes anything again
+    files = {path: path.stat().st_mtime_ns for path in (shop.lake / "product_copy").iterdir()}
+    airflow.clear_tasks(THREE, run_id, tasks)
+    assert airflow.wait_for_run(THREE, run_id) == "success"
+    assert airflow.xcom(THREE, run_id, "describe.submit") == batch_ids
+    again = airflow.trigger_dag(THREE)
+    assert airflow.wait_for_run(THREE, again) == "success"
+    assert set(airflow.task_states(THREE, again).values()) == {"skipped"}
+    assert shop.sim.stats()["requests_accepted"] == before["requests_accepted"] + ROWS
+    assert in_duckdb(shop) == landed == in_the_lake(shop)
+    assert {path: path.stat().st_mtime_ns for path in (shop.lake / "product_copy").iterdir()} == files
+
+
 def test_the_examples_without_a_schedule_run_when_they_are_triggered(shop: Shop) -> None:
     """All at once, on one warehouse and one triggerer; the table of each has a row for every key. After the tests that count requests."""
     shop.sim.set(clock="seconds:2")
     scheduled = {DAG_ID, COST_DAG_ID}
     runs = {
         dag_id: shop.airflow.trigger_dag(dag_id)
-        for dag_id in sorted({path.stem for path in EXAMPLES.glob("*.py")} - scheduled - LOADED_ELSEWHERE)
+        for dag_id in sorted({path.stem for path in EXAMPLES.glob("*.py")} - scheduled - LOADED_ELSEWHERE - {THREE})
     }
     states = {dag_id: shop.airflow.wait_for_run(dag_id, run_id, timeout=300) for dag_id, run_id in runs.items()}
     assert states == dict.fromkeys(runs, "success")
