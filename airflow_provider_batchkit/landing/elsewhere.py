@@ -280,7 +280,9 @@ class _Elsewhere(Target):
             if self.options.replaces:
                 if plan.would_replace_younger(books, [Batch(one.batch_id, one.record) for one in read]):
                     raise Overtaken(f"{self.table.name} was filled while the results were read.")
-                return Publish(load.load_id, self.attempt_id, stage, turn, self.options.disposition, batch_id)
+                jobs = {one.batch_id if one.record is None else one.record.job_id for one in read}
+                order = [one.batch_id for one in read] if len(jobs) > 1 else []
+                return Publish(load.load_id, self.attempt_id, stage, turn, self.options.disposition, batch_id, order=order)
             found = older_than(books, batch_id, plan)
             older = None if found is None else list(books.execute(found).scalars())
             earlier: list[str] = []

@@ -73,6 +73,21 @@ def test_a_later_run_writes_over_what_is_there_and_leaves_the_rest(ledger: Wareh
     assert sorted(results.rows("SELECT id, batch_id, reviewed FROM answers")) == expected
 
 
+@pytest.mark.parametrize("disposition", ["merge", "replace"])
+def test_of_two_jobs_with_the_same_keys_the_later_batch_stays(ledger: Warehouse, results: Results, disposition: str) -> None:
+    """One fetch of both; a failed row never takes the place of the other job's answer."""
+    first = ledger.submit([*THREE[:2], {"id": 2, "name": "[[sim:overloaded]]"}], prompt="{{ row.name }}")
+    second = ledger.submit([{"id": 1, "name": "[[sim:overloaded]]"}, *THREE[2:]], run_id="run-2", prompt="{{ row.name }} ")
+    for ids in ([*first.batch_ids, *second.batch_ids], [*second.batch_ids, *first.batch_ids]):
+        ledger.fetch(ids, into=results.adapter, disposition=disposition, include_failed=True, rewrite=True)
+        found = sorted(results.rows("SELECT id, batch_id, status FROM answers"))
+        assert found == [(0, first.batch_ids[0], "succeeded"), (1, first.batch_ids[0], "succeeded"), (2, second.batch_ids[0], "succeeded")]
+    third = ledger.submit(THREE[1:], run_id="run-3", prompt="Again {{ row.name }}")
+    ledger.fetch([*third.batch_ids, *first.batch_ids], into=results.adapter, disposition=disposition, rewrite=True)
+    found = sorted(results.rows("SELECT id, batch_id FROM answers"))
+    assert found == [(0, first.batch_ids[0]), (1, first.batch_ids[0]), (2, third.batch_ids[0])]
+
+
 def test_an_emptied_table_is_filled_anew(ledger: Warehouse, results: Results) -> None:
     """Under the next landing number."""
     sent = ledger.submit(THREE)

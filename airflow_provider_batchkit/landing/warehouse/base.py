@@ -51,6 +51,8 @@ class Publish:
     older: Sequence[str] | None = None
     #: batches of earlier rounds of the same job
     earlier: Sequence[str] = ()
+    #: The batches of a replace, in the order given, where they are of several jobs and so may have the same keys.
+    order: Sequence[str] = ()
 
 
 class Warehouse(ABC):
@@ -289,11 +291,14 @@ class Warehouse(ABC):
         names = ", ".join(map(self.quote, table.column_names))
         staged = ", ".join(f"s.{self.quote(name)}" for name in table.column_names)
         plain = f"INSERT INTO {target} ({names}) SELECT {staged} FROM {stage} s"
-        if how.disposition is WriteDisposition.REPLACE:
-            return [f"DELETE FROM {target}", plain]
         same = self._same(table, "t", "s")
         first = self.quote(table.key_names[0])
         lacking = f"{plain} LEFT JOIN {target} t ON {same} WHERE t.{first} IS NULL"
+        if how.disposition is WriteDisposition.REPLACE:
+            # of equal keys an answer is written before a failure, and among these the later batch's before the earlier one's
+            those = [f"s.status {is_it} '{_SUCCEEDED}' AND s.batch_id = " for is_it in ("=", "<>")]
+            several = [f"{lacking} AND {one}{self.literal(batch_id)}" for one in those for batch_id in reversed(how.order)]
+            return [f"DELETE FROM {target}", *(several or [plain])]
         if how.disposition is WriteDisposition.MERGE:
             return [self.update(table, how), lacking]
         own = f"batch_id = {self.literal(how.batch_id)}"
