@@ -128,7 +128,7 @@ def test_history_leads_to_a_job_with_its_failed_rows(office: Office) -> None:
         assert "errored" in failed.inner_text() and "[28]" in failed.inner_text()
         failed.get_by_role("button", name="more").click()
         failed.get_by_text("[144]", exact=True).wait_for(timeout=WAIT_MS)
-        assert failed.get_by_role("button").count() == 0
+        failed.get_by_role("button").wait_for(state="detached", timeout=WAIT_MS)
         assert page.get_by_text("landed", exact=True).count() >= 1
         page.go_back()
         page.get_by_label("failed rows only").wait_for(timeout=WAIT_MS)

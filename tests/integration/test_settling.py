@@ -271,7 +271,7 @@ def test_the_deadline_counts_from_the_doubt_and_not_from_the_intent(warehouse: W
 
 
 def _dies_while_it_settles(warehouse: Warehouse) -> None:
-    def die(_: datetime) -> Iterator[BatchSnapshot]:
+    def die(*_: Any) -> Iterator[BatchSnapshot]:
         raise KeyboardInterrupt
 
     recent, warehouse.kit.recent = warehouse.kit.recent, die  # type: ignore[method-assign,assignment]  # the moment of death
