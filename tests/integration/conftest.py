@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from airflow_provider_batchkit.simulator import SimulatorProcess, SimulatorSettings
@@ -34,10 +35,14 @@ def simulator(simulator_settings: SimulatorSettings) -> Iterator[SimulatorProces
 
 
 @pytest.fixture
-def api(simulator: SimulatorProcess, connection_model: str | None, monkeypatch: pytest.MonkeyPatch) -> SimulatorProcess:
-    """The module's simulator behind Airflow's connection ``anthropic_default``."""
+def api(
+    simulator: SimulatorProcess, simulator_settings: SimulatorSettings, connection_model: str | None, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[SimulatorProcess]:
+    """The module's simulator behind the connection ``anthropic_default``; each test finds it with the module's settings and no fault."""
     monkeypatch.setenv("AIRFLOW_CONN_ANTHROPIC_DEFAULT", anthropic_connection(simulator.base_url, connection_model))
-    return simulator
+    yield simulator
+    simulator.faults.clear()
+    simulator.set(**msgspec.structs.asdict(simulator_settings))
 
 
 @pytest.fixture
