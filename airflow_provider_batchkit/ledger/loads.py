@@ -195,15 +195,18 @@ class Loads:
         """
         end, pause = time.monotonic() + patience_s, 0.05
         while (number := self.take_turn(opened, seconds)) is None:
-            if time.monotonic() >= end:
-                raise self._turn_taken(opened)
+            if time.monotonic() >= end and (taken := self._turn_taken(opened)) is not None:
+                raise taken
             time.sleep(pause)
             pause = min(pause * 1.5, 2.0)
         return number
 
-    def _turn_taken(self, opened: Load) -> TurnTakenError:
+    def _turn_taken(self, opened: Load) -> TurnTakenError | None:
+        """The error that names the load which has the turn; None when the turn has been given back meanwhile."""
         with self.engine.connect() as connection:
             found = connection.execute(sa.select(turn.c.load_id, turn.c.until).where(turn.c.table_name == opened.table)).one()
+        if found.load_id is None:
+            return None
         return TurnTakenError(
             f"Load {found.load_id} has the turn at {opened.table}, until {found.until:%H:%M:%S} UTC at the latest: it is landing there, or "
             "its worker died. Nothing is lost: this landing takes its turn afterwards.",
