@@ -94,21 +94,20 @@ class Spending(Budgets):
         group: sa.ColumnElement[Any] = {"dag": job.c.dag_id, "model": bill.c.model}.get(by, self._day(batch.c.created_at))
         tokens = bill.c.input_tokens + bill.c.cache_write_5m_tokens + bill.c.cache_write_1h_tokens + bill.c.cache_read_tokens
         unpriced = sa.case((bill.c.batch_cost_picousd.is_(None), bill.c.requests), else_=0)
-        money = (bill.c.batch_cost_picousd, bill.c.standard_cost_picousd)
+        sums = {
+            "requests": bill.c.requests,
+            "input_tokens": tokens,
+            "output_tokens": bill.c.output_tokens,
+            "batch_cost_picousd": bill.c.batch_cost_picousd,
+            "standard_cost_picousd": bill.c.standard_cost_picousd,
+            "unpriced": unpriced,
+        }
+        # A batch that used several models has one bill row per model. Its rows are summed up first: COUNT(DISTINCT) would sort all batches.
         statement = (
-            sa.select(
-                group.label("name"),
-                # a batch that used several models has one bill row per model
-                sa.func.count(sa.distinct(batch.c.batch_id)).label("batches"),
-                sa.func.sum(bill.c.requests).label("requests"),
-                sa.func.sum(tokens).label("input_tokens"),
-                sa.func.sum(bill.c.output_tokens).label("output_tokens"),
-                *(sa.func.sum(column).label(column.name) for column in money),
-                sa.func.sum(unpriced).label("unpriced"),
-            )
+            sa.select(group.label("name"), *(sa.func.sum(column).label(name) for name, column in sums.items()))
             .join(batch, (batch.c.job_id == bill.c.job_id) & (batch.c.shard == bill.c.shard))
             .join(job, job.c.job_id == bill.c.job_id)
-            .group_by(group)
+            .group_by(group, bill.c.job_id, bill.c.shard)
         )
         if since is not None:
             statement = statement.where(batch.c.created_at >= since)
@@ -118,8 +117,10 @@ class Spending(Budgets):
             statement = statement.where(job.c.dag_id.in_(sorted(dag_ids)))
         if model is not None:
             statement = statement.where(bill.c.model == model)
+        each = statement.subquery()
+        totals = sa.select(each.c.name, sa.func.count().label("batches"), *(sa.func.sum(each.c[name]).label(name) for name in sums))
         with self.engine.connect() as connection:
-            rows = connection.execute(statement).all()
+            rows = connection.execute(totals.group_by(each.c.name)).all()
         found = [
             Spent(
                 str(row.name),

@@ -18,6 +18,7 @@ from airflow_provider_batchkit.api.blocks import ResultBlock
 from airflow_provider_batchkit.api.results import Reconciler, parse_blocks
 from airflow_provider_batchkit.cost.prices import PriceBook
 from airflow_provider_batchkit.landing import Batch, LandingOptions, Results, land_batches
+from airflow_provider_batchkit.ledger.spending import Spending
 from airflow_provider_batchkit.ledger.tables import batch
 from airflow_provider_batchkit.simulator import Simulator, SimulatorSettings
 from tests.databases import Database
@@ -168,6 +169,18 @@ def test_spend_is_per_day_dag_task_and_model(warehouse: Warehouse) -> None:
         ("dag", "submit", "claude-opus-4-8", 2, Decimal("0.16")),
     ]
     assert [Decimal(line["savings_usd"]) for line in lines] == [Decimal("0.0016"), Decimal("0.16")]
+
+
+def test_a_batch_that_used_two_models_is_one_batch_of_its_day_and_of_its_dag(warehouse: Warehouse) -> None:
+    """Its requests and its costs are added up over both."""
+    warehouse.fetch(warehouse.submit([*products(2), {"id": 2, "name": "c [[sim:advisor]]"}]).batch_ids)
+    books = Spending(warehouse.engine)
+    by_model = books.spent("model")
+    assert [one.batches for one in by_model] == [1, 1]
+    for by in ("day", "dag"):
+        (one,) = books.spent(by)
+        assert (one.batches, one.requests) == (1, sum(each.requests for each in by_model))
+        assert one.batch_cost_usd == sum(each.batch_cost_usd or 0 for each in by_model)
 
 
 def test_an_unknown_price_is_null_and_never_zero(warehouse: Warehouse) -> None:
