@@ -129,41 +129,21 @@ class ResultBlock:
         """The results one by one."""
         nothing: list[Any] = [None] * len(self)
         usages = zip(*self.counts, self.inference_geos, self.speeds, strict=True)
-        for (
-            custom_id,
-            status,
-            text,
-            reason,
-            model,
-            billed,
-            usage,
-            error_type,
-            error_message,
-            message,
-            message_id,
-            request_id,
-            details,
-        ) in zip(
+        return map(
+            BatchItem,
             self.custom_ids,
-            self.statuses,
+            map(RequestStatus, self.statuses),
             self.texts,
             self.stop_reasons,
             self.models,
-            self.billed,
-            usages,
+            [Usage(*usage) if billed else None for usage, billed in zip(usages, self.billed, strict=True)],
             self.error_types,
             self.error_messages,
             self.messages or nothing,
             self.message_ids,
             self.request_ids,
             self.stop_details or nothing,
-            strict=True,
-        ):
-            counted = Usage(*usage) if billed else None
-            outcome = RequestStatus(status)
-            yield BatchItem(
-                custom_id, outcome, text, reason, model, counted, error_type, error_message, message, message_id, request_id, details
-            )
+        )
 
 
 def _at(places: Sequence[int], column: Sequence[Any] | None) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import msgspec
 
@@ -16,6 +16,7 @@ from airflow_provider_batchkit.api import decode
 from airflow_provider_batchkit.api.blocks import BilledPart, ResultBlock
 from airflow_provider_batchkit.model import REFUSED, TRUNCATED, UNFINISHED, USAGE_UNKNOWN, RequestStatus, Usage
 
+_T = TypeVar("_T")
 _SAMPLE_CHARS = 200
 _SHOWN_BYTES = 1_000
 
@@ -357,28 +358,16 @@ def _iterations(iterations: Sequence[decode.Iteration], model: str | None, own: 
 # --- parts of a line as they were sent --------------------------------------------------------------------------------------------
 
 
+class _OfResult(msgspec.Struct, Generic[_T], gc=False):
+    result: _T
+
+
+class _OfMessage(msgspec.Struct, Generic[_T], gc=False):
+    message: _T
+
+
 class _Content(msgspec.Struct, gc=False):
     content: msgspec.Raw = msgspec.Raw(b"[]")
-
-
-class _OfContent(msgspec.Struct, gc=False):
-    message: _Content
-
-
-class _ContentLine(msgspec.Struct, gc=False):
-    result: _OfContent
-
-
-class _OfMessage(msgspec.Struct, gc=False):
-    message: msgspec.Raw
-
-
-class _MessageLine(msgspec.Struct, gc=False):
-    result: _OfMessage
-
-
-class _ResultLine(msgspec.Struct, gc=False):
-    result: msgspec.Raw
 
 
 class _Call(msgspec.Struct, gc=False):
@@ -386,9 +375,9 @@ class _Call(msgspec.Struct, gc=False):
     input: msgspec.Raw = msgspec.Raw(b"{}")
 
 
-_decode_content = msgspec.json.Decoder(_ContentLine).decode
-_decode_message = msgspec.json.Decoder(_MessageLine).decode
-_decode_result = msgspec.json.Decoder(_ResultLine).decode
+_decode_content = msgspec.json.Decoder(_OfResult[_OfMessage[_Content]]).decode
+_decode_message = msgspec.json.Decoder(_OfResult[_OfMessage[msgspec.Raw]]).decode
+_decode_result = msgspec.json.Decoder(_OfResult[msgspec.Raw]).decode
 _decode_calls = msgspec.json.Decoder(list[_Call]).decode
 
 

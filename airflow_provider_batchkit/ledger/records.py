@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import datetime
 from typing import Any
 
@@ -84,22 +84,5 @@ class Intent:
 
 def record_of(row: Row[Any]) -> BatchRecord:
     """A row of ``batchkit_batch``."""
-    return BatchRecord(
-        row.job_id,
-        row.shard,
-        row.batch_id,
-        row.anthropic_conn_id,
-        BatchState(row.state),
-        row.round,
-        row.requests,
-        row.body_bytes,
-        row.intended_at,
-        row.doubt_at,
-        row.unseen_since,
-        row.unseen_at,
-        row.created_at,
-        row.ended_at,
-        row.landed_at,
-        row.landed_table,
-        row.note,
-    )
+    values = {one.name: getattr(row, one.name) for one in fields(BatchRecord)}
+    return BatchRecord(**{**values, "state": BatchState(row.state)})

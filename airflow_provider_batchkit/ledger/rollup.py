@@ -28,97 +28,40 @@ DIALECTS = ("postgresql", "sqlite")
 TOKENS = ("input_tokens", "output_tokens", "cache_write_5m_tokens", "cache_write_1h_tokens", "cache_read_tokens", "web_searches")
 
 
-class utc_day(GenericFunction[Any]):  # noqa: N801 - the name of a SQL function
-    """The UTC date of a time."""
+def _function(name: str, type_: sa.types.TypeEngine[Any], **forms: str) -> Any:
+    """A SQL function, from its form on each dialect: ``{0}`` and ``{1}`` stand for its arguments."""
+    function: Any = type(name, (GenericFunction,), {"type": type_, "inherit_cache": True})
+    for dialect, form in forms.items():
 
-    type = sa.Date()
-    inherit_cache = True
+        def compiled(element: Any, compiler: Any, form: str = form, **kw: Any) -> str:
+            return form.format(*(compiler.process(clause, **kw) for clause in element.clauses))
 
-
-class seconds_between(GenericFunction[Any]):  # noqa: N801 - the name of a SQL function
-    """Seconds from one time to a later one, to the millisecond."""
-
-    type = sa.Float()
-    inherit_cache = True
+        compiles(function, dialect)(compiled)
+    return function
 
 
-class usd(GenericFunction[Any]):  # noqa: N801 - the name of a SQL function
-    """Picodollars as dollars, exactly."""
-
-    type = sa.Numeric()
-    inherit_cache = True
-
-
-class json_items(GenericFunction[Any]):  # noqa: N801 - the name of a SQL function
-    """One row per item of a JSON array that is given as text, with one column, ``value``."""
-
-    inherit_cache = True
-
-
-class json_at(GenericFunction[Any]):  # noqa: N801 - the name of a SQL function
-    """The item at a position (from 0) of a JSON array, as text."""
-
-    type = sa.Text()
-    inherit_cache = True
-
-
-@compiles(json_items, "postgresql")
-def _json_items_postgresql(element: Any, compiler: Any, **kw: Any) -> str:
-    return f"json_array_elements(CAST({compiler.process(element.clauses, **kw)} AS JSON))"
-
-
-@compiles(json_items, "sqlite")
-def _json_items_sqlite(element: Any, compiler: Any, **kw: Any) -> str:
-    return f"json_each({compiler.process(element.clauses, **kw)})"
-
-
-@compiles(json_at, "postgresql")
-def _json_at_postgresql(element: Any, compiler: Any, **kw: Any) -> str:
-    array, position = (compiler.process(clause, **kw) for clause in element.clauses)
-    return f"({array} ->> {position})"
-
-
-@compiles(json_at, "sqlite")
-def _json_at_sqlite(element: Any, compiler: Any, **kw: Any) -> str:
-    array, position = (compiler.process(clause, **kw) for clause in element.clauses)
-    return f"json_extract({array}, '$[' || {position} || ']')"
-
-
-@compiles(utc_day, "postgresql")
-def _utc_day_postgresql(element: Any, compiler: Any, **kw: Any) -> str:
-    return f"CAST({compiler.process(element.clauses, **kw)} AT TIME ZONE 'UTC' AS DATE)"
-
-
-@compiles(utc_day, "sqlite")
-def _utc_day_sqlite(element: Any, compiler: Any, **kw: Any) -> str:
-    return f"date({compiler.process(element.clauses, **kw)})"
-
-
-@compiles(seconds_between, "postgresql")
-def _seconds_between_postgresql(element: Any, compiler: Any, **kw: Any) -> str:
-    start, end = (compiler.process(clause, **kw) for clause in element.clauses)
-    return f"CAST(round(EXTRACT(EPOCH FROM {end} - {start}), 3) AS DOUBLE PRECISION)"
-
-
-@compiles(seconds_between, "sqlite")
-def _seconds_between_sqlite(element: Any, compiler: Any, **kw: Any) -> str:
-    start, end = (compiler.process(clause, **kw) for clause in element.clauses)
-    return f"round((julianday({end}) - julianday({start})) * 86400, 3)"
-
-
-@compiles(usd, "postgresql")
-def _usd_postgresql(element: Any, compiler: Any, **kw: Any) -> str:
-    # a product keeps all twelve decimals, a quotient may not
-    return f"{compiler.process(element.clauses, **kw)} * 0.000000000001"
-
-
-@compiles(usd, "sqlite")
-def _usd_sqlite(element: Any, compiler: Any, **kw: Any) -> str:
-    pico = compiler.process(element.clauses, **kw)
-    sign = f"CASE WHEN {pico} < 0 THEN '-' ELSE '' END"
-    # printf would show a NULL as zero
-    amount = f"printf('%d.%012d', abs({pico}) / 1000000000000, abs({pico}) % 1000000000000)"
-    return f"CASE WHEN {pico} IS NOT NULL THEN {sign} || {amount} END"
+#: the UTC date of a time
+utc_day = _function("utc_day", sa.Date(), postgresql="CAST({0} AT TIME ZONE 'UTC' AS DATE)", sqlite="date({0})")
+#: seconds from one time to a later one, to the millisecond
+seconds_between = _function(
+    "seconds_between",
+    sa.Float(),
+    postgresql="CAST(round(EXTRACT(EPOCH FROM {1} - {0}), 3) AS DOUBLE PRECISION)",
+    sqlite="round((julianday({1}) - julianday({0})) * 86400, 3)",
+)
+#: Picodollars as dollars, exactly. In PostgreSQL a product keeps all twelve decimals, a quotient may not. SQLite's printf would show a NULL
+#: as zero.
+usd = _function(
+    "usd",
+    sa.Numeric(),
+    postgresql="{0} * 0.000000000001",
+    sqlite="CASE WHEN {0} IS NOT NULL THEN CASE WHEN {0} < 0 THEN '-' ELSE '' END || "
+    "printf('%d.%012d', abs({0}) / 1000000000000, abs({0}) % 1000000000000) END",
+)
+#: one row per item of a JSON array that is given as text, with one column, ``value``
+json_items = _function("json_items", sa.types.NullType(), postgresql="json_array_elements(CAST({0} AS JSON))", sqlite="json_each({0})")
+#: the item at a position (from 0) of a JSON array, as text
+json_at = _function("json_at", sa.Text(), postgresql="({0} ->> {1})", sqlite="json_extract({0}, '$[' || {1} || ']')")
 
 
 def _known_sum(column: sa.ColumnElement[Any], rows: sa.ColumnElement[Any]) -> sa.ColumnElement[Any]:
@@ -148,11 +91,11 @@ def requests() -> sa.CompoundSelect[Any]:
 
     ``asked`` is false for a row that shares another row's request, which then bears the cost.
     """
-    entry = sa.func.json_items(succeeded.c.entries).table_valued("value", name="entry")
+    entry = json_items(succeeded.c.entries).table_valued("value", name="entry")
     positions = dict(zip(Succeeded._fields, range(len(Succeeded._fields)), strict=True))
 
     def packed(field: str, type_: sa.types.TypeEngine[Any]) -> sa.ColumnElement[Any]:
-        return sa.cast(sa.func.json_at(entry.c.value, positions[field]), type_)
+        return sa.cast(json_at(entry.c.value, positions[field]), type_)
 
     digest = packed("digest", sa.String(40))
     failed_digest = sa.func.substr(failed.c.custom_id, sa.func.length(failed.c.job_id) + 2)

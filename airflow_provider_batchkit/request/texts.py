@@ -11,11 +11,12 @@ import datetime as dt
 import json
 import math
 import re
-from collections.abc import Collection, ItemsView, KeysView, Mapping, Sequence, ValuesView
+from collections.abc import Callable, Collection, ItemsView, KeysView, Mapping, Sequence, ValuesView
 from collections.abc import Set as AbstractSet
 from decimal import Decimal
 from enum import Enum
 from functools import partial, singledispatch
+from types import NoneType
 from typing import Any
 
 #: types whose ``str`` gives their text
@@ -144,47 +145,11 @@ def _range_text(value: Any) -> str:
 
 
 @text_of.register
-def _(_value: None) -> str:
-    return ""
-
-
-@text_of.register
-def _(value: str) -> str:
-    return str.__str__(value)
-
-
-@text_of.register
-def _(value: bool) -> str:
-    return str(value)
-
-
-@text_of.register
-def _(value: int) -> str:
-    return int.__repr__(value)
-
-
-@text_of.register
 def _(value: float) -> str:
     text = float.__repr__(value)
     if "e" not in text or Decimal(text).adjusted() not in _EXPONENTS:
         return text
     return f"{Decimal(text):f}"
-
-
-@text_of.register
-def _(value: Decimal) -> str:
-    return f"{value:f}" if value.is_finite() else str(value)
-
-
-@text_of.register
-def _(value: Enum) -> str:
-    return text_of(value.value)
-
-
-@text_of.register(dt.date)
-@text_of.register(dt.time)
-def _(value: dt.date | dt.time) -> str:
-    return value.isoformat()
 
 
 @text_of.register
@@ -202,18 +167,23 @@ def _(value: dt.timedelta) -> str:
     return f"P{days}{'T' if time else ''}{time}"
 
 
-@text_of.register(Mapping)
-@text_of.register(Sequence)
-@text_of.register(AbstractSet)
-@text_of.register(ItemsView)
-@text_of.register(KeysView)
-@text_of.register(ValuesView)
-def _(value: Any) -> str:
-    return json_of(value)
-
-
 @text_of.register(bytes)
 @text_of.register(bytearray)
 @text_of.register(memoryview)
 def _(value: bytes | bytearray | memoryview) -> str:
     raise NoTextError(value, f"it is binary ({type(value).__name__}, {len(value):,} bytes), and a prompt is text")
+
+
+_WRITERS: tuple[tuple[Callable[[Any], str], tuple[type, ...]], ...] = (
+    (lambda _: "", (NoneType,)),
+    (str.__str__, (str,)),
+    (str, (bool,)),
+    (int.__repr__, (int,)),
+    (lambda value: f"{value:f}" if value.is_finite() else str(value), (Decimal,)),
+    (lambda value: text_of(value.value), (Enum,)),
+    (lambda value: value.isoformat(), (dt.date, dt.time)),
+    (json_of, (Mapping, Sequence, AbstractSet, ItemsView, KeysView, ValuesView)),
+)
+for _writer, _types in _WRITERS:
+    for _type in _types:
+        text_of.register(_type, _writer)
