@@ -14,11 +14,11 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from datetime import datetime
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from airflow_provider_batchkit.api.polling import ABSENCE_S, ENDED
 from airflow_provider_batchkit.api.refusals import advice, api_message, refuses_the_message
+from airflow_provider_batchkit.api.upload import NotTaken, Upload
 from airflow_provider_batchkit.api.wire import (
     BATCHES,
     COUNT_TOKENS,
@@ -44,7 +44,6 @@ from airflow_provider_batchkit.exceptions import (
     ResultStreamError,
     SubmitRefusedError,
     SubmitThrottledError,
-    SubmitUncertainError,
 )
 from airflow_provider_batchkit.model import BatchSnapshot
 from airflow_provider_batchkit.request.shards import Shard
@@ -56,9 +55,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _PAGE = 1000
-_UPLOAD_CHUNK = 1 << 18
-#: The closing brackets of a body go out only after a fresh look at clock and lease.
-_LAST_BYTES = 2
 
 _THROTTLED = frozenset({429, 529})
 #: These 4xx do not prove a refusal: the API may have taken the request.
@@ -121,7 +117,7 @@ class BatchApi:
         while True:
             try:
                 return self._post(shard, fence, post_s)
-            except _NotTaken as e:
+            except NotTaken as e:
                 pause = max(e.retry_after or 0.0, delay) * (1 + _JITTER * random.random())  # noqa: S311 - no secret depends on it
                 if waited + pause > bound:
                     raise SubmitThrottledError(
@@ -143,13 +139,13 @@ class BatchApi:
             headers={"Content-Type": "application/json", "Content-Length": str(shard.bytes)},
             timeout=_bounded(self.client.timeout, write_s=_LAST_SHARE * post_s, read_s=_ANSWER_SHARE * post_s),
         )
-        body = _fenced_body(shard, fence, _BODY_SHARE * post_s)
+        body = Upload(shard, fence, _BODY_SHARE * post_s)
         try:
             return batch_of(self.client.post(BATCHES, content=body, cast_to=httpx2.Response, options=options))
         except anthropic.APIStatusError as e:
             status = e.status_code
             if status == 429 or (status in _THROTTLED and e.type):
-                raise _NotTaken(f"the API answered {status} {e.type or ''}".strip(), _retry_after(e)) from e
+                raise NotTaken(f"the API answered {status} {e.type or ''}".strip(), _retry_after(e)) from e
             own = 400 <= status < 500 and status not in _AMBIGUOUS_4XX and e.type
             if status in _MOVED | _REFUSED or own:
                 raise SubmitRefusedError(
@@ -159,22 +155,18 @@ class BatchApi:
                     status=status,
                     error_type=e.type,
                 ) from e
-            raise self._uncertain(shard, f"the API answered {status}: {api_message(e)}") from e
+            raise body.unseen_end(f"the API answered {status}: {api_message(e)}") from e
         except anthropic.APIConnectionError as e:
             if isinstance(e.__cause__, LeaseLostError | SubmitThrottledError):
                 raise e.__cause__ from None
-            if isinstance(e.__cause__, httpx2.ConnectError | httpx2.ConnectTimeout | httpx2.PoolTimeout):
-                raise _NotTaken(f"no connection ({e.__cause__})", None) from e
-            raise self._uncertain(shard, f"the connection broke: {e.__cause__ or e}") from e
+            raise body.broken(e.__cause__ or e) from e
         except anthropic.APIResponseValidationError as e:
-            raise self._uncertain(shard, e.message) from e
-
-    @staticmethod
-    def _uncertain(shard: Shard, what: str) -> SubmitUncertainError:
-        return SubmitUncertainError(
-            f"Shard {shard.number} ({shard.requests:,} requests) was sent, and {what.removesuffix('.')}. It may have been accepted, then "
-            "it runs and is billed once. It is not sent again before its batch has been looked for."
-        )
+            raise body.unseen_end(e.message) from e
+        except Exception as e:
+            # the client could not make the request, for example because it has no credentials
+            if body.is_whole:
+                raise
+            raise body.not_made(e) from e
 
     @property
     def sends_betas(self) -> bool:
@@ -334,14 +326,6 @@ def _not_read(batch_id: str, why: str) -> ResultStreamError:
     return ResultStreamError(f"The results of batch {batch_id} could not be read: {why}. Nothing is lost: they can be read again.")
 
 
-class _NotTaken(Exception):
-    """Nothing was accepted, and another try may succeed: the API refused for now, or there was no connection."""
-
-    def __init__(self, what: str, retry_after: float | None) -> None:
-        super().__init__(what)
-        self.retry_after = retry_after
-
-
 def _bounded(timeout: Any, *, write_s: float, read_s: float) -> Any:
     """The client's own timeout, with the time of a write and that of a read bounded."""
     import httpx2
@@ -352,34 +336,6 @@ def _bounded(timeout: Any, *, write_s: float, read_s: float) -> Any:
         return bound if value is None else min(value, bound)
 
     return httpx2.Timeout(connect=own.connect, pool=own.pool, write=least(own.write, write_s), read=least(own.read, read_s))
-
-
-def _fenced_body(shard: Shard, fence: Callable[[], None], seconds: float) -> Iterator[bytes]:
-    """The body in chunks. ``fence`` is called when only the last two bytes are left, which go out right after it.
-
-    :param seconds: time for the whole body; the client's own timeout bounds each write, not their sum
-    :raises SubmitThrottledError: the time is over before the last bytes, so that the body is not complete
-    """
-    started = time.monotonic()
-    left = shard.bytes - _LAST_BYTES
-    with Path(shard.body_path).open("rb") as body:
-        while left:
-            chunk = body.read(min(_UPLOAD_CHUNK, left))
-            left -= len(chunk)
-            yield chunk
-            _refuse_late(started, seconds)
-        fence()
-        _refuse_late(started, seconds)
-        yield body.read()
-
-
-def _refuse_late(started: float, seconds: float) -> None:
-    took = time.monotonic() - started
-    if took > seconds:
-        raise SubmitThrottledError(
-            f"An upload had taken {took:.0f} s and was not complete, and {seconds:.0f} s are allowed, so it was broken off. Nothing of its "
-            "shard was accepted or billed. A slow connection needs a larger settle_seconds or a smaller max_bytes_per_batch."
-        )
 
 
 def _retry_after(error: anthropic.APIStatusError) -> float | None:

@@ -8,6 +8,7 @@ makes the client from the fields that the documentation of ``AnthropicHook`` nam
 from __future__ import annotations
 
 import asyncio
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeGuard, cast
@@ -23,6 +24,15 @@ if TYPE_CHECKING:
     from anthropic import Anthropic, AsyncAnthropic, WorkloadIdentityCredentials
 
     from airflow_provider_batchkit.kit import BatchKit
+
+
+#: Headers that describe a single message, or ask for a part of an answer. Given for all calls, they break some: a download waits for a body
+#: that never comes, or ends early.
+_OF_ONE_MESSAGE = frozenset({"content-length", "transfer-encoding", "content-encoding", "te", "trailer", "upgrade", "expect", "range"})
+#: headers that the client sets, and what they may be instead
+_FIXED = {"content-type": re.compile(r"application/json\b.*"), "accept-encoding": re.compile(r"(?:(?:gzip|deflate|identity)\b[^,]*,?\s*)+")}
+#: RFC 9110: names, and values of visible ASCII without blanks at the ends
+_HEADER_NAME, _HEADER_VALUE = re.compile(r"[-!#$%&'*+.^_`|~0-9A-Za-z]+"), re.compile(r"(?:[!-~](?:[\t -~]*[!-~])?)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +67,8 @@ class BatchKitHook(AnthropicHook):
         """The batch engine on this connection, with the prices of Airflow's configuration.
 
         :raises BatchInputError: when ``[batchkit] price_overrides`` names a file that cannot be used
-        :raises AnthropicError: on a platform that does not serve the Message Batches API (Bedrock, Vertex, Foundry), and for an option of
-            the client that is no number where one is needed
+        :raises AnthropicError: on a platform that does not serve the Message Batches API (Bedrock, Vertex, Foundry), for an option of
+            the client that is no number where one is needed, and for a header with which some calls cannot work
         """
         from airflow_provider_batchkit.kit import BatchKit
 
@@ -108,6 +118,7 @@ def _refuse_other_platforms(platform: str) -> None:
 def _refuse_odd_options(client: Anthropic | AsyncAnthropic) -> None:
     """The client takes any value for these, and fails with it in the middle of a call: after the journal was written, or the batch paid."""
     import httpx2
+    from anthropic import Omit
 
     timeout: object = client.timeout
     retries: object = client.max_retries
@@ -115,6 +126,27 @@ def _refuse_odd_options(client: Anthropic | AsyncAnthropic) -> None:
         raise AnthropicError(f"anthropic_client_kwargs of the connection: timeout must be a number of seconds above 0, not {timeout!r}.")
     if not (_is_number(retries) and isinstance(retries, int) and retries >= 0):
         raise AnthropicError(f"anthropic_client_kwargs of the connection: max_retries must be a whole number, 0 or more, not {retries!r}.")
+
+    for name, value in client.default_headers.items():
+        if not isinstance(value, Omit):
+            _refuse_header(name, value)
+
+
+def _refuse_header(name: str, value: object) -> None:
+    """:raises AnthropicError: for a header with which some calls cannot work. The value may be a secret and is not shown."""
+    known = name.lower()
+    if not isinstance(value, str) or not _HEADER_NAME.fullmatch(name) or not _HEADER_VALUE.fullmatch(value):
+        why = "its value must be a text of printable ASCII characters, without blanks or line breaks at its ends"
+    elif known in _OF_ONE_MESSAGE or known.startswith("if-"):
+        why = "it is about a single message, and would break other calls"
+    elif known in _FIXED and not _FIXED[known].fullmatch(value.lower()):
+        why = "the client sets it to what it can read and write"
+    else:
+        return
+    raise AnthropicError(
+        f"The connection's header {name!r} cannot be sent with every call: {why}. Look at default_headers in its anthropic_client_kwargs, "
+        "at its key, and at ANTHROPIC_CUSTOM_HEADERS. Nothing was sent."
+    )
 
 
 def _is_number(value: object) -> TypeGuard[int | float]:

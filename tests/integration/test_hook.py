@@ -97,3 +97,54 @@ def test_an_option_of_the_client_that_is_no_number_is_found_at_once(
         _ = hook.kit
     with pytest.raises(AnthropicError, match=f"{option} must be"):
         asyncio.run(hook.get_async_conn())
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *[(name, "5") for name in ("Content-Length", "content-length", "Transfer-Encoding", "Content-Encoding", "Range", "If-None-Match")],
+        ("Content-Type", "text/plain"),
+        ("Accept-Encoding", "br"),
+        ("x-team", 5),
+        ("x-team", None),
+        ("x-team", "catalog\n"),
+        ("x-team", "Größe"),
+        ("x team", "catalog"),
+    ],
+)
+def test_a_header_with_which_some_calls_cannot_work_is_found_at_once(
+    airflow_db: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: Any
+) -> None:
+    """With Content-Length a batch is created and paid, and its results cannot be read."""
+    hook = connect(monkeypatch, ":secret@", {"anthropic_client_kwargs": {"default_headers": {name: value}}})
+    with pytest.raises(AnthropicError, match=f"header '{name}' cannot be sent with every call"):
+        _ = hook.kit
+    with pytest.raises(AnthropicError, match="cannot be sent"):
+        asyncio.run(hook.get_async_conn())
+
+
+def test_a_key_with_a_line_break_is_found_at_once_and_not_shown(airflow_db: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was pasted with the end of its line."""
+    hook = connect(monkeypatch, "", {"anthropic_client_kwargs": {"api_key": "sk-secret\n"}})
+    with pytest.raises(AnthropicError, match="cannot be sent with every call") as caught:
+        _ = hook.kit
+    assert "sk-secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("Host", "api.example"),
+        ("x-api-key", "another"),
+        ("authorization", "Bearer gateway"),
+        ("Accept-Encoding", "gzip;q=0.5, identity"),
+        ("content-type", "application/json; charset=utf-8"),
+        ("connection", "close"),
+        ("anthropic-beta", "x"),
+    ],
+)
+def test_a_header_that_a_gateway_may_need_stays(airflow_db: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    """Both clients send it."""
+    hook = connect(monkeypatch, ":secret@", {"anthropic_client_kwargs": {"default_headers": {name: value}}})
+    assert hook.kit.client.default_headers[name] == value
+    assert asyncio.run(hook.get_async_conn()).default_headers[name] == value

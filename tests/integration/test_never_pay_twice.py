@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import multiprocessing
+import socket
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
 
+import anthropic
 import pytest
 import sqlalchemy as sa
 
+from airflow_provider_batchkit import BatchKit
 from airflow_provider_batchkit.exceptions import (
     BatchInputError,
     LeaseLostError,
@@ -361,3 +365,53 @@ def test_cache_writes_of_a_lifetime_that_nobody_knows_make_the_cost_unknown(ware
     assert sorted(row["cost_usd"] is None for row in costs) == [False, False, True, True]
     assert report.tally.batch_cost_usd is None
     assert len(warehouse.rows("SELECT id FROM answers WHERE status = 'succeeded'")) == 4
+
+
+def test_a_connection_without_a_key_leaves_no_doubt(warehouse: Warehouse, sim: Simulator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client refuses to make the request: nothing left this machine, so nothing has to be looked for once the key is there."""
+    for name in ("ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    good = warehouse.kit
+    warehouse.kit = BatchKit(anthropic.Anthropic(base_url=sim.base_url, max_retries=0))
+    with pytest.raises(SubmitThrottledError, match=r"could not be sent with this connection: .*Nothing of it was accepted"):
+        warehouse.submit(products(3))
+    warehouse.kit = good
+    assert len(warehouse.submit(products(3)).batch_ids) == 1
+    assert (states(warehouse), sim.stats()["requests_accepted"]) == (["rejected", "submitted"], 4)
+
+
+@pytest.mark.parametrize("url", ["127.0.0.1:1/", "ftp://127.0.0.1:1/"])
+def test_an_address_that_no_request_can_be_sent_to_leaves_no_doubt(warehouse: Warehouse, url: str) -> None:
+    """A host without its scheme, for one."""
+    warehouse.kit = kit_for(url)
+    with pytest.raises(SubmitThrottledError, match="could not be sent with this connection"):
+        warehouse.submit(products(3))
+    assert states(warehouse) == ["rejected"]
+
+
+def test_a_connection_that_breaks_while_the_body_goes_out_leaves_no_doubt(
+    warehouse: Warehouse, sim: Simulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The API never takes a body that is not complete, so the batch need not be looked for: it is sent again."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def break_off() -> None:
+            for _ in range(2):
+                connection, _ = server.accept()
+                connection.recv(1)
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0")
+                connection.close()
+
+        threading.Thread(target=break_off, daemon=True).start()
+        warehouse.kit, good = kit_for(f"http://127.0.0.1:{server.getsockname()[1]}"), warehouse.kit
+        monkeypatch.setattr(warehouse.kit, "model_info", lambda _: {})
+        monkeypatch.setattr(warehouse.kit, "count_tokens", lambda _: 1)
+        monkeypatch.setattr("airflow_provider_batchkit.jobs.submit.PATIENCE_S", 0.0)
+        large = [{"id": i, "name": "x" * 4_000_000} for i in range(4)]
+        report = warehouse.submit(large)
+    assert report.waits_for is not None and report.waits_for.about == "throttle"
+    assert "before its upload was complete" in report.waits_for.why
+    assert states(warehouse) == ["rejected"]
+    warehouse.kit = good
+    assert len(warehouse.submit(products(3)).batch_ids) == 1
+    assert sim.stats()["requests_accepted"] == 4
