@@ -27,6 +27,7 @@ from airflow_provider_batchkit.api.wire import (
     batch_of,
     batch_path,
     deleted_of,
+    digest_of_credentials,
     model_of,
     model_path,
     no_answer,
@@ -90,6 +91,18 @@ class BatchApi:
     def __init__(self, client: anthropic.Anthropic) -> None:
         self.client = client
         self._models: dict[str, Mapping[str, Any]] = {}
+        self._workspace: str | None = None
+
+    @property
+    def workspaces(self) -> tuple[str, ...]:
+        """Names of the workspace that the client reaches, the surest first: the API's own, once an answer has told it, and a short digest
+        of the client's address and credentials.
+        """
+        return (*filter(None, [self._workspace]), digest_of_credentials(self.client))
+
+    def note_workspace(self, response: httpx2.Response) -> None:
+        """Learn the workspace from an answer. A gateway may have left it out."""
+        self._workspace = response.headers.get("anthropic-workspace-id") or self._workspace
 
     def send(
         self,
@@ -245,8 +258,11 @@ class BatchApi:
         pause = _AGAIN_S
         for left in reversed(range(self.client.max_retries + 1)):
             try:
-                return read(call(path, cast_to=httpx2.Response, options=own_address(**options)))
+                response = call(path, cast_to=httpx2.Response, options=own_address(**options))
+                self.note_workspace(response)
+                return read(response)
             except anthropic.APIStatusError as e:
+                self.note_workspace(e.response)
                 if redirect_of(e.response) is None:
                     raise
                 raise no_answer(e.response, "it is a redirect") from e

@@ -9,6 +9,8 @@ A proxy may answer 200 with a page of its own. Anything but the answer that the 
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -31,6 +33,9 @@ BATCHES = "/v1/messages/batches"
 COUNT_TOKENS = "/v1/messages/count_tokens"
 _MODELS = "/v1/models"
 
+#: headers that decide which workspace's batches a client sees
+_CREDENTIALS = ("x-api-key", "authorization", "anthropic-workspace-id")
+_DIGEST_CHARS = 10
 #: characters of an answer that a message quotes
 _SAMPLE_CHARS = 100
 _REDIRECTS = range(300, 400)
@@ -46,6 +51,12 @@ def own_address(**options: Any) -> RequestOptions:
     """
     found: RequestOptions = {"follow_redirects": False, **options}  # type: ignore[typeddict-item] # the names are the callers'
     return found
+
+
+def digest_of_credentials(client: anthropic.Anthropic) -> str:
+    """A digest of a client's address and credentials that tells two clients apart. It is too short to guess a key from."""
+    told = {name.lower(): value for name, value in client.default_headers.items() if isinstance(value, str)}
+    return hashlib.sha256(json.dumps([str(client.base_url), *map(told.get, _CREDENTIALS)]).encode()).hexdigest()[:_DIGEST_CHARS]
 
 
 def batch_path(batch_id: object, *more: str) -> str:

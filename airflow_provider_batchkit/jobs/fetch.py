@@ -218,7 +218,7 @@ class _Fetch:
         if now - since <= absence:
             return self._unseen_for_now(error, f"{batch_id}, which is {record}", since)
         try:
-            seen = any_visible(self._kit, self._ledger.witnesses(record))
+            seen = any_visible(self._kit, self._ledger.witnesses(record, self._kit.workspaces))
         except (BatchUnavailableError, anthropic.APIError) as e:
             error.add_note(f"Looking for the connection's earlier batches failed, so nothing shows that it is gone: {e}")
             return error

@@ -280,11 +280,14 @@ class Settler:
 
         :raises SubmitUncertainError: when no batch that this connection submitted before is visible
         """
-        known = self._ledger.witnesses(record)
+        reached = self._kit.workspaces
+        known = self._ledger.witnesses(record, reached)
         with _uncertain([record]):
             if not {s.batch_id for s in listed}.isdisjoint(known) or any_visible(self._kit, known):
                 return
-        if known:
+        if record.workspace not in (None, *reached):
+            why = f"sent it with a key of the workspace {record.workspace}, and has one of {reached[0]} now"
+        elif known:
             why = f"sees none of {', '.join(known[:3])}, which it submitted before, so its key may be of another workspace"
         else:
             why = "has submitted no batch before that could still be seen, so nothing shows that its key is of the same workspace"

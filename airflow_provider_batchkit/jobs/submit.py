@@ -305,7 +305,8 @@ class _Sender:
         return None
 
     def _intend(self, piece: Shard, spending: Spending) -> None:
-        intent = Intent(self._attempt.anthropic_conn_id, spending.bound(piece), self._options.limits.budget, self._options.round_number)
+        sent_by, caps = (self._attempt.anthropic_conn_id, self._kit.workspaces[0]), self._options.limits
+        intent = Intent(*sent_by, spending.bound(piece), caps.budget, self._options.round_number)
         self._ledger.intend(self._job_id, self._lease, piece, intent)
 
     def _post(self, piece: Shard) -> BatchSnapshot:

@@ -297,6 +297,7 @@ class Ledger(BatchMoves, Loads, Rounds, Account, budgets.Budgets, Alerts, Histor
                     job_id=job_id,
                     shard=shard.number,
                     anthropic_conn_id=intent.anthropic_conn_id,
+                    workspace=intent.workspace,
                     state=BatchState.SENDING.value,
                     round=intent.round_number,
                     requests=shard.requests,

@@ -33,7 +33,7 @@ def migrate(connection: Connection, found: int) -> None:
         # no other connection may read or write the ledger between the old layout and the new one
         connection.exec_driver_sql("LOCK TABLE batchkit_version, batchkit_job, batchkit_batch IN ACCESS EXCLUSIVE MODE")
         found = connection.execute(sa.select(version.c.version)).scalar_one()
-    for number, step in ((3, _from_3), (4, _from_4)):
+    for number, step in ((3, _from_3), (4, _from_4), (5, _from_5)):
         if found <= number:
             step(connection)
             log.info("The ledger was migrated from version %d to %d", number, number + 1)
@@ -76,6 +76,11 @@ def _from_4(connection: Connection) -> None:
     _add(connection, version, "turns")
     metadata.create_all(connection, tables=[load, prepared, turn])
     connection.execute(sa.update(version).values(version=5))
+
+
+def _from_5(connection: Connection) -> None:
+    _add(connection, batch, "workspace")
+    connection.execute(sa.update(version).values(version=6))
 
 
 def _drop_column(connection: Connection, name: str) -> None:

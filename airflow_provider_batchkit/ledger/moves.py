@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import Any
@@ -153,10 +154,14 @@ class BatchMoves:
         found = [state.value for state in sources_of(BatchState.PREPARED)]
         connection.execute(sa.update(batch).where(here, batch.c.state.in_(found)).values(state=BatchState.PREPARED.value))
 
-    def witnesses(self, record: BatchRecord) -> list[str]:
+    def witnesses(self, record: BatchRecord, reached: Sequence[str]) -> list[str]:
         """Ids of the youngest batches that the row's connection submitted before the row was written, or for the row's job.
 
         A key of the workspace that the row was sent to sees at least one of them. Batches submitted later may be in another workspace.
+        Where the connection does not reach the row's workspace by name, only batches that were sent to it by that name count: the key
+        may have been changed, and changed back.
+
+        :param reached: names of the workspace that the connection reaches now
         """
         kept = [BatchState.SUBMITTED.value, BatchState.PREPARED.value, BatchState.LANDED.value]
         before = sa.or_(batch.c.submitted_at < record.intended_at, batch.c.job_id == record.job_id)
@@ -166,6 +171,7 @@ class BatchMoves:
                 sa.select(batch.c.batch_id)
                 .where(batch.c.anthropic_conn_id == record.anthropic_conn_id, batch.c.state.in_(kept), batch.c.deleted_at.is_(None))
                 .where(batch.c.created_at > young, before, sa.or_(batch.c.job_id != record.job_id, batch.c.shard != record.shard))
+                .where(sa.true() if record.workspace in (None, *reached) else batch.c.workspace == record.workspace)
                 .order_by(batch.c.created_at.desc())
                 .limit(_WITNESSES)
             )

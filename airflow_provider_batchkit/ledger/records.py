@@ -43,6 +43,8 @@ class BatchRecord:
     shard: int
     batch_id: str | None
     anthropic_conn_id: str
+    #: the workspace that it was sent to; None where an older version of the ledger did not note it
+    workspace: str | None
     state: BatchState
     #: the number of the round that asked it, from 1
     round: int
@@ -75,6 +77,8 @@ class Intent:
     """The facts that are noted with a shard before it is sent."""
 
     anthropic_conn_id: str
+    #: the workspace that it goes to
+    workspace: str
     #: the most that the shard can cost
     bound: Bound
     #: the budget in which the bound counts; the attempt's hold on it is at least as large

@@ -26,7 +26,7 @@ import sqlalchemy as sa
 from sqlalchemy.types import TypeDecorator
 
 #: the version of the tables' layout, which is written to ``batchkit_version``
-VERSION = 5
+VERSION = 6
 
 
 class UtcDateTime(TypeDecorator[datetime]):
@@ -99,6 +99,9 @@ batch = sa.Table(
     sa.Column("shard", sa.Integer, primary_key=True),
     sa.Column("batch_id", sa.String(100), unique=True),
     sa.Column("anthropic_conn_id", sa.String(250), nullable=False),
+    # the workspace that it was sent to, by the API's name, or a digest of the connection's address and credentials where the API did not
+    # tell; null for a row of version 5
+    sa.Column("workspace", sa.String(100)),
     sa.Column("state", sa.String(10), nullable=False),
     # 1 for the first round; a later round asks again what failed in the rounds before it
     sa.Column("round", sa.Integer, nullable=False, default=1),

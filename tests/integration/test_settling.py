@@ -73,6 +73,20 @@ def die_after_the_post(warehouse: Warehouse, sim: Simulator, map_index: int = -1
     return newest(sim)
 
 
+def die_in_doubt(warehouse: Warehouse) -> None:
+    """A worker that dies when the POST of its three requests has ended unseen."""
+    real = warehouse.ledger.doubt
+
+    def die(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    warehouse.ledger.doubt = die  # type: ignore[method-assign,assignment]  # the moment of death
+    try:
+        warehouse.submit(products(3))
+    finally:
+        warehouse.ledger.doubt = real  # type: ignore[method-assign]
+
+
 def states(warehouse: Warehouse, run_id: str = "run-1", map_index: int = -1) -> list[str]:
     return [b.state.value for b in warehouse.ledger.batches(warehouse.job(run_id, map_index=map_index).job_id)]
 
@@ -489,9 +503,59 @@ def test_a_witness_of_another_workspace_proves_nothing(database: Database) -> No
         die_after_the_post(warehouse, sim)
         warehouse.kit = kit_for(sim.base_url, api_key="key-b")
         warehouse.submit(products(1), run_id="tuesday")
-        with pytest.raises(SubmitUncertainError, match="sees none of msgbatch_"):
+        with pytest.raises(SubmitUncertainError, match="sent it with a key of the workspace a, and has one of b now"):
             warehouse.submit(products(3), settle_seconds=SETTLE)
         assert sim.stats()["batches_accepted"] == 3
+
+
+def test_a_key_that_is_changed_and_changed_back_makes_nothing_void(database: Database) -> None:
+    """The connection had another workspace's key for one task, which died behind its POST: batches of its first workspace prove nothing."""
+    with Simulator(SimulatorSettings(clock="manual", keys={"key-a": "a", "key-b": "b"})) as sim:
+        warehouse = Warehouse(database.engine(), kit_for(sim.base_url, api_key="key-a"))
+        warehouse.submit(products(1), run_id="before")
+        warehouse.kit = kit_for(sim.base_url, api_key="key-b")
+        sent = die_after_the_post(warehouse, sim)
+        warehouse.kit = kit_for(sim.base_url, api_key="key-a")
+        for _ in range(2):
+            with pytest.raises(SubmitUncertainError, match="sent it with a key of the workspace b, and has one of a now"):
+                warehouse.submit(products(3), settle_seconds=SETTLE)
+        assert (states(warehouse), sim.stats()["batches_accepted"]) == (["sending"], 2)
+        # with the key that it was sent with it is found
+        sim.end(sent)
+        warehouse.kit = kit_for(sim.base_url, api_key="key-b")
+        assert warehouse.submit(products(3), settle_seconds=SETTLE).batch_ids == [sent]
+
+
+def test_a_batch_of_another_keys_workspace_is_not_gone(database: Database) -> None:
+    """The same at the fetch: it answers 404 for long, beside visible batches of the connection's first workspace."""
+    with Simulator(SimulatorSettings(keys={"key-a": "a", "key-b": "b"})) as sim:
+        warehouse = Warehouse(database.engine(), kit_for(sim.base_url, api_key="key-a"))
+        warehouse.submit(products(1), run_id="before")
+        warehouse.kit = kit_for(sim.base_url, api_key="key-b")
+        sent = warehouse.submit(products(3)).batch_ids
+        warehouse.kit = kit_for(sim.base_url, api_key="key-a")
+        with pytest.raises(BatchUnavailableError, match="None of the connection's earlier batches") as caught:
+            warehouse.fetch(sent, settle_seconds=SETTLE)
+        assert (states(warehouse), caught.value.retryable) == (["submitted"], True)
+        warehouse.kit = kit_for(sim.base_url, api_key="key-b")
+        assert warehouse.fetch(sent).rows == 3
+
+
+@pytest.mark.parametrize("names", [True, False], ids=["the API names the workspace", "a gateway drops the name"])
+def test_a_new_key_of_the_same_workspace_settles(database: Database, names: bool) -> None:
+    """A key is renewed between the POST, which the API never accepted, and the retry."""
+    with Simulator(SimulatorSettings(keys={"key-1": "a", "key-2": "a"})) as sim:
+        kits = [kit_for(sim.base_url, api_key=key) for key in ("key-1", "key-2")]
+        for kit in kits if not names else ():
+            kit.note_workspace = lambda _: None  # type: ignore[method-assign,assignment]  # the header is not there
+        warehouse = Warehouse(database.engine(), kits[0])
+        warehouse.submit(products(1), run_id="before")
+        sim.faults.add("cut_before_accept")
+        with pytest.raises(KeyboardInterrupt):
+            die_in_doubt(warehouse)
+        warehouse.kit = kits[1]
+        assert len(warehouse.submit(products(3), settle_seconds=SETTLE).batch_ids) == 1
+        assert states(warehouse) == ["void", "submitted"]
 
 
 def test_a_deleted_witness_is_none_and_the_next_one_counts(warehouse: Warehouse, sim: Simulator) -> None:
