@@ -280,9 +280,7 @@ class _Elsewhere(Target):
             if self.options.replaces:
                 if plan.would_replace_younger(books, [Batch(one.batch_id, one.record) for one in read]):
                     raise Overtaken(f"{self.table.name} was filled while the results were read.")
-                jobs = {one.batch_id if one.record is None else one.record.job_id for one in read}
-                order = [one.batch_id for one in read] if len(jobs) > 1 else []
-                return Publish(load.load_id, self.attempt_id, stage, turn, self.options.disposition, batch_id, order=order)
+                return Publish(load.load_id, self.attempt_id, stage, turn, self.options.disposition, batch_id, order=_order(read))
             found = older_than(books, batch_id, plan)
             older = None if found is None else list(books.execute(found).scalars())
             earlier: list[str] = []
@@ -326,3 +324,14 @@ class _Elsewhere(Target):
 
     def _stage_name(self, load: Load) -> str:
         return f"{_STAGE}_{load.load_id[:_ID]}_{hashlib.sha256(self.attempt_id.encode()).hexdigest()[:8]}"
+
+
+def _order(read: Sequence[ReadBatch[Spool]]) -> list[str]:
+    """The batches of a replace whose rows may have equal keys, the one whose rows stay last: of several jobs as they were given, of one job
+    by its rounds. Empty where no key comes twice.
+    """
+    jobs = {one.batch_id if one.record is None else one.record.job_id for one in read}
+    rounds = [1 if one.record is None else one.record.round for one in read]
+    if len(jobs) > 1:
+        return [one.batch_id for one in read]
+    return [one.batch_id for _, one in sorted(zip(rounds, read, strict=True), key=lambda pair: pair[0])] if len(set(rounds)) > 1 else []

@@ -7,6 +7,7 @@ catches, or for a real process ``os._exit``; a zombie is an attempt that rests w
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import os
 import subprocess
@@ -305,33 +306,73 @@ def test_replace_keeps_the_old_rows_until_every_batch_is_whole(pair: tuple[Wareh
     assert sorted(results.rows("SELECT id, batch_id FROM answers")) == [(0, ids[0]), (1, ids[0]), (2, ids[1]), (3, ids[1])]
 
 
-def test_two_rounds_of_a_job_that_land_in_two_tables_at_once_leave_each_row_its_best_outcome(
-    pair: tuple[Warehouse, Results], monkeypatch: pytest.MonkeyPatch
+#: who dies in its flip, and when: the landing that rests in it, or the one that lands meanwhile
+DEATHS = [("nobody", ""), *itertools.product(("resting", "meanwhile"), ("before", "after"))]
+
+
+@pytest.mark.parametrize("tables", ["one table", "two tables"])
+@pytest.mark.parametrize("rests", ["first", pytest.param("second", marks=pytest.mark.long)])
+@pytest.mark.parametrize("how", HOW)
+def test_two_rounds_of_a_job_that_land_at_once_leave_each_row_its_best_outcome(
+    pair: tuple[Warehouse, Results], how: str, rests: str, tables: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each table has a turn of its own, so the second round lands while the first lands anew in another table."""
+    """One round lands while the other rests in its flip, and either is killed there. Two tables have two turns; in one table the later
+    landing takes the turn and notes what the other has published. The first round has landed in a third table before.
+    """
     warehouse, results = pair
+    monkeypatch.setattr(elsewhere, "TURN_S", 0.3)
     rows = [{"id": 1, "name": "late [[sim:expired-once]]"}, {"id": 2, "name": "fine"}, {"id": 3, "name": "never [[sim:overloaded]]"}]
-    (first,) = warehouse.submit(rows, prompt="{{ row.name }}").batch_ids
-    warehouse.fetch([first], into=results.adapter)
-    again = warehouse.submit(rows, prompt="{{ row.name }}", round_number=2, only=["[1]", "[3]"]).batch_ids
-    (second,) = [batch_id for batch_id in again if batch_id != first]
+    for number, (who, when) in enumerate(DEATHS):
+        run, prompt = f"run-{number}", f"{{{{ row.name }}}} {number}"
+        (first,) = warehouse.submit(rows, prompt=prompt, run_id=run).batch_ids
+        warehouse.fetch([first], "before", into=results.adapter, disposition=how, run_id=run)
+        again = warehouse.submit(rows, prompt=prompt, round_number=2, only=["[1]", "[3]"], run_id=run).batch_ids
+        (second,) = [batch_id for batch_id in again if batch_id != first]
+        rounds = {"first": (f"first_{number}", [first]), "second": (f"second_{number}", [second])}
+        if tables == "one table":
+            # a replace by the second round alone would rightly delete the first one's rows
+            rounds["second"] = (f"first_{number}", [first, second] if how == "replace" else [second])
 
-    def meanwhile(real: Callable[..., Any], *arguments: Any, **more: Any) -> Any:
-        patch.undo()
-        warehouse.fetch([second], "second", into=results.adapter, include_failed=True)
-        return real(*arguments, **more)
+        def land(which: str, _rounds: dict[str, tuple[str, list[str]]] = rounds, _run: str = run) -> None:
+            table, ids = _rounds[which]
+            warehouse.fetch(ids, table, into=results.adapter, disposition=how, include_failed=True, run_id=_run)
 
-    with monkeypatch.context() as patch:
-        at("module", "flip", warehouse, results, patch, meanwhile)
-        warehouse.fetch([first], "first", into=results.adapter, include_failed=True)
-    failed = warehouse.rows("SELECT key, status, shard FROM batchkit_failed")
-    assert [(row["key"], row["status"]) for row in failed] == [("[3]", "errored")]
-    (last,) = warehouse.rows(f"SELECT shard FROM batchkit_batch WHERE batch_id = '{second}'")
-    assert failed[0]["shard"] == last["shard"]
-    found = {row["key"]: row["status"] for row in warehouse.rows("SELECT key, status FROM batchkit_request")}
-    assert found == {"[1]": "succeeded", "[2]": "succeeded", "[3]": "errored"}
-    assert sorted(results.rows("SELECT id, status FROM first")) == [(1, "expired"), (2, "succeeded"), (3, "errored")]
-    assert sorted(results.rows("SELECT id, status FROM second")) == [(1, "succeeded"), (3, "errored")]
+        def rest(which: str, dies: str, meanwhile: Callable[[], None] = lambda: None, _land: Callable[[str], None] = land) -> None:
+            """Land a round and do something else just before its flip; ``dies`` is "before", "after" or nothing."""
+
+            def in_flip(real: Callable[..., Any], *arguments: Any, **more: Any) -> Any:
+                patch.undo()
+                meanwhile()
+                found = None if dies == "before" else real(*arguments, **more)
+                if dies:
+                    at("ledger", "give_turn_back", warehouse, results, patch, lambda *_: None)
+                    raise Killed
+                return found
+
+            with monkeypatch.context() as patch, pytest.raises(Killed) if dies else contextlib.nullcontext():
+                at("module", "flip", warehouse, results, patch, in_flip)
+                _land(which)
+
+        other = "second" if rests == "first" else "first"
+        rest(rests, when if who == "resting" else "", functools.partial(rest, other, when if who == "meanwhile" else ""))
+        for which in (rests, other):
+            land(which)
+        of_job = f"WHERE job_id = '{warehouse.job(run).job_id}'"
+        (last,) = warehouse.rows(f"SELECT shard FROM batchkit_batch WHERE batch_id = '{second}'")
+        failed = warehouse.rows(f"SELECT key, status, shard FROM batchkit_failed {of_job}")
+        assert failed == [{"key": "[3]", "status": "errored", "shard": last["shard"]}], (who, when)
+        found = {row["key"]: row["status"] for row in warehouse.rows(f"SELECT key, status FROM batchkit_request {of_job}")}
+        assert found == {"[1]": "succeeded", "[2]": "succeeded", "[3]": "errored"}, (who, when)
+        landed = warehouse.rows(f"SELECT batch_id FROM batchkit_landing WHERE batch_id IN ('{first}', '{second}')")
+        assert sorted(row["batch_id"] for row in landed) == sorted([first, first, second]), (who, when)
+        best = [(1, "succeeded", second), (2, "succeeded", first), (3, "errored", second)]
+        alone = [(1, "expired", first), (2, "succeeded", first), (3, "errored", first)]
+        there = {f"first_{number}": best} if tables == "one table" else {f"first_{number}": alone, f"second_{number}": [best[0], best[2]]}
+        for table, expected in there.items():
+            assert sorted(results.rows(f"SELECT id, status, batch_id FROM {table}")) == expected, (who, when, table)
+    if how != "replace":
+        # there, what a killed worker prepared for the first round alone stays when both rounds land as one load
+        assert warehouse.rows("SELECT * FROM batchkit_prepared") == []
 
 
 _CHILD = """

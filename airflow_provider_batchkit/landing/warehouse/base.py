@@ -51,7 +51,7 @@ class Publish:
     older: Sequence[str] | None = None
     #: batches of earlier rounds of the same job
     earlier: Sequence[str] = ()
-    #: The batches of a replace, in the order given, where they are of several jobs and so may have the same keys.
+    #: The batches of a replace, where they are of several jobs or rounds and so may have the same keys. Of equals the last one's rows stay.
     order: Sequence[str] = ()
 
 
