@@ -23,7 +23,7 @@ FACET = "batchkit"
 class BatchLineage:
     """The OpenLineage methods of an operator with ``sql``, which it reads, or ``table``, which it writes, or both."""
 
-    #: what the run has published so far, see :mod:`~airflow_provider_batchkit.operators.publish`
+    #: the summary that the run has published so far, see :mod:`~airflow_provider_batchkit.operators.publish`
     lineage_summary: dict[str, Any] | None = None
 
     def get_openlineage_facets_on_start(self) -> OperatorLineage[Any, Any] | None:

@@ -201,7 +201,7 @@ class ModelTally:
     web_searches: int = 0
     batch_cost_usd: Decimal | None = Decimal(0)
     standard_cost_usd: Decimal | None = Decimal(0)
-    #: what prompt caching saved on the batch's price; below zero where the writes cost more than the reads saved
+    #: the savings of prompt caching on the batch's price; below zero where the writes cost more than the reads saved
     cache_savings_usd: Decimal | None = Decimal(0)
 
     def __add__(self, other: ModelTally) -> ModelTally:

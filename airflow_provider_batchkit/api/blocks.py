@@ -53,7 +53,7 @@ class ResultBlock:
     contents: Sequence[str | None] | None = None
     #: the messages' ``stop_details`` as JSON
     stop_details: Sequence[str | None] | None = None
-    #: how a result is billed, where that is not simply its counts above at its model above
+    #: the billed parts of a result whose bill is not simply its counts above at its model above
     bills: Sequence[tuple[BilledPart, ...] | None] | None = None
     #: whole messages as JSON, where they are kept
     messages: Sequence[bytes | None] | None = None

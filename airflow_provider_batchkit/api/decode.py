@@ -157,7 +157,7 @@ class Line(_Known, Generic[_B]):
 decode_plain_lines = msgspec.json.Decoder(Line[Plain]).decode_lines
 _decode_lines = msgspec.json.Decoder(Line[Block]).decode_lines
 _decode_line = msgspec.json.Decoder(Line[Block]).decode
-#: what a decoder raises for a line that it cannot read
+#: the errors that a decoder raises for a line that it cannot read
 UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 _FIRST, _LAST_BUT_ONE = itemgetter(0), itemgetter(-2)
 

@@ -85,7 +85,7 @@ class ApiClock:
     def __init__(self, now: Callable[[], datetime]) -> None:
         """:param now: the other clock; aware"""
         self._now = now
-        #: how far the API's clock was ahead at most, and behind at most; one of them is zero unless the clocks drift apart
+        #: the greatest times by which the API's clock was ahead, and behind; one of them is zero unless the clocks drift apart
         self.ahead = self.behind = timedelta(0)
 
     def note(self, response: httpx2.Response) -> None:
@@ -161,9 +161,9 @@ class Page:
     batches: Sequence[WireBatch]
     #: whether older batches follow, as far as the page says so
     more: bool
-    #: why some of the page's members are left out; None when all could be read
+    #: the reason why some of the page's members are left out; None when all could be read
     odd: str | None = None
-    #: why batches may be missing from the list although the page ends it; None when it proves that no older ones follow, or that they do
+    #: the reason why batches may be missing from a list that the page ends; None when it proves that older ones follow, or that none do
     open_end: str | None = None
 
 

@@ -38,12 +38,9 @@ def _dialect(given: argparse.Namespace) -> str:
 
 def prune(given: argparse.Namespace) -> int:
     """Print what is deleted and what is kept, ask for confirmation, and delete."""
-    from airflow_provider_batchkit.ledger.prune import plan
-    from airflow_provider_batchkit.ledger.prune import prune as prune_job
-
     with open_ledger(given.conn_id) as ledger:
         before = ledger.now() - given.older_than
-        found = plan(ledger.engine, before)
+        found = ledger.plan_pruning(before)
         done = 0
         if given.output in ("table", "plain"):
             _say(
@@ -55,7 +52,7 @@ def prune(given: argparse.Namespace) -> int:
         if found.jobs and not given.yes and not confirmed():
             print("Nothing was deleted.")
             return 1
-        done = sum(prune_job(ledger.engine, job_id, before) for job_id in found.jobs)
+        done = sum(ledger.prune(job_id, before) for job_id in found.jobs)
     if given.output in ("json", "yaml"):
         kept = [{"jobs": jobs, "reason": reason} for reason, jobs in found.kept.most_common()]
         show_document({"pruned_jobs": done, "batches": found.batches, "rows": found.source_rows, "kept": kept}, given.output)

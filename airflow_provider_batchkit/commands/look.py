@@ -24,10 +24,8 @@ _SPENT_DAYS = 30
 
 def jobs(given: argparse.Namespace) -> int:
     """Print one line per job."""
-    from airflow_provider_batchkit.ledger.overview import Overview
-
     with open_ledger(given.conn_id) as ledger:
-        page = Overview(ledger.engine).jobs(_filter(given, model=given.model, failed=given.failed), limit=given.limit)
+        page = ledger.overview.jobs(_filter(given, model=given.model, failed=given.failed), limit=given.limit)
     show([_job_row(one) for one in page.jobs], given.output, empty="No job fits. A job is there as soon as its task has begun to submit.")
     if page.next is not None:
         print(f"There are more; --limit shows more than {given.limit}, --until older ones.", file=sys.stderr)
@@ -56,10 +54,8 @@ def _job_row(one: JobView) -> dict[str, Any]:
 
 def batches(given: argparse.Namespace) -> int:
     """Print one line per batch; for running ones with what the API's list shows."""
-    from airflow_provider_batchkit.ledger.overview import Overview
-
     with open_ledger(given.conn_id) as ledger:
-        found = Overview(ledger.engine).batches(_filter(given), only_open=given.only_open, limit=given.limit)
+        found = ledger.overview.batches(_filter(given), only_open=given.only_open, limit=given.limit)
     seen = _seen(found) if given.only_open else {}
     now = datetime.now(UTC)
     empty = "Nothing is in flight." if given.only_open else "No batch fits."
@@ -129,17 +125,16 @@ def _seen(found: list[BatchView]) -> Mapping[str, BatchSnapshot]:
 def failed(given: argparse.Namespace) -> int:
     """Print why rows of a job failed, or each failed row."""
     from airflow_provider_batchkit.hooks.settings import configured_failures
-    from airflow_provider_batchkit.ledger.overview import Overview
 
     if not given.rows and (given.status or given.error_type):
         raise BatchInputError("--status and --error-type choose among rows: give --rows, too.")
     with open_ledger(given.conn_id) as ledger:
-        overview = Overview(ledger.engine)
+        overview = ledger.overview
         if overview.dag_of(given.job) is None:
             raise BatchInputError(f"The ledger has no job {given.job}. `jobs` lists those that it has.")
         empty = "Every row that has landed has a whole answer."
         if given.rows:
-            rows = overview.failed_keys(given.job, limit=given.limit + 1, status=given.status, error_type=given.error_type)
+            rows = overview.failed_page(given.job, limit=given.limit + 1, status=given.status, error_type=given.error_type)
             fits_none = "No row without a whole answer has this status and type." if given.status or given.error_type else empty
             show(rows[: given.limit], given.output, empty=fits_none)
             if len(rows) > given.limit:
@@ -165,11 +160,9 @@ def failed(given: argparse.Namespace) -> int:
 
 def spend(given: argparse.Namespace) -> int:
     """Print what landed batches cost, and the budgets."""
-    from airflow_provider_batchkit.ledger.spending import Spending
-
     since = given.since or datetime.now(UTC) - timedelta(days=_SPENT_DAYS)
     with open_ledger(given.conn_id) as ledger:
-        books = Spending(ledger.engine)
+        books = ledger.spending
         spent = books.spent(given.by, since=since, until=given.until, dag_ids=None if given.dag_id is None else [given.dag_id])
         budgets = [(one, books.told_alerts(one)) for one in books.budgets()]
     rows: list[dict[str, Any]] = [

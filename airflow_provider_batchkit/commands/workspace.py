@@ -24,8 +24,6 @@ _LOOKED_UP = 500
 
 def orphans(given: argparse.Namespace) -> int:
     """Print the batches of the workspace that no ledger knows."""
-    from airflow_provider_batchkit.ledger.overview import Overview
-
     since = given.since or datetime.now(UTC) - timedelta(days=_RESULTS_DAYS)
     given_names = [name.strip() for name in (given.conn_id or "").split(",") if name.strip()]
     names = given_names or ledger_conn_ids() or [ledger_conn_id(None)]
@@ -33,7 +31,7 @@ def orphans(given: argparse.Namespace) -> int:
     for name in names:
         # a ledger that cannot be read is an error: all of its batches would seem to be orphans
         with open_ledger(name) as ledger:
-            overview = Overview(ledger.engine)
+            overview = ledger.overview
             connections.update(overview.connections())
             doubts.extend(overview.in_doubt())
     if given.anthropic_conn_id:
@@ -124,12 +122,10 @@ def cancel(given: argparse.Namespace) -> int:
 
 
 def _owner(given: argparse.Namespace) -> BatchView | None:
-    from airflow_provider_batchkit.ledger.overview import Overview
-
     if given.conn_id is None and given.anthropic_conn_id is not None:
         return None
     with open_ledger(given.conn_id) as ledger:
-        return Overview(ledger.engine).batch(given.batch)
+        return ledger.overview.batch(given.batch)
 
 
 def _kit(conn_id: str) -> BatchKit:

@@ -47,7 +47,7 @@ class Counted:
 
     #: model → tokens of its sampled requests, and the bytes that these tokens were counted in
     per_model: Mapping[str, tuple[int, int]]
-    #: where the figures come from
+    #: the source of the figures
     source: str
 
     def rate(self, model: str) -> tuple[int, int]:

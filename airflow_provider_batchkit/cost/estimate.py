@@ -62,7 +62,7 @@ class Estimate:
     expected_usd: Decimal | None
     upper_usd: Decimal | None
     upper_tokens: int | None
-    #: where the two token figures come from
+    #: the sources of the two token figures
     input_source: str
     output_source: str
     why_unbounded: str = ""

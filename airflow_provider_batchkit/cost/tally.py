@@ -18,7 +18,7 @@ _COUNTS = 7
 _BATCH, _STANDARD, _CACHE_SAVINGS, _SMALLEST, _LARGEST = range(_COUNTS, _COUNTS + 5)
 #: batch costs and standard costs of many results, in pico-dollars; None where a cost is not known
 Costs = tuple[Sequence[int | None], Sequence[int | None]]
-#: what decides a result's prices, besides the size of its prompt: model, ``inference_geo``, ``speed``
+#: the facts that decide a result's prices, besides the size of its prompt: model, ``inference_geo``, ``speed``
 _Kind = tuple[str | None, str | None, str | None]
 _T = TypeVar("_T")
 

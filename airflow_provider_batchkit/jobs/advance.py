@@ -21,7 +21,7 @@ from airflow_provider_batchkit.jobs.submit import Attempt, SubmitOptions, Submit
 from airflow_provider_batchkit.jobs.waiting import Done, WaitFor
 from airflow_provider_batchkit.landing import BatchFigures, LandingReport, WriteDisposition, check_table
 from airflow_provider_batchkit.ledger import BatchRecord, BatchState, Ledger
-from airflow_provider_batchkit.ledger.rounds import WORTH_A_ROUND, Wanted
+from airflow_provider_batchkit.ledger.reasons import WORTH_A_ROUND, Wanted
 from airflow_provider_batchkit.request.build import RequestBuilder
 from airflow_provider_batchkit.request.failures import Reason
 from airflow_provider_batchkit.schema import OutputSchema

@@ -25,9 +25,9 @@ log = logging.getLogger(__name__)
 class Priming:
     """How a job is primed. Priming never stops a job: however the primer ends, the rest is sent afterwards."""
 
-    #: how long the API keeps what the primer writes to the cache, in seconds
+    #: seconds for which the API caches the primer's prompt
     ttl_s: float
-    #: how long the rest waits for the primer, in seconds from its submit
+    #: seconds, from the primer's submit, that the rest waits for it
     timeout_s: float
     #: whether the wait is over: then the primer's result is logged and the rest is sent
     over: bool = False

@@ -28,7 +28,7 @@ from airflow_provider_batchkit.jobs.submit import Attempt, SubmitReport
 from airflow_provider_batchkit.jobs.waiting import Done, WaitFor
 from airflow_provider_batchkit.landing import WriteDisposition
 from airflow_provider_batchkit.ledger import BatchRecord, BatchState
-from airflow_provider_batchkit.ledger.rounds import Outcome
+from airflow_provider_batchkit.ledger.results import Outcome
 from airflow_provider_batchkit.request.failed import failed_text
 from airflow_provider_batchkit.request.failures import ADVICE, Reason
 
@@ -40,7 +40,7 @@ class RunResult:
     """The result of a job."""
 
     outcome: Outcome
-    #: why no further round was asked; None when no round was left to ask
+    #: the reason why no further round was asked; None when no round was left to ask
     stopped: str | None
     #: batches that are gone and have rows that no later round has asked
     gone: list[BatchRecord]

@@ -59,9 +59,9 @@ class SettleTimes:
 
     #: seconds from the beginning of a doubt; only a later look can prove that a shard was never accepted. The default is unproved
     settle_s: float = 900.0
-    #: how long a batch that was visible may be missing from the list
+    #: the longest time for which a batch that was visible may be missing from the list
     absence_s: float = ABSENCE_S
-    #: how far the API's clock may be off from the ledger's, in either direction
+    #: the greatest difference between the API's clock and the ledger's, in either direction
     skew_s: float = 900.0
 
     @property

@@ -37,7 +37,7 @@ from airflow_provider_batchkit.jobs.waiting import WaitFor
 from airflow_provider_batchkit.kit import BatchKit
 from airflow_provider_batchkit.landing import Warehouse
 from airflow_provider_batchkit.ledger import BatchRecord, BatchState, Intent, JobRecord, Ledger
-from airflow_provider_batchkit.ledger.rounds import WORTH_A_ROUND, Wanted
+from airflow_provider_batchkit.ledger.reasons import WORTH_A_ROUND, Wanted
 from airflow_provider_batchkit.model import MAX_BYTES_PER_BATCH, MAX_REQUESTS_PER_BATCH, BatchSnapshot
 from airflow_provider_batchkit.request.block import RequestBlock
 from airflow_provider_batchkit.request.dedupe import RowCounts, dedupe
@@ -64,7 +64,7 @@ class SubmitReport(RowCounts):
     batches: int = 0
     #: the estimated cost of what this attempt sends; None when it has nothing to send
     estimate: Estimate | None = None
-    #: what the rest of the job waits for; submit again when the wait is over
+    #: the wait of the rest of the job; submit again when it is over
     waits_for: WaitFor | None = None
 
     def __str__(self) -> str:
@@ -113,11 +113,11 @@ class SubmitOptions:
     skip_unchanged: bool = False
     #: the task's result table; None where the task does not know it
     table: str | None = None
-    #: how long a shard that an earlier attempt may have sent is looked for before it counts as never accepted
+    #: the times of looking for a shard that an earlier attempt may have sent, before it counts as never accepted
     times: SettleTimes = DEFAULT_TIMES
     #: the caps on the job's cost
     limits: Limits = NO_LIMITS
-    #: how to prime the cache with the job's first request; None sends all requests at once
+    #: the way in which the job's first request primes the cache; None sends all requests at once
     priming: Priming | None = None
     #: the number of the round, from 1; it may ask rows again that earlier rounds have asked
     round_number: int = 1

@@ -33,7 +33,8 @@ class WaitFor:
     #: the reason, as one sentence for the log
     why: str
     about: Literal["doubt", "primer", "throttle", "round", "unseen", "turn"] = "doubt"
-    #: what the API does not show → since when, where the ledger does not keep it; the waiting task passes it to its next look
+    #: the things that the API does not show, each with the time of the first such look, where the ledger does not keep it; the waiting
+    #: task passes it to its next look
     unseen: Mapping[str, datetime] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, object]:

@@ -36,8 +36,8 @@ from airflow_provider_batchkit.landing.land import look_again, older_than
 from airflow_provider_batchkit.landing.plan import Batch, Plan, common_key, common_schema
 from airflow_provider_batchkit.landing.reading import ReadBatch, Reading, Results, landing_values, refuse_to_lose
 from airflow_provider_batchkit.landing.report import LandingReport
-from airflow_provider_batchkit.landing.rounds import Overtaken
 from airflow_provider_batchkit.landing.spool import Spool
+from airflow_provider_batchkit.landing.standing import Overtaken
 from airflow_provider_batchkit.landing.table import ResultTable, WriteDisposition
 from airflow_provider_batchkit.landing.target import LandingOptions, Seen, Target
 from airflow_provider_batchkit.landing.warehouse.base import Publish, Warehouse

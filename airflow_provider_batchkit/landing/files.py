@@ -23,8 +23,8 @@ from airflow_provider_batchkit.landing.land import look_again, note_landed
 from airflow_provider_batchkit.landing.plan import Batch, Plan, common_key, common_schema
 from airflow_provider_batchkit.landing.reading import Reading, Results
 from airflow_provider_batchkit.landing.report import LandedBatch, LandingReport
-from airflow_provider_batchkit.landing.rounds import lock_jobs
 from airflow_provider_batchkit.landing.stage import AskedKeys, TemporaryStage
+from airflow_provider_batchkit.landing.standing import lock_jobs
 from airflow_provider_batchkit.landing.table import ResultTable, WriteDisposition
 from airflow_provider_batchkit.landing.target import LandingOptions, Seen, Target
 from airflow_provider_batchkit.landing.write import prepare_connection

@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from airflow_provider_batchkit.landing.report import BatchFigures
-from airflow_provider_batchkit.landing.rounds import forget_failures, lock_jobs, overtaken_keys
+from airflow_provider_batchkit.landing.standing import forget_failures, lock_jobs, overtaken_keys
 from airflow_provider_batchkit.ledger import Ledger, outcomes
 from airflow_provider_batchkit.ledger.account import note_duration
 from airflow_provider_batchkit.ledger.bulk import bulk_loader

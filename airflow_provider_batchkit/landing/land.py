@@ -20,8 +20,8 @@ from sqlalchemy.engine import Connection
 from airflow_provider_batchkit.landing.plan import Batch, Plan, common_key, common_schema
 from airflow_provider_batchkit.landing.reading import ReadBatch, Reading, Results, landing_values, refuse_to_lose
 from airflow_provider_batchkit.landing.report import LandedBatch, LandingReport
-from airflow_provider_batchkit.landing.rounds import Overtaken, lock_jobs
 from airflow_provider_batchkit.landing.stage import TemporaryStage
+from airflow_provider_batchkit.landing.standing import Overtaken, lock_jobs
 from airflow_provider_batchkit.landing.table import ResultTable, WriteDisposition
 from airflow_provider_batchkit.landing.target import LandingOptions, Seen, Target
 from airflow_provider_batchkit.landing.warehouse.base import Warehouse

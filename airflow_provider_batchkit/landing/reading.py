@@ -19,8 +19,8 @@ from airflow_provider_batchkit.exceptions import ReplaceRefusedError, WrongBatch
 from airflow_provider_batchkit.landing.answers import AnswerReader
 from airflow_provider_batchkit.landing.plan import Look
 from airflow_provider_batchkit.landing.report import NAMED, LandedBatch, log_faults, log_unfinished
-from airflow_provider_batchkit.landing.rounds import NO_OTHERS, OtherRounds
 from airflow_provider_batchkit.landing.stage import AskedKeys, Stage
+from airflow_provider_batchkit.landing.standing import NO_OTHERS, OtherRounds
 from airflow_provider_batchkit.landing.table import ResultTable
 from airflow_provider_batchkit.ledger import Ledger
 from airflow_provider_batchkit.ledger.records import OUR_CUSTOM_ID, BatchRecord

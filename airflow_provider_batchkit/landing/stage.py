@@ -118,7 +118,7 @@ class StageTables:
 
     #: rows for the result table, with what the ledger keeps of the failed ones
     rows: sa.Table
-    #: what the ledger keeps of the rows that succeeded
+    #: the facts that the ledger keeps of the rows that succeeded
     succeeded: sa.Table
 
     def drop(self, connection: Connection) -> None:

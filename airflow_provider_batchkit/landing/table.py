@@ -77,7 +77,7 @@ _STAGED_AS_TEXT = ("cost_usd", "content", "stop_details")
 RESULT_NAMES = tuple(name for name, _ in RESULT_COLUMNS)
 #: columns that a stage has beside those of the table
 STAGE_COLUMNS: tuple[tuple[str, Any], ...] = (
-    # what else the ledger keeps of a failed row, with costs in picodollars; null for a row that succeeded
+    # further facts that the ledger keeps of a failed row, with costs in picodollars; null for a row that succeeded
     ("batchkit_batch_cost", sa.BigInteger()),
     ("batchkit_standard_cost", sa.BigInteger()),
     ("batchkit_key", sa.Text()),

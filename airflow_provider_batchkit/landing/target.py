@@ -13,7 +13,7 @@ from airflow_provider_batchkit.exceptions import BatchKitError
 from airflow_provider_batchkit.landing.plan import Batch, Plan
 from airflow_provider_batchkit.landing.reading import Reading
 from airflow_provider_batchkit.landing.report import LandingReport
-from airflow_provider_batchkit.landing.rounds import Overtaken
+from airflow_provider_batchkit.landing.standing import Overtaken
 from airflow_provider_batchkit.landing.table import ResultTable, WriteDisposition
 from airflow_provider_batchkit.ledger import Ledger
 from airflow_provider_batchkit.ledger.records import BatchRecord

@@ -9,8 +9,8 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from airflow_provider_batchkit.landing.rounds import forget_failures, remove_rows
 from airflow_provider_batchkit.landing.stage import StageTables
+from airflow_provider_batchkit.landing.standing import forget_failures, remove_rows
 from airflow_provider_batchkit.landing.table import ResultTable, WriteDisposition
 from airflow_provider_batchkit.ledger import outcomes
 from airflow_provider_batchkit.ledger.records import BatchRecord

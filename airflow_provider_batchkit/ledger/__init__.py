@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from airflow_provider_batchkit.ledger.alerts import AlertClaim, LateClaim
+from airflow_provider_batchkit.ledger.alerts import AlertClaim, Claim
 from airflow_provider_batchkit.ledger.engine import prepare_connection, prepare_engine
 from airflow_provider_batchkit.ledger.landings import Landed
 from airflow_provider_batchkit.ledger.ledger import Ledger
@@ -13,10 +13,10 @@ __all__ = [
     "AlertClaim",
     "BatchRecord",
     "BatchState",
+    "Claim",
     "Intent",
     "JobRecord",
     "Landed",
-    "LateClaim",
     "Ledger",
     "make_job_id",
     "prepare_connection",

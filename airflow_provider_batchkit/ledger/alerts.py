@@ -8,6 +8,7 @@ task dies between the notifier's return and the mark, the alert is sent twice: w
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -27,31 +28,34 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 @dataclass(frozen=True, slots=True)
-class AlertClaim:
-    """The alert that one task must send to one notifier now."""
+class Claim:
+    """An alert that one task must send to one notifier now."""
+
+    #: the notifier's position in its list
+    notifier: int
+    claimed_at: datetime
+    #: the table of the alert's marks, and the columns that say what the alert is about
+    table: sa.Table
+    about: Mapping[str, Any]
+
+    @property
+    def marks(self) -> list[sa.ColumnElement[bool]]:
+        """The conditions that select the marks. They match nothing once another task has declared the claim dead and claimed anew."""
+        columns = self.table.c
+        mine = (columns.notifier == self.notifier, columns.claimed_at == self.claimed_at, columns.told_at.is_(None))
+        return [*_equal(self.table, self.about), *mine]
+
+
+@dataclass(frozen=True, slots=True)
+class AlertClaim(Claim):
+    """The alert of a budget."""
 
     #: the budget's books, compared with the cap that the task gives
     status: BudgetStatus
     #: the start of the budget's window; None for the window ``ever``
     starts_at: datetime | None
-    #: the notifier's position in the budget's list
-    notifier: int
     #: the thresholds that this notifier has not been told yet, in hundredths of a percent, ascending
     thresholds: tuple[int, ...]
-    claimed_at: datetime
-
-
-@dataclass(frozen=True, slots=True)
-class LateClaim:
-    """The alerts that one task must send about its late batches now."""
-
-    #: the job id of the waiting task
-    job_id: str
-    #: positions of the claimed notifiers in the task's list
-    notifiers: tuple[int, ...]
-    claimed_at: datetime
-    #: whether every other notifier has already taken the alert
-    rest_told: bool
 
 
 class Alerts:
@@ -75,49 +79,43 @@ class Alerts:
             if not reached:
                 return []
             found = []
+            about = _window(budget.name, budget.window, start)
             for position in range(len(budget.notifiers)):
-                due = _claim(connection, {**_window(budget.name, budget.window, start), "notifier": position}, reached, now)
+                due = _claim(connection, {**about, "notifier": position}, reached, now)
                 if due:
-                    found.append(AlertClaim(status, start, position, tuple(due), now))
+                    found.append(AlertClaim(position, now, alert, about, status, start, tuple(due)))
             return found
 
-    def alert_told(self, claim: AlertClaim) -> None:
-        """Mark the alert as told: the notifier has taken it and does not get it again in this window."""
-        with write_transaction(self.engine) as connection:
-            connection.execute(sa.update(alert).where(*_of(claim)).values(told_at=clock(connection)))
+    def claim_late(self, job_id: str, notifiers: int) -> tuple[list[Claim], bool]:
+        """Claim the notifiers of a task that have not been told of its late batches and that no other attempt is telling now.
 
-    def alert_untold(self, claim: AlertClaim) -> None:
-        """Give the claim back because the notifier raised: the next submit sends the alert."""
-        with write_transaction(self.engine) as connection:
-            connection.execute(sa.delete(alert).where(*_of(claim)))
-
-    def claim_late(self, job_id: str, notifiers: int) -> LateClaim:
-        """Claim the notifiers of a task that have not been told of its late batches and that no other attempt is telling now."""
+        :returns: the claims, and whether every other notifier has already taken the alert
+        """
+        about = {"job_id": job_id}
         with write_transaction(self.engine) as connection:
             now = clock(connection)
-            dead = sa.and_(late.c.told_at.is_(None), late.c.claimed_at < now - timedelta(seconds=CLAIM_S))
-            connection.execute(sa.delete(late).where(late.c.job_id == job_id, dead))
-            marks = connection.execute(sa.select(late.c.notifier, late.c.told_at).where(late.c.job_id == job_id))
+            connection.execute(sa.delete(late).where(*_equal(late, about), _is_dead(late, now)))
+            marks = connection.execute(sa.select(late.c.notifier, late.c.told_at).where(*_equal(late, about)))
             told = {mark.notifier: mark.told_at is not None for mark in marks}
-            due = tuple(position for position in range(notifiers) if position not in told)
+            found = [Claim(position, now, late, about) for position in range(notifiers) if position not in told]
             try:
                 with connection.begin_nested():
-                    for position in due:
-                        connection.execute(sa.insert(late).values(job_id=job_id, notifier=position, claimed_at=now))
+                    for claim in found:
+                        connection.execute(sa.insert(late).values(**about, notifier=claim.notifier, claimed_at=now))
             except IntegrityError:
                 # another attempt has claimed them at this moment
-                return LateClaim(job_id, (), now, rest_told=False)
-        return LateClaim(job_id, due, now, rest_told=all(told.values()))
+                return [], False
+        return found, all(told.values())
 
-    def late_told(self, claim: LateClaim, notifier: int) -> None:
-        """Mark the alert as told: the notifier has taken it and does not get it again."""
+    def alert_told(self, claim: Claim) -> None:
+        """Mark the alert as told: the notifier has taken it and does not get it again (of a budget: in this window)."""
         with write_transaction(self.engine) as connection:
-            connection.execute(sa.update(late).where(*_of_late(claim, notifier)).values(told_at=clock(connection)))
+            connection.execute(sa.update(claim.table).where(*claim.marks).values(told_at=clock(connection)))
 
-    def late_untold(self, claim: LateClaim, notifier: int) -> None:
+    def alert_untold(self, claim: Claim) -> None:
         """Give the claim back because the notifier raised: it gets the alert again."""
         with write_transaction(self.engine) as connection:
-            connection.execute(sa.delete(late).where(*_of_late(claim, notifier)))
+            connection.execute(sa.delete(claim.table).where(*claim.marks))
 
 
 def _window(budget: str, window: str, start: datetime | None) -> dict[str, Any]:
@@ -126,37 +124,23 @@ def _window(budget: str, window: str, start: datetime | None) -> dict[str, Any]:
 
 def marks_of(budget: str, window: str, start: datetime | None) -> list[sa.ColumnElement[bool]]:
     """The conditions that select the marks of a budget in one window."""
-    return [alert.c[name] == value for name, value in _window(budget, window, start).items()]
+    return _equal(alert, _window(budget, window, start))
+
+
+def _equal(table: sa.Table, values: Mapping[str, Any]) -> list[sa.ColumnElement[bool]]:
+    return [table.c[name] == value for name, value in values.items()]
+
+
+def _is_dead(table: sa.Table, now: datetime) -> sa.ColumnElement[bool]:
+    return sa.and_(table.c.told_at.is_(None), table.c.claimed_at < now - timedelta(seconds=CLAIM_S))
 
 
 def _claim(connection: Connection, key: dict[str, Any], thresholds: list[int], now: datetime) -> list[int]:
     """Claim the thresholds that are not marked yet, and return them."""
-    here = [alert.c[name] == value for name, value in key.items()]
-    dead = sa.and_(alert.c.told_at.is_(None), alert.c.claimed_at < now - timedelta(seconds=CLAIM_S))
-    connection.execute(sa.delete(alert).where(*here, dead))
+    here = _equal(alert, key)
+    connection.execute(sa.delete(alert).where(*here, _is_dead(alert, now)))
     marked = set(connection.execute(sa.select(alert.c.threshold).where(*here)).scalars())
     due = [threshold for threshold in thresholds if threshold not in marked]
     if due:
         connection.execute(sa.insert(alert), [{**key, "threshold": threshold, "claimed_at": now} for threshold in due])
     return due
-
-
-def _of(claim: AlertClaim) -> list[sa.ColumnElement[bool]]:
-    """The conditions that select a claim's marks. They match nothing once another task has declared the claim dead and claimed anew."""
-    return [
-        *marks_of(claim.status.name, claim.status.window, claim.starts_at),
-        alert.c.notifier == claim.notifier,
-        alert.c.threshold.in_(claim.thresholds),
-        alert.c.claimed_at == claim.claimed_at,
-        alert.c.told_at.is_(None),
-    ]
-
-
-def _of_late(claim: LateClaim, notifier: int) -> list[sa.ColumnElement[bool]]:
-    """The conditions that select a claim's mark. They match nothing once another attempt has declared the claim dead and claimed anew."""
-    return [
-        late.c.job_id == claim.job_id,
-        late.c.notifier == notifier,
-        late.c.claimed_at == claim.claimed_at,
-        late.c.told_at.is_(None),
-    ]

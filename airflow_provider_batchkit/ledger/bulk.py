@@ -41,7 +41,7 @@ class BulkLoader:
         self._table = table
         #: Python's codec for the texts that the database can store; None where it can store any text
         self._codec = storage_codec(connection)
-        #: how many characters were replaced because the database's encoding lacks them
+        #: the number of characters that were replaced because the database's encoding lacks them
         self._replaced = 0
 
     def write(self, columns: BulkColumns) -> None:

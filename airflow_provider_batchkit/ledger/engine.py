@@ -30,7 +30,7 @@ _UTC_NOW = {
     "mariadb": "UTC_TIMESTAMP(6)",
     "mssql": "SYSUTCDATETIME()",
 }
-#: how far this process's clock may be off from the database's: as far as the API's (SettleTimes.skew_s)
+#: the greatest difference between this process's clock and the database's, the same as for the API's clock (SettleTimes.skew_s)
 _CLOCKS_APART = timedelta(minutes=15)
 
 

@@ -15,7 +15,7 @@ from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
 from airflow_provider_batchkit.exceptions import BatchInputError, LandedMeanwhileError, LedgerError
-from airflow_provider_batchkit.ledger import budgets, journal, outcomes, rounds
+from airflow_provider_batchkit.ledger import budgets, journal, outcomes, results
 from airflow_provider_batchkit.ledger.account import Account, bill_columns, write_bill
 from airflow_provider_batchkit.ledger.alerts import Alerts
 from airflow_provider_batchkit.ledger.bulk import can_store, storage_codec
@@ -26,9 +26,13 @@ from airflow_provider_batchkit.ledger.loads import Loads
 from airflow_provider_batchkit.ledger.migrate import OLDEST, migrate
 from airflow_provider_batchkit.ledger.moves import BatchMoves
 from airflow_provider_batchkit.ledger.outputs import Outputs
+from airflow_provider_batchkit.ledger.overview import Overview
+from airflow_provider_batchkit.ledger.prune import Pruning
+from airflow_provider_batchkit.ledger.reasons import FailedRequests
 from airflow_provider_batchkit.ledger.records import BatchRecord, Intent, JobRecord, make_job_id, record_of
+from airflow_provider_batchkit.ledger.results import Results
 from airflow_provider_batchkit.ledger.rollup import create_views
-from airflow_provider_batchkit.ledger.rounds import Rounds
+from airflow_provider_batchkit.ledger.spending import Spending
 from airflow_provider_batchkit.ledger.states import NEVER_ACCEPTED, BatchState
 from airflow_provider_batchkit.ledger.tables import VERSION, batch, former_id, job, landing, metadata, version
 from airflow_provider_batchkit.model import CostTally
@@ -42,7 +46,7 @@ _LEDGER_SCHEMA = sa.text(
 )
 
 
-class Ledger(BatchMoves, Loads, Rounds, Account, budgets.Budgets, Alerts, History, Outputs):
+class Ledger(BatchMoves, Loads, Results, FailedRequests, Account, budgets.Budgets, Alerts, History, Outputs, Pruning):
     """The door to the ``batchkit_*`` tables of one database."""
 
     def __init__(self, engine: Engine, schema: str | None = None) -> None:
@@ -92,6 +96,16 @@ class Ledger(BatchMoves, Loads, Rounds, Account, budgets.Budgets, Alerts, Histor
         """The version of the tables; None where they are missing."""
         with self.engine.connect() as connection:
             return _version(connection)
+
+    @property
+    def overview(self) -> Overview:
+        """What people look at: jobs, batches, and why rows failed."""
+        return Overview(self.engine)
+
+    @property
+    def spending(self) -> Spending:
+        """What people look at: costs, budgets and latencies."""
+        return Spending(self.engine)
 
     def knows_task(self, dag_id: str, task_id: str) -> int:
         """How many jobs of a task the ledger has."""
@@ -225,7 +239,7 @@ class Ledger(BatchMoves, Loads, Rounds, Account, budgets.Budgets, Alerts, Histor
         :raises BatchInputError: when the job was pruned: the ledger no longer knows which of its rows are paid for
         """
         with self.engine.connect() as connection:
-            for shard, state in rounds.shards(connection, job_id, round_number):
+            for shard, state in results.shards(connection, job_id, round_number):
                 if journal.last_part(connection, job_id, shard) is None:
                     raise BatchInputError(
                         f"What the job {job_id} has asked was pruned from the ledger, so nothing tells which of its rows are paid for. "

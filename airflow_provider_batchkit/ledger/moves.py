@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 
 from airflow_provider_batchkit.exceptions import LedgerError
-from airflow_provider_batchkit.ledger import budgets, journal, rounds
+from airflow_provider_batchkit.ledger import budgets, journal, results
 from airflow_provider_batchkit.ledger.engine import clock, write_transaction
 from airflow_provider_batchkit.ledger.leases import hold_lease
 from airflow_provider_batchkit.ledger.records import BatchRecord, record_of
@@ -202,7 +202,7 @@ class BatchMoves:
     def _release(self, connection: Connection, job_id: str, shard: int, target: BatchState, reason: str, **values: Any) -> None:
         self._move(connection, job_id, shard, target, note=reason, unseen_since=None, **values)
         journal.remove(connection, job_id, shard)
-        rounds.reopen(connection, job_id, shard)
+        results.reopen(connection, job_id, shard)
         budgets.put_back(connection, job_id, shard)
 
 

@@ -27,7 +27,7 @@ OPEN = tuple(state.value for state in BatchState if state not in (BatchState.LAN
 #: A job's state is the first of _JOB_STATES that one of its batches has, and NOTHING when it has no batch.
 DOUBT, NOTHING = "doubt", "nothing sent"
 _JOB_STATES = (DOUBT, *OPEN, BatchState.GONE.value, BatchState.LANDED.value, BatchState.REJECTED.value, BatchState.VOID.value)
-#: what a list of jobs can be filtered by: a state, or ``open`` for any of :data:`OPEN`
+#: the values by which a list of jobs can be filtered: a state, or ``open`` for any of :data:`OPEN`
 STATES = ("open", *_JOB_STATES)
 #: the usual cost of a task's requests comes from the batches that landed in so many days
 _USUAL_DAYS = 30

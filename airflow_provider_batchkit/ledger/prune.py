@@ -45,32 +45,36 @@ class PrunePlan:
     kept: Counter[str] = field(default_factory=Counter)
 
 
-def plan(engine: Engine, before: datetime) -> PrunePlan:
-    """The jobs in which nothing has happened since ``before``: which of them can be pruned, and why the others are kept."""
-    found = PrunePlan()
-    with engine.connect() as connection:
-        for row in connection.execute(_old(before).order_by(job.c.created_at)).all():
-            reason = _needed(connection, row)
-            if reason is not None:
-                found.kept[reason] += 1
-                continue
-            found.jobs.append(row.job_id)
-            found.batches += int(row.batches)
-            found.source_rows += int(row.source_rows or 0)
-    return found
+class Pruning:
+    """The part of the ledger that deletes old records."""
 
+    engine: Engine
 
-def prune(engine: Engine, job_id: str, before: datetime) -> bool:
-    """Delete the records of a job's rows in one transaction. False when something needs them by now; nothing is deleted then."""
-    with write_transaction(engine) as connection:
-        # an attempt that opens the job waits for this lock, and then finds the journal gone
-        connection.execute(sa.update(job).where(job.c.job_id == job_id).values(lease=job.c.lease))
-        row = connection.execute(_old(before).where(job.c.job_id == job_id)).first()
-        if row is None or _needed(connection, row) is not None:
-            return False
-        for table in (journal, succeeded, failed):
-            connection.execute(sa.delete(table).where(table.c.job_id == job_id))
-    return True
+    def plan_pruning(self, before: datetime) -> PrunePlan:
+        """The jobs in which nothing has happened since ``before``: which of them can be pruned, and why the others are kept."""
+        found = PrunePlan()
+        with self.engine.connect() as connection:
+            for row in connection.execute(_old(before).order_by(job.c.created_at)).all():
+                reason = _needed(connection, row)
+                if reason is not None:
+                    found.kept[reason] += 1
+                    continue
+                found.jobs.append(row.job_id)
+                found.batches += int(row.batches)
+                found.source_rows += int(row.source_rows or 0)
+        return found
+
+    def prune(self, job_id: str, before: datetime) -> bool:
+        """Delete the records of a job's rows in one transaction. False when something needs them by now; nothing is deleted then."""
+        with write_transaction(self.engine) as connection:
+            # an attempt that opens the job waits for this lock, and then finds the journal gone
+            connection.execute(sa.update(job).where(job.c.job_id == job_id).values(lease=job.c.lease))
+            row = connection.execute(_old(before).where(job.c.job_id == job_id)).first()
+            if row is None or _needed(connection, row) is not None:
+                return False
+            for table in (journal, succeeded, failed):
+                connection.execute(sa.delete(table).where(table.c.job_id == job_id))
+        return True
 
 
 def _old(before: datetime) -> sa.Select[tuple[str, str, str, int, datetime, int, int, datetime]]:

@@ -87,7 +87,7 @@ job = sa.Table(
     sa.Column("rendering_ms", sa.BigInteger),
     # source rows that the latest attempt left out because an earlier run had answered the same request
     sa.Column("unchanged_rows", sa.BigInteger),
-    # how many rounds have been sent whole
+    # the number of rounds that have been sent whole
     sa.Column("rounds_sent", sa.Integer, nullable=False, default=0),
     sa.Index("batchkit_job_task", "dag_id", "run_id", "task_id", "map_index", unique=True),
 )
@@ -138,7 +138,7 @@ batch = sa.Table(
     sa.Column("budget_at", UtcDateTime),
     # prompt tokens, cached or not, and output tokens, once landed
     sa.Column("billed_tokens", sa.BigInteger),
-    # why it was rejected, void or gone
+    # the reason why it was rejected, void or gone
     sa.Column("note", sa.Text),
     sa.Index("batchkit_batch_budget", "budget", "budget_at"),
 )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from airflow_provider_batchkit.cost.budget import SHARE_UNIT, Budget, BudgetStatus, window_of
 from airflow_provider_batchkit.links import console_page
 from airflow_provider_batchkit.model import usd_text
-from airflow_provider_batchkit.operators.notifiers import Told, call_notifier
+from airflow_provider_batchkit.operators.notifiers import tell
 
 if TYPE_CHECKING:
     from airflow.providers.common.compat.sdk import Context
@@ -39,19 +39,10 @@ def tell_of_budget(context: Context, ledger: Ledger, budget: Budget, began: date
                 if facts["message"] != logged:
                     logged = facts["message"]
                     log.warning("%s", logged)
-                _tell(context, facts, ledger, budget, claim)
+                again = f"the next submit that counts in the budget {budget.name!r}"
+                tell(ledger, claim, budget.notifiers[claim.notifier], context, facts, again=again)
         except Exception:  # the requests are sent and journaled, or were refused, and a failed alert must not change that
             log.warning("The alerts of the budget %r could not be told; the next submit tries again", budget.name, exc_info=True)
-
-
-def _tell(context: Context, facts: dict[str, Any], ledger: Ledger, budget: Budget, claim: AlertClaim) -> None:
-    again = f"the next submit that counts in the budget {budget.name!r}"
-    match call_notifier(budget.notifiers[claim.notifier], context, facts, again=again):
-        case Told.TAKEN:
-            ledger.alert_told(claim)
-        case Told.RAISED:
-            ledger.alert_untold(claim)
-        # a notifier that hangs may still tell it, so its claim is left to end by itself
 
 
 def facts_of(context: Context, claim: AlertClaim, refused: str | None) -> dict[str, Any]:

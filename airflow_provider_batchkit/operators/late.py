@@ -18,7 +18,7 @@ from airflow_provider_batchkit.exceptions import BatchInputError
 from airflow_provider_batchkit.hooks.ledger import ledger_of, ledger_place
 from airflow_provider_batchkit.hooks.settings import notify_after
 from airflow_provider_batchkit.links import console_page
-from airflow_provider_batchkit.operators.tasks import map_index_of
+from airflow_provider_batchkit.operators.tasks import job_of, map_index_of
 from airflow_provider_batchkit.progress import span_text
 
 if TYPE_CHECKING:
@@ -65,29 +65,22 @@ class TellsWhenLate:
         :returns: the age of the oldest running batch, in seconds, at which to tell them again; None when all have taken the alert
         """
         from airflow_provider_batchkit.ledger.alerts import CLAIM_S
-        from airflow_provider_batchkit.operators.notifiers import Told, call_notifier
+        from airflow_provider_batchkit.operators.notifiers import tell
 
-        again, all_told = figures.age_s + CLAIM_S, True
+        again = figures.age_s + CLAIM_S
         try:
             facts = late_facts(context, figures)
-            ti = context["ti"]
             with ledger_of(self) as ledger:
                 ledger.ensure()
-                job = ledger.identify(ti.dag_id, ti.run_id, ti.task_id, map_index_of(ti))
-                claim = ledger.claim_late(job.job_id, len(self.notifiers))
-                if claim.notifiers:
+                claims, rest_told = ledger.claim_late(job_of(context, ledger).job_id, len(self.notifiers))
+                if claims:
                     log.warning("%s", facts["message"])
-                for position in claim.notifiers:
-                    told = call_notifier(self.notifiers[position], context, facts, again=f"in {span_text(CLAIM_S)} this task")
-                    if told is Told.TAKEN:
-                        ledger.late_told(claim, position)
-                    elif told is Told.RAISED:
-                        ledger.late_untold(claim, position)
-                    all_told = all_told and told is Told.TAKEN
+                soon = f"in {span_text(CLAIM_S)} this task"
+                told = [tell(ledger, claim, self.notifiers[claim.notifier], context, facts, again=soon) for claim in claims]
         except Exception:  # a failed alert must not end the wait for batches that still run
             log.warning("That batches are late could not be told; it is tried again in %s", span_text(CLAIM_S), exc_info=True)
             return again
-        return None if claim.rest_told and all_told else again
+        return None if rest_told and all(told) else again
 
 
 def figures_of(event: Mapping[str, Any]) -> Figures:

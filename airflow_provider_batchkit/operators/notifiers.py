@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from airflow.providers.common.compat.sdk import Context
 
+    from airflow_provider_batchkit.ledger import Claim, Ledger
+
 log = logging.getLogger(__name__)
 
 #: seconds that a task waits for a notifier
@@ -29,6 +31,17 @@ class Told(Enum):
     TAKEN = "it returned"
     RAISED = "it raised, so nobody was told"
     HANGS = "it has not returned in time, and may yet"
+
+
+def tell(ledger: Ledger, claim: Claim, notifier: Callable[[Any], Any], context: Context, facts: Mapping[str, Any], *, again: str) -> bool:
+    """Call the notifier of a claim, see :func:`call_notifier`, and mark the result in the ledger. Returns whether it took the alert."""
+    told = call_notifier(notifier, context, facts, again=again)
+    if told is Told.TAKEN:
+        ledger.alert_told(claim)
+    elif told is Told.RAISED:
+        ledger.alert_untold(claim)
+    # a notifier that hangs may still tell it, so its claim is left to end by itself
+    return told is Told.TAKEN
 
 
 def call_notifier(notifier: Callable[[Any], Any], context: Context, facts: Mapping[str, Any], *, again: str) -> Told:

@@ -51,7 +51,7 @@ class Leg:
     waited_for: tuple[str, ...] = ()
     #: whether the trigger could not look at batches during the wait before this leg
     broken: bool = False
-    #: what the previous leg did not find → since when; see :attr:`.WaitFor.unseen`
+    #: the things that the previous leg did not find, each with the time of the first such look; see :attr:`.WaitFor.unseen`
     unseen: dict[str, datetime] = field(default_factory=dict)
 
     @classmethod

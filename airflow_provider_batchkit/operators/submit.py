@@ -268,7 +268,7 @@ class SubmitBatchOperator(OwnsBatches, OutputOperator):
         from airflow_provider_batchkit.jobs.caps import Limits
         from airflow_provider_batchkit.jobs.prime import Priming
         from airflow_provider_batchkit.jobs.submit import SubmitOptions
-        from airflow_provider_batchkit.ledger.rounds import Wanted
+        from airflow_provider_batchkit.ledger.reasons import Wanted
 
         priming = None
         if self.prime_cache:

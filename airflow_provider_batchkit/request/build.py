@@ -78,8 +78,8 @@ class RequestDefaults(msgspec.Struct, frozen=True):
     system: Any = None
     #: any further Messages API parameters
     params: dict[str, Any] = {}
-    #: how long the API caches the job's system prompt, ``"5m"`` or ``"1h"``, unless its blocks have markers; a request's own system prompt
-    #: is sent as it is
+    #: The time for which the API caches the job's system prompt, ``"5m"`` or ``"1h"``, unless its blocks have markers. A
+    #: request's own system prompt is sent as it is.
     cache_system: str | None = None
     #: ``output_config.format`` of a schema that all answers must fit; with it, no params may name another format
     output_format: dict[str, Any] | None = None

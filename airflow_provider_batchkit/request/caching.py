@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-#: how long a cached prompt lives after its last use, in seconds
+#: seconds for which a cached prompt lives after its last use
 CACHE_TTL_S = {"5m": 300, "1h": 3600}
 _TTLS = tuple(CACHE_TTL_S)
 #: the ttl of a marker that names none

@@ -106,7 +106,7 @@ class _Facts(msgspec.Struct, frozen=True, gc=False):
     cached: str = ""
     #: prompt tokens that the bytes do not bound
     extra: int = 0
-    #: why nothing bounds the cost; empty where it is bounded
+    #: the reason why nothing bounds the cost; empty where it is bounded
     unbounded: str = ""
 
     @classmethod
@@ -132,7 +132,7 @@ class Exposure:
     """Sums over requests that tell what they may cost under any prices. Memory grows with models and magnitudes, not with requests."""
 
     groups: dict[_Kind, _Group] = field(default_factory=dict)
-    #: why the first request without a bound has none, and the number of such requests
+    #: the reason why the first request without a bound has none, and the number of such requests
     unbounded: str = ""
     unbounded_requests: int = 0
     #: model → the largest ``max_tokens`` of a request, and the key of a row that has it

@@ -42,7 +42,7 @@ class Shard:
     bytes: int
     body_path: str
     index_path: str
-    #: what its requests may cost
+    #: the most that its requests may cost
     exposure: Exposure
 
 

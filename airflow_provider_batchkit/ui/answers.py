@@ -11,10 +11,10 @@ from typing import Any
 
 from airflow_provider_batchkit.cost.budget import BudgetStatus
 from airflow_provider_batchkit.ledger.overview import BatchView, JobDetail, JobView, Usual
-from airflow_provider_batchkit.ledger.reasons import FailedRows
 from airflow_provider_batchkit.ledger.spending import Latency, Spent, ToldAlert
 from airflow_provider_batchkit.links import console_url
 from airflow_provider_batchkit.model import COST_QUANTUM, BatchSnapshot, RequestStatus, format_usd_exact
+from airflow_provider_batchkit.request.failed import FailedRows
 
 #: the longest life of a batch, from its creation (API documentation)
 LIFE = timedelta(hours=24)
@@ -108,7 +108,12 @@ def detail_json(ledger: str, one: JobDetail, failed: list[FailedRows], others: i
 def _failed_json(one: FailedRows, *, show_content: bool) -> dict[str, Any]:
     """Rows that failed for one reason. The API's own error messages are always shown; a message about an answer may quote the answer."""
     shown = show_content or one.status == RequestStatus.ERRORED.value
-    return {**plain(asdict(one)), "message": one.message if shown else None, "message_hidden": bool(one.message) and not shown}
+    return {
+        **plain(asdict(one)),
+        "advice": one.advice,
+        "message": one.message if shown else None,
+        "message_hidden": bool(one.message) and not shown,
+    }
 
 
 def spent_json(one: Spent) -> dict[str, Any]:

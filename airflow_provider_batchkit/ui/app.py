@@ -24,8 +24,8 @@ from airflow_provider_batchkit.cost.budget import window_of
 from airflow_provider_batchkit.exceptions import BatchKitError
 from airflow_provider_batchkit.hooks.settings import configured_failures, ledger_conn_ids, show_content
 from airflow_provider_batchkit.ledger.overview import STATES, BatchView, Filter, JobDetail, Overview
-from airflow_provider_batchkit.ledger.reasons import FailedRows
 from airflow_provider_batchkit.ledger.spending import Spending
+from airflow_provider_batchkit.request.failed import FailedRows
 from airflow_provider_batchkit.ui import answers
 from airflow_provider_batchkit.ui.access import VisibleDep, from_page, may_edit_runs, may_see, note_cancel
 from airflow_provider_batchkit.ui.ledgers import Ledgers, Trouble, TroubleError, UnfitValueError

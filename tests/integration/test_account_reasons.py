@@ -9,7 +9,7 @@ import pytest
 
 from airflow_provider_batchkit.exceptions import BatchInputError
 from airflow_provider_batchkit.ledger import Ledger
-from airflow_provider_batchkit.ledger.rounds import Wanted
+from airflow_provider_batchkit.ledger.reasons import Wanted
 from airflow_provider_batchkit.request.failures import Failure, Failures, Reason
 from airflow_provider_batchkit.simulator import SimulatorProcess
 from tests.databases import Database, rows

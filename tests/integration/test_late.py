@@ -291,7 +291,7 @@ def test_of_two_attempts_at_once_one_tells(home: Path, database: Database) -> No
     def claim(_: int) -> int:
         ledger = Ledger(database.engine())
         barrier.wait(30)
-        return len(ledger.claim_late("job", 2).notifiers)
+        return len(ledger.claim_late("job", 2)[0])
 
     with ThreadPoolExecutor(8) as pool:
         assert sorted(pool.map(claim, range(8))) == [0] * 7 + [2]

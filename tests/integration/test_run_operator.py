@@ -318,7 +318,7 @@ def test_a_first_round_that_is_landed_again_while_the_second_lands_leaves_its_ou
 ) -> None:
     """The second round lands behind the first one's back, between its look at the rounds and its lock: it is read again."""
     from airflow_provider_batchkit.landing import reading
-    from airflow_provider_batchkit.landing.rounds import NO_OTHERS, OtherRounds
+    from airflow_provider_batchkit.landing.standing import NO_OTHERS, OtherRounds
     from airflow_provider_batchkit.operators.batch import FetchBatchOperator
 
     fill(database, {1: "one", 2: "two [[sim:expired-once]]", 3: "three [[sim:overloaded]]"})

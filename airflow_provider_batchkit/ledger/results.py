@@ -1,22 +1,17 @@
-"""Rounds of asking: which rows of a job are worth asking again, and the last outcome of each row.
+"""The result of a job over all its rounds of asking, and how many rounds were sent whole.
 
 A round asks again what failed in the rounds before it, under the same ids in batches of its own. It begins when every batch of the
 round before it has landed, so a key is in flight in one batch at most. ``batchkit_succeeded`` and ``batchkit_failed`` hold a
 key's outcome in the last round that asked it; ``batchkit_batch`` holds each round's batches with their own bills.
-
-A row is asked again when it failed for a reason that passes, as :mod:`~airflow_provider_batchkit.request.failures` judges it. A row that
-is ``missing`` is not asked again: its answer may be there and billed, and reading the results again costs nothing.
 """
 
 from __future__ import annotations
 
 import json
-from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator, Sequence
+from collections import Counter
 from dataclasses import dataclass, field
 from datetime import datetime
-from itertools import islice
-from typing import Any, TypeVar
+from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
@@ -24,34 +19,13 @@ from sqlalchemy.engine import Connection, Engine
 from airflow_provider_batchkit.ledger import outcomes
 from airflow_provider_batchkit.ledger.engine import write_transaction
 from airflow_provider_batchkit.ledger.leases import hold_lease
+from airflow_provider_batchkit.ledger.reasons import WORTH_A_ROUND, Wanted, failed_kinds
 from airflow_provider_batchkit.ledger.states import HELD, BatchState
 from airflow_provider_batchkit.ledger.tables import batch, failed, job, landing
 from airflow_provider_batchkit.model import ANSWERED, CostTally, RequestStatus
-from airflow_provider_batchkit.request.failed import KEYS_KEPT, FailedRows, merged
-from airflow_provider_batchkit.request.failures import KNOWN_FAILURES, WORTH_ASKING, Failure, Failures, Reason
+from airflow_provider_batchkit.request.failed import FailedRows
 
-T = TypeVar("T")
 _HELD = [state.value for state in HELD]
-_KEYS_AT_A_TIME, _IDS_AT_A_TIME = 5_000, 500
-
-
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    """Rows that a round asks again, by their last outcome."""
-
-    #: the wanted error types or statuses; None wants the rows that failed for one of ``reasons``
-    outcomes: Collection[str] | None = None
-    reasons: Collection[Reason] = WORTH_ASKING
-    #: classifies a failure by its reason
-    failures: Failures = KNOWN_FAILURES
-
-    def __contains__(self, failure: Failure) -> bool:
-        if self.outcomes is None:
-            return self.failures.reason(failure) in self.reasons
-        return failure.error_type in self.outcomes or failure.status in self.outcomes
-
-
-WORTH_A_ROUND = Wanted()
 
 
 @dataclass(slots=True)
@@ -89,8 +63,8 @@ class Outcome:
         return None if self.created_at is None or self.ended_at is None else (self.ended_at - self.created_at).total_seconds()
 
 
-class Rounds:
-    """The part of the ledger that knows a job's rounds."""
+class Results:
+    """The part of the ledger that knows a job's rounds and its result."""
 
     engine: Engine
 
@@ -108,29 +82,6 @@ class Rounds:
             hold_lease(connection, job_id, lease)
             behind = (job.c.job_id == job_id) & (job.c.rounds_sent < round_number)
             connection.execute(sa.update(job).where(behind).values(rounds_sent=round_number))
-
-    def count_failed(self, job_id: str, which: Wanted = WORTH_A_ROUND) -> int:
-        """How many rows of a job ``which`` selects by their last outcome."""
-        with self.engine.connect() as connection:
-            return sum(rows for failure, rows in _kinds(connection, failed.c.job_id == job_id) if failure in which)
-
-    def failed_keys(self, job_id: str, which: Wanted = WORTH_A_ROUND, shard: int | None = None) -> Iterator[str]:
-        """Keys of the rows that :meth:`count_failed` counts; with ``shard`` only rows whose last outcome is from this shard."""
-        here = [failed.c.job_id == job_id] if shard is None else [failed.c.job_id == job_id, failed.c.shard == shard]
-        with self.engine.connect() as connection:
-            for row in _rows(connection, *here):
-                if Failure(row.status, row.error_type, row.words) in which:
-                    yield row.key
-
-    def stopped_by_account(self, job_id: str, shards: Collection[int], failures: Failures = KNOWN_FAILURES) -> str | None:
-        """How many rows of these shards failed because of the account, and with which error, as a text; None when no row did."""
-        with self.engine.connect() as connection:
-            kinds = list(_kinds(connection, failed.c.job_id == job_id, failed.c.shard.in_(shards)))
-        account = [(failure, rows) for failure, rows in kinds if failures.reason(failure) is Reason.ACCOUNT]
-        if not account:
-            return None
-        failure = max(account, key=lambda kind: kind[1])[0]
-        return f"{sum(rows for _, rows in account):,} rows failed with {failure.error_type}: {failure.error_message}"
 
     def torn(self, job_id: str) -> list[str]:
         """Ids of landed batches of later rounds whose results lack lines. The missing lines may answer rows that failed earlier."""
@@ -155,23 +106,10 @@ class Rounds:
             found.unfinished = outcomes.count_unfinished(connection, job_id)
             if answered:
                 found.counts[RequestStatus.SUCCEEDED.value] = answered
-            found.kinds = list(_failed_rows(connection, which, failed.c.job_id == job_id))
+            found.kinds = list(failed_kinds(connection, which, failed.c.job_id == job_id))
             for kind in found.kinds:
                 found.counts[kind.status] += kind.rows
         return found
-
-    def failed_in(self, batch_ids: Collection[str], failures: Failures = KNOWN_FAILURES) -> list[FailedRows]:
-        """The failed rows of these landed batches, which may be of several jobs. Batches that the ledger does not know add none."""
-        shards = defaultdict[str, list[int]](list)
-        found: list[FailedRows] = []
-        with self.engine.connect() as connection:
-            for ids in _pieces(list(batch_ids)):
-                for job_id, shard in connection.execute(sa.select(batch.c.job_id, batch.c.shard).where(batch.c.batch_id.in_(ids))):
-                    shards[job_id].append(shard)
-            for job_id, those in shards.items():
-                for some in _pieces(those):
-                    found += _failed_rows(connection, Wanted(failures=failures), failed.c.job_id == job_id, failed.c.shard.in_(some))
-        return merged(found)
 
 
 def reopen(connection: Connection, job_id: str, shard: int) -> None:
@@ -186,50 +124,6 @@ def shards(connection: Connection, job_id: str, round_number: int) -> list[tuple
         batch.c.job_id == job_id, batch.c.round >= round_number, batch.c.state.in_(_HELD)
     )
     return [(shard, BatchState(state)) for shard, state in connection.execute(statement.order_by(batch.c.shard))]
-
-
-#: the error's message, for errors of the API only: the message of an answer that does not fit its schema differs from row to row
-_WORDS = sa.case((failed.c.status == RequestStatus.ERRORED.value, failed.c.error_message), else_=sa.null()).label("words")
-
-
-def _kinds(connection: Connection, *here: sa.ColumnElement[bool]) -> Iterator[tuple[Failure, int]]:
-    """The distinct failures, each with its number of rows."""
-    found = sa.select(failed.c.status, failed.c.error_type, _WORDS).where(*here).subquery()
-    kind = (found.c.status, found.c.error_type, found.c.words)
-    statement = sa.select(*kind, sa.func.count()).group_by(*kind).order_by(*kind)
-    for *failure, rows in connection.execution_options(yield_per=_KEYS_AT_A_TIME).execute(statement):
-        yield Failure(*failure), rows
-
-
-def _rows(connection: Connection, *here: sa.ColumnElement[bool], limit: int | None = None, ordered: bool = False) -> sa.CursorResult[Any]:
-    """The key and the fields of :class:`Failure` of each failed row."""
-    statement = sa.select(failed.c.key, failed.c.status, failed.c.error_type, _WORDS).where(*here).limit(limit)
-    if ordered:
-        statement = statement.order_by(failed.c.key)
-    return connection.execution_options(yield_per=_KEYS_AT_A_TIME).execute(statement)
-
-
-def _pieces(values: Sequence[T]) -> Iterator[Sequence[T]]:
-    return (values[start : start + _IDS_AT_A_TIME] for start in range(0, len(values), _IDS_AT_A_TIME))
-
-
-def _failed_rows(connection: Connection, which: Wanted, *here: sa.ColumnElement[bool]) -> Iterator[FailedRows]:
-    """Failed rows by status, type and reason.
-
-    :param which: the rows that a further round would ask, by their reasons
-    """
-    groups: dict[tuple[str, str | None, Reason], tuple[str | None, int]] = {}
-    for failure, rows in _kinds(connection, *here):
-        group = (failure.status, failure.error_type, which.failures.reason(failure))
-        words, before = groups.get(group, (failure.error_message, 0))
-        groups[group] = words, before + rows
-    for (status, error_type, reason), (words, rows) in groups.items():
-        alike = [failed.c.status == status, failed.c.error_type.is_not_distinct_from(error_type)]
-        alone = sum(group[:2] == (status, error_type) for group in groups) == 1
-        candidates = _rows(connection, *here, *alike, ordered=True, limit=KEYS_KEPT if alone else None)
-        keys = (row.key for row in candidates if which.failures.reason(Failure(row.status, row.error_type, row.words)) is reason)
-        yield FailedRows(status, error_type, reason.value, words, rows, list(islice(keys, KEYS_KEPT)), reason in which.reasons)
-        candidates.close()
 
 
 def _include(found: Outcome, row: sa.Row[Any]) -> None:
