@@ -53,7 +53,7 @@ def own_address(**options: Any) -> RequestOptions:
     return found
 
 
-def digest_of_credentials(client: anthropic.Anthropic) -> str:
+def digest_of_credentials(client: anthropic.Anthropic | anthropic.AsyncAnthropic) -> str:
     """A digest of a client's address and credentials that tells two clients apart. It is too short to guess a key from."""
     told = {name.lower(): value for name, value in client.default_headers.items() if isinstance(value, str)}
     return hashlib.sha256(json.dumps([str(client.base_url), *map(told.get, _CREDENTIALS)]).encode()).hexdigest()[:_DIGEST_CHARS]

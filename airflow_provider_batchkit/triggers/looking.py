@@ -10,7 +10,7 @@ import anthropic
 import httpx2
 
 from airflow_provider_batchkit.api.calls import poll_failure, unavailable
-from airflow_provider_batchkit.api.wire import BATCHES, Page, batch_of, batch_path, own_address, page_of, utc
+from airflow_provider_batchkit.api.wire import BATCHES, Page, batch_of, batch_path, digest_of_credentials, own_address, page_of, utc
 from airflow_provider_batchkit.triggers.watches import Failure, Look, Search, Watches
 
 log = logging.getLogger(__name__)
@@ -33,6 +33,10 @@ class Looker:
         # no retries here: after a failure the poller pauses for all triggers of the connection
         self._client = client.with_options(max_retries=0, timeout=_ANSWER_S)
         self._conn_id = conn_id
+
+    def is_as(self, client: anthropic.AsyncAnthropic) -> bool:
+        """Whether another client has the same address and credentials."""
+        return digest_of_credentials(client) == digest_of_credentials(self._client)
 
     async def look(self, look: Look, wanted: dict[str, datetime | None], watches: Watches) -> None:
         """Fill ``look`` with what the API shows of ``wanted``, and of other watched batches that the list shows."""

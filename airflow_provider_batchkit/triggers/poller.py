@@ -1,7 +1,8 @@
 """The shared poller: all triggers of one connection in a process (strictly: on an event loop) look at their batches together.
 
 A trigger calls only :func:`ended`. The first trigger of a connection starts a task with one client; the last one to leave ends it. A
-trigger is woken only when every batch of its own has ended, its deadline has come, or looking is hopeless.
+trigger is woken only when every batch of its own has ended, its deadline has come, or looking is hopeless. When the API refuses to show a
+batch and the connection has another key by now, the batch's triggers move to a new poller, which has a client with that key.
 """
 
 from __future__ import annotations
@@ -49,14 +50,16 @@ async def ended(
     """
     if not state.open_ids():
         return Ended()
-    loop = asyncio.get_running_loop()
-    poller = _pollers.get((loop, conn_id))
-    if poller is None:
-        for key in [key for key in list(_pollers) if key[0].is_closed()]:
-            _pollers.pop(key, None)
-        poller = _pollers[loop, conn_id] = SharedPoller(loop, conn_id)
-    own = contextvars.copy_context()
-    return await poller.wait(state, lambda line: own.run(tell, line), lambda line: own.run(inform, line))
+    loop, own = asyncio.get_running_loop(), contextvars.copy_context()
+    while True:
+        poller = _pollers.get((loop, conn_id))
+        if poller is None:
+            for key in [key for key in list(_pollers) if key[0].is_closed()]:
+                _pollers.pop(key, None)
+            poller = _pollers[loop, conn_id] = SharedPoller(loop, conn_id)
+        decision = await poller.wait(state, lambda line: own.run(tell, line), lambda line: own.run(inform, line))
+        if decision is not None:
+            return decision
 
 
 class SharedPoller:
@@ -66,7 +69,7 @@ class SharedPoller:
         self._loop = loop
         self._conn_id = conn_id
         self._watches = Watches()
-        self._waiting: dict[Watch, asyncio.Future[Decision]] = {}
+        self._waiting: dict[Watch, asyncio.Future[Decision | None]] = {}
         self._tell: dict[Watch, tuple[Callable[[str], None], Callable[[str], None]]] = {}
         self._joined = asyncio.Event()
         self._resting_until = float("-inf")
@@ -74,11 +77,11 @@ class SharedPoller:
         self._task = loop.create_task(self._run(), name=f"batchkit-poller-{conn_id}", context=contextvars.Context())
         self._task.add_done_callback(self._over)
 
-    async def wait(self, state: PollState, tell: Callable[[str], None], inform: Callable[[str], None]) -> Decision:
-        """Join, and leave when there is a decision or the caller is canceled."""
+    async def wait(self, state: PollState, tell: Callable[[str], None], inform: Callable[[str], None]) -> Decision | None:
+        """Join, and leave when there is a decision or the caller is canceled. None: the caller must move to another poller."""
         clock = self._loop.time()
         watch = self._watches.join(state, due=clock + _GATHER_S, now=time.time(), clock=clock)
-        future: asyncio.Future[Decision] = self._loop.create_future()
+        future: asyncio.Future[Decision | None] = self._loop.create_future()
         self._waiting[watch], self._tell[watch] = future, (tell, inform)
         if watch.due < self._resting_until:
             self._joined.set()
@@ -140,6 +143,12 @@ class SharedPoller:
             return
         look = Look(clock)
         await looker.look(look, self._watches.wanted(due), self._watches)
+        if look.refused and await self._has_another_key(looker):
+            self._close_door()
+            for watch in [watch for watch in self._watches.concerned(due, look) if look.refuses(watch) and watch in self._waiting]:
+                self._wake(watch, None)
+            if look.hopeless:
+                return
         clock = self._loop.time()
         pause = self._watches.judge_connection(due, look, clock)
         if look.failure is not None and pause is not None:
@@ -162,10 +171,22 @@ class SharedPoller:
             inform(progress)
         if isinstance(decision, Wait):
             return
+        self._wake(watch, decision)
+
+    def _wake(self, watch: Watch, decision: Decision | None) -> None:
         future = self._waiting[watch]
         self._drop(watch)
         if not future.done():
             future.set_result(decision)
+
+    async def _has_another_key(self, looker: Looker) -> bool:
+        """Whether the connection has other credentials, or another address, than the client that looks."""
+        try:
+            client = await self._client()
+        except PollError:
+            return False
+        async with client:
+            return not looker.is_as(client)
 
     def _drop(self, watch: Watch) -> None:
         self._watches.leave(watch)

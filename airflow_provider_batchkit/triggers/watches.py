@@ -58,6 +58,16 @@ class Look:
         """Whether the connection failed in a way that does not pass."""
         return self.failure is not None and self.failure.fatal
 
+    @property
+    def refused(self) -> bool:
+        """Whether the API refused to show something: a 404, or a refused key."""
+        return self.hopeless or any(failure.hidden or failure.fatal for failure in self.failed.values())
+
+    def refuses(self, watch: Watch) -> bool:
+        """Whether the API refused to show a batch of the watch."""
+        failed = [self.failed[batch_id] for batch_id in watch.state.open_ids() if batch_id in self.failed]
+        return self.hopeless or any(failure.hidden or failure.fatal for failure in failed)
+
     def has(self, batch_id: str) -> bool:
         """Whether the look has an answer or a failure for this batch."""
         return batch_id in self.shown or batch_id in self.failed

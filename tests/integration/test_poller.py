@@ -382,6 +382,45 @@ def test_a_revoked_key_fails_all_triggers_of_its_connection_and_no_other(sim: Si
     run(work)
 
 
+@pytest.mark.parametrize("count", [1, 6])
+def test_a_key_that_is_renewed_before_it_is_revoked_fails_nobody(sim: Simulator, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    """The connection has the new key while the triggers wait with the old one; then the old one is revoked."""
+    sim.set(keys={"old": "w", "new": "w"})
+    connect(monkeypatch, "ANTHROPIC_DEFAULT", sim, "old")
+    ids = create(sim, count, "old")
+
+    async def work() -> None:
+        waiting = start(ids)
+        await until(lambda: all_rest(ids))
+        connect(monkeypatch, "ANTHROPIC_DEFAULT", sim, "new")
+        sim.set(keys={"new": "w"})
+        await until(lambda: calls(sim, "list" if count > 3 else "retrieve") >= 4)
+        for batch_id in ids:
+            sim.end(batch_id)
+        assert {(await task)["status"] for task in waiting.values()} == {"ended"}
+
+    run(work)
+
+
+def test_a_connection_that_moves_to_another_workspace_shows_old_and_new_batches(sim: Simulator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those who wait already go on with the key that they began with; whoever comes later looks with the new one."""
+    sim.set(keys={"a": "workspace-a", "b": "workspace-b"})
+    connect(monkeypatch, "ANTHROPIC_DEFAULT", sim, "a")
+    old, new = create(sim, 4, "a"), create(sim, 4, "b")
+
+    async def work() -> None:
+        before = start(old)
+        await until(lambda: all_rest(old))
+        connect(monkeypatch, "ANTHROPIC_DEFAULT", sim, "b")
+        after = start(new)
+        await asyncio.sleep(3 * POKE_S)
+        for batch_id in old + new:
+            sim.end(batch_id)
+        assert {(await task)["status"] for task in [*before.values(), *after.values()]} == {"ended"}
+
+    run(work)
+
+
 def test_a_connection_that_does_not_exist_fails_its_own_triggers(sim: Simulator) -> None:
     """The message names it; the default connection is untouched."""
     (batch_id,) = create(sim, 1)
