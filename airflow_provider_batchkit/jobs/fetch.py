@@ -122,7 +122,7 @@ def fetch_job(
             slept += pause
         else:
             report.first[:0] = landed
-            _name_equal_keys(ledger, batches, target, options)
+            _count_equal_keys(ledger, batches, target, options, report)
             return report
 
 
@@ -247,19 +247,24 @@ class _Fetch:
         return error
 
 
-def _name_equal_keys(ledger: Ledger, batches: Sequence[Batch], target: TableIn | OutputFiles, options: LandingOptions) -> None:
-    """Log that several jobs have answered the same keys. Batches are written in the order given, so the answer of the later one stays."""
+def _count_equal_keys(
+    ledger: Ledger, batches: Sequence[Batch], target: TableIn | OutputFiles, options: LandingOptions, report: LandingReport
+) -> None:
+    """Count the keys that several jobs have written. Batches are written in the order given, so the answer of the later one stays."""
     if not isinstance(target, TableIn) or options.disposition is WriteDisposition.APPEND:
         return
     records = [batch.record for batch in batches if batch.record is not None]
     jobs = {record.job_id for record in records}
-    again = ledger.answered_again(records) if len(jobs) > 1 else 0
-    if again:
+    if len(jobs) < 2:
+        return
+    report.overridden = ledger.written_again(records, include_failed=options.include_failed)
+    report.rows -= report.overridden
+    if report.overridden:
         log.warning(
             "%s answers have a key that another of the %d jobs of this fetch has answered, too. %s keeps one row for each key, that of the "
             "batch whose id comes later. The others were paid for. To keep them all, give each job a table of its own, make what tells the "
             'jobs apart part of key, or fetch with write_disposition="append".',
-            f"{again:,}",
+            f"{report.overridden:,}",
             len(jobs),
             target.name,
         )

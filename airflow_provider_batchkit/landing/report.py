@@ -68,8 +68,10 @@ class LandingReport:
 
     batch_ids: list[str] = field(default_factory=list)
     table: str = ""
-    #: rows written to the table
+    #: rows of these batches in the table; those that another batch of the same fetch has overridden do not count
     rows: int = 0
+    #: rows that another batch of the same fetch has overridden, since its job has the same key
+    overridden: int = 0
     counts: Counter[str] = field(default_factory=Counter)
     #: source rows with an unfinished answer, per ``error_type``; ``counts`` includes them
     unfinished: Counter[str] = field(default_factory=Counter)
@@ -103,6 +105,7 @@ class LandingReport:
             "batch_ids": self.batch_ids,
             "table": self.table,
             "rows": self.rows,
+            "overridden": self.overridden,
             "counts": dict(sorted(self.counts.items())),
             "unfinished": dict(sorted(self.unfinished.items())),
             "cost_tally": self.tally.to_json(),

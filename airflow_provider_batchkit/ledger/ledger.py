@@ -355,13 +355,13 @@ class Ledger(BatchMoves, Loads, Results, FailedRequests, Account, budgets.Budget
         with self.engine.connect() as connection:
             return outcomes.count_unfinished(connection, record.job_id, record.shard)
 
-    def answered_again(self, records: Iterable[BatchRecord]) -> int:
-        """How many answers in these landed batches have a key that another of them has answered, too. Two tasks may have equal keys."""
+    def written_again(self, records: Iterable[BatchRecord], *, include_failed: bool) -> int:
+        """How many rows of these landed batches have the key of another row of theirs. Two tasks may have equal keys."""
         keys = array("q")
         with self.engine.connect() as connection:
             for record in records:
                 # eight bytes a key, whatever its length
-                keys.extend(hash(row.key) for row in outcomes.succeeded_rows(connection, record.job_id, record.shard))
+                keys.extend(map(hash, outcomes.written_keys(connection, record.job_id, record.shard, include_failed=include_failed)))
         return sum(one == other for one, other in pairwise(sorted(keys)))
 
     def answered_batches(self, job_id: str) -> list[BatchRecord]:

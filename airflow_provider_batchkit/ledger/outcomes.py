@@ -62,6 +62,14 @@ def succeeded_rows(connection: Connection, job_id: str, shard: int) -> Iterator[
         yield from _ENTRIES.decode(connection.execute(sa.select(succeeded.c.entries).where(here, succeeded.c.part == part)).scalar_one())
 
 
+def written_keys(connection: Connection, job_id: str, shard: int, *, include_failed: bool) -> Iterator[str]:
+    """The keys of a landed batch's rows that a table has: those with an answer, and with ``include_failed`` the others, too."""
+    yield from (row.key for row in succeeded_rows(connection, job_id, shard))
+    written = sa.true() if include_failed else failed.c.status.in_([status.value for status in ANSWERED])
+    others = sa.select(failed.c.key).where(failed.c.job_id == job_id, failed.c.shard == shard, written)
+    yield from connection.execute(others.where(failed.c.status != RequestStatus.SUCCEEDED.value)).scalars()
+
+
 def count_succeeded(connection: Connection, job_id: str) -> int:
     """How many rows of a job succeeded with a whole answer."""
     rows = sa.func.coalesce(sa.func.sum(succeeded.c.source_rows), 0)

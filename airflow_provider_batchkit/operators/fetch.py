@@ -156,7 +156,8 @@ class FetchBatchOperator(LandingOperator):
     moment is waited for, without a worker slot.
 
     :param batch_id: a batch id or a list of them, usually the output of submit (templated). They are written in this order: where
-        batches of several tasks answer the same key, the row of the later one stays, and a warning counts the others
+        batches of several tasks answer the same key, the row of the later one stays, and a warning and ``overridden`` in the summary
+        count the others
     :param table: result table, ``table`` or ``schema.table`` (templated); created when it does not exist, keyed by the source's key
     :param output_path: place of result files, instead of ``table`` or beside it: a path or URL that ``ObjectStoragePath`` takes (local,
         ``s3://``, ``gs://``, ``abfs://``). It is a folder, or a path with a ``*`` for the batch's id, ``gs://lake/copy/*.parquet``

@@ -248,10 +248,26 @@ def test_two_jobs_that_answer_the_same_keys_are_named_and_the_later_id_stays(
         submit().run(),
         submit(run_id="other", prompt="In French: {{ row.note }}", sql="SELECT id, note FROM things WHERE id > 0").run(),
     )
-    fetch([*second, *first], write_disposition=disposition).run()
+    summary = fetch([*second, *first], write_disposition=disposition).run()
+    assert summary["rows"] == len(rows(database, "SELECT id FROM answers")) == (5 if disposition == "append" else 3)
+    assert summary["overridden"] == (0 if disposition == "append" else 2)
     kept = {row[0] for row in rows(database, "SELECT batch_id FROM answers")}
     assert kept == ({*first, *second} if disposition == "append" else {*first})
     assert ("2 answers have a key that another of the 2 jobs" in caplog.text) == (disposition != "append")
+
+
+@pytest.mark.parametrize("include_failed", [False, True])
+def test_the_summarys_rows_are_those_of_the_table_with_failed_rows_among_equal_keys(
+    home: Path, database: Database, api: SimulatorProcess, include_failed: bool
+) -> None:
+    """One job's row failed, another one's answer has its key; a fetch that runs again says the same."""
+    fill(database, 3)
+    first = submit(sql="SELECT id, CASE WHEN id < 2 THEN '[[sim:errored]]' ELSE note END AS note FROM things").run()
+    second = submit(run_id="other", sql="SELECT id, note FROM things WHERE id > 0").run()
+    for _ in range(2):
+        summary = fetch([*first, *second], include_failed=include_failed).run()
+        assert summary["rows"] == len(rows(database, "SELECT id FROM answers")) == (3 if include_failed else 2)
+        assert summary["overridden"] == (2 if include_failed else 1)
 
 
 def test_jobs_with_keys_of_their_own_are_not_named(home: Path, database: Database, caplog: pytest.LogCaptureFixture) -> None:
