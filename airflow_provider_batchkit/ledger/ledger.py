@@ -355,6 +355,15 @@ class Ledger(BatchMoves, Loads, Results, FailedRequests, Account, budgets.Budget
         with self.engine.connect() as connection:
             return outcomes.count_unfinished(connection, record.job_id, record.shard)
 
+    def deleted_after_landing(self, batch_ids: Sequence[str]) -> list[tuple[BatchRecord, dict[str, int]]]:
+        """Those of the batches that have landed and that this package has deleted from the API since, each with its rows per outcome."""
+        if not self.exists():
+            return []
+        landed = sa.select(batch).where(batch.c.batch_id.in_(batch_ids), batch.c.state == BatchState.LANDED.value)
+        with self.engine.connect() as connection:
+            rows = connection.execute(landed.where(batch.c.deleted_at.is_not(None))).all()
+        return [(record_of(row), json.loads(row.counts)) for row in rows]
+
     def written_again(self, records: Iterable[BatchRecord], *, include_failed: bool) -> int:
         """How many rows of these landed batches have the key of another row of theirs. Two tasks may have equal keys."""
         keys = array("q")

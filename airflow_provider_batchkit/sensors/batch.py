@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -17,8 +17,9 @@ from airflow.providers.common.compat.sdk import (
     PokeReturnValue,
 )
 
-from airflow_provider_batchkit.api.polling import Decision, Ended, GaveUp, Late, PollState, Wait, validate_event
+from airflow_provider_batchkit.api.polling import ENDED, Decision, Ended, GaveUp, Late, PollState, Wait, validate_event
 from airflow_provider_batchkit.exceptions import BatchInputError
+from airflow_provider_batchkit.hooks.ledger import ledger_at, ledger_place
 from airflow_provider_batchkit.hooks.settings import DEFAULT_CONN_ID, absence_seconds
 from airflow_provider_batchkit.links import ConsoleLink, push_console_link
 from airflow_provider_batchkit.operators import kill
@@ -27,6 +28,9 @@ from airflow_provider_batchkit.operators.tasks import OnConnection, as_batch_ids
 
 if TYPE_CHECKING:
     from airflow.providers.common.compat.sdk import Context
+
+    from airflow_provider_batchkit.ledger import BatchRecord
+    from airflow_provider_batchkit.model import BatchSnapshot
 
 log = logging.getLogger(__name__)
 
@@ -50,8 +54,9 @@ class BatchSensor(TellsWhenLate, OnConnection, BaseSensorOperator):
         attempts, and without a worker slot until then. ``[batchkit] notify_after`` of Airflow's configuration by default
     :param notifiers: Airflow's notifiers, or functions that take the task's context, which has ``batchkit``. The ledger marks what they
         were told
-    :param sql_conn_id: for ``notifiers``, where no ``ledger_conn_id`` is set: SQL connection of the results, the same as the submit's
-    :param ledger_conn_id: for ``notifiers``: SQLite or PostgreSQL connection of the ledger, the same as the submit's (templated)
+    :param sql_conn_id: where no ``ledger_conn_id`` is set: SQL connection of the results, the same as the submit's. The sensor needs the
+        ledger only for ``notifiers``, and in a cleared run, for batches that ``delete_after_fetch`` has deleted
+    :param ledger_conn_id: SQLite or PostgreSQL connection of the ledger, the same as the submit's (templated)
     :param cancel_on_kill: cancel the batches when the task is killed. Off by default: clearing a task counts as killing it on
         Airflow 3.3, and paid work must survive that
     """
@@ -59,6 +64,7 @@ class BatchSensor(TellsWhenLate, OnConnection, BaseSensorOperator):
     template_fields: Sequence[str] = ("batch_id", "anthropic_conn_id", "sql_conn_id", "ledger_conn_id")
     ui_color = "#e6e8d2"
     operator_extra_links = (ConsoleLink(),)
+    _asked_ledger = False
 
     def __init__(
         self,
@@ -111,11 +117,33 @@ class BatchSensor(TellsWhenLate, OnConnection, BaseSensorOperator):
         with batchkit_errors():
             if state.open_ids():
                 self.hook.kit.look(state)
+            if state.hidden() and not self._asked_ledger:
+                self._asked_ledger = True
+                state.saw(self._deleted(state.hidden()))
         decision = state.decide(time.time())
         if isinstance(decision, Late) and not self.deferrable:
             state.late_after = self.tell_late(context, state.figures(time.time()))
             decision = state.decide(time.time())
         return decision
+
+    def _deleted(self, batch_ids: Sequence[str]) -> list[BatchSnapshot]:
+        """Those of the batches that have landed and that this package has deleted since, as the ledger knows them.
+
+        Without a ledger there are none. The wait goes on when the ledger cannot be read.
+        """
+        try:
+            place = ledger_place(self.ledger_conn_id, self.sql_conn_id)
+        except BatchInputError:
+            return []
+        try:
+            with ledger_at(place, getattr(self, "executor", None)) as ledger:
+                found = ledger.deleted_after_landing(batch_ids)
+        except Exception:  # the ledger only shortens the wait
+            log.warning("Whether %s has landed could not be looked up in the ledger", ", ".join(batch_ids), exc_info=True)
+            return []
+        for record, _ in found:
+            log.info("Batch %s has landed and was deleted after its fetch: there is nothing to wait for", record.batch_id)
+        return [_ended(record, counts) for record, counts in found]
 
     def execute(self, context: Context) -> Any:
         kill.prepare(self)
@@ -178,3 +206,13 @@ class BatchSensor(TellsWhenLate, OnConnection, BaseSensorOperator):
         except BatchInputError:
             return []
         return [] if any("{" in batch_id for batch_id in batch_ids) else batch_ids
+
+
+def _ended(record: BatchRecord, rows: Mapping[str, int]) -> BatchSnapshot:
+    """A landed batch as the API has shown it, with its source rows in place of its requests."""
+    from airflow_provider_batchkit.model import ANSWERED, BatchCounts, BatchSnapshot
+
+    answered = sum(rows.get(status.value, 0) for status in ANSWERED)
+    counts = BatchCounts(0, answered, *(rows.get(status, 0) for status in ("errored", "canceled", "expired")))
+    assert record.batch_id is not None and record.created_at is not None, "a landed batch has both"
+    return BatchSnapshot(record.batch_id, ENDED, counts, record.created_at, ended_at=record.ended_at)

@@ -88,6 +88,39 @@ def test_only_what_has_landed_whole_is_deleted(home: Path, database: Database, a
     assert ids[1] not in [batch["id"] for batch in api.stats()["batches"]]
 
 
+@pytest.mark.parametrize("deferrable", [True, False])
+def test_a_cleared_run_whose_fetch_has_deleted_its_batches_goes_on(
+    home: Path, database: Database, api: SimulatorProcess, monkeypatch: pytest.MonkeyPatch, deferrable: bool
+) -> None:
+    """The ledger knows that they landed and were deleted, so the sensor has nothing to wait for. Nothing is asked or paid again."""
+    from airflow_provider_batchkit.sensors.batch import BatchSensor
+
+    monkeypatch.setenv("AIRFLOW__BATCHKIT__LEDGER_CONN_ID", "warehouse")
+    fill(database, 4)
+    ids = submit(max_requests_per_batch=2).run()
+    first = fetch(ids, delete_after_fetch=True).run()
+    posts = api.stats()["posts"]
+    assert submit(max_requests_per_batch=2).run() == ids
+    wait = Task(BatchSensor, "wait", batch_id=ids, deferrable=deferrable)
+    assert wait.run()["succeeded"] == 4
+    again = fetch(ids, delete_after_fetch=True).run()
+    assert (again["rows"], again["cost_tally"], api.stats()["posts"]) == (4, first["cost_tally"], posts)
+
+
+def test_a_batch_that_somebody_else_has_deleted_is_looked_for(
+    home: Path, database: Database, api: SimulatorProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has not landed: the sensor does not call it ended, with or without a ledger."""
+    from airflow_provider_batchkit.hooks.batchkit import BatchKitHook
+    from airflow_provider_batchkit.sensors.batch import BatchSensor
+
+    fill(database, 2)
+    ids = submit().run()
+    BatchKitHook().kit.delete(ids[0])
+    for conn_id in ("warehouse", "nowhere", None):
+        assert Task(BatchSensor, "wait", batch_id=ids, ledger_conn_id=conn_id).run().trigger.batch_ids == ids
+
+
 def test_a_fetch_that_died_before_it_deleted_deletes_in_its_retry(home: Path, database: Database, api: SimulatorProcess) -> None:
     """The rows are there already, and the ledger knows that they are whole."""
     fill(database, 2)
