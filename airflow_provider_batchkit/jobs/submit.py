@@ -92,6 +92,8 @@ class Attempt:
     waited_for: Sequence[str] = ()
     #: returns whether the task was killed and must send nothing more
     stopped: Callable[[], bool] = lambda: False
+    #: a digest of what a mapped task instance asks; None for a task that is not mapped
+    asked: str | None = None
 
     @property
     def job_id(self) -> str:
@@ -169,7 +171,7 @@ def submit_job(
         rendering_s = time.monotonic() - started
         before_send()
         ledger.note_output_schema(job.job_id, lease, options.output_schema, sends=bool(shards))
-        ledger.note_skipping(job.job_id, skips=options.skip_unchanged)
+        ledger.note_skipping(job.job_id, skips=options.skip_unchanged, asked=attempt.asked)
         ledger.add_copies(job.job_id, lease, writer.earlier_copies())
         if shards or report.unchanged:
             ledger.note_rendering(job.job_id, rendering_s, report.unchanged)

@@ -11,6 +11,7 @@ from decimal import Decimal
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 
+from airflow_provider_batchkit.exceptions import BatchInputError
 from airflow_provider_batchkit.ledger import journal, outcomes
 from airflow_provider_batchkit.ledger.landings import landings_of
 from airflow_provider_batchkit.ledger.names import table_identity
@@ -33,6 +34,23 @@ class History:
         """The name by which the ledger knows a table of its own database."""
         with self.engine.connect() as connection:
             return table_identity(connection, table)
+
+    def refuse_another(self, record: JobRecord, asked: str) -> None:
+        """Compare the digest of what a mapped task instance asks with that of its earlier attempts.
+
+        :raises BatchInputError: when they have sent batches for something else
+        """
+        of_job = sa.select(job.c.asked).join(batch, batch.c.job_id == job.c.job_id)
+        held = of_job.where(job.c.job_id == record.job_id, batch.c.state.in_([state.value for state in HELD]))
+        with self.engine.connect() as connection:
+            before = connection.execute(held).scalars().first()
+        if before not in (None, asked):
+            raise BatchInputError(
+                f"The mapped instance {record.map_index} of {record.dag_id}.{record.task_id} asked something else in an earlier attempt of "
+                "this DAG run, or for another place: another source, prompt or table, or the list that it is mapped over has another order "
+                "now. What it has asked would land beside the wrong rows, or be paid for again. Nothing was sent or written. Give the list "
+                "its order back and clear the task, or start a new DAG run."
+            )
 
     def answered(self, record: JobRecord, table: str | None) -> Iterator[tuple[str, str]]:
         """(key, digest) of every request that succeeded in an earlier run of the task and landed in its table, the latest landing first.

@@ -214,10 +214,10 @@ class Ledger(BatchMoves, Loads, Results, FailedRequests, Account, budgets.Budget
             text = connection.execute(sa.select(job.c.key_columns).where(job.c.job_id == job_id)).scalar_one()
         return [(column, type_name) for column, type_name in json.loads(text)]
 
-    def note_skipping(self, job_id: str, *, skips: bool) -> None:
-        """Note whether the job's task leaves out rows that an earlier run has answered."""
+    def note_skipping(self, job_id: str, *, skips: bool, asked: str | None = None) -> None:
+        """Note whether the job's task leaves out rows that an earlier run has answered, and the digest of what a mapped one asks."""
         with write_transaction(self.engine) as connection:
-            connection.execute(sa.update(job).where(job.c.job_id == job_id).values(skip_unchanged=skips))
+            connection.execute(sa.update(job).where(job.c.job_id == job_id).values(skip_unchanged=skips, asked=asked))
 
     def skips_unchanged(self, job_id: str) -> bool:
         """Whether the job's task leaves out rows that an earlier run has answered: its batches then hold only part of the source's rows."""

@@ -79,6 +79,7 @@ def _from_4(connection: Connection) -> None:
 
 
 def _from_5(connection: Connection) -> None:
+    _add(connection, job, "asked")
     _add(connection, batch, "workspace")
     connection.execute(sa.update(version).values(version=6))
 

@@ -79,6 +79,8 @@ job = sa.Table(
     sa.Column("attempt_id", sa.String(36)),
     # whether its task leaves out rows that an earlier run has answered: the job then asks only part of the source's rows
     sa.Column("skip_unchanged", sa.Boolean),
+    # a digest of what a mapped task instance asks and where it lands; null for other tasks and for a row of version 5
+    sa.Column("asked", sa.String(64)),
     # JSON: [[column, type], ...] of the source's key, for the result table
     sa.Column("key_columns", sa.Text, nullable=False),
     # the JSON Schema that its answers must fit, as the user gave it; null for plain text

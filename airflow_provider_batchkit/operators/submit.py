@@ -21,7 +21,7 @@ from airflow_provider_batchkit.operators.kill import OwnsBatches
 from airflow_provider_batchkit.operators.output import OutputOperator
 from airflow_provider_batchkit.operators.resumable import Leg
 from airflow_provider_batchkit.operators.shown import SHOWN, SHOWN_AS, shown_of
-from airflow_provider_batchkit.operators.tasks import as_batch_ids, attempt_id_of, own_params
+from airflow_provider_batchkit.operators.tasks import as_batch_ids, asked_by, attempt_id_of, own_params
 from airflow_provider_batchkit.request.failures import KNOWN_FAILURES, WORTH_ASKING, Reason
 from airflow_provider_batchkit.request.system import kept_for_s, system_problem_of_task
 from airflow_provider_batchkit.schema import OutputSchema
@@ -260,8 +260,11 @@ class SubmitBatchOperator(OwnsBatches, OutputOperator):
 
         if not self.is_dry_run or ledger.exists():
             ledger.ensure()
-        kit, job, attempt_id = self.hook.kit, self._identify(leg.context, ledger), attempt_id_of(leg.context["ti"])
-        return Attempt(kit, ledger, job, attempt_id, leg.since, self.anthropic_conn_id, leg.waited_for, lambda: self._killed)
+        ti = leg.context["ti"]
+        kit, job, attempt_id, asked = self.hook.kit, self._identify(leg.context, ledger), attempt_id_of(ti), asked_by(self, ti)
+        if asked is not None and not self.is_dry_run:
+            ledger.refuse_another(job, asked)
+        return Attempt(kit, ledger, job, attempt_id, leg.since, self.anthropic_conn_id, leg.waited_for, lambda: self._killed, asked)
 
     def _asking(self, leg: Leg, job_id: str) -> Asking:
         from airflow_provider_batchkit.jobs.advance import Asking

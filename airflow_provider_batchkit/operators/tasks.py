@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import ast
+import hashlib
+import json
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import date, timedelta
+from datetime import time as time_of_day
+from decimal import Decimal
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +24,13 @@ if TYPE_CHECKING:
 
     from airflow_provider_batchkit.hooks.batchkit import BatchKitHook
     from airflow_provider_batchkit.ledger import JobRecord, Ledger
+
+
+#: parameters that tell the instances of a mapped task apart, if they differ
+_TELLING = (
+    *("sql", "parameters", "input_path", "op_args", "op_kwargs", "prompt", "system", "request_params"),
+    *("sql_conn_id", "source_conn_id", "input_conn_id", "table", "output_path"),
+)
 
 
 class OnConnection:
@@ -63,6 +75,25 @@ def job_of(context: Context, ledger: Ledger) -> JobRecord:
     """The job of a task instance in a ledger. It is the same on every attempt."""
     ti = context["ti"]
     return ledger.identify(ti.dag_id, ti.run_id, ti.task_id, map_index_of(ti))
+
+
+def asked_by(task: Any, ti: Any) -> str | None:
+    """A digest of what a mapped task instance asks, and of where it lands; None for a task that is not mapped.
+
+    The list that a task is mapped over may have another order when it is cleared. Its map index alone does not identify it then.
+    """
+    if map_index_of(ti) < 0:
+        return None
+    told = [getattr(task, name, None) for name in _TELLING]
+    if not getattr(task, "key", None) and isinstance(task.requests, list | tuple):
+        # a prompt without a key is known by its position only
+        told.append(task.requests)
+    return hashlib.sha256(json.dumps(told, sort_keys=True, default=_plain).encode()).hexdigest()
+
+
+def _plain(value: Any) -> str:
+    """A text that is the same in every process."""
+    return str(value) if isinstance(value, date | time_of_day | timedelta | Decimal | uuid.UUID) else type(value).__name__
 
 
 def own_params(params: Any, dag: Any) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 from airflow.providers.common.compat.sdk import AirflowException, AirflowFailException, TaskDeferred
 
 from airflow_provider_batchkit.exceptions import BatchInputError
@@ -310,3 +311,72 @@ def test_jobs_with_keys_of_their_own_are_not_named(home: Path, database: Databas
     fetch(ids).run()
     assert len(rows(database, "SELECT id FROM answers")) == 3
     assert "have a key that another" not in caplog.text
+
+
+def instance(task: Task, map_index: int) -> Task:
+    """The instance of a mapped task."""
+    task.context["ti"].map_index = map_index
+    return task
+
+
+def test_a_mapped_instance_whose_list_has_another_order_is_refused(home: Path, database: Database, api: SimulatorProcess) -> None:
+    """The same keys in two languages, and the list is turned round before a clear: each table would get the other one's answers."""
+    fill(database, 2)
+    words = ("One", "Two")
+    ids = [instance(submit(prompt=f"{word} {{{{ row.note }}}}", table=word), i).run() for i, word in enumerate(words)]
+    posts = api.stats()["posts"]
+    for i, word in enumerate(reversed(words)):
+        with pytest.raises(AirflowFailException, match=rf"The mapped instance {i} of d\.submit asked something else"):
+            instance(submit(prompt=f"{word} {{{{ row.note }}}}", table=word), i).run()
+    # with the list as it was, all goes on
+    for i, word in enumerate(words):
+        assert instance(submit(prompt=f"{word} {{{{ row.note }}}}", table=word), i).run() == ids[i]
+    assert api.stats()["posts"] == posts
+
+
+def test_a_mapped_run_whose_list_has_another_order_lands_nothing_in_the_other_table(
+    home: Path, database: Database, api: SimulatorProcess
+) -> None:
+    """It would land what it had before it asks."""
+    from airflow_provider_batchkit.operators.batch import RunBatchOperator
+
+    fill(database, 4)
+
+    def run(part: int, map_index: int) -> Any:
+        sql = f"SELECT id, note FROM things WHERE id % 2 = {part}"
+        return instance(Task(RunBatchOperator, "run", **{**SOURCE, "sql": sql, "table": f"part_{part}"}), map_index).run()
+
+    api.set(clock="instant")
+    first, posts = run(0, 0), api.stats()["posts"]
+    with pytest.raises(AirflowFailException, match="The mapped instance 0"):
+        run(1, 0)
+    assert (run(0, 0)["batch_ids"], api.stats()["posts"] - posts) == (first["batch_ids"], 0)
+    assert "part_1" not in sa.inspect(database.engine()).get_table_names()
+
+
+def test_a_mapped_instance_that_has_sent_nothing_may_ask_something_else(home: Path, database: Database, api: SimulatorProcess) -> None:
+    """Its first SQL was wrong, and its first batch was refused."""
+    fill(database, 2)
+    api.faults.add("status", status=400)
+    with pytest.raises(AirflowFailException):
+        instance(submit(), 0).run()
+    assert len(instance(submit(sql="SELECT id, note FROM things WHERE id = 1"), 0).run()) == 1
+
+
+def test_a_mapped_prompt_without_a_key_is_known_by_its_position_only(home: Path, database: Database, api: SimulatorProcess) -> None:
+    """The same list again costs nothing; another one is refused."""
+    from airflow_provider_batchkit.operators.batch import SubmitBatchOperator
+
+    def ask(*prompts: str) -> Any:
+        def rendered() -> SubmitBatchOperator:
+            operator = SubmitBatchOperator(task_id="submit", requests=[], max_tokens=9, sql_conn_id="warehouse")
+            operator.requests = list(prompts)  # type: ignore[assignment]  # as rendered
+            return operator
+
+        task = instance(Task(SubmitBatchOperator, "submit"), 0)
+        task.make = rendered
+        return task.run()
+
+    assert ask("a", "b") == ask("a", "b")
+    with pytest.raises(AirflowFailException, match="The mapped instance 0"):
+        ask("b", "a")
