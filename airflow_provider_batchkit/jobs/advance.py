@@ -140,7 +140,8 @@ def _note_key(attempt: Attempt, options: SubmitOptions, types: KeyTypes) -> None
     if types.rows_seen:
         ledger, job_id, schema = attempt.ledger, attempt.job_id, options.output_schema
         columns = types.result(ledger.key_columns(job_id))
-        check_table(ledger, options.table, columns, None if schema is None else OutputSchema(schema), options.results, types.widest)
+        parsed = None if schema is None else OutputSchema(schema)
+        check_table(ledger, options.table, columns, parsed, options.results, types.widest, options.disposition)
         ledger.set_key_columns(job_id, columns, types.characters)
 
 

@@ -35,7 +35,7 @@ from airflow_provider_batchkit.jobs.prime import Priming
 from airflow_provider_batchkit.jobs.settle import DEFAULT_TIMES, PATIENCE_S, Settler, SettleTimes
 from airflow_provider_batchkit.jobs.waiting import WaitFor
 from airflow_provider_batchkit.kit import BatchKit
-from airflow_provider_batchkit.landing import Warehouse
+from airflow_provider_batchkit.landing import Warehouse, WriteDisposition
 from airflow_provider_batchkit.ledger import BatchRecord, BatchState, Intent, JobRecord, Ledger
 from airflow_provider_batchkit.ledger.reasons import WORTH_A_ROUND, Wanted
 from airflow_provider_batchkit.model import MAX_BYTES_PER_BATCH, MAX_REQUESTS_PER_BATCH, BatchSnapshot
@@ -127,6 +127,8 @@ class SubmitOptions:
     output_schema: str | None = None
     #: the database of the result table; None where it is the ledger's or not known
     results: Warehouse | None = None
+    #: how results will be written to the table, where the task knows
+    disposition: WriteDisposition | None = None
 
     def table_in(self, ledger: Ledger) -> str | None:
         """The name by which the ledger knows the result table."""

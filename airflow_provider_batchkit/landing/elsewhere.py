@@ -79,7 +79,7 @@ def land_elsewhere(
     report = LandingReport(table=table_name)
     if not batches:
         return report
-    table = ResultTable(table_name, common_key(ledger, batches), common_schema(ledger, batches))
+    table = ResultTable(table_name, common_key(ledger, batches), common_schema(ledger, batches), disposition=options.disposition)
     with warehouse.open() as connection:
         if not warehouse.check(connection, table):
             warehouse.create(connection, table, unique_key=options.disposition is not WriteDisposition.APPEND)

@@ -5,6 +5,7 @@ The information is from the database's catalog; no row is read and nothing is lo
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,14 @@ _LEAST_CHARACTERS = {"status": max(len(status.value) for status in RequestStatus
 #: columns that are null for every row with a plain answer
 _ALWAYS_NULL = ("error_type", "error_message", "content", "stop_details", "request_id")
 
+#: the first SQLite that has STRICT tables and lists them
+_SQLITE_WITH_STRICT = (3, 37)
+#: column → types of a STRICT table that refuse its values; a BLOB column refuses those of every other column
+_REFUSING_STRICT: Mapping[str, tuple[type[Any], ...]] = {
+    "cost_usd": (sa.LargeBinary, sa.Integer),
+    "landed_at": (sa.LargeBinary, sa.Integer, sa.Float),
+}
+
 #: bits of pg_relation_is_updatable for UPDATE, INSERT and DELETE
 _WRITABLE = 28
 _RIGHTS = sa.text(
@@ -33,7 +42,10 @@ _RIGHTS = sa.text(
     # a trigger before each INSERT may fill any column
     " EXISTS(SELECT FROM pg_trigger t WHERE t.tgrelid = c.oid AND NOT t.tgisinternal AND t.tgtype & 7 = 7) AS filled,"
     " ARRAY(SELECT a.attname::text FROM pg_attribute a WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped"
-    " AND NOT (has_column_privilege(c.oid, a.attnum, 'INSERT') AND pg_column_is_updatable(c.oid, a.attnum, true))) AS closed"
+    " AND NOT (has_column_privilege(c.oid, a.attnum, 'INSERT') AND pg_column_is_updatable(c.oid, a.attnum, true))) AS closed,"
+    " has_table_privilege(c.oid, 'DELETE') AS may_delete,"
+    " ARRAY(SELECT a.attname::text FROM pg_attribute a WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped"
+    " AND NOT has_column_privilege(c.oid, a.attnum, 'UPDATE')) AS fixed"
     " FROM pg_class c WHERE c.oid = to_regclass(:spelled)"
 )
 _PLACE = sa.text(
@@ -52,6 +64,8 @@ class WantedColumns:
     answers: Mapping[str, str]
     #: every column, with the type that a new table would have
     types: Mapping[str, Any]
+    #: the right on the table that a landing needs beside SELECT and INSERT; None where it is not known
+    right: str | None = None
 
 
 class ExistingTable:
@@ -119,6 +133,7 @@ class ExistingTable:
             *_sentence("does not fit the source's key: ", self._unfit(wanted.keys, key_fits, wanted)),
             *_sentence("does not fit output_schema: ", self._unfit(wanted.answers, fits, wanted)),
             *_sentence("does not fit the results: ", self._unfit_results(wanted)),
+            *_sentence("is STRICT, and these columns take no value that a landing writes (make them TEXT or REAL): ", self._strict(wanted)),
             *self._closed(wanted),
         ]
 
@@ -142,6 +157,18 @@ class ExistingTable:
                 unfit.append(self._is_and_must_be(name, wanted))
         return unfit
 
+    def _strict(self, wanted: WantedColumns) -> list[str]:
+        """Columns of a STRICT table of SQLite that would refuse their values; in other tables of SQLite a column takes any value."""
+        if self._dialect.name != "sqlite" or sqlite3.sqlite_version_info < _SQLITE_WITH_STRICT:
+            return []
+        strict = sa.text("SELECT MAX(strict) FROM pragma_table_list WHERE name = :name COLLATE NOCASE AND schema = :schema COLLATE NOCASE")
+        if not self._connection.execute(strict, {"name": self._name, "schema": self._schema or "main"}).scalar():
+            return []
+        found = {name: self.type_of(name) for name in wanted.types if self.has(name)}
+        return [
+            f"{name} {self._sql(type_)}" for name, type_ in found.items() if isinstance(type_, _REFUSING_STRICT.get(name, sa.LargeBinary))
+        ]
+
     def _is_and_must_be(self, name: str, wanted: WantedColumns) -> str:
         return f"{name} is {self._sql(self.type_of(name))} and must be {self._sql(wanted.types[name])}"
 
@@ -158,6 +185,12 @@ class ExistingTable:
         own = {name for name in wanted.types if name not in wanted.keys and name not in wanted.answers}
         null = [name for name in _ALWAYS_NULL if name in own and self.has(name) and _refuses_null(self._column(name))]
         shut = [] if rights is None else [name for name in wanted.types if name in rights.closed and name not in made]
+        lacking = None
+        if rights is not None and wanted.right == "DELETE" and not rights.may_delete:
+            lacking = "cannot be written as wanted: this user may not DELETE its rows, which append and replace do (GRANT DELETE)"
+        fixed = (
+            [] if rights is None or wanted.right != "UPDATE" else [n for n in wanted.types if n in rights.fixed and n not in wanted.keys]
+        )
         names = {column_name(name, self._dialect) for name in wanted.types}
         assert self._columns is not None
         filled = rights is not None and rights.filled
@@ -167,6 +200,8 @@ class ExistingTable:
             *_sentence("has NOT NULL columns that are NULL in every row with an answer (drop NOT NULL): ", null),
             *_sentence("has columns that this user may not write or the view does not pass on: ", shut),
             *_sentence("has NOT NULL columns without a default that a landing does not write (give them a default): ", unfilled),
+            *_sentence("has columns that this user may not update, which a merge does (GRANT UPDATE): ", fixed),
+            *([lacking] if lacking else []),
         ]
 
     def _must_be_given(self, column: ReflectedColumn) -> bool:

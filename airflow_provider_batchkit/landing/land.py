@@ -16,9 +16,11 @@ from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 
 from airflow_provider_batchkit.landing.plan import Batch, Plan, common_key, common_schema
 from airflow_provider_batchkit.landing.reading import ReadBatch, Reading, Results, landing_values, refuse_to_lose
+from airflow_provider_batchkit.landing.refusal import refusal
 from airflow_provider_batchkit.landing.report import LandedBatch, LandingReport
 from airflow_provider_batchkit.landing.stage import TemporaryStage
 from airflow_provider_batchkit.landing.standing import Overtaken, lock_jobs
@@ -51,7 +53,7 @@ def land_batches(ledger: Ledger, batches: Sequence[Batch], table_name: str, resu
     report = LandingReport(table=table_name)
     if not batches:
         return report
-    table = ResultTable(table_name, common_key(ledger, batches), common_schema(ledger, batches))
+    table = ResultTable(table_name, common_key(ledger, batches), common_schema(ledger, batches), disposition=options.disposition)
     exists = table.check(ledger.engine)
     if not exists:
         table.create(ledger.engine, unique_key=options.disposition is not WriteDisposition.APPEND)
@@ -70,14 +72,16 @@ def check_table(
     schema: OutputSchema | None,
     warehouse: Warehouse | None = None,
     widest: Mapping[str, Sequence[Any]] | None = None,
+    disposition: WriteDisposition | None = None,
 ) -> None:
     """Find what would keep results from landing, before anything is sent.
 
     :param widest: key column → the keys of the source that need the most room
+    :param disposition: how results will be written, where the task knows
     :raises TableError: the result table could not hold a key or the schema; without a name, no table could
     :raises WarehouseBusyError: no staging table can be made beside the table
     """
-    table = ResultTable(table_name or "results", key_columns, schema, widest)
+    table = ResultTable(table_name or "results", key_columns, schema, widest, disposition)
     if warehouse is not None:
         with warehouse.open() as connection:
             warehouse.check(connection, table)
@@ -98,8 +102,16 @@ class _Beside(Target):
     def land(self, plan: Plan, batches: Sequence[Batch], late: Seen | None, report: LandingReport) -> Plan:
         """Land batches in one transaction."""
         seen = late or self.look_at(batches)
-        with prepare_engine(self.ledger.engine).begin() as connection:
-            landed = self._land(connection, seen, plan)
+        try:
+            with prepare_engine(self.ledger.engine).begin() as connection:
+                landed = self._land(connection, seen, plan)
+        except (OperationalError, InterfaceError):
+            raise
+        except DBAPIError as e:
+            refused = None if e.orig is None else refusal(e.orig, self.table.name, batches[0].batch_id)
+            if refused is None:
+                raise
+            raise refused from e
         for one in landed:
             report.include(one)
         return plan

@@ -95,12 +95,14 @@ class ResultTable:
         key_columns: Sequence[tuple[str, str]],
         schema: OutputSchema | None = None,
         widest: Mapping[str, Sequence[Any]] | None = None,
+        disposition: WriteDisposition | None = None,
     ) -> None:
         """
         :param name: ``table`` or ``schema.table``
         :param key_columns: (column, type name) as the source gave them; empty for a batch without a source, whose key is ``custom_id``
         :param schema: the schema that the answers must fit; each of its properties is a column
         :param widest: key column → keys that need the most room in it, where the source has just been read
+        :param disposition: how results will be written, where that is known
         :raises TableError: a key column or a property has the name of another column
         """
         in_schema, _, table_name = name.rpartition(".")
@@ -130,6 +132,8 @@ class ResultTable:
                 f"taken are {', '.join(column for column, _ in key_columns)}, {', '.join(FIRST_RELEASE)}. Nothing was sent or written."
             )
         self.schema = schema
+        #: the right that this user needs on the table beside SELECT and INSERT; None where the disposition is not known
+        self.needs = None if disposition is None else "UPDATE" if disposition is WriteDisposition.MERGE else "DELETE"
         self._widest = widest or {}
         #: (name, type) of the answers' properties
         self.answer_columns = tuple((column.name, ANSWER_TYPES[column.kind]) for column in answers)
@@ -227,6 +231,7 @@ class ResultTable:
                 dict(self.key_columns),
                 {column.name: column.kind for column in answers},
                 {name: self.table.c[name].type for name in self.column_names},
+                self.needs,
             )
             problems = found.problems(wanted)
             if found.exists and not problems:

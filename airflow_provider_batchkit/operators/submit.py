@@ -271,6 +271,7 @@ class SubmitBatchOperator(OwnsBatches, OutputOperator):
         from airflow_provider_batchkit.jobs.caps import Limits
         from airflow_provider_batchkit.jobs.prime import Priming
         from airflow_provider_batchkit.jobs.submit import SubmitOptions
+        from airflow_provider_batchkit.landing import WriteDisposition
         from airflow_provider_batchkit.ledger.reasons import Wanted
 
         priming = None
@@ -278,6 +279,8 @@ class SubmitBatchOperator(OwnsBatches, OutputOperator):
             ttl_s = kept_for_s(self.system, self.request_params, self.cache_system)
             assert ttl_s is not None
             priming = Priming(ttl_s, self.prime_timeout, over=leg.about == "primer")
+        # a task that lands its results, too, knows how
+        how = getattr(self, "write_disposition", None)
         options = SubmitOptions(
             self.max_requests_per_batch,
             self.max_bytes_per_batch,
@@ -288,6 +291,7 @@ class SubmitBatchOperator(OwnsBatches, OutputOperator):
             priming,
             output_schema=None if self.output_schema is None else self.output_schema.text,
             results=results_of(self),
+            disposition=None if how is None else WriteDisposition.parse(how),
         )
         key = [self.key] if isinstance(self.key, str) else list(self.key or ())
         reasons = WORTH_ASKING | {Reason.UNFIT} if self.retry_invalid_output else WORTH_ASKING

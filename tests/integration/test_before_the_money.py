@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator
 from decimal import Decimal
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import sqlalchemy as sa
 
 from airflow_provider_batchkit.exceptions import BatchKitError, TableError, WarehouseBusyError
+from airflow_provider_batchkit.landing import WriteDisposition
 from airflow_provider_batchkit.landing.warehouse import warehouse_of
 from airflow_provider_batchkit.simulator import Simulator, SimulatorSettings
 from airflow_provider_batchkit.source.rows import RowItems, Rows
@@ -41,10 +43,10 @@ def ledger(sim: Simulator, tmp_path: Path) -> Warehouse:
 REST = "response VARCHAR(999), status VARCHAR(20), custom_id VARCHAR(64), batch_id VARCHAR(100)"
 
 
-def submit(ledger: Warehouse, results: Results, key: Any = 1, **told: str) -> list[str]:
+def submit(ledger: Warehouse, results: Results, key: Any = 1, disposition: WriteDisposition | None = None, **told: str) -> list[str]:
     """Submit one row for the table ``answers``."""
     source: Any = RowItems(iter([Rows(["id", "name"], [(key, "n")], told)]))
-    return ledger.submit(source, table="answers", results=results.adapter).batch_ids
+    return ledger.submit(source, table="answers", results=results.adapter, disposition=disposition).batch_ids
 
 
 @contextlib.contextmanager
@@ -65,6 +67,30 @@ def test_what_fits_is_sent_and_lands(ledger: Warehouse, results: Results) -> Non
     assert not [name for name in results.tables() if name.startswith(("batchkit", "answers"))]
     assert ledger.fetch(ids, into=results.adapter).rows == 1
     assert left(results) == []
+
+
+def test_what_a_killed_preflight_left_is_dropped_by_a_later_one(
+    ledger: Warehouse, results: Results, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless it is so young that its worker may be at work, or a table of somebody else's whose name begins alike."""
+
+    class Killed(BaseException):
+        pass
+
+    def die(*_: Any) -> None:
+        raise Killed
+
+    now = time.time()
+    with monkeypatch.context() as patch:
+        patch.setattr(results.adapter, "count", die)
+        for age in (7200, 0):
+            patch.setattr(time, "time", lambda then=now - age: then)
+            with pytest.raises(Killed):
+                submit(ledger, results)
+    old, young = sorted(left(results))
+    results.run("CREATE TABLE batchkit_probe_notes (n BIGINT)")
+    submit(ledger, results)
+    assert old < young and sorted(left(results)) == [young, "batchkit_probe_notes"]
 
 
 @pytest.mark.parametrize("column", ["id", "status", "model"])
@@ -163,6 +189,30 @@ def test_columns_that_this_user_may_not_write_are_named(
         owner.run(f"CREATE TABLE answers (id BIGINT, {REST})")
         with _poor_user(owner, request, "SELECT, CREATE, DROP") as poor, refused(sim, "may not INSERT and UPDATE: id, response, status"):
             submit(ledger, poor)
+
+
+@pytest.mark.parametrize(("how", "lacks"), [("append", "DELETE"), ("replace", "DELETE"), ("merge", "UPDATE"), ("merge", "")])
+@pytest.mark.parametrize("kind", ["postgres-psycopg3", "mysql-pymysql"])
+def test_a_right_that_the_disposition_needs_is_found_before_anything_is_sent(
+    ledger: Warehouse, request: pytest.FixtureRequest, tmp_path: Path, sim: Simulator, kind: str, how: str, lacks: str
+) -> None:
+    """An append and a replace delete rows, a merge updates them and deletes none."""
+    with results_in(kind, tmp_path, request) as owner:
+        owner.run(f"CREATE TABLE answers (id BIGINT, {REST})")
+        rights = {"SELECT", "INSERT", "UPDATE", "DELETE"} - {lacks or "DELETE"}
+        rights |= set() if owner.kind == "postgres" else {"CREATE", "DROP"}
+        with _poor_user(owner, request, ", ".join(sorted(rights))) as poor:
+            if owner.kind == "postgres":
+                owner.run("GRANT CREATE, USAGE ON SCHEMA public TO batchkit_poor")
+            if lacks:
+                with refused(sim, rf"(GRANT {lacks}|may not INSERT and UPDATE)"):
+                    submit(ledger, poor, disposition=WriteDisposition(how))
+                with pytest.raises(TableError, match=rf"(GRANT {lacks}|may not INSERT and UPDATE)"):
+                    ledger.fetch(submit(ledger, owner), into=poor.adapter, disposition=how)
+                assert owner.rows("SELECT COUNT(*) FROM answers") == [(0,)]
+            else:
+                submit(ledger, poor, disposition=WriteDisposition(how))
+                assert sim.stats()["requests_accepted"] == 1
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 import secrets
 import time
 from abc import ABC, abstractmethod
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from airflow_provider_batchkit.exceptions import BatchKitError, TableError, WarehouseBusyError
+from airflow_provider_batchkit.landing.refusal import refusal
 from airflow_provider_batchkit.landing.table import ResultTable, WriteDisposition
 from airflow_provider_batchkit.model import ANSWERED, RequestStatus
 
@@ -27,6 +29,9 @@ log = logging.getLogger(__name__)
 FENCE, PUBLISHED = "batchkit_fence", "batchkit_published"
 #: how the tables begin that prove, before anything is paid, that staging tables can be made
 PROBE = "batchkit_probe"
+#: their names, with the time at which they were made, and the seconds after which no preflight can still be at work with one
+_PROBE_NAME = re.compile(rf"{PROBE}_([0-9a-f]{{8}})_[0-9a-f]{{8}}")
+_PROBE_S = 3600
 #: how long an older publish that still runs is waited for
 _DRAIN_S = 600.0
 _SUCCEEDED = RequestStatus.SUCCEEDED.value
@@ -186,10 +191,11 @@ class Warehouse(ABC):
 
         :raises WarehouseBusyError: when that fails, whatever the reason: it may pass, and a retry pays for nothing
         """
-        name = f"{PROBE}_{secrets.token_hex(8)}"
+        name = f"{PROBE}_{int(time.time()):x}_{secrets.token_hex(4)}"
         try:
             self.stage(connection, table, name, [])
             self.drop(connection, table, [name])
+            self._drop_old_probes(connection, table)
         except BatchKitError:
             raise
         except Exception as e:
@@ -197,6 +203,19 @@ class Warehouse(ABC):
                 f"No staging table can be made in {self.name} beside {table.name}, behind the connection {self.conn_id!r}: {e}. A landing "
                 "needs the right to create tables there, and to drop its own. Nothing was sent."
             ) from e
+
+    def _drop_old_probes(self, connection: Any, table: ResultTable) -> None:
+        """Drop the tables of preflights whose worker died before it dropped its own."""
+        before = time.time() - _PROBE_S
+        for name in self.stages(connection, table, f"{PROBE}_"):
+            made = _PROBE_NAME.fullmatch(name)
+            if made is None or int(made[1], 16) > before:
+                continue
+            try:
+                self.drop(connection, table, [name])
+            except Exception as e:  # noqa: BLE001 - another user's table keeps nobody from landing
+                self.rollback(connection)
+                log.info("%s is left of a preflight and cannot be dropped: %s", name, e)
 
     def count(self, connection: Any, table: ResultTable, name: str) -> int:
         """How many rows a staging table has."""
@@ -262,7 +281,8 @@ class Warehouse(ABC):
     def publish(self, connection: Any, table: ResultTable, fence: str, how: Publish) -> bool:
         """Move a staged load into the table, with its marker, in one transaction. False, and nothing is changed, behind a higher fence.
 
-        :raises TableError: when the table would store a key as another one
+        :raises TableError: when the table would store a key as another one, or refuses a row
+        :raises WarehouseBusyError: when the database refuses a statement for a reason that may pass
         """
         books, name = self.beside(table, FENCE), self.literal(fence)
         try:
@@ -282,7 +302,10 @@ class Warehouse(ABC):
             if self.is_conflict(e):
                 log.info("Another landing in %s came first: %s", table.name, e)
                 return False
-            raise
+            refused = refusal(e, table.name, how.batch_id)
+            if refused is None:
+                raise
+            raise refused from e
         return True
 
     def statements(self, table: ResultTable, how: Publish) -> list[str]:

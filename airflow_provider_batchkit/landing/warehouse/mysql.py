@@ -117,7 +117,22 @@ class MySQL(Warehouse):
         columns = "column_name, column_type, is_nullable, column_default, extra, collation_name, privileges"
         rows = self.rows(connection, f"SELECT {columns} FROM information_schema.columns WHERE {here} ORDER BY ordinal_position")
         check_columns(table, [_found(*row) for row in rows], dialect)
+        if table.needs == "DELETE":
+            self._check_delete(connection, table)
         return True
+
+    def _check_delete(self, connection: Any, table: ResultTable) -> None:
+        """:raises TableError: when this user may not delete rows; a statement on no row tells, whatever role or grant gives the right"""
+        try:
+            self.run(connection, f"DELETE FROM {self.spelled(table)} WHERE 1 = 0")
+        except Exception as e:
+            raise TableError(
+                f"The table {table.name} exists and cannot be written as wanted: this user may not DELETE its rows, which append and "
+                f"replace do (GRANT DELETE): {e}. Nothing was written; results of batches that were sent before stay with the API for 29 "
+                "days."
+            ) from e
+        finally:
+            connection.rollback()
 
     def _dialect(self, connection: Any) -> Dialect:
         most = (65, 38 if self._is_mariadb(connection) else 30)
