@@ -31,6 +31,8 @@ class Outcome:
     victims: Counter[str] = field(default_factory=Counter)
     #: stopped workers that were thawed while their retry was at work
     thawed_beside_retry: int = 0
+    #: how often Airflow's scheduler ended by itself and was started again
+    scheduler_ends: int = 0
     faults: int = 0
     #: batches that were hidden in the middle of their life
     hidden: int = 0
@@ -60,7 +62,8 @@ class Outcome:
         """All figures in one line."""
         return (
             f"seed {self.seed} on {self.database}: {self.kills.total()} kills ({_listed(self.kills)}, of which {self.thawed_beside_retry} "
-            f"thawed beside their retry; of workers on {_listed(self.victims)}), {self.faults} faults, {self.hidden} hidings, "
+            f"thawed beside their retry; of workers on {_listed(self.victims)}), {self.scheduler_ends} ends of the scheduler, "
+            f"{self.faults} faults, {self.hidden} hidings, "
             f"{self.clears.total()} clears ({_listed(self.clears)}); {self.runs} runs, {self.attempts} attempts, {self.doubts}; "
             f"{self.batches} batches ({_listed(self.states)} in the ledger) and {self.foreign} foreign ones, {self.asked} rows asked, "
             f"{self.accepted} requests accepted: {self.duplicates} duplicates, {self.lost} lost rows, "

@@ -16,7 +16,7 @@ from tests.crash.chaos.dag import DAG_ID, RUNS_AT_ONCE, SENDERS
 from tests.crash.chaos.fates import TOGETHER, Fates, Icebox, Tries
 from tests.crash.chaos.report import Outcome
 from tests.crash.chaos.weather import Weather
-from tests.crash.chaos.workers import Triggerer, Worker, Workers
+from tests.crash.chaos.workers import Component, Worker, Workers
 from tests.e2e.harness import AirflowStandalone
 
 #: kills of workers between two of the triggerer: it takes about 8 seconds to start and must also get to do something
@@ -47,16 +47,18 @@ class Storm:
         self._fates = Fates(self._tries, self._random)
         self._icebox = Icebox(self._tries, self._random)
         self._clears = Clears(airflow, outcome, self._random)
+        self._scheduler: Component
         #: kills of the triggerer do not count
         self._workers_killed = 0
         self._started = time.monotonic()
 
     def rage(self, kills: int) -> None:
         """Keep runs going until so many processes are killed, then let all runs end."""
-        workers = Workers(self._component("scheduler"))
         self._airflow.wait_for_dag(DAG_ID)
-        self._land_one_run()
-        with Triggerer(self._component("triggerer")) as triggerer:
+        with self._own("scheduler") as scheduler, self._own("triggerer") as triggerer:
+            self._scheduler = scheduler
+            self._land_one_run()
+            workers = Workers(scheduler)
             try:
                 with Weather(self._sim, self._outcome, self._random) if self._faults else contextlib.nullcontext() as weather:
                     self._kill(kills, workers, triggerer, weather)
@@ -65,7 +67,7 @@ class Storm:
                 self._outcome.thawed_beside_retry = self._icebox.beside_retry
             self._let_all_runs_end()
 
-    def _kill(self, kills: int, workers: Workers, triggerer: Triggerer, weather: Weather | None) -> None:
+    def _kill(self, kills: int, workers: Workers, triggerer: Component, weather: Weather | None) -> None:
         idle_since = time.monotonic()
         runs_checked = 0.0
         triggerer_dies = self._random.randint(*WORKERS_A_TRIGGERER)
@@ -95,7 +97,14 @@ class Storm:
         if weather is not None:
             weather.goes_on()
         self._icebox.thaw_what_is_due()
+        self._restart_scheduler_if_ended()
         time.sleep(LOOK_SECONDS)
+
+    def _restart_scheduler_if_ended(self) -> None:
+        """Airflow's scheduler ends when its database reports a deadlock, which clears of running runs bring about now and then."""
+        if self._scheduler.restart_if_ended():
+            self._outcome.scheduler_ends += 1
+            self._say("the scheduler had ended by itself and was started again")
 
     def _strike_all_due(self, busy: list[Worker], *, most: int) -> int:
         """Bring the workers whose time has come to their fates. Gives how many."""
@@ -143,13 +152,13 @@ class Storm:
     def _say(self, what: str) -> None:
         print(f"{time.monotonic() - self._started:6.1f} s  {what}", flush=True)
 
-    def _component(self, name: str) -> psutil.Process:
-        """The standalone's own process of that name."""
+    def _own(self, name: str) -> Component:
+        """A component of our own in place of the standalone's of that name."""
         assert self._airflow._process is not None
         for child in psutil.Process(self._airflow._process.pid).children():
             words = child.cmdline()
             if name in words or f"airflow {name}" in " ".join(words):
-                return child
+                return Component(name, child)
         raise RuntimeError(f"airflow standalone has no {name}")
 
     def _keep_runs_going(self, *, most: int, open_at_once: int = RUNS_AT_ONCE + 1) -> None:
@@ -165,7 +174,7 @@ class Storm:
     def _land_one_run(self) -> None:
         """The first batches of a connection: while none of its batches was ever seen, a doubt waits for a person, as the README says."""
         self._keep_runs_going(most=1, open_at_once=1)
-        self._airflow.wait_for_run(DAG_ID, self.run_ids[0], timeout=RUN_SECONDS)
+        self._wait_for_run(self.run_ids[0], time.monotonic() + RUN_SECONDS)
 
     def _let_all_runs_end(self) -> None:
         """Without kills and faults from here on, every run has to succeed."""
@@ -173,12 +182,23 @@ class Storm:
         deadline = time.monotonic() + RUN_SECONDS
         for run_id in self.run_ids:
             try:
-                state = self._airflow.wait_for_run(DAG_ID, run_id, timeout=max(0.0, deadline - time.monotonic()))
+                state = self._wait_for_run(run_id, deadline)
             except (TimeoutError, httpx.HTTPError) as error:
                 state = f"not at its end: {error}"
             if state != "success":
                 self._outcome.violations.append(f"run {run_id} is {state}:\n{self._last_words(run_id)}")
         self._say("all runs have ended")
+
+    def _wait_for_run(self, run_id: str, deadline: float) -> str:
+        """:raises TimeoutError: the run has not ended by then"""
+        while True:
+            self._restart_scheduler_if_ended()
+            left = max(0.0, deadline - time.monotonic())
+            try:
+                return self._airflow.wait_for_run(DAG_ID, run_id, timeout=min(left, 10.0))
+            except TimeoutError:
+                if left <= 10.0:
+                    raise
 
     def _last_words(self, run_id: str) -> str:
         """The end of the log of each task's last try that did not succeed."""

@@ -85,14 +85,12 @@ class Worker:
 class Workers:
     """The task processes below a scheduler."""
 
-    def __init__(self, scheduler: psutil.Process) -> None:
+    def __init__(self, scheduler: Component) -> None:
         self._scheduler = scheduler
 
     def busy(self) -> list[Worker]:
-        """Those whose task has begun; raises RuntimeError when the scheduler is dead."""
-        if not self._scheduler.is_running() or self._scheduler.status() == psutil.STATUS_ZOMBIE:
-            raise RuntimeError("the scheduler has ended, and nobody killed it")
-        found = {process.pid: process for process in self._scheduler.children(recursive=True)}
+        """Those whose task has begun."""
+        found = {process.pid: process for process in self._scheduler.family()}
         return [worker for process in found.values() for worker in self._workers(process, found)]
 
     @staticmethod
@@ -105,13 +103,15 @@ class Workers:
                 yield Worker(above, process, title.rpartition(" ")[2])
 
 
-class Triggerer:
-    """``airflow triggerer`` of our own in place of the standalone's, which nobody would start again."""
+class Component:
+    """``airflow scheduler`` or ``airflow triggerer`` of our own in place of the standalone's, which nobody would start again."""
 
-    def __init__(self, standalones: psutil.Process) -> None:
+    def __init__(self, name: str, standalones: psutil.Process) -> None:
+        """:param name: ``scheduler`` or ``triggerer``"""
+        self._name = name
         self._environment = standalones.environ()
         kill_family(standalones)
-        self._log = (Path(self._environment["AIRFLOW_HOME"]) / "triggerer.log").open("ab")
+        self._log = (Path(self._environment["AIRFLOW_HOME"]) / f"{name}.log").open("ab")
         self._process = self._start()
 
     def __enter__(self) -> Self:
@@ -126,9 +126,23 @@ class Triggerer:
         self._end()
         self._process = self._start()
 
+    def restart_if_ended(self) -> bool:
+        """Start another where it has ended by itself, as whoever runs an Airflow does. Gives whether it had."""
+        if self._process.poll() is None:
+            return False
+        self._process = self._start()
+        return True
+
+    def family(self) -> list[psutil.Process]:
+        """The processes below it."""
+        found: list[psutil.Process] = []
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found = psutil.Process(self._process.pid).children(recursive=True)
+        return found
+
     def _start(self) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
-            [sys.executable, "-m", "airflow", "triggerer"],
+            [sys.executable, "-m", "airflow", self._name],
             env=self._environment,
             cwd=self._environment["AIRFLOW_HOME"],
             stdin=subprocess.DEVNULL,
