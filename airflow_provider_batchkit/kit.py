@@ -296,11 +296,11 @@ class BatchKit(BatchApi):
         """
         failures, read_whole, unseen = 0, False, Unseen(self.absence_s)
         while True:
-            done = len(reconciler.answered)
+            done = reconciler.answered
             try:
                 yield from accepted(self.stream_results(batch_id))
             except ResultStreamError as e:
-                failures = 1 if len(reconciler.answered) > done else failures + 1
+                failures = 1 if reconciler.answered > done else failures + 1
                 if failures >= _STREAM_ATTEMPTS:
                     raise
                 log.warning("%s Reading again (%d of %d).", e, failures, _STREAM_ATTEMPTS)

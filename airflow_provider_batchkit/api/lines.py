@@ -137,7 +137,7 @@ class _Columns:
                 self._note_failure(place)
         messages = self._messages
         usages = [message.usage or _UNTOLD for message in messages]
-        written = [_written(usage) for usage in usages]
+        written = [usage.cache_creation or _written(usage) for usage in usages]
         texts, contents = self._texts()
         details = [message.stop_details for message in messages]
         reasons = [message.stop_reason for message in messages]

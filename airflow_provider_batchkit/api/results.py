@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from io import BytesIO
+from itertools import repeat
 from typing import Any
 
 from airflow_provider_batchkit.api.blocks import ResultBlock
@@ -124,7 +125,7 @@ class Reconciler:
     """Gives every asked request exactly one outcome.
 
     :meth:`accept_block` passes on the first answer to each request. Duplicates, foreign ids and faults of lines are counted in ``faults``.
-    Memory: the ids asked and the ids answered.
+    Memory: the ids asked.
     """
 
     def __init__(self, asked: Mapping[str, str] | None) -> None:
@@ -132,9 +133,18 @@ class Reconciler:
         submitted elsewhere)
         """
         self.faults = StreamFaults()
-        self.answered: set[str] = set()
         self._asked = asked
-        self._this_read = self.answered
+        #: the requests without an answer so far, with their keys; empty when nobody knows what was asked
+        self.unanswered: dict[str, str] = dict(asked or {})
+        #: ids that were answered, when nobody knows what was asked
+        self._strangers: set[str] = set()
+        #: ids that have come since the stream was begun anew; None while it is read for the first time
+        self._this_read: set[str] | None = None
+
+    @property
+    def answered(self) -> int:
+        """How many requests have their answer."""
+        return len(self._strangers) if self._asked is None else len(self._asked) - len(self.unanswered)
 
     def read_again(self) -> None:
         """Start over with the stream: answers are kept, and faults are counted anew."""
@@ -143,37 +153,37 @@ class Reconciler:
 
     def short_of(self, expected: int) -> int:
         """How many lines fewer than ``expected`` the stream has held so far."""
-        return max(expected - len(self.answered) - self.faults.broken - self.faults.foreign, 0)
+        return max(expected - self.answered - self.faults.broken - self.faults.foreign, 0)
 
     def accept_block(self, block: ResultBlock, faults: Iterable[LineFault]) -> ResultBlock:
         """The first answers among a block's results, with their keys."""
         for fault in faults:
             self.faults.add(fault)
-        keys = None if self._asked is None else list(map(self._asked.get, block.custom_ids))
-        ids = set(block.custom_ids)
-        if (
-            self._this_read is self.answered
-            and len(ids) == len(block)
-            and self.answered.isdisjoint(ids)
-            and (keys is None or None not in keys)
-        ):
-            self.answered |= ids
-        else:
-            places = [place for place, custom_id in enumerate(block.custom_ids) if self._accept(custom_id)]
-            block, keys = block.rows(places), keys and [keys[place] for place in places]
-        block.keys = keys  # type: ignore[assignment] # every accepted result was asked, so it has a key
+        if self._asked is not None and self._this_read is None:
+            keys = list(map(self.unanswered.pop, block.custom_ids, repeat(None)))
+            if None not in keys:
+                block.keys = keys  # type: ignore[assignment] # just checked
+                return block
+            self.unanswered |= {custom_id: key for custom_id, key in zip(block.custom_ids, keys, strict=True) if key is not None}
+        places = [place for place, custom_id in enumerate(block.custom_ids) if self._is_first(custom_id)]
+        if len(places) < len(block):
+            block = block.rows(places)
+        block.keys = None if self._asked is None else [self._asked[custom_id] for custom_id in block.custom_ids]
         return block
 
-    def _accept(self, custom_id: str) -> bool:
-        if custom_id in self._this_read:
-            self.faults.add_duplicate(custom_id)
-            return False
+    def _is_first(self, custom_id: str) -> bool:
+        """Count a result, and say whether it is the first answer to a request."""
         if self._asked is not None and custom_id not in self._asked:
             self.faults.add_foreign(custom_id)
             return False
-        self._this_read.add(custom_id)
-        if self._this_read is self.answered:
-            return True
-        first = custom_id not in self.answered
-        self.answered.add(custom_id)
+        first = custom_id not in self._strangers if self._asked is None else custom_id in self.unanswered
+        if not first if self._this_read is None else custom_id in self._this_read:
+            self.faults.add_duplicate(custom_id)
+            return False
+        if self._this_read is not None:
+            self._this_read.add(custom_id)
+        if self._asked is None:
+            self._strangers.add(custom_id)
+        else:
+            self.unanswered.pop(custom_id, None)
         return first

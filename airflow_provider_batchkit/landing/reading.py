@@ -109,9 +109,7 @@ class Reading:
                     checked, values = answers.read_all(results)
                     stage.put(checked, costs, values)
                 progress.rows += len(results)
-            missing = []
-            if keys is not None and len(keys.billed) > len(reconciler.answered):
-                missing = [(custom_id, key) for custom_id, key in keys.billed.items() if custom_id not in reconciler.answered]
+            missing = list(reconciler.unanswered.items())
             if record is not None and reconciler.faults.foreign and missing:
                 raise _wrong(snapshot, record, reconciler, len(missing))
             for start in range(0, len(missing), _AT_A_TIME):
