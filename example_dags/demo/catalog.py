@@ -15,6 +15,9 @@ _FINISHES = ("matt", "polished", "brushed", "oiled", "raw", "glazed", "waxed")
 _MAKERS = ("a family workshop in Porto", "a cooperative near Graz", "two sisters in Gdańsk", "a small factory in Lyon", "a studio in Leeds")
 _COLORS = ("black", "white", "green", "blue", "red", "grey", "amber", "ivory")
 
+#: number of a product modulo 100 → the simulator's marker in a review of it, which decides how that request ends
+_ENDS = {40: "overloaded", 70: "errored", 90: "max_tokens"}
+
 #: bytes of a product's name and attributes together: with the words around them a prompt of 768 bytes
 _PRODUCT_BYTES = 690
 
@@ -32,7 +35,7 @@ def fill_catalog(catalog: Path, rows: int) -> None:
 
 
 def write_reviews(path: Path, catalog: Path) -> None:
-    """Make the CSV file of the example DAG csv_to_table: two reviews of each of the catalog's first thousand products."""
+    """Make the CSV file of the example DAG csv_to_table: two reviews of each of the first thousand products; some fail."""
     with contextlib.closing(sqlite3.connect(catalog)) as connection:
         names = [name for (name,) in connection.execute("SELECT name FROM products ORDER BY sku LIMIT 1000")]
     with path.open("w", newline="") as file:
@@ -40,7 +43,8 @@ def write_reviews(path: Path, catalog: Path) -> None:
         reviews.writerow(["review_id", "product", "stars", "text"])
         for number, name in enumerate(names):
             reviews.writerow([f"R-{number:04d}-1", name, 5, f'My "{name}" arrived in two days,\nand it is as good as it looks.'])
-            reviews.writerow([f"R-{number:04d}-2", name, 2, "It broke in the first week. The refund was quick, though."])
+            marker = f" [[sim:{_ENDS[number % 100]}]]" if number % 100 in _ENDS else ""
+            reviews.writerow([f"R-{number:04d}-2", name, 2, f"It broke in the first week. The refund was quick, though.{marker}"])
 
 
 def change_products(catalog: Path, count: int, edition: int) -> None:

@@ -1,6 +1,6 @@
 """Airflow's pages in a real browser: for tests, and as pictures for a person to look at.
 
-Needs Debian's chromium (``apt-get install chromium``) and ``pip install playwright``, which is not in any extra.
+Needs Debian's chromium (``apt-get install chromium``) and playwright, from the extra ``browser``.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ import httpx
 import pytest
 
 from example_dags.demo import DAG_ID
+from example_dags.demo.services import BESIDE
 
 ROOT = Path(__file__).resolve().parents[2]
 ROWS = 40
@@ -65,9 +66,9 @@ def test_the_commands_see_the_demo_from_another_terminal(demo: tuple[Path, dict[
     assert ROWS in [one["requests"] for one in json.loads(said.stdout)]
 
 
-def runs(airflow: httpx.Client) -> dict[str, dict[str, Any]]:
-    """Run id → run, of the demo's DAG."""
-    found = airflow.get(f"/dags/{DAG_ID}/dagRuns").json()["dag_runs"]
+def runs(airflow: httpx.Client, dag_id: str = DAG_ID) -> dict[str, dict[str, Any]]:
+    """Run id → run of a DAG, by default the demo's."""
+    found = airflow.get(f"/dags/{dag_id}/dagRuns").json()["dag_runs"]
     return {run["dag_run_id"]: run for run in found}
 
 
@@ -90,3 +91,13 @@ def test_the_demos_run_is_there_with_its_log_and_a_later_run_asks_what_has_chang
     )
     summary = airflow.get(f"/dags/{DAG_ID}/dagRuns/{scheduled}/taskInstances/fetch/xcomEntries/return_value").json()["value"]
     assert (summary["rows"], summary["cost_tally"]["batch_cost_usd"]) == (ROWS, "0.32")
+
+
+def test_two_more_examples_run_once_by_themselves(airflow: httpx.Client) -> None:
+    """So that the page has failed rows, a budget, and several DAGs."""
+    deadline = time.monotonic() + 300
+    for dag_id in BESIDE:
+        while (states := [run["state"] for run in runs(airflow, dag_id).values()]) != ["success"]:
+            assert "failed" not in states and len(states) < 2, states
+            assert time.monotonic() < deadline, states
+            time.sleep(2)

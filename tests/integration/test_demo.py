@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import re
@@ -18,8 +19,9 @@ import psutil
 import pytest
 
 from airflow_provider_batchkit.model import COST_QUANTUM
+from airflow_provider_batchkit.simulator.outcomes import marker_in
 from example_dags.demo import ANSWER_TOKENS, DAG_ID, PROMPT_TOKENS, services
-from example_dags.demo.catalog import change_products, fill_catalog
+from example_dags.demo.catalog import change_products, fill_catalog, write_reviews
 from example_dags.demo.services import asked_jobs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -100,6 +102,16 @@ def test_each_change_is_to_other_products_and_keeps_the_length_of_their_prompts(
     assert {sku: len((name + attributes).encode()) for sku, (name, attributes) in seen.items()} == sizes
 
 
+def test_some_reviews_have_a_marker_with_which_the_simulator_fails_them(tmp_path: Path) -> None:
+    """Three of two hundred, each for another reason, so that the page has failed rows to show."""
+    fill_catalog(tmp_path / "shop" / "catalog.db", 100)
+    write_reviews(tmp_path / "reviews.csv", tmp_path / "shop" / "catalog.db")
+    with (tmp_path / "reviews.csv").open(newline="") as file:
+        reviews = list(csv.DictReader(file))
+    assert len(reviews) == 200
+    assert len({marker_in(review["text"]) for review in reviews if "[[sim:" in review["text"]}) == 3
+
+
 def test_the_parts_end_within_five_seconds_with_all_that_they_have_started(tmp_path: Path) -> None:
     """Also one that does not end by itself, and a child that has a session of its own."""
     child = "import time; open('child', 'w').close(); time.sleep(300)"
@@ -130,7 +142,7 @@ def test_a_run_whose_batches_ended_with_the_simulator_is_taken_away(demo: Path, 
     with closing(sqlite3.connect(home / "airflow.db")) as airflow, airflow:
         airflow.execute("UPDATE dag_run SET state = 'running'")
     assert services.set_aside(home, catalog) == 1
-    assert "1 runs were under way" in capsys.readouterr().out
+    assert "1 run was under way" in capsys.readouterr().out
     with closing(sqlite3.connect(catalog)) as ledger:
         assert [ledger.execute(f"SELECT COUNT(*) FROM {table}").fetchone() for table in ("batchkit_job", "batchkit_batch")] == [(0,), (0,)]
     with closing(sqlite3.connect(home / "airflow.db")) as airflow:
