@@ -1,9 +1,10 @@
-"""Progress of long work for people: a log line every few seconds at most, and spans of time in words."""
+"""Progress of long work for people: a log line every few seconds at most; spans of time and counts in words."""
 
 from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 from datetime import timedelta
 
 _EVERY_S = 5.0
@@ -58,6 +59,11 @@ def span_text(seconds: float) -> str:
     if days:
         return f"{days} d {hours % 24} h"
     return f"{hours} h {minutes % 60} min" if hours else f"{minutes} min"
+
+
+def counts_text(counts: Mapping[str, int]) -> str:
+    """Counts without those that are zero: ``1,980 succeeded, 20 errored``."""
+    return ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in counts.items() if count) or "none"
 
 
 def span_of(text: str) -> timedelta:

@@ -22,6 +22,7 @@ from airflow_provider_batchkit.jobs.waiting import Done, WaitFor
 from airflow_provider_batchkit.landing import BatchFigures, LandingReport, WriteDisposition, check_table
 from airflow_provider_batchkit.ledger import BatchRecord, BatchState, Ledger
 from airflow_provider_batchkit.ledger.reasons import WORTH_A_ROUND, Wanted
+from airflow_provider_batchkit.progress import counts_text
 from airflow_provider_batchkit.request.build import RequestBuilder
 from airflow_provider_batchkit.request.failures import Reason
 from airflow_provider_batchkit.schema import OutputSchema
@@ -167,5 +168,5 @@ class Landing:
             log.warning("%s", e)
             return wait
         self.listener.landed(report.first)
-        log.info("Landed %s rows in %s; outcomes: %s", f"{report.rows:,}", self.table, dict(report.counts))
+        log.info("Landed %s rows in %s; outcomes: %s", f"{report.rows:,}", self.table, counts_text(report.counts))
         return Done(report)

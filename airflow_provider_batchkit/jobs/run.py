@@ -29,6 +29,7 @@ from airflow_provider_batchkit.jobs.waiting import Done, WaitFor
 from airflow_provider_batchkit.landing import WriteDisposition
 from airflow_provider_batchkit.ledger import BatchRecord, BatchState
 from airflow_provider_batchkit.ledger.results import Outcome
+from airflow_provider_batchkit.progress import counts_text
 from airflow_provider_batchkit.request.failed import failed_text
 from airflow_provider_batchkit.request.failures import ADVICE, Reason
 
@@ -226,7 +227,8 @@ class RunStep:
     def _result(self) -> RunResult:
         found = self.attempt.ledger.outcome(self.attempt.job_id, self.asking.which)
         for round_ in found.rounds:
-            log.info("Round %(round)d: %(rows)d rows in %(requests)d requests; outcomes: %(counts)s", round_)
+            asked = f"{round_['rows']:,} rows in {round_['requests']:,} requests"
+            log.info("Round %d: %s; outcomes: %s", round_["round"], asked, counts_text(round_["counts"]))
         why = failed_text(found.kinds, found.counts.total())
         if why:
             log.warning("%s", why)

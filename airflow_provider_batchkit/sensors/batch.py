@@ -25,6 +25,7 @@ from airflow_provider_batchkit.links import ConsoleLink, push_console_link
 from airflow_provider_batchkit.operators import kill
 from airflow_provider_batchkit.operators.late import TellsWhenLate, figures_of
 from airflow_provider_batchkit.operators.tasks import OnConnection, as_batch_ids, batchkit_errors
+from airflow_provider_batchkit.progress import counts_text
 
 if TYPE_CHECKING:
     from airflow.providers.common.compat.sdk import Context
@@ -187,7 +188,7 @@ class BatchSensor(TellsWhenLate, OnConnection, BaseSensorOperator):
             raise AirflowSensorTimeout(str(known["message"]))
         if known["status"] == "error":
             raise AirflowException(str(known["message"]))
-        self.log.info("All batches have ended: %s", known["counts"])
+        self.log.info("All batches have ended: %s", counts_text(event["counts"]))
         return known["counts"]
 
     def on_kill(self) -> None:

@@ -137,6 +137,8 @@ def test_a_run_whose_batches_ended_with_the_simulator_is_taken_away(demo: Path, 
     shutil.copytree(demo / ".demo", folder)
     home, catalog = folder / "airflow", folder / "catalog.db"
     assert services.set_aside(home, catalog) == 0 and "under way" not in capsys.readouterr().out
+    with closing(sqlite3.connect(home / "airflow.db")) as airflow:
+        assert [airflow.execute(f"SELECT COUNT(*) FROM {table}").fetchone() for table in ("trigger", "task_instance")] == [(0,), (3,)]
     with closing(sqlite3.connect(catalog)) as ledger, ledger:
         ledger.execute("UPDATE batchkit_batch SET state = 'submitted'")
     with closing(sqlite3.connect(home / "airflow.db")) as airflow, airflow:

@@ -6,7 +6,7 @@ import logging
 
 import pytest
 
-from airflow_provider_batchkit.progress import Progress
+from airflow_provider_batchkit.progress import Progress, counts_text
 
 
 def test_a_line_gives_rows_rate_bytes_and_the_time_left(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -34,3 +34,12 @@ def test_work_that_only_reads_bytes_yet_has_no_time_left(caplog: pytest.LogCaptu
     now = 110.0
     progress.add(0, 2_000_000)
     assert caplog.messages == ["landing b1: 0 rows, 0 rows/s, 2.0 MB"]
+
+
+def test_counts_are_words_without_those_that_are_zero() -> None:
+    """As the logs of a sensor, a fetch and a run say them; no Python."""
+    assert (
+        counts_text({"succeeded": 1980, "errored": 20, "invalid_output": 1, "expired": 0})
+        == "1,980 succeeded, 20 errored, 1 invalid output"
+    )
+    assert counts_text({"succeeded": 0}) == "none"
