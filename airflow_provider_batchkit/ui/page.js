@@ -26,15 +26,17 @@
   const DASH = "–";
   const number = (value) => (value === null || value === undefined ? DASH : Number(value).toLocaleString("en-US"));
 
-  /** Money comes as exact decimal text; people read it rounded up, as in the logs. */
-  function money(text) {
+  /** Money comes as exact decimal text. What was spent is rounded to the nearest digit, as in a log's bill; a bound is rounded up. */
+  function money(text, round = Math.round) {
     if (text === null || text === undefined) return "unknown";
     const value = Number(text);
     if (value === 0) return "$0.00";
     const digits = Math.abs(value) >= 1 ? 2 : Math.min(12, 3 - Math.floor(Math.log10(Math.abs(value))));
     const unit = 10 ** digits;
-    return "$" + (Math.ceil(value * unit - 1e-6) / unit).toLocaleString("en-US", { minimumFractionDigits: digits, maximumFractionDigits: digits });
+    return "$" + (round(value * unit - 1e-6) / unit).toLocaleString("en-US", { minimumFractionDigits: digits, maximumFractionDigits: digits });
   }
+
+  const bound = (text) => money(text, Math.ceil);
 
   function span(seconds) {
     if (seconds === null || seconds === undefined || Number.isNaN(seconds)) return DASH;
@@ -239,7 +241,7 @@
               h(Card, { title: "Jobs in flight", value: number(list.length), hint: jobs.data.more ? "the oldest; there are more" : null }),
               h(Card, { title: "Need a look", value: number(worries.filter(Boolean).length) }),
               h(Card, { title: "Requests", value: number(requests) }),
-              h(Card, { title: "Can cost at most", value: atMost === null ? "not bounded" : money(atMost) }),
+              h(Card, { title: "Can cost at most", value: atMost === null ? "not bounded" : bound(atMost) }),
             ),
             h(
               Table,
@@ -281,7 +283,7 @@
       cell("Age", span(since(one.oldest_at || one.began_at, now)), "bk-short"),
       cell("Time left", left === null || over ? DASH : h("span", { className: late ? "bk-late" : undefined }, left <= 0 ? "expired" : span(left)), "bk-short"),
       cell("Expected", one.expected_usd === null ? DASH : money(one.expected_usd), "bk-num"),
-      cell("At most", one.open_bound_usd === null ? "not bounded" : money(one.open_bound_usd), "bk-num"),
+      cell("At most", one.open_bound_usd === null ? "not bounded" : bound(one.open_bound_usd), "bk-num"),
       cell("Budget", one.budgets.join(", ") || DASH),
     );
     return worry ? h(React.Fragment, null, line, h("tr", { className: "bk-worry" }, h("td", { colSpan: 9, "data-label": "To do" }, worry))) : line;
@@ -411,7 +413,7 @@
         Cards,
         null,
         h(Card, { title: "Requests", value: number(one.requests), hint: `${one.rounds || 0} ${one.rounds === 1 ? "round" : "rounds"}${one.unchanged_rows ? `, ${number(one.unchanged_rows)} rows unchanged` : ""}` }),
-        h(Card, { title: "Cost", value: one.batches.landed ? money(one.batch_cost_usd) : DASH, hint: one.batches.landed ? `saved ${money(one.savings_usd)} of ${money(one.standard_cost_usd)}` : one.open_bound_usd === null ? "not bounded" : `at most ${money(one.open_bound_usd)}` }),
+        h(Card, { title: "Cost", value: one.batches.landed ? money(one.batch_cost_usd) : DASH, hint: one.batches.landed ? `saved ${money(one.savings_usd)} of ${money(one.standard_cost_usd)}` : one.open_bound_usd === null ? "not bounded" : `at most ${bound(one.open_bound_usd)}` }),
         h(Card, { title: "Tokens", value: bills.length ? number(tokens[0] + tokens[1]) : DASH, hint: bills.length ? `${number(tokens[0])} in, ${number(tokens[1])} out` : null }),
         h(Card, { title: "Without a whole answer", value: number(one.failed), hint: one.unfinished ? `${number(one.unfinished)} of them unfinished` : null }),
       ),
@@ -475,7 +477,7 @@
       cell("Round", number(batch.round), "bk-num"),
       cell("Requests", look ? h("div", null, h(Bar, { part: look.done, whole: look.total, label: "requests done" }), h("div", { className: "bk-hint" }, `${number(look.done)} of ${number(look.total)}`)) : h("div", null, number(batch.requests), counts ? h("div", { className: "bk-hint" }, counts) : null), "bk-wide"),
       cell("Timeline", h("ol", { className: "bk-steps" }, steps.map(([name, at], place) => h("li", { key: name, title: at }, h("b", null, name), " ", time(at), place ? h("span", { className: "bk-hint" }, ` +${span((Date.parse(at) - Date.parse(steps[place - 1][1])) / 1000)}`) : null)), running ? h("li", { className: "bk-hint" }, `running for ${span(since(batch.created_at, now))}`) : null)),
-      cell("Cost", batch.cost_usd !== null ? money(batch.cost_usd) : batch.bound_usd !== null ? h("span", { className: "bk-hint" }, `at most ${money(batch.bound_usd)}`) : DASH, "bk-num"),
+      cell("Cost", batch.cost_usd !== null ? money(batch.cost_usd) : batch.bound_usd !== null ? h("span", { className: "bk-hint" }, `at most ${bound(batch.bound_usd)}`) : DASH, "bk-num"),
       cell("", running && batch.batch_id ? h("button", { className: "bk-button bk-danger", onClick: cancel }, "Cancel …") : null, "bk-num"),
     );
   }

@@ -132,8 +132,8 @@ def set_aside(home: Path, catalog: Path) -> int:
     if jobs or runs:
         count = max(len(jobs), len(runs))
         print(
-            f"When Airflow was ended, {count} {'run was' if count == 1 else 'runs were'} under way. Their batches ended with the "
-            "simulator. Batches of the real API would run on. These runs are taken away: press Trigger, and the next run asks again."
+            f"When Airflow was ended, {count} {'run was' if count == 1 else 'runs were'} under way. The batches ended with the "
+            "simulator; those of the real API would run on. What waited for them is taken away: press Trigger, and the next run asks again."
         )
     return len(jobs)
 
