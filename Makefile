@@ -41,12 +41,19 @@ test: $(VENV)/.dev ## the whole test suite, with a real PostgreSQL and a real Ai
 	@$(BIN)/python -m pytest -n 2 $(ARGS)
 
 # an environment of its own: the provider needs SQLAlchemy below 2.1, and constraints.txt has a newer one
+SNOWFLAKE := .matrix/snowflake
+SNOWFLAKE_TESTS := $(addsuffix .py,$(addprefix tests/integration/test_,before_the_money results_constraints results_elsewhere results_keys \
+	results_snowflake) tests/crash/test_two_databases)
 .PHONY: test-snowflake
-test-snowflake: ## results in Snowflake, on an emulation of it: Airflow 3.2.2 and the provider, in .matrix/snowflake
-	@[ -x .matrix/snowflake/bin/python ] || $(PYTHON) -m venv .matrix/snowflake
-	@.ci/install .matrix/snowflake/bin/python constraints-3.2.2.txt --editable ".[snowflake-test]"
-	@.matrix/snowflake/bin/python -m pytest -n 0 -k snowflake tests/integration/test_results_elsewhere.py \
-		tests/integration/test_results_snowflake.py tests/crash/test_two_databases.py $(ARGS)
+test-snowflake: $(SNOWFLAKE)/.ready ## results in Snowflake, on an emulation of it: Airflow 3.2.2 and the provider, in .matrix/snowflake
+	@$(SNOWFLAKE)/bin/python -m pytest -n 2 -k snowflake $(SNOWFLAKE_TESTS) $(ARGS)
+
+$(SNOWFLAKE)/.ready: pyproject.toml constraints-3.2.2.txt
+	@[ -x $(SNOWFLAKE)/bin/python ] || $(PYTHON) -m venv $(SNOWFLAKE)
+	@echo "Installing the emulation of Snowflake into $(SNOWFLAKE) ..."
+	@$(if $(wildcard $(BIN)/uv),UV="$(abspath $(BIN)/uv)") .ci/install $(SNOWFLAKE)/bin/python constraints-3.2.2.txt \
+	    --editable ".[snowflake-test]" || { echo "fakesnow or apache-airflow-providers-snowflake cannot be installed"; exit 1; }
+	@touch $@
 
 .PHONY: test-browser
 test-browser: $(VENV)/.dev ## the Batches page in a real browser, which must be there: apt-get install chromium

@@ -91,13 +91,13 @@ REFUSING: dict[str, dict[str, tuple[Sequence[str], Sequence[str]]]] = {
     },
 }
 #: these do not refuse rows there: SQLite checks foreign keys only where asked to, and no length; DuckDB has no triggers and no lengths;
-#: Snowflake enforces no constraint (the emulation does)
+#: Snowflake enforces no constraint, and its emulation no length
 TAKES = {
     "sqlite": ("foreign key", "narrow", "unique, deferred"),
     "duckdb": ("trigger", "narrow", "unique, deferred"),
     "mysql": ("unique, deferred",),
     "postgres": (),
-    "snowflake": ("check", "unique", "foreign key", "trigger", "unique, deferred"),
+    "snowflake": ("check", "unique", "foreign key", "trigger", "unique, deferred", "narrow"),
 }
 
 
