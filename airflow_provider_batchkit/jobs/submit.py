@@ -129,6 +129,8 @@ class SubmitOptions:
     results: Warehouse | None = None
     #: how results will be written to the table, where the task knows
     disposition: WriteDisposition | None = None
+    #: whether requests without a key of their own are known by their position
+    by_position: bool = False
 
     def table_in(self, ledger: Ledger) -> str | None:
         """The name by which the ledger knows the result table."""
@@ -230,7 +232,7 @@ def _write_new(
     )
     known = ledger.known(job.job_id, options.round_number) if exists else ()
     answered = ledger.answered(job, options.table_in(ledger)) if exists and options.skip_unchanged else ()
-    counts = dedupe(requests, known, writer, folder, only=only, answered=answered)
+    counts = dedupe(requests, known, writer, folder, only=only, answered=answered, by_position=options.by_position)
     return writer, SubmitReport(**asdict(counts))
 
 

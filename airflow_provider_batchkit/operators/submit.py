@@ -292,6 +292,7 @@ class SubmitBatchOperator(OwnsBatches, OutputOperator):
             output_schema=None if self.output_schema is None else self.output_schema.text,
             results=results_of(self),
             disposition=None if how is None else WriteDisposition.parse(how),
+            by_position=not self.key,
         )
         key = [self.key] if isinstance(self.key, str) else list(self.key or ())
         reasons = WORTH_ASKING | {Reason.UNFIT} if self.retry_invalid_output else WORTH_ASKING

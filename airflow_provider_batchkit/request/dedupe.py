@@ -18,7 +18,7 @@ from airflow_provider_batchkit.progress import Progress
 from airflow_provider_batchkit.request.block import RequestBlock
 from airflow_provider_batchkit.request.marks import MARK_BYTES, MarkTable
 from airflow_provider_batchkit.request.shards import ShardWriter
-from airflow_provider_batchkit.source.keys import key_values
+from airflow_provider_batchkit.source.keys import encode_key, key_values
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +66,7 @@ def dedupe(
     *,
     only: Iterable[str] | None = None,
     answered: Iterable[tuple[str, str]] = (),
+    by_position: bool = False,
 ) -> RowCounts:
     """Write the rows that are not known yet into shards.
 
@@ -73,11 +74,12 @@ def dedupe(
     :param folder: holds files of this call
     :param only: keys of the rows to ask; None for all
     :param answered: (key, digest) of requests that earlier runs have answered, the latest first; the same requests are left out
+    :param by_position: whether requests without a key of their own are known by their position in the source
     :returns: what became of the rows
-    :raises RequestError: for a key that comes twice
+    :raises RequestError: for a key that comes twice, and for a request without a key that had another position before
     """
     counts, progress = RowCounts(), Progress(log, "rendered")
-    with closing(_Seen(folder, known, only, answered)) as seen:
+    with closing(_Seen(folder, known, only, answered, by_position=by_position)) as seen:
         for block in requests:
             _write_block(block, seen, writer, counts)
             progress.add(len(block))
@@ -113,8 +115,17 @@ def _write_block(block: RequestBlock, seen: _Seen, writer: ShardWriter, counts: 
 class _Seen:
     """Keys and questions of the job so far. Memory: 32 bytes a row, 96 for rows of earlier attempts."""
 
-    def __init__(self, folder: str, known: Iterable[Known], only: Iterable[str] | None, answered: Iterable[tuple[str, str]]) -> None:
+    def __init__(
+        self,
+        folder: str,
+        known: Iterable[Known],
+        only: Iterable[str] | None,
+        answered: Iterable[tuple[str, str]],
+        *,
+        by_position: bool = False,
+    ) -> None:
         """The parameters are those of :func:`dedupe`."""
+        self._by_position = by_position
         self._answered_keys = MarkTable(Path(folder, "answered-keys"))
         #: number of an answered key → the beginning of its request's digest
         self._answers = array("Q")
@@ -173,7 +184,11 @@ class _Seen:
                 fresh.append(row)
             else:
                 counts.known += 1
-                counts.changed += questions[row] != self._asked[key]
+                if questions[row] != self._asked[key]:
+                    counts.changed += 1
+                    position = counts.rows - len(block) + row
+                    if self._by_position and questions[row] is not None and block.keys[row] == encode_key([str(position)]):
+                        raise _moved(position)
         return fresh
 
     def _unanswered(self, block: RequestBlock, keys: bytes, rows: list[int], counts: RowCounts) -> list[int]:
@@ -197,6 +212,15 @@ class _Seen:
         for table in (self.new_keys, self.questions, self._known_keys, self._known_questions, self._answered_keys, self._only):
             if table is not None:
                 table.close()
+
+
+def _moved(position: int) -> RequestError:
+    return RequestError(
+        f"request {position} has no key, and in an earlier attempt of this task it had another position: the order of the requests has "
+        "changed, and it would get the answer to another one. Nothing was sent by this attempt. Give the requests the order that they had "
+        "and run the task again, or start a new DAG run; requests with a key or a custom_id of their own may come in any order.",
+        position=position,
+    )
 
 
 def _key_marks(keys: Sequence[str]) -> bytes:

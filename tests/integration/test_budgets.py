@@ -219,6 +219,39 @@ def test_a_new_window_begins_at_zero_and_a_late_landing_counts_in_its_own(wareho
         warehouse.submit(products(10), run_id="run-3", limits=within(bound, window="ever"))
 
 
+def test_a_job_that_runs_past_a_months_end_counts_in_the_month_of_its_reservation(
+    warehouse: Warehouse, sim: Simulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reserved on the last evening of October where the clocks have just gone back, sent and refused and sent again in November."""
+    october, november = datetime(2026, 10, 31, 23, 59, 59, tzinfo=UTC), datetime(2026, 11, 1, 0, 0, 1, tzinfo=UTC)
+    moments = [october]
+
+    class Clock(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> Any:
+            return moments[-1].astimezone(tz)
+
+    bound = bound_of_ten(warehouse)
+    real = type(warehouse.kit).send
+
+    def send(self: Any, shard: Any, **options: Any) -> Any:
+        moments.append(november)
+        return real(self, shard, **options)
+
+    monkeypatch.setattr("airflow_provider_batchkit.ledger.budgets.datetime", Clock)
+    monkeypatch.setattr(type(warehouse.kit), "send", send)
+    sim.faults.add("status", status=413, after=1)
+    first = warehouse.submit(products(10), max_requests=5, limits=within(bound))
+    assert len(first.batch_ids) == 3
+    assert status(warehouse, at=october).reserved_usd == bound
+    assert status(warehouse, at=november).reserved_usd == 0
+    # November has all of its own room, and a landing in November settles October's books
+    warehouse.submit(products(10), run_id="run-2", limits=within(bound))
+    tally = warehouse.fetch(first.batch_ids).tally
+    assert (status(warehouse, at=october).spent_usd, status(warehouse, at=october).reserved_usd) == (tally.batch_cost_usd, NOTHING)
+    assert (status(warehouse, at=november).spent_usd, status(warehouse, at=november).reserved_usd) == (NOTHING, bound)
+
+
 def test_names_do_not_share(warehouse: Warehouse) -> None:
     """Another name is another budget."""
     bound = bound_of_ten(warehouse)

@@ -311,6 +311,21 @@ def test_rows_that_changed_between_attempts_are_named_in_the_log(warehouse: Ware
     assert "3 rows have changed" in caplog.text
 
 
+def test_prompts_without_a_key_in_another_order_are_refused(warehouse: Warehouse, sim: Simulator) -> None:
+    """A position is all that they are known by: each would get another one's answer."""
+    first = warehouse.submit_requests(["Name a river.", "Name a lake."], by_position=True)
+    with pytest.raises(RequestError, match="request 0 has no key, and in an earlier attempt of this task it had another position"):
+        warehouse.submit_requests(["Name a lake.", "Name a river."], by_position=True)
+    with pytest.raises(RequestError, match="request 1 has no key"):
+        warehouse.submit_requests(["Name a sea.", "Name a river.", "Name a lake."], by_position=True)
+    # one whose text has changed at its place is named in the log
+    assert warehouse.submit_requests(["Name a river, please.", "Name a lake."], by_position=True).changed == 1
+    # more of them at the end are asked, and those with an id of their own may come in any order
+    native = {"custom_id": "n-1", "params": {"model": "claude-haiku-5-5", "max_tokens": 9, "messages": [{"role": "user", "content": "hi"}]}}
+    again = warehouse.submit_requests(["Name a river.", "Name a lake.", native], by_position=True)
+    assert (again.asked, again.known, again.batch_ids[:1]) == (1, 2, first.batch_ids)
+
+
 @pytest.mark.parametrize("bad", ["Name a river.", {"a": 1}, b"x", 5])
 def test_a_source_that_is_no_list_is_refused(warehouse: Warehouse, sim: Simulator, bad: Any) -> None:
     """Iterating a string would ask about its letters."""

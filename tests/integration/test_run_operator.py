@@ -468,6 +468,33 @@ def test_a_round_in_doubt_waits_for_what_runs_and_sends_its_rows_once(home: Path
     assert api.stats()["requests_accepted"] == asked + 3
 
 
+def test_a_batch_that_is_canceled_while_the_task_waits_is_waited_for_and_its_rows_asked_again(
+    home: Path, database: Database, api: SimulatorProcess
+) -> None:
+    """Canceled in the Console: no row is asked again before the batch has ended, for what had run is billed and lands."""
+    from airflow_provider_batchkit.hooks.batchkit import BatchKitHook
+
+    fill(database, {i: f"thing {i}" for i in range(6)})
+    api.set(clock="manual")
+    legs = Legs(max_rounds=2, max_requests_per_batch=3)
+    deferred = legs.run()
+    canceled, other = deferred.trigger.batch_ids
+    BatchKitHook().kit.cancel(canceled)
+    api.end(other)
+    asked = api.stats()["requests_accepted"]
+    assert legs.go_on(deferred).trigger.batch_ids == [canceled, other]
+    assert api.stats()["requests_accepted"] == asked
+    api.end(canceled)
+    (again,) = legs.go_on(deferred).trigger.batch_ids
+    assert api.stats()["requests_accepted"] == asked + 3
+    api.end(again)
+    result = legs.go_on(deferred)
+    assert (result["counts"], [round_["counts"] for round_ in result["rounds"]]) == (
+        {"succeeded": 6},
+        [{"canceled": 3, "succeeded": 3}, {"succeeded": 3}],
+    )
+
+
 def test_rows_of_a_batch_that_is_gone_are_asked_again_only_when_the_user_says_so(
     home: Path, database: Database, api: SimulatorProcess
 ) -> None:

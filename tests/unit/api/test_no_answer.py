@@ -236,6 +236,25 @@ def test_a_change_without_an_answer_is_not_taken_for_done(kit: BatchKit, sim: Si
     assert kit.get(ended).batch_id == ended
 
 
+def test_a_204_is_no_answer_to_any_call(kit: BatchKit, sim: Simulator, ended: str) -> None:
+    """A gateway that carries the call out, or does not, and says that there is nothing to say."""
+    calls: dict[str, Callable[[], Any]] = {
+        "create": lambda: kit.submit(["hello"], **MODEL),
+        "retrieve": lambda: kit.get(ended),
+        "list": lambda: list(kit.recent(EPOCH)),
+        "results": lambda: list(kit.stream_results(ended)),
+        "count_tokens": lambda: kit.count_tokens({"model": MODEL["model"], "messages": [{"role": "user", "content": "hello"}]}),
+        "model": lambda: kit.model_info("claude-sonnet-5"),
+        "cancel": lambda: kit.cancel(ended),
+        "delete": lambda: kit.delete(ended),
+    }
+    for endpoint, call in calls.items():
+        sim.faults.add("html", endpoint=endpoint, status=204, body="", content_type="text/plain")
+        with pytest.raises((anthropic.APIResponseValidationError, SubmitUncertainError, ResultStreamError), match="answered 204"):
+            call()
+    assert kit.get(ended).processing_status == "ended"
+
+
 def test_a_cancel_whose_answer_is_a_page_is_looked_into(kit: BatchKit, sim: Simulator) -> None:
     """The batch says what became of it; where looks get pages, too, the report says so."""
     sim.set(clock="manual")
