@@ -18,8 +18,10 @@ _DRIVERS = {
     "_duckdb": "duckdb",
     "MySQLdb": "MySQLdb",
     "pymysql": "pymysql",
+    "mysql": "mysql.connector",
 }
 POSTGRES = ("psycopg", "psycopg2")
+MYSQL = ("MySQLdb", "pymysql", "mysql.connector")
 #: The usual cursors of these drivers hold all rows. A streaming cursor reads to its end on close, so only the connection is closed.
 _MYSQL = ("MySQLdb", "pymysql")
 #: the cursor's name in PostgreSQL, where it shows in pg_stat_activity

@@ -9,8 +9,9 @@ import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from airflow_provider_batchkit.exceptions import BatchInputError
 from airflow_provider_batchkit.model import common_key_type, key_kind
-from airflow_provider_batchkit.source.drivers import POSTGRES, rows_of
+from airflow_provider_batchkit.source.drivers import MYSQL, POSTGRES, rows_of
 from airflow_provider_batchkit.source.rows import Rows
 
 log = logging.getLogger(__name__)
@@ -31,6 +32,8 @@ _POSTGRES_TYPES = {21: "smallint", 23: "int", 20: "integer", 700: "real", 701: "
 _BPCHAR, _VARCHAR, _NUMERIC = 1042, 1043, 1700
 #: the first OID of types that a database defines itself
 _FIRST_OWN_OID = 16_384
+#: the name of a type whose values come rounded, so that a JOIN with them would not find every row
+_ROUNDED = "rounded"
 #: DuckDB's type names → type names. The same names mean other things elsewhere: an INTEGER of BigQuery has 64 bits
 _DUCKDB_TYPES = {
     "TINYINT": "smallint",
@@ -40,7 +43,10 @@ _DUCKDB_TYPES = {
     "BIGINT": "integer",
     "FLOAT": "real",
     "DOUBLE": "float",
+    "TIMESTAMP_NS": _ROUNDED,
 }
+#: PEP 249's type code of MySQL's FLOAT, whose values the server gives with six digits
+_MYSQL_FLOAT = 4
 
 
 def column_types(description: Sequence[Any], connection: Any, driver: str) -> dict[str, str]:
@@ -52,6 +58,8 @@ def column_types(description: Sequence[Any], connection: Any, driver: str) -> di
         return _postgres_types(description, connection)
     if driver == "duckdb":
         return {column[0]: name for column in description if (name := _duckdb_type(str(column[1]))) is not None}
+    if driver in MYSQL:
+        return {column[0]: _ROUNDED for column in description if column[1] == _MYSQL_FLOAT}
     return {}
 
 
@@ -105,6 +113,12 @@ class KeyTypes:
             if str in types:
                 self._note_characters([value for value in values if isinstance(value, str)])
             if isinstance(rows, Rows) and column in rows.types:
+                if rows.types[column] == _ROUNDED:
+                    raise BatchInputError(
+                        f"The key column {column} is of a type whose values come rounded (MySQL's FLOAT, DuckDB's TIMESTAMP_NS): a JOIN of "
+                        "the results with the source would not find every row. Cast it in the source's sql: a FLOAT to DOUBLE, a "
+                        "TIMESTAMP_NS to text, which is then what to join by. Nothing was sent."
+                    )
                 seen.add(rows.types[column])
                 continue
             if any(issubclass(type_, dt.datetime) for type_ in types):
