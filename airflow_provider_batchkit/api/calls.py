@@ -11,7 +11,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from datetime import datetime
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -238,12 +238,15 @@ class BatchApi:
         """Ask the API to cancel a batch. Requests already answered stay answered and billed."""
         return self._ask(self.client.post, batch_path(batch_id, "cancel"), lambda response: batch_of(response, batch_id))
 
-    def delete(self, batch_id: str) -> None:
-        """Delete an ended batch with its results. A batch that is already gone is no error."""
+    def delete(self, batch_id: str) -> bool:
+        """Delete an ended batch with its results. False when the API does not show it: it was deleted, or is of another workspace."""
         import anthropic
 
-        with suppress(anthropic.NotFoundError):
+        try:
             self._ask(self.client.delete, batch_path(batch_id), deleted_of)
+        except anthropic.NotFoundError:
+            return False
+        return True
 
     def _ask(self, call: Callable[..., httpx2.Response], path: str, read: Callable[[httpx2.Response], _T], **options: Any) -> _T:
         """The answer to a call that may be repeated. An answer that is not the API's is asked for again, as often as the client retries.

@@ -114,11 +114,14 @@ class LandingOperator(OutputOperator):
         if not self.delete_after_fetch:
             return
         for batch_id in batch_ids:
-            if batch_id in complete:
-                self.hook.kit.delete(batch_id)
+            if batch_id not in complete:
+                self.log.warning("Not every request of %s has a readable result; the batch is not deleted", batch_id)
+                continue
+            record = ledger.find(batch_id)
+            if self.hook.kit.delete(batch_id) or record is None or record.workspace in (None, *self.hook.kit.workspaces):
                 ledger.deleted(batch_id)
             else:
-                self.log.warning("Not every request of %s has a readable result; the batch is not deleted", batch_id)
+                self.log.warning("%s is not deleted: the connection's key is not of the workspace that it was sent to", batch_id)
 
     def _check_error_rate(self, counts: Mapping[str, int]) -> None:
         total = sum(counts.values())

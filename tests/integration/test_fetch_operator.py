@@ -12,6 +12,7 @@ from airflow.providers.common.compat.sdk import AirflowException, AirflowFailExc
 
 from airflow_provider_batchkit.exceptions import BatchInputError
 from airflow_provider_batchkit.simulator import SimulatorProcess
+from tests.connections import anthropic_connection
 from tests.databases import Database, rows
 
 SOURCE: dict[str, Any] = {
@@ -120,6 +121,19 @@ def test_a_batch_that_somebody_else_has_deleted_is_looked_for(
     BatchKitHook().kit.delete(ids[0])
     for conn_id in ("warehouse", "nowhere", None):
         assert Task(BatchSensor, "wait", batch_id=ids, ledger_conn_id=conn_id).run().trigger.batch_ids == ids
+
+
+def test_a_batch_that_a_key_of_another_workspace_cannot_delete_is_not_noted_as_deleted(
+    home: Path, database: Database, api: SimulatorProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A 404 for its own batch is a deletion that has happened, one for another workspace's is none."""
+    fill(database, 2)
+    ids = submit().run()
+    fetch(ids).run()
+    api.set(keys={"test-key": "default", "other-key": "other"})
+    monkeypatch.setenv("AIRFLOW_CONN_ANTHROPIC_DEFAULT", anthropic_connection(api.base_url, "claude-sonnet-5", key="other-key"))
+    fetch(ids, delete_after_fetch=True).run()
+    assert rows(database, "SELECT deleted_at FROM batchkit_batch") == [(None,)]
 
 
 def test_a_fetch_that_died_before_it_deleted_deletes_in_its_retry(home: Path, database: Database, api: SimulatorProcess) -> None:

@@ -118,6 +118,25 @@ def test_mapped_operators_run_for_each_partition(home: Path, database: Database,
     assert rows(database, "SELECT response FROM classes ORDER BY id") == [(answer,) for answer in answers]
 
 
+def test_a_mapped_run_is_the_same_job_in_every_leg(home: Path, database: Database, api: SimulatorProcess) -> None:
+    """It defers for its batches, and what it asks is rendered anew in the next leg."""
+    api.set(clock="polls:3")
+    ended = run_dag(
+        home,
+        """
+        from airflow_provider_batchkit.operators.batch import RunBatchOperator
+
+        RunBatchOperator.partial(
+            task_id="run", key="id", prompt="Class {{ row.body }}", max_tokens=50, sql_conn_id="warehouse", poke_interval=1, table="classes"
+        ).expand(sql=["SELECT id, body FROM tickets WHERE day = '{{ 'mo' }}'", "SELECT id, body FROM tickets WHERE day = 'tu'"])
+        """,
+    )
+    assert ended.states() == {"run[0]": "success", "run[1]": "success"}
+    assert rows(database, "SELECT response FROM classes ORDER BY id") == [
+        (answer,) for answer in asked("Class", "broken", "late", "thanks")
+    ]
+
+
 def stage(**parameters: Any) -> BatchStage:
     """A stage in a DAG of its own."""
     with DAG("stages", schedule=None):
