@@ -360,9 +360,9 @@ class Warehouse(ABC):
         lost = self.rows(connection, f"SELECT s.{first} FROM {stage} s {there} WHERE t.{first} IS NULL LIMIT 1")
         if lost:
             raise TableError(
-                f"The table {table.name} would store the key {lost[0][0]!s} of {how.batch_id} as another value: a column of its key is "
-                f"narrower than the source's. Alter it, or name another table. Nothing was written to it; results stay with the API for "
-                "29 days."
+                f"The table {table.name} would store the key {lost[0][0]!s} of {how.batch_id} as another value, or not at all: a column of "
+                "its key is narrower than the source's, or a trigger keeps the row out. Alter it, or name another table. Nothing was "
+                "written to it; results stay with the API for 29 days."
             )
 
 
