@@ -17,7 +17,7 @@ Row = Mapping[str, Any]
 def show(rows: Sequence[Row], output: str, *, empty: str) -> None:
     """Print rows of the same columns.
 
-    :param output: ``table``, ``plain``, ``json`` or ``yaml``
+    :param output: ``table``, ``plain``, ``json`` or ``yaml``; a table that is wider than the terminal is printed as a list
     :param empty: the text for a person when there is no row
     """
     if output in ("json", "yaml"):
@@ -27,7 +27,21 @@ def show(rows: Sequence[Row], output: str, *, empty: str) -> None:
     else:
         from airflow.cli.simple_table import AirflowConsole
 
-        AirflowConsole().print_as([{name: text_of(value) for name, value in row.items()} for row in rows], output)
+        texts = [{name: text_of(value) for name, value in row.items()} for row in rows]
+        console = AirflowConsole()
+        if output == "table" and _width(texts) > console.width:
+            # a table would break ids, which the next command takes, over several lines
+            names = max(map(len, texts[0]))
+            for row in texts:
+                console.print("\n".join(f"{name:<{names}}  {text}" for name, text in row.items()), soft_wrap=True, end="\n\n")
+        else:
+            console.print_as(texts, output)
+
+
+def _width(rows: Sequence[Mapping[str, str]]) -> int:
+    """Characters of the lines of a table of these rows."""
+    columns = (max(len(name), *(len(row[name]) for row in rows)) for name in rows[0])
+    return sum(columns) + 3 * (len(rows[0]) - 1)
 
 
 def show_document(document: Any, output: str) -> None:

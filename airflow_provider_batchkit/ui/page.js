@@ -624,7 +624,7 @@
                   ),
                 ),
             h("h3", null, "Budgets"),
-            data.budgets.length === 0 ? h("p", { className: "bk-hint" }, "No task names a budget. budget={\"name\": …, \"usd\": …} on a submit caps what tasks may spend together.") : h("div", { className: "bk-budgets" }, data.budgets.map((one) => h(Budget, { key: one.name, one }))),
+            data.budgets.length === 0 ? h("p", { className: "bk-hint" }, `No task${place.dagId ? " of this DAG" : ""} names a budget. ` + "budget={\"name\": …, \"usd\": …} on a submit caps what tasks may spend together.") : h("div", { className: "bk-budgets" }, data.budgets.map((one) => h(Budget, { key: one.name, one }))),
             data.latency.length ? h(Latency, { list: data.latency }) : null,
           ),
     );

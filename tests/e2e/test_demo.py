@@ -89,6 +89,8 @@ def test_the_demos_run_is_there_with_its_log_and_a_later_run_asks_what_has_chang
     assert {task["task_id"]: (task["state"], task["try_number"]) for task in tasks} == dict.fromkeys(
         ("submit", "wait", "fetch"), ("success", 1)
     )
+    log = airflow.get(f"/dags/{DAG_ID}/dagRuns/{demo}/taskInstances/wait/logs/1", headers={"accept": "application/json"}).text
+    assert "1 of 1 batches ended" in log and "WARNING" not in log.upper() and "killed" not in log
     summary = airflow.get(f"/dags/{DAG_ID}/dagRuns/{scheduled}/taskInstances/fetch/xcomEntries/return_value").json()["value"]
     assert (summary["rows"], summary["cost_tally"]["batch_cost_usd"]) == (ROWS, "0.32")
 
