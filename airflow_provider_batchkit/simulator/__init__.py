@@ -6,8 +6,8 @@ a running simulator need no credentials, take and return JSON, and give errors i
 
 - ``GET /_sim/stats``: ``calls`` per endpoint, ``statuses`` answered (``cut`` for none), ``posts`` (create calls, with any outcome),
   ``batches_accepted``, ``requests_accepted``, ``bill`` (per model: requests and tokens of what succeeded in batches that ended),
-  ``bill_lines`` (the same per model and inference_geo), ``sync_bill`` (``/v1/messages``), ``batches`` (oldest first, without deleted
-  ones: id, workspace, size, status, created_at, first_custom_id), ``faults`` (``times`` still left, ``struck`` so far)
+  ``bill_lines`` (the same per model and inference_geo), ``batches`` (oldest first, without deleted ones: id, workspace, size, status,
+  created_at, first_custom_id), ``faults`` (``times`` still left, ``struck`` so far)
 - ``GET /_sim/requests?batch=ID``: ``custom_ids`` in the order asked
 - ``POST /_sim/faults`` adds a ``Fault``, ``DELETE /_sim/faults`` drops all
 - ``POST /_sim/batches/ID/end``, ``…/expire``, ``…/archive``

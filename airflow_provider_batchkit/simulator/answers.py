@@ -151,9 +151,9 @@ def _server_call(name: str, given: Block, ident: str) -> Block:
     return {"type": "server_tool_use", "id": f"srvtoolu_{ident}", "name": name, "input": given}
 
 
-def message(record: Record, salt: str, service_tier: str) -> Block:
-    """The message of a request that succeeds. Its id depends on ``salt`` and custom_id only, so reading again gives the same."""
-    ident = hashlib.blake2b(f"{salt}/{record.custom_id}".encode(), digest_size=12).hexdigest()
+def message(record: Record, batch_id: str) -> Block:
+    """The message of a request that succeeds. Its id depends on batch and custom_id only, so reading again gives the same."""
+    ident = hashlib.blake2b(f"{batch_id}/{record.custom_id}".encode(), digest_size=12).hexdigest()
     content, stop, _, thinking = answer(record, ident)
     usage: Block = {
         "input_tokens": record.input_tokens,
@@ -164,7 +164,7 @@ def message(record: Record, salt: str, service_tier: str) -> Block:
             "ephemeral_1h_input_tokens": record.cache_write_1h,
         },
         "output_tokens": record.output_tokens,
-        "service_tier": service_tier,
+        "service_tier": "batch",
         "inference_geo": record.inference_geo,
     }
     if record.searches or record.marker == "search-error":

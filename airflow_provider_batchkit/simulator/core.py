@@ -6,14 +6,13 @@ import socket
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import msgspec
 
 from .errors import ApiError
-from .faults import Fault, FaultList
+from .faults import FaultList
 from .settings import SimulatorSettings
 from .store import Spell, Store
 
@@ -21,9 +20,9 @@ from .store import Spell, Store
 class Core:
     """State and controls of one simulator, shared by all its connections."""
 
-    def __init__(self, settings: SimulatorSettings, faults: Iterable[Fault]) -> None:
+    def __init__(self, settings: SimulatorSettings) -> None:
         self.store = Store(settings)
-        self.faults = FaultList(faults, settings.seed)
+        self.faults = FaultList(settings.seed)
         self.stopping = threading.Event()
         self._lock = threading.Lock()
         self._calls: Counter[str] = Counter()

@@ -29,7 +29,7 @@ Kind = Literal[
 ]  # fmt: skip
 #: The page that a ``html`` fault sends by default, like the login page of a company's gateway.
 PAGE = "<!DOCTYPE html>\n<html>\n<head><title>Sign in</title></head>\n<body>Your session has expired.</body>\n</html>\n"
-Endpoint = Literal["create", "retrieve", "list", "cancel", "delete", "results", "count_tokens", "models", "model", "messages", "*"]
+Endpoint = Literal["create", "retrieve", "list", "cancel", "delete", "results", "count_tokens", "models", "model", "*"]
 
 
 class Fault(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -60,7 +60,7 @@ class Fault(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     batch: str | None = None
     #: matching calls that pass before it strikes
     after: Annotated[int, msgspec.Meta(ge=0)] = 0
-    #: how many calls it strikes; null: all of them
+    #: the number of calls that it strikes; null: all of them
     times: Annotated[int, msgspec.Meta(ge=1)] | None = 1
     #: share of the matching calls that it strikes, 0 to 1; the simulator's seed decides which. The other calls do not use up ``times``
     chance: Annotated[float, msgspec.Meta(ge=0, le=1)] = 1.0
@@ -86,7 +86,7 @@ class Fault(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     clean: bool = False
     #: whether to cut with a TCP reset in place of a regular close
     reset: bool = False
-    #: how often it has struck
+    #: the number of calls that it has struck
     struck: int = 0
 
     def __post_init__(self) -> None:
@@ -166,10 +166,10 @@ class Plan:
 class FaultList:
     """The faults of one simulator, for use from any thread."""
 
-    def __init__(self, faults: Iterable[Fault] = (), seed: int = 0) -> None:
+    def __init__(self, seed: int) -> None:
         self._lock = threading.Lock()
         self._random = random.Random(seed)  # noqa: S311 - chance, not secrecy
-        self._faults = list(faults)
+        self._faults: list[Fault] = []
 
     def add(self, kind: str, **fields: Any) -> None:
         """Adds a fault; the fields are those of :class:`Fault`. Raises ValueError for an unknown name or a value out of range."""

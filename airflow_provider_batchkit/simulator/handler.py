@@ -20,7 +20,7 @@ from .core import Core, Server
 from .errors import ApiError, error_body, request_id
 from .faults import CutError, Fault, PageError, Plan, faulty
 from .intake import system_bytes, text_bytes
-from .models import Catalogue, catalogue, find
+from .models import catalogue, find
 from .store import Batch, Spell, rfc3339
 from .tokens import OVERHEAD_TOKENS, tokens_of_bytes
 
@@ -50,7 +50,6 @@ _ROUTES = tuple(
         ("POST", rf"/v1/messages/batches{_ID}/cancel", "cancel"),
         ("GET", rf"/v1/messages/batches{_ID}/results", "results"),
         ("POST", r"/v1/messages/count_tokens", "count_tokens"),
-        ("POST", r"/v1/messages", "messages"),
         ("GET", r"/v1/models", "models"),
         ("GET", rf"/v1/models{_ID}", "model"),
     )
@@ -65,6 +64,8 @@ class Handler(BaseHTTPRequestHandler):
     server: Server
     #: further headers for the answer to the present call
     _extra: dict[str, str]
+    #: whether the present call is one of the API's, whose statuses are counted
+    _counts: bool
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base class's name
         """Writes no access log, because the stats have the counts."""
@@ -80,18 +81,18 @@ class Handler(BaseHTTPRequestHandler):
 
     def _serve(self) -> None:
         url = urlsplit(self.path)
+        self._extra, self._counts = {}, not url.path.startswith("/_sim/")
         try:
-            if url.path.startswith("/_sim/"):
-                self._control(url.path.removeprefix("/_sim/"), url.query)
-            else:
+            if self._counts:
                 self._call(url.path, url.query)
+            else:
+                self._control(url.path.removeprefix("/_sim/"), url.query)
         except (ConnectionError, TimeoutError):
             self.close_connection = True
 
     # the API
 
     def _call(self, path: str, query: str) -> None:
-        self._extra = {}
         endpoint, target = self._route(path)
         body, too_large = self._read_body(self.core.store.settings.max_body_bytes)
         plan = self.core.faults.take(endpoint, target) if endpoint else Plan()
@@ -190,8 +191,6 @@ class Handler(BaseHTTPRequestHandler):
                 return {"id": target, "type": "message_batch_deleted"}
             case "results":
                 return store.results(target, workspace)
-            case "messages":
-                return store.message(body, workspace, beta=beta)
         models = catalogue(store.settings.models)
         match endpoint:
             case "count_tokens":
@@ -200,7 +199,8 @@ class Handler(BaseHTTPRequestHandler):
                 fixed = store.settings.input_tokens
                 return {"input_tokens": tokens_of_bytes(size) + OVERHEAD_TOKENS if fixed is None else fixed}
             case "models":
-                return _models_page(models, *_page_query(query))
+                limit, _, _ = _page_query(query)
+                return _list_of(list(models.values())[:limit], len(models) > limit)
             case _:
                 model = find(models, target)
                 if model is None:
@@ -215,7 +215,6 @@ class Handler(BaseHTTPRequestHandler):
     # control
 
     def _control(self, path: str, query: str) -> None:
-        self._extra = {}
         body, _ = self._read_body(READ_BYTES)
         try:
             answer = self.core.control(self.command, path, {name: values[-1] for name, values in parse_qs(query).items()}, bytes(body))
@@ -291,7 +290,8 @@ class Handler(BaseHTTPRequestHandler):
         request = request_id()
         if body.get("type") == "error":
             body["request_id"] = request
-        self.core.count_status(status)
+        if self._counts:
+            self.core.count_status(status)
         data = msgspec.json.encode(body)
         self.wfile.write(self._head(status, request, "content-type: application/json", f"content-length: {len(data)}", *extra) + data)
 
@@ -368,17 +368,3 @@ def _page_query(query: dict[str, list[str]]) -> tuple[int, str | None, str | Non
 
 def _list_of(data: list[dict[str, Any]], more: bool) -> dict[str, Any]:
     return {"data": data, "has_more": more, "first_id": data[0]["id"] if data else None, "last_id": data[-1]["id"] if data else None}
-
-
-def _models_page(models: Catalogue, limit: int, after_id: str | None, before_id: str | None) -> dict[str, Any]:
-    ids = list(models)
-    for name, cursor in (("after_id", after_id), ("before_id", before_id)):
-        if cursor and cursor not in models:
-            raise ApiError(400, f"{name}: {cursor} is not a known model")
-    if before_id:
-        found = ids[: ids.index(before_id)]
-        page = found[-limit:]
-    else:
-        found = ids[ids.index(after_id) + 1 :] if after_id else ids
-        page = found[:limit]
-    return _list_of([models[id_] for id_ in page], len(found) > len(page))

@@ -33,7 +33,7 @@ class Intake:
         #: digests of prompts that a once-only outcome has struck in this call
         self.struck: set[str] = set()
 
-    def record(self, custom_id: str, raw: msgspec.Raw | bytearray, *, beta: bool) -> Record:
+    def record(self, custom_id: str, raw: msgspec.Raw, *, beta: bool) -> Record:
         """The record of a request. Raises ApiError for bad params, and SlipError for an unknown marker in the prompt."""
         params = message_params(raw, self._models, beta=beta)
         prompt = prompt_of(params.messages)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from math import gcd
 from typing import Any
 
 import msgspec
@@ -27,7 +28,7 @@ def result_line(record: Record, batch_id: str) -> bytes:
     """One line of a batch's results, with its newline."""
     result: dict[str, Any]
     if record.outcome == Outcome.SUCCEEDED:
-        result = {"type": "succeeded", "message": answers.message(record, batch_id, "batch")}
+        result = {"type": "succeeded", "message": answers.message(record, batch_id)}
     elif record.outcome == Outcome.ERRORED:
         result = {"type": "errored", "error": _error(record, batch_id)}
     else:
@@ -58,15 +59,9 @@ def result_lines(records: list[Record], batch_id: str, seed: int) -> Iterator[by
 def order(size: int, seed: int) -> Iterator[int]:
     """The positions 0 to size-1, each once, permuted by an affine step that needs no memory."""
     step = max(2, int(size * 0.618))
-    while _common_divisor(step, size) != 1:
+    while gcd(step, size) != 1:
         step += 1
     start = 1 + seed
     if step % size == 1 and start % size == 0:  # the order would stay as it is, as it can for two requests
         start = 1
     return ((start + step * number) % size for number in range(size))
-
-
-def _common_divisor(a: int, b: int) -> int:
-    while b:
-        a, b = b, a % b
-    return a

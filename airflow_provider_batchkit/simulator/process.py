@@ -6,7 +6,6 @@ import contextlib
 import os
 import subprocess
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Self
 from urllib.error import HTTPError
@@ -14,7 +13,6 @@ from urllib.request import ProxyHandler, Request, build_opener
 
 import msgspec
 
-from .faults import Fault
 from .settings import SimulatorSettings
 
 STOP_SECONDS = 10.0
@@ -36,12 +34,16 @@ class RemoteFaults:
 
 
 class RemoteControl:
-    """The control endpoints of a simulator at ``base_url``, under the names of ``Simulator``'s own methods."""
+    """The controls of a simulator at ``base_url``, which is also the URL for ``anthropic.Anthropic(base_url=…)``."""
 
     def __init__(self, base_url: str) -> None:
         self.base_url = base_url
         self.faults = RemoteFaults(self)
         self._opener = build_opener(ProxyHandler({}))  # a proxy from the environment must not be used for loopback
+
+    @property
+    def port(self) -> int:
+        return int(self.base_url.rpartition(":")[2])
 
     def call(self, method: str, path: str, body: object = None) -> Any:
         """One control call; raises ValueError with the simulator's message when it refuses, OSError when it does not answer."""
@@ -54,27 +56,35 @@ class RemoteControl:
             raise ValueError(error.read().decode()) from error
 
     def stats(self) -> dict[str, Any]:
+        """Calls, accepted batches and the bill; see the package's docstring."""
         return self.call("GET", "stats")  # type: ignore[no-any-return]
 
     def custom_ids(self, batch_id: str) -> list[str]:
+        """The custom_ids of a batch in the order asked."""
         return self.call("GET", f"requests?batch={batch_id}")["custom_ids"]  # type: ignore[no-any-return]
 
     def set(self, **changes: Any) -> None:
+        """Changes settings by name. Raises ValueError."""
         self.call("POST", "settings", changes)
 
     def end(self, batch_id: str) -> None:
+        """Ends a batch as scripted. A batch that is being canceled ends with its requests canceled."""
         self.call("POST", f"batches/{batch_id}/end")
 
     def expire(self, batch_id: str) -> None:
+        """Ends a batch; all requests that were not done expire."""
         self.call("POST", f"batches/{batch_id}/expire")
 
     def archive(self, batch_id: str) -> None:
+        """Ends a batch if it still runs, and drops its results."""
         self.call("POST", f"batches/{batch_id}/archive")
 
     def hide(self, batch_id: str, *, seconds: float = 0.0, calls: int = 0) -> None:
+        """Hides a batch: the list leaves it out and its id answers 404, for ``calls`` where that is above 0, else for ``seconds``."""
         self.call("POST", f"batches/{batch_id}/hide", {"seconds": seconds, "calls": calls})
 
     def advance(self, seconds: float) -> None:
+        """Moves the simulator's clock forward."""
         self.call("POST", "advance", {"seconds": seconds})
 
 
@@ -84,11 +94,10 @@ class SimulatorProcess(RemoteControl):
     It takes the parameters of ``Simulator``, and ends itself when this process dies. Raises RuntimeError when it does not start.
     """
 
-    def __init__(self, settings: SimulatorSettings | None = None, *, port: int = 0, faults: Iterable[Fault] = (), **changes: Any) -> None:
+    def __init__(self, settings: SimulatorSettings | None = None, *, port: int = 0, **changes: Any) -> None:
         super().__init__("")
         self._settings = (settings or SimulatorSettings()).changed(changes)
         self._port = port
-        self._faults = list(faults)
         self._process: subprocess.Popen[str] | None = None
 
     def __enter__(self) -> Self:
@@ -102,8 +111,6 @@ class SimulatorProcess(RemoteControl):
         """Starts the process and returns when it accepts connections."""
         command = [sys.executable, "-m", __package__, "--port", str(self._port), "--exit-with-parent", str(os.getpid())]
         command += ["--settings", msgspec.json.encode(self._settings).decode()]
-        for fault in self._faults:
-            command += ["--fault", msgspec.json.encode(fault).decode()]
         root = str(Path(__file__).resolve().parents[2])
         path = os.pathsep.join(part for part in (root, os.environ.get("PYTHONPATH", "")) if part)
         environment = {**os.environ, "PYTHONPATH": path}
@@ -132,7 +139,3 @@ class SimulatorProcess(RemoteControl):
         if self._process is None:
             raise RuntimeError("the simulator is not running")
         return self._process.pid
-
-    @property
-    def port(self) -> int:
-        return int(self.base_url.rpartition(":")[2])

@@ -105,20 +105,26 @@ class Store:
         self._numbers: dict[str, int] = {}
         self._struck: set[tuple[str, str]] = set()
         self._cached_until: dict[tuple[str, str], float] = {}
-        self._bills: dict[str, dict[tuple[str, str], dict[str, int]]] = {"batch": {}, "standard": {}}
+        self._bill: dict[tuple[str, str], dict[str, int]] = {}
         self._accepted_requests = 0
 
     def now(self) -> float:
         """Seconds since the epoch on the simulator's clock."""
         return time.time() + self.settings.skew_seconds + self._advanced
 
-    # what clients call
+    # --- calls of clients ---
 
     def create(self, body: bytearray, workspace: str, *, beta: bool, hidden: Spell = Spell()) -> Batch:  # noqa: B008 - immutable
         """Creates a batch from a create call's body, which begins ``hidden``. Raises ApiError (400), and then nothing was accepted."""
         settings = self.settings
         raws = validate.batch_body(body, settings)
-        intake = self._intake(settings, workspace)
+        self._refresh_all()
+        now = self.now()
+        intake = Intake(
+            settings,
+            seen=lambda digest: (workspace, digest) in self._struck,
+            cached=lambda prefix: self._cached_until.get((workspace, prefix), 0.0) > now,
+        )
         ids: set[str] = set()
         records: list[Record] = []
         for position, raw in enumerate(raws):
@@ -164,29 +170,6 @@ class Store:
                 429,
                 f"{size} requests and {waiting} that are processing are more than the {limit} that the batch queue takes. Try again later.",
             )
-
-    def _intake(self, settings: SimulatorSettings, workspace: str) -> Intake:
-        self._refresh_all()
-        now = self.now()
-        return Intake(
-            settings,
-            seen=lambda digest: (workspace, digest) in self._struck,
-            cached=lambda prefix: self._cached_until.get((workspace, prefix), 0.0) > now,
-        )
-
-    def message(self, body: bytearray, workspace: str, *, beta: bool) -> dict[str, Any]:
-        """One synchronous message at standard price. Raises ApiError: 400, or the error that the prompt's marker scripts."""
-        intake = self._intake(self.settings, workspace)
-        salt = secrets.token_hex(8)
-        record = intake.record(salt, body, beta=beta)
-        with self._lock:
-            self._struck.update((workspace, digest) for digest in intake.struck)
-            if record.outcome != Outcome.SUCCEEDED:
-                script = lines.script_of(record)
-                status = {"overloaded_error": 529, "api_error": 500}.get(script.type, 400)
-                raise ApiError(status, script.message, script.type)
-            self._charge("standard", [record], workspace, self.now())
-        return answers.message(record, salt, "standard")
 
     def look(self, batch_id: str, workspace: str) -> Batch:
         """A retrieve. Raises ApiError (404) for an unknown id and for another workspace's batch."""
@@ -243,14 +226,17 @@ class Store:
                 raise ApiError(404, f"Message Batch {batch_id} has no available results.")
             return lines.result_lines(batch.records, batch.id, self.settings.seed)
 
-    # what control calls do
+    # --- control calls ---
+
+    def _known(self, batch_id: str) -> Batch:
+        if batch_id not in self._batches:
+            raise ApiError(404, f"no batch {batch_id}")
+        return self._batches[batch_id]
 
     def finish(self, batch_id: str, how: str) -> Batch:
         """Ends a batch. ``how`` is ``end`` (as scripted, or canceled if it is canceling), ``expire`` or ``archive`` (drops results)."""
         with self._lock:
-            batch = self._batches.get(batch_id)
-            if batch is None:
-                raise ApiError(404, f"no batch {batch_id}")
+            batch = self._known(batch_id)
             if how == "end":
                 self._end(batch, self.now(), Outcome.CANCELED if batch.cancel_initiated_at is not None else None)
             elif how == "expire":
@@ -263,9 +249,7 @@ class Store:
     def hide(self, batch_id: str, spell: Spell) -> Batch:
         """Makes a batch invisible from now on. Raises ApiError (404) for an unknown id."""
         with self._lock:
-            if batch_id not in self._batches:
-                raise ApiError(404, f"no batch {batch_id}")
-            batch = self._batches[batch_id]
+            batch = self._known(batch_id)
             self._hide(batch, spell)
             return replace(batch)
 
@@ -290,20 +274,17 @@ class Store:
     def custom_ids(self, batch_id: str) -> list[str]:
         """The custom_ids of a batch in the order asked; empty for an archived batch. Raises ApiError (404)."""
         with self._lock:
-            if batch_id not in self._batches:
-                raise ApiError(404, f"no batch {batch_id}")
-            return [record.custom_id for record in self._batches[batch_id].records]
+            return [record.custom_id for record in self._known(batch_id).records]
 
     def stats(self) -> dict[str, Any]:
-        """Accepted batches and requests, bills, and an entry for every batch that was not deleted, oldest first."""
+        """Accepted batches and requests, the bill, and an entry for every batch that was not deleted, oldest first."""
         with self._lock:
             self._refresh_all()
             return {
                 "batches_accepted": len(self._numbers),
                 "requests_accepted": self._accepted_requests,
-                "bill": _per_model(self._bills["batch"]),
-                "bill_lines": [{"model": m, "inference_geo": g, **line} for (m, g), line in self._bills["batch"].items()],
-                "sync_bill": _per_model(self._bills["standard"]),
+                "bill": _per_model(self._bill),
+                "bill_lines": [{"model": m, "inference_geo": g, **line} for (m, g), line in self._bill.items()],
                 "batches": [
                     {
                         "id": batch.id,
@@ -317,7 +298,7 @@ class Store:
                 ],
             }
 
-    # the life of a batch
+    # --- the life of a batch ---
 
     def _find(self, batch_id: str, workspace: str) -> Batch:
         batch = self._batches.get(batch_id)
@@ -365,16 +346,16 @@ class Store:
                 if not done_share or chance(seed, "done", record.custom_id) >= done_share:
                     record.outcome = undone
         batch.counts, batch.ended_at = _counts(batch.records), at
-        self._charge("batch", batch.records, batch.workspace, at)
+        self._charge(batch.records, batch.workspace, at)
 
     def _archive(self, batch: Batch, at: float) -> None:
         if batch.archived_at is None:
             batch.archived_at = at
             batch.records = []
 
-    def _charge(self, tier: str, records: Sequence[Record], workspace: str, at: float) -> None:
+    def _charge(self, records: Sequence[Record], workspace: str, at: float) -> None:
         """Adds the billed requests to the bill, and notes the prefixes that they leave in the cache."""
-        bill = self._bills[tier]
+        bill = self._bill
         for record in records:
             if not record.is_billed:
                 continue

@@ -74,29 +74,34 @@ class Metadata(_Strict, gc=False):
     user_id: str | None = None
 
 
-class Params(_Strict, gc=False):
-    """Parameters of one message: those of the Messages API, and ``temperature``, ``top_p``, ``top_k``, which older models take."""
+class CountParams(_Strict, gc=False):
+    """Parameters of a token count."""
 
     model: Annotated[str, msgspec.Meta(min_length=1)]
-    max_tokens: Annotated[int, msgspec.Meta(ge=1)]
     messages: Annotated[list[Turn], msgspec.Meta(min_length=1)]
     system: str | list[SystemBlock] = ""
+    tools: list[dict[str, Any]] = []
+    tool_choice: dict[str, Any] | None = None
+    thinking: dict[str, Any] | None = None
+    output_config: OutputConfig | None = None
+    cache_control: CacheControl | None = None
+    user_profile_id: str | None = None
+    speed: Literal["standard", "fast"] | None = None
+
+
+class Params(CountParams, kw_only=True, gc=False):
+    """Parameters of one message: those of the Messages API, and ``temperature``, ``top_p``, ``top_k``, which older models take."""
+
+    max_tokens: Annotated[int, msgspec.Meta(ge=1)]
     temperature: _Unit | None = None
     top_p: _Unit | None = None
     top_k: Annotated[int, msgspec.Meta(ge=0)] | None = None
     stop_sequences: list[str] | None = None
     metadata: Metadata | None = None
-    tools: list[dict[str, Any]] = []
-    tool_choice: dict[str, Any] | None = None
-    thinking: dict[str, Any] | None = None
     service_tier: Literal["auto", "standard_only"] | None = None
-    output_config: OutputConfig | None = None
     container: str | dict[str, Any] | None = None
     inference_geo: Literal["us", "global"] | None = None
-    cache_control: CacheControl | None = None
     diagnostics: dict[str, Any] | None = None
-    user_profile_id: str | None = None
-    speed: Literal["standard", "fast"] | None = None
     stream: bool = False
 
 
@@ -111,21 +116,6 @@ class BetaParams(Params, gc=False):
     fallbacks: Any = None
     mcp_servers: list[dict[str, Any]] | None = None
     thread: dict[str, Any] | None = None
-
-
-class CountParams(_Strict, gc=False):
-    """Parameters of a token count."""
-
-    model: Annotated[str, msgspec.Meta(min_length=1)]
-    messages: Annotated[list[Turn], msgspec.Meta(min_length=1)]
-    system: str | list[SystemBlock] = ""
-    tools: list[dict[str, Any]] = []
-    tool_choice: dict[str, Any] | None = None
-    thinking: dict[str, Any] | None = None
-    output_config: OutputConfig | None = None
-    cache_control: CacheControl | None = None
-    user_profile_id: str | None = None
-    speed: Literal["standard", "fast"] | None = None
 
 
 class BatchRequest(_Strict, gc=False):
@@ -211,7 +201,7 @@ def batch_request(raw: msgspec.Raw, position: int, *, strict: bool) -> tuple[str
     return custom_id, given
 
 
-def message_params(raw: msgspec.Raw | bytearray, models: Catalogue, *, beta: bool) -> Params:
+def message_params(raw: msgspec.Raw, models: Catalogue, *, beta: bool) -> Params:
     """The checked parameters of one message. Raises ApiError, 404 for an unknown model, else 400; its paths begin inside the params."""
     try:
         params = (_beta_params if beta else _params).decode(raw)

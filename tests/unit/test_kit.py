@@ -225,7 +225,7 @@ def test_a_live_batch_that_answers_404_is_looked_for_again(
     sim.faults.add("vanish", endpoint=endpoint)
     sim.faults.add("vanish", endpoint=endpoint, after=1)
     assert len(kit.run(["hello"], **MODEL, interval_s=0.01).items) == 1
-    assert sum(fault["struck"] for fault in sim.faults.as_json()) == 2
+    assert sum(fault["struck"] for fault in sim.stats()["faults"]) == 2
     assert "404" in caplog.text or "does not show its results" in caplog.text
 
 

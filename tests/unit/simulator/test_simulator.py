@@ -270,24 +270,19 @@ def test_a_share_of_a_canceled_batch_was_done_already(simulator: Simulator, clie
 
 def test_models_are_listed_and_retrieved(client: anthropic.Anthropic) -> None:
     """Every model has all that the SDK's strict ModelInfo needs; an unknown one is a 404."""
-    ids = [model.id for model in client.models.list(limit=3)]
+    ids = [model.id for model in client.models.list(limit=5).data]
     assert MODEL in ids
-    assert len(ids) == len(set(ids)) > 3
+    assert len(ids) == len(set(ids)) == 5
     assert client.models.retrieve(MODEL).line == "haiku"
     with pytest.raises(anthropic.NotFoundError) as caught:
         client.models.retrieve("claude-none")
     assert error_of(caught) == (404, "not_found_error", "model: claude-none")
 
 
-def test_count_tokens_and_a_message_agree_with_the_token_model(simulator: Simulator, client: anthropic.Anthropic) -> None:
-    """ceil(bytes / 4) + 8, in bytes of UTF-8, over system and messages; a synchronous message is not on the batches' bill."""
+def test_count_tokens_agrees_with_the_token_model(client: anthropic.Anthropic) -> None:
+    """ceil(bytes / 4) + 8, in bytes of UTF-8, over system and messages."""
     messages: Any = [{"role": "user", "content": [{"type": "text", "text": "ä" * 5}]}]
     assert client.messages.count_tokens(model=MODEL, system="abc", messages=messages).input_tokens == 4 + 8
-    message: Any = client.messages.create(model=MODEL, max_tokens=100, system="abc", messages=messages)
-    assert (message.usage.input_tokens, message.usage.service_tier) == (12, "standard")
-    assert message.content[0].text == answer_for("ä" * 5)
-    stats = simulator.stats()
-    assert (stats["bill"], stats["sync_bill"][MODEL]["input_tokens"]) == ({}, 12)
 
 
 def test_batches_of_another_workspace_do_not_exist() -> None:

@@ -11,14 +11,13 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 from typing import Any
 
 import anthropic
 import httpx2
 import pytest
 
-from airflow_provider_batchkit.simulator import Fault, Simulator, SimulatorProcess
+from airflow_provider_batchkit.simulator import Simulator, SimulatorProcess
 from tests.unit.simulator.test_simulator import HEADERS, HTTP, MODEL, client_of, create, error_of, request
 
 COMMAND = [sys.executable, "-m", "airflow_provider_batchkit.simulator"]
@@ -431,7 +430,8 @@ def test_a_fault_that_makes_no_sense_is_refused(fields: dict[str, Any]) -> None:
 
 def test_the_process_has_the_same_controls() -> None:
     """Settings and faults go in at the start or later; batches end, expire and are archived; stats and custom_ids come back."""
-    with SimulatorProcess(clock="manual", output_tokens=50, faults=[Fault(kind="status", status=503)]) as process:
+    with SimulatorProcess(clock="manual", output_tokens=50) as process:
+        process.faults.add("status", status=503)
         client = anthropic.Anthropic(base_url=process.base_url, api_key="k", max_retries=0, _strict_response_validation=True)
         with pytest.raises(anthropic.InternalServerError):
             create(client, "x")
@@ -461,29 +461,24 @@ def test_the_process_has_the_same_controls() -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_the_command_prints_its_url_writes_its_port_and_ends_with_zero(tmp_path: Path, number: signal.Signals) -> None:
-    """One line on stdout, the port in the file, all flags understood, exit code 0 after SIGTERM or SIGINT."""
-    file = tmp_path / "port"
-    flags = ["--port-file", str(file), "--clock", "polls:1", "--key", "secret=ws", "--input-tokens", "7", "--errored", "0.5", "--once"]
-    flags += ["--fault", '{"kind": "status", "endpoint": "list", "status": 418}', "--skew-seconds", "-5", "--strict-params"]
+def test_the_command_prints_its_url_and_ends_with_zero(number: signal.Signals) -> None:
+    """One line on stdout, all flags understood, exit code 0 after SIGTERM or SIGINT."""
+    flags = ["--settings", '{"clock": "polls:1", "keys": {"secret": "ws"}, "input_tokens": 7}']
     with subprocess.Popen([*COMMAND, *flags], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         url = process.stdout.readline().strip()
-        assert url == f"http://127.0.0.1:{file.read_text().strip()}"
         path = f"{url}/v1/messages/batches"
-        assert HTTP.get(path, headers=HEADERS).status_code == 418
         assert HTTP.get(path, headers=HEADERS).status_code == 401
         assert HTTP.get(path, headers={**HEADERS, "x-api-key": "secret"}).status_code == 200
         settings = HTTP.get(f"{url}/_sim/settings").json()
-        assert (settings["clock"], settings["input_tokens"], settings["errored"], settings["once"]) == ("polls:1", 7, 0.5, True)
-        assert settings["strict_params"]
+        assert (settings["clock"], settings["input_tokens"], settings["keys"]) == ("polls:1", 7, {"secret": "ws"})
         process.send_signal(number)
         assert (process.wait(10), process.stdout.read()) == (0, "")
 
 
 def test_bad_flags_end_with_two_and_a_reason() -> None:
     """A setting out of range is named on stderr before anything listens."""
-    ended = subprocess.run([*COMMAND, "--errored", "2"], capture_output=True, text=True, check=False)
+    ended = subprocess.run([*COMMAND, "--settings", '{"errored": 2}'], capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stdout) == (2, "")
     assert "errored" in ended.stderr
 

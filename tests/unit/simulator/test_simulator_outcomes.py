@@ -162,15 +162,6 @@ def test_a_marker_with_a_slip_of_the_pen_is_refused() -> None:
         create(client_of(simulator), "[[sim:expried]]")
 
 
-def test_a_marker_makes_a_synchronous_call_fail() -> None:
-    """The same scripts on /v1/messages: an overload is a 529 with the API's error."""
-    with Simulator() as simulator:
-        messages: Any = [{"role": "user", "content": "[[sim:overloaded]]"}]
-        with pytest.raises(anthropic.APIStatusError) as caught:
-            client_of(simulator).messages.create(model=MODEL, max_tokens=5, messages=messages)
-        assert error_of(caught) == (529, "overloaded_error", "Overloaded")
-
-
 def test_rates_pick_the_same_requests_for_the_same_seed() -> None:
     """About the share that was asked for, the same rows each time, and other rows under another seed."""
     picked = []
