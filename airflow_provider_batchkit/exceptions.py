@@ -51,6 +51,11 @@ class BatchKitError(Exception):
     #: a :class:`~airflow_provider_batchkit.jobs.waiting.WaitFor` where the same call may succeed later without any intervention
     wait: Any = None
 
+    def __init_subclass__(cls, *, retryable: bool | None = None, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if retryable is not None:
+            cls.retryable = retryable
+
 
 class BatchInputError(BatchKitError, ValueError):
     """The input or a setting is wrong. Nothing was sent."""
@@ -79,10 +84,8 @@ class BudgetExceededError(CostLimitError):
     """The requests may exceed a budget. The message gives cap, spent, reserved, asked and the window's end. Nothing was sent."""
 
 
-class BudgetReservedError(BudgetExceededError):
+class BudgetReservedError(BudgetExceededError, retryable=True):
     """The budget has room, but batches under way have reserved it. When they land, the part that they did not cost is free again."""
-
-    retryable = True
 
 
 class SubmitRefusedError(BatchKitError):
@@ -97,38 +100,30 @@ class SubmitRefusedError(BatchKitError):
         self.error_type = error_type
 
 
-class SubmitThrottledError(BatchKitError):
+class SubmitThrottledError(BatchKitError, retryable=True):
     """The API answered 429 or 529, or no connection could be made, until the wait's limit was reached. Nothing was accepted or billed.
 
     ``pause_s`` is how long to wait before the next try, in seconds.
     """
-
-    retryable = True
 
     def __init__(self, message: str, *, pause_s: float = 0.0) -> None:
         super().__init__(message)
         self.pause_s = pause_s
 
 
-class SubmitUncertainError(BatchKitError):
+class SubmitUncertainError(BatchKitError, retryable=True):
     """No answer proves what the create call did. The batch must be reconciled before anything is sent again."""
 
-    retryable = True
 
-
-class LeaseLostError(BatchKitError):
+class LeaseLostError(BatchKitError, retryable=True):
     """A newer attempt of the same job holds its lease; this attempt stops before it sends anything more.
 
     A retry is worth while, because the error says nothing about the job: Airflow's newest attempt has a lease of its own and goes on.
     """
 
-    retryable = True
 
-
-class LandedMeanwhileError(BatchKitError):
+class LandedMeanwhileError(BatchKitError, retryable=True):
     """A batch landed while rows that share its requests were added to it. These rows would have had no answer."""
-
-    retryable = True
 
 
 class LedgerError(BatchKitError):
@@ -139,10 +134,9 @@ class BatchUnavailableError(BatchKitError):
     """The batch or its results are unavailable to this connection: they are archived, or the key is refused."""
 
 
-class BatchNotVisibleError(BatchUnavailableError):
+class BatchNotVisibleError(BatchUnavailableError, retryable=True):
     """The API answers 404. Live batches answer 404 now and then, so this alone does not prove that a batch is gone."""
 
-    retryable = True
     #: id of the batch that is not visible, where the error is about one batch
     batch_id: str | None = None
 
@@ -155,33 +149,27 @@ class BatchGoneError(BatchUnavailableError):
     reason: str = ""
 
 
-class BatchVanishedError(BatchGoneError):
+class BatchVanishedError(BatchGoneError, retryable=True):
     """An accepted batch has answered 404 to every look for long enough to be called gone. A retry looks again, for it may be back."""
-
-    retryable = True
 
 
 class WrongBatchError(BatchKitError):
     """A batch has results that it was never asked for, and lacks some that it was asked for. Nothing of it was written."""
 
 
-class ReplaceRefusedError(BatchKitError):
+class ReplaceRefusedError(BatchKitError, retryable=True):
     """A ``replace`` would have deleted the table's rows, although some requests lack a readable result, or none has an answer.
 
     Nothing was written or deleted. A retry reads the results again. ``torn`` says that results are missing or unreadable.
     """
-
-    retryable = True
 
     def __init__(self, message: str, *, torn: bool = False) -> None:
         super().__init__(message)
         self.torn = torn
 
 
-class WarehouseBusyError(BatchKitError):
+class WarehouseBusyError(BatchKitError, retryable=True):
     """The database of the results cannot be used at the moment. What was prepared is in the ledger, and a retry goes on from there."""
-
-    retryable = True
 
 
 class TurnTakenError(WarehouseBusyError):
@@ -192,28 +180,20 @@ class TurnTakenError(WarehouseBusyError):
         self.free_at = free_at
 
 
-class BatchNotEndedError(BatchKitError):
+class BatchNotEndedError(BatchKitError, retryable=True):
     """The batch is still running; its results exist only once the whole batch has ended."""
 
-    retryable = True
 
-
-class BatchWaitTimeout(BatchKitError, TimeoutError):
+class BatchWaitTimeout(BatchKitError, TimeoutError, retryable=True):
     """The batch did not end within the time allowed. It keeps running, is billed as usual, and can be waited for again."""
 
-    retryable = True
 
-
-class PollError(BatchKitError):
+class PollError(BatchKitError, retryable=True):
     """Polling failed too many times in a row. The batch itself is untouched."""
 
-    retryable = True
 
-
-class ResultStreamError(BatchKitError):
+class ResultStreamError(BatchKitError, retryable=True):
     """The result stream was cut more often than it is read again. Nothing was written."""
-
-    retryable = True
 
 
 class ErrorRateError(BatchKitError):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime
 from decimal import ROUND_CEILING, Context, Decimal, InvalidOperation
 from enum import Enum
+from operator import attrgetter
 from typing import Any
 
 import msgspec
@@ -69,6 +70,12 @@ def outcome_rank(status: str, error_type: str | None) -> int:
 USAGE_UNKNOWN = " (usage unknown)"
 
 
+#: the counters of a usage, in the order in which every shape of it has them
+COUNTERS = ("input_tokens", "output_tokens", "cache_write_5m_tokens", "cache_write_1h_tokens", "cache_read_tokens", "web_searches")
+#: reads these counters of a usage, a bill's line or a block
+counts_of: Callable[[Any], tuple[Any, ...]] = attrgetter(*COUNTERS)
+
+
 class Usage(msgspec.Struct, frozen=True, gc=False):
     """What the API counted for one request.
 
@@ -92,16 +99,9 @@ class Usage(msgspec.Struct, frozen=True, gc=False):
         return self.input_tokens + self.cache_write_5m_tokens + self.cache_write_1h_tokens + self.cache_read_tokens
 
     @property
-    def counts(self) -> tuple[int, int, int, int, int, int]:
-        """All the counts, in the order of the fields."""
-        return (
-            self.input_tokens,
-            self.output_tokens,
-            self.cache_write_5m_tokens,
-            self.cache_write_1h_tokens,
-            self.cache_read_tokens,
-            self.web_searches,
-        )
+    def counts(self) -> tuple[int, ...]:
+        """All the counts, in the order of ``COUNTERS``."""
+        return counts_of(self)
 
     def uncached(self) -> Usage:
         """The usage that would have been counted without prompt caching."""
@@ -180,6 +180,11 @@ class BatchCounts:
     def total(self) -> int:
         return self.processing + self.succeeded + self.errored + self.canceled + self.expired
 
+    @property
+    def done(self) -> int:
+        """Requests that are not processing any more. The API may count none before a batch has ended."""
+        return self.total - self.processing
+
     def __add__(self, other: BatchCounts) -> BatchCounts:
         return BatchCounts(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
@@ -247,21 +252,12 @@ class UsageLine:
     @property
     def counts(self) -> tuple[int, ...]:
         """Requests, tokens and searches, in the order of the first fields of ``ModelTally``."""
-        return (self.requests, *self.usage.counts)
+        return (self.requests, *counts_of(self))
 
     @property
     def usage(self) -> Usage:
         """The usage of all requests together."""
-        return Usage(
-            self.input_tokens,
-            self.output_tokens,
-            self.cache_write_5m_tokens,
-            self.cache_write_1h_tokens,
-            self.cache_read_tokens,
-            self.web_searches,
-            self.inference_geo,
-            self.speed,
-        )
+        return Usage(*counts_of(self), self.inference_geo, self.speed)  # type: ignore[call-arg] # the counts are its first fields
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from typing import Any, Self
 
 import msgspec
 
-from airflow_provider_batchkit.model import BatchItem, RequestStatus, Usage
+from airflow_provider_batchkit.model import COUNTERS, BatchItem, RequestStatus, Usage, counts_of
 
 _NOTHING = Usage()
 
@@ -67,14 +67,7 @@ class ResultBlock:
     @property
     def counts(self) -> list[Sequence[int]]:
         """``Usage.counts`` by column."""
-        return [
-            self.input_tokens,
-            self.output_tokens,
-            self.cache_write_5m_tokens,
-            self.cache_write_1h_tokens,
-            self.cache_read_tokens,
-            self.web_searches,
-        ]
+        return list(counts_of(self))
 
     @property
     def cached(self) -> bool:
@@ -99,6 +92,7 @@ class ResultBlock:
     def of(cls, items: Sequence[BatchItem]) -> Self:
         """The items as a block."""
         usages = [_NOTHING if item.usage is None else item.usage for item in items]
+        counts: dict[str, Any] = {name: [getattr(usage, name) for usage in usages] for name in COUNTERS}
         return cls(
             custom_ids=[item.custom_id for item in items],
             statuses=[item.status.value for item in items],
@@ -108,12 +102,7 @@ class ResultBlock:
             error_messages=[item.error_message for item in items],
             models=[item.model for item in items],
             billed=[item.usage is not None for item in items],
-            input_tokens=[usage.input_tokens for usage in usages],
-            output_tokens=[usage.output_tokens for usage in usages],
-            cache_write_5m_tokens=[usage.cache_write_5m_tokens for usage in usages],
-            cache_write_1h_tokens=[usage.cache_write_1h_tokens for usage in usages],
-            cache_read_tokens=[usage.cache_read_tokens for usage in usages],
-            web_searches=[usage.web_searches for usage in usages],
+            **counts,
             inference_geos=[usage.inference_geo for usage in usages],
             speeds=[usage.speed for usage in usages],
             message_ids=[item.message_id for item in items],

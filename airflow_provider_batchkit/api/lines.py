@@ -70,7 +70,9 @@ def read_lines(whole: bytes, lines: Sequence[bytes], before: int, *, keep_messag
         columns = _Columns(read)
     block = columns.block()
     if keep_messages:
-        block.messages = [_message_json(line) if counts else None for line, counts in zip(read.json, block.billed, strict=True)]
+        block.messages = [
+            bytes(_decode_message(line).result.message) if counts else None for line, counts in zip(read.json, block.billed, strict=True)
+        ]
     return block, read.faults
 
 
@@ -297,7 +299,7 @@ def _read_blocks(blocks: Sequence[Any], line: bytes) -> tuple[str, str | None]:
     if all(map(_is_plain, blocks)):
         return text, None
     line = decode.mended(line)
-    content = _content_json(line)
+    content = bytes(_decode_content(line).result.message.content)
     if not text.strip() and [block.type for block in blocks].count("tool_use") == 1:
         text = next(bytes(call.input).decode() for call in _decode_calls(content) if call.type == "tool_use")
     return text, content.decode()
@@ -379,14 +381,6 @@ _decode_content = msgspec.json.Decoder(_OfResult[_OfMessage[_Content]]).decode
 _decode_message = msgspec.json.Decoder(_OfResult[_OfMessage[msgspec.Raw]]).decode
 _decode_result = msgspec.json.Decoder(_OfResult[msgspec.Raw]).decode
 _decode_calls = msgspec.json.Decoder(list[_Call]).decode
-
-
-def _content_json(line: bytes) -> bytes:
-    return bytes(_decode_content(line).result.message.content)
-
-
-def _message_json(line: bytes) -> bytes:
-    return bytes(_decode_message(line).result.message)
 
 
 def _json(value: Any) -> str | None:

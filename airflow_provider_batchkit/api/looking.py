@@ -1,17 +1,28 @@
-"""Looks at batches on a real clock. :mod:`.polling` decides without a clock."""
+"""Looks at batches on a real clock, one by one or in the workspace's list. :mod:`.polling` decides without a clock."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from datetime import datetime, timedelta
+from itertools import islice
+from typing import TYPE_CHECKING
 
 from airflow_provider_batchkit.api.calls import poll_failure
 from airflow_provider_batchkit.api.polling import PollState, Unseen
 from airflow_provider_batchkit.exceptions import BatchNotVisibleError, BatchUnavailableError
 from airflow_provider_batchkit.model import BatchSnapshot
 
+if TYPE_CHECKING:
+    from airflow_provider_batchkit.api.calls import BatchApi
+
 log = logging.getLogger(__name__)
+
+#: batches on one page of the list. A batch beyond it is older than a thousand others, and its progress stays unknown
+_PAGE = 1000
+#: a batch's time in the list and in the answer to its creation may differ by a fraction of a second
+_EARLIER = timedelta(seconds=1)
 
 
 def look(get: Callable[[str], BatchSnapshot], state: PollState) -> None:
@@ -50,3 +61,22 @@ def pause_after(error: BatchNotVisibleError, unseen: Unseen) -> float:
         raise error
     log.warning("%s Looking again in %.0f s.", error, unseen.pause)
     return unseen.pause
+
+
+def listed(api: BatchApi, wanted: Mapping[str, datetime | None]) -> dict[str, BatchSnapshot]:
+    """The wanted batches that the first page of the list shows.
+
+    :param wanted: batch id → its creation, where that is known
+    :raises anthropic.APIError: when the list cannot be had
+    """
+    born = [created for created in wanted.values() if created is not None]
+    if not born:
+        return {}
+    missing, found = set(wanted), dict[str, BatchSnapshot]()
+    for snapshot in islice(api.recent(min(born) - _EARLIER), _PAGE):
+        if snapshot.batch_id in missing:
+            found[snapshot.batch_id] = snapshot
+            missing.discard(snapshot.batch_id)
+            if not missing:
+                break
+    return found

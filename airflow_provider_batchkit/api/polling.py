@@ -254,7 +254,7 @@ class PollState:
         """
         running = self._running()
         counts = self.counts()
-        known = (len(self.batch_ids), len(self.seen) - len(running), counts.total, counts.total - counts.processing)
+        known = (len(self.batch_ids), len(self.seen) - len(running), counts.total, counts.done)
         if not running:
             return Figures(*known)
         oldest = min(running, key=lambda snapshot: snapshot.created_at)

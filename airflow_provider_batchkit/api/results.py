@@ -75,15 +75,12 @@ class StreamFaults:
     def add(self, fault: LineFault) -> None:
         """Count what is wrong with a line."""
         if isinstance(fault, BrokenLine):
-            self.add_broken(fault)
+            self.broken += 1
+            self.broken_sample = self.broken_sample or f"line {fault.number}: {fault.reason}: {fault.sample!r}"
             return
         kind = fault.member, fault.problem
         self.odd[kind] += 1
         self.odd_samples.setdefault(kind, fault.custom_id)
-
-    def add_broken(self, line: BrokenLine) -> None:
-        self.broken += 1
-        self.broken_sample = self.broken_sample or f"line {line.number}: {line.reason}: {line.sample!r}"
 
     def add_duplicate(self, custom_id: str) -> None:
         self.duplicate += 1

@@ -89,7 +89,7 @@ def _batch_row(one: BatchView, snapshot: BatchSnapshot | None, now: datetime, on
         "api_status": None if snapshot is None else snapshot.processing_status,
         # this shows batches that ended long ago and have not landed: their task may have failed
         "ended_ago": None if snapshot is None or snapshot.ended_at is None else now - snapshot.ended_at,
-        "done": None if snapshot is None else snapshot.counts.total - snapshot.counts.processing,
+        "done": None if snapshot is None else snapshot.counts.done,
         "age": now - (created or record.intended_at),
         "left": None if created is None else max(created + _LIFE - now, timedelta(0)),
         "at_most_usd": one.bound_usd,
@@ -102,7 +102,7 @@ def _seen(found: list[BatchView]) -> Mapping[str, BatchSnapshot]:
     import anthropic
     from airflow.providers.common.compat.sdk import AirflowException
 
-    from airflow_provider_batchkit.api.progress import listed
+    from airflow_provider_batchkit.api.looking import listed
     from airflow_provider_batchkit.commands.ledgers import find_connection
     from airflow_provider_batchkit.exceptions import BatchKitError
     from airflow_provider_batchkit.hooks.batchkit import BatchKitHook

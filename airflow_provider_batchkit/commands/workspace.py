@@ -57,7 +57,7 @@ def orphans(given: argparse.Namespace) -> int:
             "anthropic_conn_id": conn_id,
             "status": snapshot.processing_status,
             "requests": snapshot.counts.total,
-            "done": snapshot.counts.total - snapshot.counts.processing,
+            "done": snapshot.counts.done,
             "created_at": snapshot.created_at,
             "age": now - snapshot.created_at,
             "may_be": [str(one.record) for one in doubts if _may_be(one, snapshot)],
@@ -104,7 +104,7 @@ def cancel(given: argparse.Namespace) -> int:
     if shown.processing_status == ENDED:
         raise BatchInputError(f"Batch {given.batch} has ended already: there is nothing to cancel. Nothing was changed.")
     whose = "no job of this ledger" if one is None else f"task {one.task_id} of run {one.run_id} of DAG {one.dag_id}"
-    done = shown.counts.total - shown.counts.processing
+    done = shown.counts.done
     age = span_text((datetime.now(UTC) - shown.created_at).total_seconds())
     print(
         f"Batch {given.batch} belongs to {whose}: {done:,} of {shown.counts.total:,} requests are done, and it is {age} old. It is "

@@ -49,7 +49,7 @@ class TallyBuilder:
         priced = [(simple, self._add_simple(results.rows(simple)))] if simple else []
         for first in (True, False):
             parts = [
-                (place, part if self._is_billed(part) else BilledPart(part.model, Usage()))
+                (place, part if part.refusal is None or is_refusal_billed(part.refusal, self._at) else BilledPart(part.model, Usage()))
                 for place, all_parts in enumerate(bills)
                 for part in (all_parts or ())[slice(1) if first else slice(1, None)]
             ]
@@ -57,9 +57,6 @@ class TallyBuilder:
                 costs = self._add_simple(ResultBlock.billing([part for _, part in parts]), requests=int(first))
                 priced.append(([place for place, _ in parts], costs))
         return _spread(len(results), priced)
-
-    def _is_billed(self, part: BilledPart) -> bool:
-        return part.refusal is None or is_refusal_billed(part.refusal, self._at)
 
     def _add_simple(self, results: ResultBlock, requests: int = 1) -> Costs:
         """Count results whose own usage is billed at their own model.

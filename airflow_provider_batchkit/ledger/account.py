@@ -9,17 +9,15 @@ from decimal import Decimal
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.engine import Connection
 
-from airflow_provider_batchkit.ledger.engine import write_transaction
+from airflow_provider_batchkit.ledger.engine import Part, write_transaction
 from airflow_provider_batchkit.ledger.tables import batch, bill, job
 from airflow_provider_batchkit.model import PICO_PER_USD, CostTally, ModelTally
 
 
-class Account:
+class Account(Part):
     """The part of the ledger that keeps bills and the times of steps."""
-
-    engine: Engine
 
     def tally_of(self, batch_id: str) -> tuple[CostTally, datetime] | None:
         """The bill of a landed batch and the time of its creation; None when the batch has not landed."""

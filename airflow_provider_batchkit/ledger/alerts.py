@@ -14,12 +14,12 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.engine import Connection
 from sqlalchemy.exc import IntegrityError
 
 from airflow_provider_batchkit.cost.budget import SHARE_UNIT, Budget, BudgetStatus, window_of
 from airflow_provider_batchkit.ledger.budgets import lock_budget, read_books, status_of
-from airflow_provider_batchkit.ledger.engine import clock, write_transaction
+from airflow_provider_batchkit.ledger.engine import Part, clock, write_transaction
 from airflow_provider_batchkit.ledger.tables import alert, late
 
 #: seconds after which a claim without a result ends, because its task counts as dead
@@ -58,10 +58,8 @@ class AlertClaim(Claim):
     thresholds: tuple[int, ...]
 
 
-class Alerts:
+class Alerts(Part):
     """The part of the ledger that marks sent alerts."""
-
-    engine: Engine
 
     def claim_alerts(self, budget: Budget, *, at: datetime | None = None, refused: bool = False) -> list[AlertClaim]:
         """Claim the alerts that are due now, one claim for each notifier that has an alert due.

@@ -21,24 +21,23 @@ from decimal import Decimal
 from typing import Any, NamedTuple
 
 import sqlalchemy as sa
-from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.engine import Connection
 from sqlalchemy.exc import IntegrityError
 
 from airflow_provider_batchkit.cost.budget import Budget, BudgetStatus, window_of
 from airflow_provider_batchkit.exceptions import BudgetExceededError, BudgetReservedError
-from airflow_provider_batchkit.ledger.engine import write_transaction
+from airflow_provider_batchkit.ledger.engine import Part, write_transaction
 from airflow_provider_batchkit.ledger.leases import hold_lease
 from airflow_provider_batchkit.ledger.states import BatchState
 from airflow_provider_batchkit.ledger.tables import batch, job
 from airflow_provider_batchkit.ledger.tables import budget as budget_table
 from airflow_provider_batchkit.ledger.tables import budget_hold as hold
-from airflow_provider_batchkit.model import COST_QUANTUM, PICO_PER_USD, Bound, CostTally, usd_text
+from airflow_provider_batchkit.model import COST_QUANTUM, COUNTERS, PICO_PER_USD, Bound, CostTally, usd_text
 
 log = logging.getLogger(__name__)
 
 #: seconds without a journaled shard after which an attempt counts as dead and its hold ends; a live attempt then reserves again
 HOLD_S = 6 * 3600
-_TALLY_TOKENS = ("input_tokens", "output_tokens", "cache_write_5m_tokens", "cache_write_1h_tokens", "cache_read_tokens")
 
 
 class Books(NamedTuple):
@@ -50,10 +49,8 @@ class Books(NamedTuple):
     reserved_tokens: int
 
 
-class Budgets:
+class Budgets(Part):
     """The part of the ledger that keeps the books of budgets."""
-
-    engine: Engine
 
     def reserve(self, job_id: str, lease: int, budget: Budget, asked: Bound) -> None:
         """Hold ``asked`` for what an attempt is about to send. It replaces the hold of an earlier attempt of the job.
@@ -133,7 +130,7 @@ def settled(connection: Connection, job_id: str, shard: int, tally: CostTally) -
                 usd_text(_usd(where.bound_picousd)),
             )
     total = tally.total
-    return {"billed_tokens": sum(getattr(total, name) for name in _TALLY_TOKENS)}
+    return {"billed_tokens": sum(getattr(total, name) for name in COUNTERS if name.endswith("_tokens"))}
 
 
 def _draw(connection: Connection, job_id: str, lease: int, amounts: Mapping[str, Any]) -> bool:

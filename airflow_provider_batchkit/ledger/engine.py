@@ -34,6 +34,13 @@ _UTC_NOW = {
 _CLOCKS_APART = timedelta(minutes=15)
 
 
+class Part:
+    """A part of the ledger, or of its reading side: methods that run their statements on one engine."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+
+
 def prepare_engine(engine: Engine) -> Engine:
     """Make a SQLite engine's transactions include DDL and wait for locks; make PostgreSQL's connections use UTF-8.
 

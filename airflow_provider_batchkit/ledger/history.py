@@ -9,10 +9,11 @@ from collections.abc import Iterator
 from decimal import Decimal
 
 import sqlalchemy as sa
-from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.engine import Connection
 
 from airflow_provider_batchkit.exceptions import BatchInputError
 from airflow_provider_batchkit.ledger import journal, outcomes
+from airflow_provider_batchkit.ledger.engine import Part
 from airflow_provider_batchkit.ledger.landings import landings_of
 from airflow_provider_batchkit.ledger.names import table_identity
 from airflow_provider_batchkit.ledger.records import JobRecord
@@ -25,10 +26,8 @@ log = logging.getLogger(__name__)
 _RECENT = 20
 
 
-class History:
+class History(Part):
     """The part of the ledger that reads the history of tasks."""
-
-    engine: Engine
 
     def table_name(self, table: str) -> str:
         """The name by which the ledger knows a table of its own database."""

@@ -17,11 +17,11 @@ from enum import Enum
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.engine import Connection
 from sqlalchemy.exc import IntegrityError
 
 from airflow_provider_batchkit.exceptions import LeaseLostError, TurnTakenError
-from airflow_provider_batchkit.ledger.engine import clock, write_transaction
+from airflow_provider_batchkit.ledger.engine import Part, clock, write_transaction
 from airflow_provider_batchkit.ledger.tables import load, prepared, turn, version
 
 
@@ -57,10 +57,8 @@ class PreparedPart:
     source_rows: int | None = None
 
 
-class Loads:
+class Loads(Part):
     """The part of the ledger that keeps loads and turns."""
-
-    engine: Engine
 
     def ledger_id(self) -> str:
         """The ledger's own id."""

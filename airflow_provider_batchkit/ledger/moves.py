@@ -8,11 +8,11 @@ from decimal import Decimal
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.engine import Connection
 
 from airflow_provider_batchkit.exceptions import LedgerError
 from airflow_provider_batchkit.ledger import budgets, journal, results
-from airflow_provider_batchkit.ledger.engine import clock, write_transaction
+from airflow_provider_batchkit.ledger.engine import Part, clock, write_transaction
 from airflow_provider_batchkit.ledger.leases import hold_lease
 from airflow_provider_batchkit.ledger.records import BatchRecord, record_of
 from airflow_provider_batchkit.ledger.states import BatchState, check_move, sources_of
@@ -24,10 +24,8 @@ _WITNESS_DAYS = 28
 _WITNESSES = 10
 
 
-class BatchMoves:
+class BatchMoves(Part):
     """The part of the ledger that moves batches."""
-
-    engine: Engine
 
     def submitted(self, job_id: str, shard: int, found: BatchSnapshot) -> None:
         """Note that the API accepted the shard under this id, as its answer or the batch's results have proved. This needs no lease.

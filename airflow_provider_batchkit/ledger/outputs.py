@@ -5,10 +5,9 @@ from __future__ import annotations
 import logging
 
 import sqlalchemy as sa
-from sqlalchemy.engine import Engine
 
 from airflow_provider_batchkit.exceptions import BatchInputError
-from airflow_provider_batchkit.ledger.engine import write_transaction
+from airflow_provider_batchkit.ledger.engine import Part, write_transaction
 from airflow_provider_batchkit.ledger.leases import hold_lease
 from airflow_provider_batchkit.ledger.states import HELD
 from airflow_provider_batchkit.ledger.tables import batch, job
@@ -18,10 +17,8 @@ log = logging.getLogger(__name__)
 _ASKED = [state.value for state in HELD]
 
 
-class Outputs:
+class Outputs(Part):
     """The part of the ledger that keeps the schemas of answers."""
-
-    engine: Engine
 
     def note_output_schema(self, job_id: str, lease: int, schema: str | None, *, sends: bool) -> None:
         """Note the schema that the job's requests ask for. Answers are read by the schema with which they were asked.

@@ -14,7 +14,7 @@ from decimal import Decimal
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.engine import Connection
 
 from airflow_provider_batchkit.ledger.reasons import Reasons
 from airflow_provider_batchkit.ledger.records import BatchRecord, record_of
@@ -77,10 +77,14 @@ def _in_state(state: str) -> sa.ColumnElement[bool]:
     """Jobs that have a batch in this state."""
     # the alias keeps this subquery apart from the enclosing statement, which may read the table, too
     own = batch.alias("own")
-    here = own.c.job_id == job.c.job_id
+    return sa.exists().where(own.c.job_id == job.c.job_id, _is_in(own, state))
+
+
+def _is_in(batches: sa.FromClause, state: str) -> sa.ColumnElement[bool]:
+    """Batches in one of :data:`STATES`."""
     if state == DOUBT:
-        return sa.exists().where(here, own.c.state == BatchState.SENDING.value, own.c.doubt_at.is_not(None))
-    return sa.exists().where(here, own.c.state.in_(OPEN if state == "open" else [state]))
+        return sa.and_(batches.c.state == BatchState.SENDING.value, batches.c.doubt_at.is_not(None))
+    return batches.c.state.in_(OPEN if state == "open" else [state])
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,9 +188,6 @@ class JobDetail:
 class Overview(Reasons):
     """The reading side of one ledger."""
 
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
-
     def dag_ids(self) -> list[str]:
         """Every DAG that has a job."""
         with self.engine.connect() as connection:
@@ -242,13 +243,8 @@ class Overview(Reasons):
     def batches(self, show: Filter, *, only_open: bool = False, limit: int = 200, oldest_first: bool = False) -> list[BatchView]:
         """Batches of the jobs that the filter selects, the latest first by default. A filter by state selects batches in that state."""
         statement = _batches().where(*show.conditions())
-        states = OPEN if only_open else None
-        if show.state not in (None, DOUBT):
-            states = OPEN if show.state == "open" else (str(show.state),)
-        if states is not None:
-            statement = statement.where(batch.c.state.in_(states))
-        if show.state == DOUBT:
-            statement = statement.where(batch.c.state == BatchState.SENDING.value, batch.c.doubt_at.is_not(None))
+        for state in filter(None, ("open" if only_open else None, show.state)):
+            statement = statement.where(_is_in(batch, state))
         with self.engine.connect() as connection:
             began = batch.c.intended_at if oldest_first else batch.c.intended_at.desc()
             rows = connection.execute(statement.order_by(began, batch.c.job_id, batch.c.shard).limit(limit))

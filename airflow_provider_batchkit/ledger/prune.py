@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
 import sqlalchemy as sa
-from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.engine import Connection
 
-from airflow_provider_batchkit.ledger.engine import clock, write_transaction
+from airflow_provider_batchkit.ledger.engine import Part, clock, write_transaction
 from airflow_provider_batchkit.ledger.states import BatchState
 from airflow_provider_batchkit.ledger.tables import batch, failed, job, journal, succeeded
 
@@ -45,10 +45,8 @@ class PrunePlan:
     kept: Counter[str] = field(default_factory=Counter)
 
 
-class Pruning:
+class Pruning(Part):
     """The part of the ledger that deletes old records."""
-
-    engine: Engine
 
     def plan_pruning(self, before: datetime) -> PrunePlan:
         """The jobs in which nothing has happened since ``before``: which of them can be pruned, and why the others are kept."""

@@ -13,8 +13,9 @@ from itertools import islice
 from typing import Any, TypeVar
 
 import sqlalchemy as sa
-from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.engine import Connection
 
+from airflow_provider_batchkit.ledger.engine import Part
 from airflow_provider_batchkit.ledger.tables import batch, failed
 from airflow_provider_batchkit.model import RequestStatus
 from airflow_provider_batchkit.request.failed import KEYS_KEPT, FailedRows, merged
@@ -45,10 +46,8 @@ class Wanted:
 WORTH_A_ROUND = Wanted()
 
 
-class FailedRequests:
+class FailedRequests(Part):
     """The part of the ledger that selects failed rows for further rounds."""
-
-    engine: Engine
 
     def count_failed(self, job_id: str, which: Wanted = WORTH_A_ROUND) -> int:
         """How many rows of a job ``which`` selects by their last outcome."""
@@ -87,10 +86,8 @@ class FailedRequests:
         return merged(found)
 
 
-class Reasons:
+class Reasons(Part):
     """The part of the overview that says why rows failed."""
-
-    engine: Engine
 
     def failed_rows(self, job_id: str, failures: Failures = KNOWN_FAILURES) -> tuple[list[FailedRows], int]:
         """Why rows of a job have no whole answer: the 20 most frequent reasons, and how many rows have another one."""

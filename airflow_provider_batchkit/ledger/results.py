@@ -14,10 +14,10 @@ from datetime import datetime
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.engine import Connection
 
 from airflow_provider_batchkit.ledger import outcomes
-from airflow_provider_batchkit.ledger.engine import write_transaction
+from airflow_provider_batchkit.ledger.engine import Part, write_transaction
 from airflow_provider_batchkit.ledger.leases import hold_lease
 from airflow_provider_batchkit.ledger.reasons import WORTH_A_ROUND, Wanted, failed_kinds
 from airflow_provider_batchkit.ledger.states import HELD, BatchState
@@ -63,10 +63,8 @@ class Outcome:
         return None if self.created_at is None or self.ended_at is None else (self.ended_at - self.created_at).total_seconds()
 
 
-class Results:
+class Results(Part):
     """The part of the ledger that knows a job's rounds and its result."""
-
-    engine: Engine
 
     def rounds_sent(self, job_id: str) -> int:
         """How many rounds of a job have been sent whole; 0 also for a job that has not begun."""

@@ -22,10 +22,9 @@ from sqlalchemy.sql.functions import GenericFunction
 from airflow_provider_batchkit.ledger.outcomes import Succeeded
 from airflow_provider_batchkit.ledger.states import BatchState
 from airflow_provider_batchkit.ledger.tables import batch, bill, failed, job, succeeded
-from airflow_provider_batchkit.model import RequestStatus
+from airflow_provider_batchkit.model import COUNTERS, RequestStatus
 
 DIALECTS = ("postgresql", "sqlite")
-TOKENS = ("input_tokens", "output_tokens", "cache_write_5m_tokens", "cache_write_1h_tokens", "cache_read_tokens", "web_searches")
 
 
 def _function(name: str, type_: sa.types.TypeEngine[Any], **forms: str) -> Any:
@@ -125,7 +124,7 @@ def spend() -> sa.Select[Any]:
             *group,
             sa.func.count().label("batches"),
             sa.func.sum(bill.c.requests).label("requests"),
-            *(sa.func.sum(bill.c[name]).label(name) for name in TOKENS),
+            *(sa.func.sum(bill.c[name]).label(name) for name in COUNTERS),
             sa.func.sum(unpriced).label("unpriced_requests"),
             *(_known_sum(bill.c[name], bill.c.model).label(name) for name in ("batch_cost_picousd", "standard_cost_picousd")),
         )

@@ -9,7 +9,6 @@ from decimal import Decimal
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.engine import Engine
 
 from airflow_provider_batchkit.cost.budget import SHARE_UNIT, BudgetStatus, window_of
 from airflow_provider_batchkit.ledger.alerts import marks_of
@@ -74,9 +73,6 @@ class ToldAlert:
 
 class Spending(Budgets):
     """The books of one ledger."""
-
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
 
     def spent(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -144,13 +145,13 @@ class ResumableOperator(TellsWhenLate, OnConnection, BatchLineage, BaseOperator)
         """Tell people that the batches of a round are late, and wait for the same batches until the same time."""
         self._defer_to(event["batch_ids"], event["deadline"], passed_on, late_after=self.tell_late(context, figures_of(event)))
 
+    @abstractmethod
     def _advance(self, leg: Leg, ledger: Ledger) -> Done[Any] | WaitFor:
         """Do the task's next step."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _finish(self, leg: Leg, ledger: Ledger, result: Any) -> Any:
         """The task's return value, from the result of its last step."""
-        raise NotImplementedError
 
     def _wait(self, leg: Leg, wait: WaitFor) -> None:
         """Defer, and report the wait in the log and under the XCom key ``waits_for``."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from decimal import Decimal
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from airflow.providers.common.compat.sdk import AirflowSkipException, XComArg, literal
@@ -12,11 +13,11 @@ from airflow_provider_batchkit.cost.budget import Budget
 from airflow_provider_batchkit.exceptions import BatchInputError
 from airflow_provider_batchkit.hooks.ledger import results_of
 from airflow_provider_batchkit.hooks.settings import DEFAULT_CONN_ID, configured_failures, settle_times
+from airflow_provider_batchkit.hooks.sql import open_connection
 from airflow_provider_batchkit.jobs.rounds import Round
 from airflow_provider_batchkit.jobs.waiting import Done, WaitFor
 from airflow_provider_batchkit.links import ConsoleLink
 from airflow_provider_batchkit.model import MAX_BYTES_PER_BATCH, MAX_REQUESTS_PER_BATCH, parse_usd
-from airflow_provider_batchkit.operators.items import items_of
 from airflow_provider_batchkit.operators.kill import OwnsBatches
 from airflow_provider_batchkit.operators.output import OutputOperator
 from airflow_provider_batchkit.operators.resumable import Leg
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from airflow_provider_batchkit.jobs.submit import Attempt, SubmitReport
     from airflow_provider_batchkit.ledger import Ledger
     from airflow_provider_batchkit.request.build import RequestBuilder
+    from airflow_provider_batchkit.source.rows import Items
 
 
 class SubmitBatchOperator(OwnsBatches, OutputOperator):
@@ -300,13 +302,32 @@ class SubmitBatchOperator(OwnsBatches, OutputOperator):
         return Asking(
             options,
             key,
-            lambda: items_of(self),
+            self._source,
             lambda round_: self._builder(leg.context, job_id, key, round_),
             only_failed_of=as_batch_ids(self.only_failed_of) if self._asks_again else None,
             rounds=self.rounds or (Round(),),
             which=Wanted(None, reasons, failures),
             retry_gone=self.retry_gone,
         )
+
+    def _source(self) -> Iterable[Any] | Items:
+        """The items of the source. Nothing is read before the first item is taken."""
+        if self.input_path is not None:
+            from airflow_provider_batchkit.hooks.storage import input_files
+            from airflow_provider_batchkit.source.files import FileRows, InputOptions
+
+            return FileRows(input_files(self.input_path, self.input_conn_id), InputOptions.parse(self.input_options))
+        if self.sql is None:
+            from airflow_provider_batchkit.request.build import items_of
+
+            # rendering has already replaced a literal wrapper or a task's output by its value
+            return items_of(self.requests)
+        from airflow_provider_batchkit.source.rows import RowItems
+        from airflow_provider_batchkit.source.sql import read_sql
+
+        conn_id = self.source_conn_id or self.sql_conn_id
+        assert conn_id is not None, "sql without a connection is refused when the DAG is parsed"
+        return RowItems(read_sql(partial(open_connection, conn_id), self.sql, self.parameters))
 
     def _builder(self, context: Context, job_id: str, key: list[str], round_: Round) -> RequestBuilder:
         from airflow_provider_batchkit.request.build import RequestBuilder, RequestDefaults

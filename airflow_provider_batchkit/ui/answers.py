@@ -142,7 +142,7 @@ def progress_json(one: BatchSnapshot) -> dict[str, Any]:
     return {
         "status": one.processing_status,
         "total": counts.total,
-        "done": counts.total - counts.processing,
+        "done": counts.done,
         "errored": counts.errored,
         "expired": counts.expired,
         "canceled": counts.canceled,

@@ -14,7 +14,7 @@ from airflow.providers.common.compat.sdk import AirflowException
 
 from airflow_provider_batchkit.api.calls import BatchApi
 from airflow_provider_batchkit.api.cancel import Cancellation
-from airflow_provider_batchkit.api.progress import listed
+from airflow_provider_batchkit.api.looking import listed
 from airflow_provider_batchkit.exceptions import BatchKitError
 from airflow_provider_batchkit.hooks.batchkit import BatchKitHook
 from airflow_provider_batchkit.model import BatchSnapshot

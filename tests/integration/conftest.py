@@ -1,4 +1,4 @@
-"""What DAG runs of the integration tests need: a simulator, and Airflow connections to it and to the test's database.
+"""What the integration tests share: simulators, databases of results, and Airflow connections to them.
 
 A module that wants another simulator or another default model overrides ``simulator_settings`` or ``connection_model``.
 """
@@ -10,10 +10,13 @@ from pathlib import Path
 
 import msgspec
 import pytest
+import sqlalchemy as sa
 
-from airflow_provider_batchkit.simulator import SimulatorProcess, SimulatorSettings
+from airflow_provider_batchkit.simulator import Simulator, SimulatorProcess, SimulatorSettings
 from tests.connections import anthropic_connection
 from tests.databases import Database
+from tests.results import RESULTS, Results, results_in
+from tests.warehouse import Warehouse, kit_for
 
 
 @pytest.fixture(scope="module")
@@ -50,3 +53,23 @@ def home(airflow_db: Path, api: SimulatorProcess, database: Database, monkeypatc
     """Airflow with the connections ``anthropic_default`` to the simulator and ``warehouse`` to the test's database."""
     monkeypatch.setenv("AIRFLOW_CONN_WAREHOUSE", database.airflow_uri)
     return airflow_db
+
+
+@pytest.fixture
+def sim() -> Iterator[Simulator]:
+    """A simulator of the test's own, in this process."""
+    with Simulator() as simulator:
+        yield simulator
+
+
+@pytest.fixture(params=RESULTS)
+def results(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Results]:
+    """Each kind of database that results can land in."""
+    with results_in(request.param, tmp_path, request) as found:
+        yield found
+
+
+@pytest.fixture
+def ledger(sim: Simulator, tmp_path: Path) -> Warehouse:
+    """A SQLite ledger, and a kit on the simulator."""
+    return Warehouse(sa.create_engine(f"sqlite:///{tmp_path}/ledger.db", poolclass=sa.pool.NullPool), kit_for(sim.base_url))

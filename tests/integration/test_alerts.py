@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
@@ -23,27 +22,12 @@ from airflow_provider_batchkit.ledger.tables import alert, batch
 from tests import releases
 from tests.databases import Database, rows
 from tests.integration.airflow_runs import run_source
+from tests.integration.telling import Told
 
 MEASURE = 1_000_000
 SQL = "SELECT 1 AS id, 'one' AS note UNION ALL SELECT 2, 'two'"
 PICO = Decimal("1e-12")
-
-
-class Told(BaseNotifier):
-    """Writes what it is told to a file, a line each."""
-
-    template_fields: Sequence[str] = ("text",)
-
-    def __init__(self, path: Path, text: str = "{{ batchkit.budget }} {{ batchkit.threshold }}", seconds: float = 0) -> None:
-        super().__init__()
-        self.path = path
-        self.text = text
-        self.seconds = seconds
-
-    def notify(self, context: Any) -> None:
-        time.sleep(self.seconds)
-        with self.path.open("a") as file:
-            file.write(self.text + "\n")
+SHARE = "{{ batchkit.budget }} {{ batchkit.threshold }}"
 
 
 class Broken(BaseNotifier):
@@ -89,7 +73,9 @@ class Budgeted:
 
     def budget(self, submits: str, *notifiers: Any, alert_at: Any = (0.5, 0.8, 1), **fields: Any) -> Budget:
         """A budget with room for so many submits."""
-        return Budget("catalog", usd=self.bound * Decimal(submits), alert_at=alert_at, notifiers=notifiers or [Told(self.path)], **fields)
+        return Budget(
+            "catalog", usd=self.bound * Decimal(submits), alert_at=alert_at, notifiers=notifiers or [Told(self.path, SHARE)], **fields
+        )
 
     @property
     def told(self) -> list[str]:
@@ -173,7 +159,7 @@ def test_a_window_that_never_ends_tells_once(jobs: Budgeted) -> None:
 
 def test_two_tasks_that_reach_a_share_at_once_tell_it_once(jobs: Budgeted) -> None:
     """Each of them reaches it, and the notifier takes its time."""
-    budget, barrier = jobs.budget("3", Told(jobs.path, seconds=0.5), alert_at=[0.3]), threading.Barrier(2)
+    budget, barrier = jobs.budget("3", Told(jobs.path, SHARE, seconds=0.5), alert_at=[0.3]), threading.Barrier(2)
 
     def submit(run_id: str) -> None:
         barrier.wait(30)
@@ -200,11 +186,11 @@ def test_of_many_claims_at_once_one_is_given(jobs: Budgeted) -> None:
 
 def test_a_notifier_that_raises_fails_no_task_and_the_next_submit_tells(jobs: Budgeted, caplog: pytest.LogCaptureFixture) -> None:
     """The notifier beside it is told once all the same."""
-    beside = Told(jobs.path.with_name("beside"))
+    beside = Told(jobs.path.with_name("beside"), SHARE)
     assert len(jobs.submit("1", jobs.budget("4", beside, Broken(RuntimeError("no network")), alert_at=[0.2]))) == 1
     assert "Broken raised, and the task goes on" in caplog.text and "no network" in caplog.text
     for run in ("2", "3"):
-        jobs.submit(run, jobs.budget("4", beside, Told(jobs.path), alert_at=[0.2]))
+        jobs.submit(run, jobs.budget("4", beside, Told(jobs.path, SHARE), alert_at=[0.2]))
     assert (jobs.told, len(beside.path.read_text().splitlines())) == (["catalog 0.2"], 1)
 
 

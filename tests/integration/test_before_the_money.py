@@ -15,30 +15,11 @@ import sqlalchemy as sa
 from airflow_provider_batchkit.exceptions import BatchKitError, TableError, WarehouseBusyError
 from airflow_provider_batchkit.landing import WriteDisposition
 from airflow_provider_batchkit.landing.warehouse import warehouse_of
-from airflow_provider_batchkit.simulator import Simulator, SimulatorSettings
+from airflow_provider_batchkit.simulator import Simulator
 from airflow_provider_batchkit.source.rows import RowItems, Rows
 from tests.databases import Database
-from tests.results import RESULTS, Results, results_in
-from tests.warehouse import Warehouse, kit_for
-
-
-@pytest.fixture(params=RESULTS)
-def results(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Results]:
-    with results_in(request.param, tmp_path, request) as found:
-        yield found
-
-
-@pytest.fixture
-def sim() -> Iterator[Simulator]:
-    with Simulator(SimulatorSettings()) as simulator:
-        yield simulator
-
-
-@pytest.fixture
-def ledger(sim: Simulator, tmp_path: Path) -> Warehouse:
-    """A SQLite ledger, and a kit on the simulator."""
-    return Warehouse(sa.create_engine(f"sqlite:///{tmp_path}/ledger.db", poolclass=sa.pool.NullPool), kit_for(sim.base_url))
-
+from tests.results import Results, results_in
+from tests.warehouse import Warehouse
 
 REST = "response VARCHAR(999), status VARCHAR(20), custom_id VARCHAR(64), batch_id VARCHAR(100)"
 

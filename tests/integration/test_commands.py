@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
@@ -23,19 +22,13 @@ from airflow_provider_batchkit.ledger import overview, spending
 from airflow_provider_batchkit.ledger.ddl import statements
 from airflow_provider_batchkit.ledger.tables import batch as batch_table
 from airflow_provider_batchkit.ledger.tables import job as job_table
-from airflow_provider_batchkit.simulator import Simulator, SimulatorSettings
+from airflow_provider_batchkit.simulator import Simulator
 from tests import releases
 from tests.connections import anthropic_connection
 from tests.databases import Database
 from tests.warehouse import Warehouse, kit_for
 
 Out = pytest.CaptureFixture[str]
-
-
-@pytest.fixture
-def sim() -> Iterator[Simulator]:
-    with Simulator(SimulatorSettings()) as simulator:
-        yield simulator
 
 
 @pytest.fixture

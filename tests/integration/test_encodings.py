@@ -11,19 +11,13 @@ import sqlalchemy as sa
 
 from airflow_provider_batchkit.exceptions import BatchInputError
 from airflow_provider_batchkit.ledger.bulk import bulk_loader
-from airflow_provider_batchkit.simulator import Simulator, SimulatorSettings
+from airflow_provider_batchkit.simulator import Simulator
 from airflow_provider_batchkit.source.rows import RowItems
 from airflow_provider_batchkit.source.sql import read_sql
 from tests.databases import Database, opener, postgres_database
 from tests.warehouse import Warehouse, kit_for
 
 DRIVERS = ["psycopg", "psycopg2"]
-
-
-@pytest.fixture
-def sim() -> Iterator[Simulator]:
-    with Simulator(SimulatorSettings()) as simulator:
-        yield simulator
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from decimal import Decimal
 from typing import Any
 
@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from airflow_provider_batchkit.exceptions import TableError
 from airflow_provider_batchkit.landing import ResultTable
 from airflow_provider_batchkit.schema import OutputSchema
-from airflow_provider_batchkit.simulator import Simulator, SimulatorSettings
+from airflow_provider_batchkit.simulator import Simulator
 from tests.databases import Database
 from tests.warehouse import Warehouse, kit_for
 
@@ -64,12 +64,6 @@ RESULTS = (
     "response TEXT, status TEXT, stop_reason TEXT, error_type TEXT, error_message TEXT, model TEXT, input_tokens BIGINT, "
     "output_tokens BIGINT, cost_usd NUMERIC, custom_id TEXT, batch_id TEXT, landed_at {}"
 )
-
-
-@pytest.fixture
-def sim() -> Iterator[Simulator]:
-    with Simulator(SimulatorSettings()) as simulator:
-        yield simulator
 
 
 @pytest.fixture

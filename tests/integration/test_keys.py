@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from contextlib import closing
 from typing import Any
 
@@ -11,7 +10,7 @@ import pytest
 import sqlalchemy as sa
 
 from airflow_provider_batchkit.exceptions import BatchInputError, RequestError, TableError
-from airflow_provider_batchkit.simulator import Simulator, SimulatorSettings
+from airflow_provider_batchkit.simulator import Simulator
 from airflow_provider_batchkit.source.rows import RowItems
 from airflow_provider_batchkit.source.sql import read_sql
 from tests.databases import Database, opener
@@ -54,12 +53,6 @@ SQLITE: dict[str, list[str]] = {
     "DATE": ["'2026-01-02'", "'-0044-03-15'"],
     "": ["'a'", "'7'"],
 }
-
-
-@pytest.fixture
-def sim() -> Iterator[Simulator]:
-    with Simulator(SimulatorSettings()) as simulator:
-        yield simulator
 
 
 def fill(engine: sa.Engine, type_: str, keys: list[str]) -> None:

@@ -31,12 +31,6 @@ SETTLE = 0.8
 
 
 @pytest.fixture
-def sim() -> Iterator[Simulator]:
-    with Simulator(SimulatorSettings()) as simulator:
-        yield simulator
-
-
-@pytest.fixture
 def warehouse(database: Database, sim: Simulator) -> Warehouse:
     return Warehouse(database.engine(), kit_for(sim.base_url))
 

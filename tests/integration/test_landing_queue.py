@@ -6,7 +6,7 @@ import multiprocessing
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,18 +17,12 @@ from airflow_provider_batchkit.landing import ResultTable
 from airflow_provider_batchkit.landing.write import queue_for_table
 from airflow_provider_batchkit.ledger import engine as ledger_engine
 from airflow_provider_batchkit.ledger.engine import prepare_engine, write_transaction
-from airflow_provider_batchkit.simulator import Simulator, SimulatorSettings
+from airflow_provider_batchkit.simulator import Simulator
 from tests.databases import Database, sqlite_database
 from tests.warehouse import Warehouse, kit_for
 
 FETCHES = 5
 PROCESSES = 3
-
-
-@pytest.fixture
-def sim() -> Iterator[Simulator]:
-    with Simulator(SimulatorSettings()) as simulator:
-        yield simulator
 
 
 @pytest.fixture(params=["delete", "wal"])

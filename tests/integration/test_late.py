@@ -6,7 +6,7 @@ import asyncio
 import json
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from airflow_provider_batchkit.simulator import SimulatorProcess
 from airflow_provider_batchkit.triggers.batch import BatchTrigger
 from tests.databases import Database
 from tests.integration.airflow_runs import run_source
+from tests.integration.telling import Told
 from tests.integration.test_fetch_operator import Task
 
 SOON = timedelta(seconds=0.3)
@@ -36,21 +37,6 @@ ASKED: dict[str, Any] = {
     "max_requests_per_batch": 1,
     "sql_conn_id": "warehouse",
 }
-
-
-class Told(BaseNotifier):
-    """Writes what it is told to a file, a line each."""
-
-    template_fields: Sequence[str] = ("text",)
-
-    def __init__(self, path: Path, text: str = "{{ batchkit.message }}") -> None:
-        super().__init__()
-        self.path = path
-        self.text = text
-
-    def notify(self, context: Any) -> None:
-        with self.path.open("a") as file:
-            file.write(self.text + "\n")
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,6 @@ import decimal
 import json
 import time
 import weakref
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from decimal import Decimal
@@ -23,12 +22,6 @@ from airflow_provider_batchkit.landing.stage import AskedKeys
 from airflow_provider_batchkit.simulator import Simulator, SimulatorSettings, answer_for
 from tests.databases import Database
 from tests.warehouse import LANDING_PATHS, Warehouse, kit_for
-
-
-@pytest.fixture
-def sim() -> Iterator[Simulator]:
-    with Simulator(SimulatorSettings()) as simulator:
-        yield simulator
 
 
 @pytest.fixture(params=LANDING_PATHS)

@@ -32,12 +32,6 @@ SETTLE = 0.8
 
 
 @pytest.fixture
-def sim() -> Iterator[Simulator]:
-    with Simulator(SimulatorSettings()) as simulator:
-        yield simulator
-
-
-@pytest.fixture
 def warehouse(database: Database, sim: Simulator) -> Warehouse:
     """A warehouse whose connection has submitted one batch of one request before: the witness that void needs."""
     warehouse = Warehouse(database.engine(), kit_for(sim.base_url, timeout=5))

@@ -12,7 +12,7 @@ import pytest
 import sqlalchemy as sa
 
 from airflow_provider_batchkit.exceptions import TableError
-from airflow_provider_batchkit.simulator import Simulator, SimulatorSettings
+from airflow_provider_batchkit.simulator import Simulator
 from tests.databases import Database
 from tests.warehouse import LANDING_PATHS, Warehouse, kit_for
 
@@ -27,12 +27,6 @@ FIRST_RELEASE = (
 NEW_COLUMNS = {"content", "stop_details", "message_id", "request_id"}
 
 Change = Callable[[dict[str, Any]], None]
-
-
-@pytest.fixture
-def sim() -> Iterator[Simulator]:
-    with Simulator(SimulatorSettings()) as simulator:
-        yield simulator
 
 
 @pytest.fixture

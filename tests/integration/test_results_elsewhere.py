@@ -5,35 +5,13 @@ from __future__ import annotations
 import datetime as dt
 from collections.abc import Iterator
 from decimal import Decimal
-from pathlib import Path
 from typing import Any
 
 import pytest
-import sqlalchemy as sa
 
 from airflow_provider_batchkit.exceptions import TableError
-from airflow_provider_batchkit.simulator import Simulator, SimulatorSettings
-from tests.results import RESULTS, Results, results_in
-from tests.warehouse import Warehouse, kit_for
-
-
-@pytest.fixture(params=RESULTS)
-def results(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Results]:
-    with results_in(request.param, tmp_path, request) as found:
-        yield found
-
-
-@pytest.fixture
-def sim() -> Iterator[Simulator]:
-    with Simulator(SimulatorSettings()) as simulator:
-        yield simulator
-
-
-@pytest.fixture
-def ledger(sim: Simulator, tmp_path: Path) -> Warehouse:
-    """A SQLite ledger, and a kit on the simulator."""
-    return Warehouse(sa.create_engine(f"sqlite:///{tmp_path}/ledger.db", poolclass=sa.pool.NullPool), kit_for(sim.base_url))
-
+from tests.results import Results
+from tests.warehouse import Warehouse
 
 THREE = [{"id": i, "name": f"thing {i}"} for i in range(3)]
 

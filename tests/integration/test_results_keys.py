@@ -16,7 +16,7 @@ from airflow_provider_batchkit.simulator import Simulator, SimulatorSettings
 from airflow_provider_batchkit.source.rows import RowItems
 from airflow_provider_batchkit.source.sql import read_sql
 from tests.integration.test_keys import POSTGRES, SQLITE
-from tests.results import RESULTS, Results, results_in
+from tests.results import Results
 from tests.warehouse import Warehouse, kit_for
 
 #: database → type of the source's column → SQL literals of keys
@@ -82,12 +82,6 @@ TYPES = {
     "postgres": ("CREATE DOMAIN a_word AS CHAR(4)", "CREATE TYPE mood AS ENUM ('glad', 'so so')"),
     "duckdb": ("CREATE TYPE mood AS ENUM ('glad', 'so so')",),
 }
-
-
-@pytest.fixture(params=RESULTS)
-def results(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Results]:
-    with results_in(request.param, tmp_path, request) as found:
-        yield found
 
 
 @pytest.fixture

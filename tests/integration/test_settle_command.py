@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +12,12 @@ import pytest
 from airflow_provider_batchkit.commands.registry import main
 from airflow_provider_batchkit.exceptions import BatchGoneError, SubmitUncertainError, WrongBatchError
 from airflow_provider_batchkit.ledger import BatchState
-from airflow_provider_batchkit.simulator import Simulator, SimulatorSettings, answer_for
+from airflow_provider_batchkit.simulator import Simulator, answer_for
 from tests.connections import anthropic_connection
 from tests.databases import Database
 from tests.warehouse import Warehouse, kit_for
 
 SETTLE = 0.8
-
-
-@pytest.fixture
-def sim() -> Iterator[Simulator]:
-    with Simulator(SimulatorSettings()) as simulator:
-        yield simulator
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime as dt
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,17 +12,11 @@ import pytest
 import sqlalchemy as sa
 
 from airflow_provider_batchkit.exceptions import BatchInputError, RequestError, TableError
-from airflow_provider_batchkit.simulator import Simulator, SimulatorSettings, answer_for
+from airflow_provider_batchkit.simulator import Simulator, answer_for
 from tests.connections import anthropic_connection
 from tests.databases import Database
 from tests.integration.airflow_runs import run_dag
 from tests.warehouse import LANDING_PATHS, Warehouse, kit_for
-
-
-@pytest.fixture
-def sim() -> Iterator[Simulator]:
-    with Simulator(SimulatorSettings()) as simulator:
-        yield simulator
 
 
 def warehouse_on(request: pytest.FixtureRequest, sim: Simulator, path: str) -> Warehouse:
