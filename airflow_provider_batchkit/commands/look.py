@@ -10,7 +10,7 @@ from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 from airflow_provider_batchkit.commands.ledgers import open_ledger, reason_of
-from airflow_provider_batchkit.commands.output import plain_values, show, show_document, text_of
+from airflow_provider_batchkit.commands.output import show, show_document, text_of
 from airflow_provider_batchkit.exceptions import BatchInputError
 
 if TYPE_CHECKING:
@@ -197,7 +197,7 @@ def spend(given: argparse.Namespace) -> int:
         for one, alerts in budgets
     ]
     if given.output in ("json", "yaml"):
-        show_document({"spend": [plain_values(row) for row in rows], "budgets": [plain_values(row) for row in caps]}, given.output)
+        show_document({"spend": rows, "budgets": caps}, given.output)
         return 0
     if len(rows) > 1:
         rows.append({given.by: "all", **{name: _total(rows, name) for name in list(rows[0])[1:]}})

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from datetime import date, datetime, timedelta
+from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import Any
 
-from airflow_provider_batchkit.model import format_usd_exact, usd_text
+from airflow_provider_batchkit.model import usd_text
 from airflow_provider_batchkit.progress import span_text
+from airflow_provider_batchkit.ui.answers import plain
 
 Row = Mapping[str, Any]
 
@@ -21,7 +22,7 @@ def show(rows: Sequence[Row], output: str, *, empty: str) -> None:
     :param empty: the text for a person when there is no row
     """
     if output in ("json", "yaml"):
-        show_document([plain_values(row) for row in rows], output)
+        show_document(rows, output)
     elif not rows:
         print(empty)
     else:
@@ -45,34 +46,14 @@ def _width(rows: Sequence[Mapping[str, str]]) -> int:
 
 
 def show_document(document: Any, output: str) -> None:
-    """Print plain values as JSON or YAML."""
+    """Print values as JSON or YAML: money as exact text, times as ISO 8601, spans in seconds."""
+    document = plain(document)
     if output == "json":
         print(json.dumps(document, indent=2, ensure_ascii=False))
     else:
         from airflow.utils import yaml
 
         print(yaml.dump(document, sort_keys=False, allow_unicode=True), end="")
-
-
-def plain_values(row: Row) -> dict[str, Any]:
-    """The row's values in types of JSON: money as exact text, times as ISO 8601, spans in seconds."""
-    return {name: _plain(value) for name, value in row.items()}
-
-
-def _plain(value: Any) -> Any:
-    match value:
-        case Decimal():
-            return format_usd_exact(value)
-        case datetime() | date():
-            return value.isoformat()
-        case timedelta():
-            return round(value.total_seconds(), 3)
-        case tuple() | list():
-            return [_plain(item) for item in value]
-        case Mapping():
-            return plain_values(value)
-        case _:
-            return value
 
 
 def text_of(value: Any) -> str:

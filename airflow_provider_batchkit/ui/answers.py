@@ -21,12 +21,14 @@ LIFE = timedelta(hours=24)
 
 
 def plain(value: Any) -> Any:
-    """A value in the types of JSON."""
+    """A value in the types of JSON, for the page and for the commands."""
     match value:
         case Decimal():
             return format_usd_exact(value)
         case datetime() | date():
             return value.isoformat()
+        case timedelta():
+            return round(value.total_seconds(), 3)
         case Mapping():
             return {str(name): plain(one) for name, one in value.items()}
         case tuple() | list():

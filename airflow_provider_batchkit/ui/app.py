@@ -102,7 +102,7 @@ async def _strict(request: Request, call_next: Callable[[Request], Any]) -> Any:
 
 def _in_trouble(_: Request, error: Exception) -> Response:
     assert isinstance(error, TroubleError)
-    return JSONResponse({"detail": answers.plain(_trouble(error.trouble))}, status_code=503)
+    return JSONResponse({"detail": _trouble(error.trouble)}, status_code=503)
 
 
 def _not_understood(_: Request, error: Exception) -> Response:
