@@ -170,7 +170,11 @@ def submit_job(
         return SubmitReport(waits_for=wait, batch_ids=attempt.batch_ids())
     with scratch_folder() as folder:
         started = time.monotonic()
-        writer, report = _write_new(attempt, requests, options, folder, only)
+        try:
+            writer, report = _write_new(attempt, requests, options, folder, only)
+        except RequestError as e:
+            e.submitted = attempt.batch_ids()
+            raise
         shards = writer.close()
         rendering_s = time.monotonic() - started
         before_send()

@@ -39,17 +39,19 @@ class History(Part):
 
         :raises BatchInputError: when they have sent batches for something else
         """
-        of_job = sa.select(job.c.asked).join(batch, batch.c.job_id == job.c.job_id)
+        of_job = sa.select(job.c.asked, batch.c.batch_id).join(batch, batch.c.job_id == job.c.job_id)
         held = of_job.where(job.c.job_id == record.job_id, batch.c.state.in_([state.value for state in HELD]))
         with self.engine.connect() as connection:
-            before = connection.execute(held).scalars().first()
-        if before not in (None, asked):
-            raise BatchInputError(
+            before = connection.execute(held.order_by(batch.c.shard)).all()
+        if before and before[0].asked not in (None, asked):
+            error = BatchInputError(
                 f"The mapped instance {record.map_index} of {record.dag_id}.{record.task_id} asked something else in an earlier attempt of "
                 "this DAG run, or for another place: another source, prompt or table, or the list that it is mapped over has another order "
                 "now. What it has asked would land beside the wrong rows, or be paid for again. Nothing was sent or written. Give the list "
                 "its order back and clear the task, or start a new DAG run."
             )
+            error.submitted = [row.batch_id for row in before if row.batch_id is not None]
+            raise error
 
     def answered(self, record: JobRecord, table: str | None) -> Iterator[tuple[str, str]]:
         """(key, digest) of every request that succeeded in an earlier run of the task and landed in its table, the latest landing first.

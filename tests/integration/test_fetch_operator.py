@@ -340,7 +340,9 @@ def test_a_mapped_instance_whose_list_has_another_order_is_refused(home: Path, d
     ids = [instance(submit(prompt=f"{word} {{{{ row.note }}}}", table=word), i).run() for i, word in enumerate(words)]
     posts = api.stats()["posts"]
     for i, word in enumerate(reversed(words)):
-        with pytest.raises(AirflowFailException, match=rf"The mapped instance {i} of d\.submit asked something else"):
+        with pytest.raises(
+            AirflowFailException, match=rf"(?s)The mapped instance {i} of d\.submit asked something else.*run and are billed: {ids[i][0]}"
+        ):
             instance(submit(prompt=f"{word} {{{{ row.note }}}}", table=word), i).run()
     # with the list as it was, all goes on
     for i, word in enumerate(words):

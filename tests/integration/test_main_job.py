@@ -307,8 +307,11 @@ def test_rows_that_changed_between_attempts_are_named_in_the_log(warehouse: Ware
 def test_prompts_without_a_key_in_another_order_are_refused(warehouse: Warehouse, sim: Simulator) -> None:
     """A position is all that they are known by: each would get another one's answer."""
     first = warehouse.submit_requests(["Name a river.", "Name a lake."], by_position=True)
-    with pytest.raises(RequestError, match="request 0 has no key, and in an earlier attempt of this task it had another position"):
+    with pytest.raises(
+        RequestError, match="request 0 has no key, and in an earlier attempt of this task it had another position"
+    ) as caught:
         warehouse.submit_requests(["Name a lake.", "Name a river."], by_position=True)
+    assert caught.value.submitted == first.batch_ids
     with pytest.raises(RequestError, match="request 1 has no key"):
         warehouse.submit_requests(["Name a sea.", "Name a river.", "Name a lake."], by_position=True)
     # one whose text has changed at its place is named in the log
