@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from airflow_provider_batchkit.exceptions import BatchKitError, TableError, WarehouseBusyError
 
 
@@ -25,4 +27,13 @@ def refusal(error: BaseException, table: str, batch_id: str) -> BatchKitError | 
     return WarehouseBusyError(
         f"{beginning}Nothing is lost: results stay with the API for 29 days, and a retry lands them, and asks and pays nothing again. "
         "Where a constraint or a trigger of the table is in the way, alter it and try again."
+    )
+
+
+def not_kept(key: Any, table: str, batch_id: str) -> TableError:
+    """The error for a row that the database took without an error, and that is not in the table under its key."""
+    return TableError(
+        f"{table} would store the key {key!s} of {batch_id} as another value, or not at all: a column of its key is narrower than the "
+        "source's, or a trigger or a rule keeps the row out. Nothing was written and nothing is lost: results stay with the API for 29 "
+        "days. Alter the table and clear the task: it lands them then, and asks and pays nothing again."
     )

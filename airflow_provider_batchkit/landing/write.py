@@ -9,10 +9,12 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
+from airflow_provider_batchkit.landing.refusal import not_kept
 from airflow_provider_batchkit.landing.stage import StageTables
 from airflow_provider_batchkit.landing.standing import forget_failures, remove_rows
 from airflow_provider_batchkit.landing.table import ResultTable, WriteDisposition
 from airflow_provider_batchkit.ledger import outcomes
+from airflow_provider_batchkit.ledger.names import spelled
 from airflow_provider_batchkit.ledger.records import BatchRecord
 from airflow_provider_batchkit.ledger.tables import failed, succeeded
 from airflow_provider_batchkit.model import ANSWERED, RequestStatus
@@ -44,6 +46,17 @@ def queue_for_table(connection: Connection, table: ResultTable) -> None:
     if connection.dialect.name == "postgresql":
         name = f"batchkit {table.identity(connection)}"
         connection.execute(sa.select(sa.func.pg_advisory_xact_lock(sa.func.hashtextextended(name, 0))))
+
+
+def has_triggers(connection: Connection, table: ResultTable) -> bool:
+    """Whether the table has triggers or rules: they can keep a row out without an error."""
+    name, schema = table.table.name, table.table.schema
+    if connection.dialect.name == "postgresql":
+        found = sa.text("SELECT relhastriggers OR relhasrules FROM pg_class WHERE oid = to_regclass(:name)")
+        return bool(connection.execute(found, {"name": spelled(schema, name)}).scalar())
+    catalog = sa.table("sqlite_master", sa.column("type"), sa.column("tbl_name"), schema=schema)
+    triggers = sa.exists().where(catalog.c.type == "trigger", sa.func.lower(catalog.c.tbl_name) == name.lower())
+    return bool(connection.execute(sa.select(triggers)).scalar())
 
 
 def settle_outcomes(connection: Connection, stage: StageTables, record: BatchRecord, left_out: AbstractSet[str]) -> None:
@@ -94,7 +107,7 @@ class TableWriter:
         """Write one batch's staged rows by the disposition.
 
         :param older: ids of the batches whose answers it may overwrite; None for all. Given where the batch has landed before
-        :raises TableError: the table would store a key as another one
+        :raises TableError: the table would store a key as another one, or a trigger or a rule of it keeps a row out
         """
         self._table.check_keys(self._connection, rows, batch_id)
         target, names, keys = self._table.table, self._table.column_names, self._table.key_names
@@ -129,3 +142,10 @@ class TableWriter:
             if record is not None:
                 remove_rows(self._connection, target, record, sa.exists().where(same_key, wanted))
         self._connection.execute(sa.insert(target).from_select(list(names), select))
+        if has_triggers(self._connection, self._table):
+            # SQLite makes itself an index for a join, and none for EXISTS
+            there = rows.outerjoin(target, sa.and_(same_key, target.c.batch_id == batch_id))
+            lacking = sa.select(rows.c[keys[0]]).select_from(there).where(wanted, target.c[keys[0]].is_(None))
+            lost = self._connection.execute(lacking.limit(1)).first()
+            if lost is not None:
+                raise not_kept(lost[0], self._table.name, batch_id)

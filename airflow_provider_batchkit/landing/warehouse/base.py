@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from airflow_provider_batchkit.exceptions import BatchKitError, TableError, WarehouseBusyError
-from airflow_provider_batchkit.landing.refusal import refusal
+from airflow_provider_batchkit.landing.refusal import not_kept, refusal
 from airflow_provider_batchkit.landing.table import ResultTable, WriteDisposition
 from airflow_provider_batchkit.model import ANSWERED, RequestStatus
 
@@ -359,11 +359,7 @@ class Warehouse(ABC):
         there = f"LEFT JOIN {self.spelled(table)} t ON {self._same(table, 't', 's')}"
         lost = self.rows(connection, f"SELECT s.{first} FROM {stage} s {there} WHERE t.{first} IS NULL LIMIT 1")
         if lost:
-            raise TableError(
-                f"The table {table.name} would store the key {lost[0][0]!s} of {how.batch_id} as another value, or not at all: a column of "
-                "its key is narrower than the source's, or a trigger keeps the row out. Alter it, or name another table. Nothing was "
-                "written to it; results stay with the API for 29 days."
-            )
+            raise not_kept(lost[0][0], table.name, how.batch_id)
 
 
 class _Fenced(Exception):
