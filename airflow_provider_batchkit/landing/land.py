@@ -97,7 +97,7 @@ class _Beside(Target):
     """A table in the ledger's database."""
 
     def is_empty(self, books: Connection) -> bool:
-        return books.execute(sa.select(sa.literal(1)).select_from(self.table.table).limit(1)).first() is None
+        return self.table.is_empty(books)
 
     def land(self, plan: Plan, batches: Sequence[Batch], late: Seen | None, report: LandingReport) -> Plan:
         """Land batches in one transaction."""
@@ -174,7 +174,7 @@ def note_landed(ledger: Ledger, connection: Connection, read: ReadBatch[Any], pl
         columns = {column: values[column] for column in ("ended_at", "landed_at", "counts")}
         columns |= {"source_rows": read.landed.counts.total()} | ({} if spelled is None else {"landed_table": spelled})
         ledger.landed(connection, read.record, read.landed.tally, columns)
-        settle_outcomes(connection, read.stage.tables, read.record, read.left_out)
+        settle_outcomes(connection, read.stage.tables, read.record, read.left_out, any_failed=read.stage.any_failed)
 
 
 def look_again(connection: Connection, filled: Sequence[ReadBatch[Any]], plan: Plan, is_empty: Callable[[], bool]) -> None:

@@ -153,6 +153,8 @@ class Stage:
         self._result_table = table
         self._keys = keys
         self._ranks = ranks
+        #: whether the ledger keeps any of the staged rows in a row of its own, because it has no whole answer
+        self.any_failed = False
         #: keys of the rows that were left out
         self.left_out: set[str] = set()
         self._no_values: Values = (None,) * len(table.answer_columns)
@@ -218,6 +220,7 @@ class Stage:
             failed = [False] * len(results)
         else:
             failed = [s != _SUCCEEDED or kind is not None for s, kind in zip(results.statuses, results.error_types, strict=True)]
+            self.any_failed = self.any_failed or any(failed)
         if keys is not None:
             self._pack(failed, keys, digests_of(results.custom_ids), batch_costs, standard_costs, asked=asked)
         self._loader.write(

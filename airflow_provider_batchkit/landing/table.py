@@ -303,6 +303,10 @@ class ResultTable:
                     problem = f"cannot hold the key {key!s}: {e.orig}"
                 raise self._narrow(name, found, dialect, problem, "was sent or written")
 
+    def is_empty(self, connection: Connection) -> bool:
+        """Whether the table has no row."""
+        return connection.execute(sa.select(sa.literal(1)).select_from(self.table).limit(1)).first() is None
+
     def identity(self, connection: Connection) -> str:
         """The one name of the table in its database, however it is spelled: ``schema.table``, and on SQLite ``table``."""
         return table_identity(connection, self.name)

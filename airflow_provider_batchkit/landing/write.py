@@ -59,16 +59,21 @@ def has_triggers(connection: Connection, table: ResultTable) -> bool:
     return bool(connection.execute(sa.select(triggers)).scalar())
 
 
-def settle_outcomes(connection: Connection, stage: StageTables, record: BatchRecord, left_out: AbstractSet[str]) -> None:
+def settle_outcomes(
+    connection: Connection, stage: StageTables, record: BatchRecord, left_out: AbstractSet[str], *, any_failed: bool
+) -> None:
     """Write each source row's outcome and cost to the ledger, again if the batch has landed before.
 
     :param left_out: keys that are not staged, because their outcome in another round stands
+    :param any_failed: whether a staged row has no whole answer
     """
     outcomes.forget(connection, record.job_id, record.shard)
     forget_failures(connection, record, left_out)
     batch: dict[str, Any] = {"job_id": sa.literal(record.job_id), "shard": sa.literal(record.shard)}
     packed: dict[str, Any] = {column.name: column for column in stage.succeeded.columns}
     connection.execute(sa.insert(succeeded).from_select([*batch, *packed], sa.select(*batch.values(), *packed.values())))
+    if not any_failed:
+        return
     rows = stage.rows.c
     noted: dict[str, Any] = {
         "key": rows.batchkit_key,
@@ -128,7 +133,7 @@ class TableWriter:
             over = sa.true() if older is None or self._disposition is WriteDisposition.REPLACE else target.c.batch_id.in_(older)
             better = sa.or_(sa.and_(rows.c.status == _SUCCEEDED, over), better)
             changed = {name: staged[name] for name in names if name not in keys}
-            if self._connection.execute(sa.select(sa.exists().where(same_key))).scalar():
+            if not self._table.is_empty(self._connection) and self._connection.execute(sa.select(sa.exists().where(same_key))).scalar():
                 self._connection.execute(sa.update(target).values(changed).where(same_key, wanted, better))
                 self._connection.execute(sa.delete(rows).where(sa.exists().where(same_key)))
         else:

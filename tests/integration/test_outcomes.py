@@ -64,8 +64,8 @@ def test_rounds_that_land_at_once_leave_one_outcome_of_a_row(warehouse: Warehous
     second = [batch for batch in warehouse.submit(rows, round_number=2, only=["[2]"]).batch_ids if batch not in first]
     at_work = threading.Event()
 
-    def slow(connection: sa.Connection, stage: StageTables, record: BatchRecord, left_out: set[str]) -> None:
-        settle_outcomes(connection, stage, record, left_out)
+    def slow(connection: sa.Connection, stage: StageTables, record: BatchRecord, left_out: set[str], *, any_failed: bool) -> None:
+        settle_outcomes(connection, stage, record, left_out, any_failed=any_failed)
         if record.round == 1:
             at_work.set()
             time.sleep(1)
