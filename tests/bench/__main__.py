@@ -28,7 +28,9 @@ from tests.databases import Database, postgres_database, running_postgres, sqlit
 OURS, *PEERS = polling.SIDES
 #: above this the peers are not run: each sends one batch, and the API takes no more requests in one
 PEER_ROWS = 100_000
-WORK = ("cut", "submit", "fetch", "typed", "wait")
+#: what else is measured of a fetch, beside the plain one of the same rows
+VARIANTS = ("typed", "duckdb")
+WORK = ("cut", "submit", "fetch", *VARIANTS, "wait")
 
 
 def measure(side: str, step: str, simulator: str, database: Database, folder: Path, rows: int, submitted: Any = None) -> dict[str, Any]:
@@ -108,7 +110,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3, help="runs per side, of which the median counts")
     parser.add_argument("--what", nargs="+", default=WORK, choices=WORK)
     parser.add_argument(
-        "--database", nargs="+", default=["sqlite", "postgres"], choices=("sqlite", "postgres"), help="of submit, fetch and typed"
+        "--database", nargs="+", default=["sqlite", "postgres"], choices=("sqlite", "postgres"), help="of submit, fetch, typed and duckdb"
     )
     args = parser.parse_args()
     saved = []
@@ -124,14 +126,14 @@ def main() -> int:
         show(save([cuts(times) for times in (1, 2, 5)]))
     steps = [step for step in ("submit", "fetch") if step in args.what]
     with contextlib.ExitStack() as stack:
-        server = stack.enter_context(running_postgres()) if "postgres" in args.database and {*steps, "typed"} & {*args.what} else None
+        server = stack.enter_context(running_postgres()) if "postgres" in args.database and {*steps, *VARIANTS} & {*args.what} else None
         places = [{"sqlite": None, "postgres": server}[database] for database in args.database]
         if steps:
             show(
                 [line for rows in args.rows for place in places for line in save(compare((OURS, *PEERS), steps, rows, args.rounds, place))]
             )
-        if "typed" in args.what:
-            sides = (OURS, "typed")
+        for variant in [variant for variant in VARIANTS if variant in args.what]:
+            sides = (OURS, variant)
             show([line for rows in args.rows for place in places for line in save(compare(sides, ["fetch"], rows, args.rounds, place))])
     if "wait" in args.what:
         show(save(polling.compare(args.rounds)))

@@ -23,6 +23,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import psutil
 import sqlalchemy as sa
@@ -135,6 +136,17 @@ class Typed(BatchKit):
     output_schema = SCHEMA
 
 
+class IntoDuckDB(BatchKit):
+    """batchkit with its results in a DuckDB file: the source and the ledger stay where they are."""
+
+    def fetch(self, submitted: list[str]) -> None:
+        from airflow_provider_batchkit.operators.batch import FetchBatchOperator
+
+        os.environ["AIRFLOW_CONN_LAKE"] = f"duckdb://{quote(str(self.folder / 'lake.duckdb'), safe='')}"
+        places = {"sql_conn_id": "lake", "ledger_conn_id": "warehouse"}
+        FetchBatchOperator(task_id="fetch", batch_id=submitted, table=f"answers_{self.name}", **places).execute(self.context("fetch"))
+
+
 class Official(Side):
     """submit: a list of native requests, in memory, sent. fetch: the hook's iterator into ``insert_rows``. No ledger, no costs."""
 
@@ -212,7 +224,7 @@ class CommonAI(Side):
         self.operator([]).execute_complete(self.context("ask"), submitted)
 
 
-SIDES: dict[str, type[Side]] = {"batchkit": BatchKit, "typed": Typed, "official": Official, "common.ai": CommonAI}
+SIDES: dict[str, type[Side]] = {"batchkit": BatchKit, "typed": Typed, "duckdb": IntoDuckDB, "official": Official, "common.ai": CommonAI}
 
 
 def connect(simulator: str) -> None:
