@@ -135,6 +135,7 @@ class TableWriter:
             changed = {name: staged[name] for name in names if name not in keys}
             if not self._table.is_empty(self._connection) and self._connection.execute(sa.select(sa.exists().where(same_key))).scalar():
                 self._connection.execute(sa.update(target).values(changed).where(same_key, wanted, better))
+                self._refuse_lost(rows, batch_id, rows.join(target, same_key), sa.and_(wanted, better, target.c.batch_id != batch_id))
                 self._connection.execute(sa.delete(rows).where(sa.exists().where(same_key)))
         else:
             own = target.c.batch_id == batch_id
@@ -147,10 +148,14 @@ class TableWriter:
             if record is not None:
                 remove_rows(self._connection, target, record, sa.exists().where(same_key, wanted))
         self._connection.execute(sa.insert(target).from_select(list(names), select))
+        # SQLite makes itself an index for a join, and none for EXISTS
+        there = rows.outerjoin(target, sa.and_(same_key, target.c.batch_id == batch_id))
+        self._refuse_lost(rows, batch_id, there, sa.and_(wanted, target.c[keys[0]].is_(None)))
+
+    def _refuse_lost(self, rows: sa.Table, batch_id: str, there: sa.FromClause, lost: sa.ColumnElement[bool]) -> None:
+        """:raises TableError: a trigger or a rule has kept a staged row out: one of the join ``there`` is ``lost``"""
         if has_triggers(self._connection, self._table):
-            # SQLite makes itself an index for a join, and none for EXISTS
-            there = rows.outerjoin(target, sa.and_(same_key, target.c.batch_id == batch_id))
-            lacking = sa.select(rows.c[keys[0]]).select_from(there).where(wanted, target.c[keys[0]].is_(None))
-            lost = self._connection.execute(lacking.limit(1)).first()
-            if lost is not None:
-                raise not_kept(lost[0], self._table.name, batch_id)
+            key = rows.c[self._table.key_names[0]]
+            found = self._connection.execute(sa.select(key).select_from(there).where(lost).limit(1)).first()
+            if found is not None:
+                raise not_kept(found[0], self._table.name, batch_id)

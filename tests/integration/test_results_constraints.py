@@ -186,3 +186,50 @@ def test_a_strict_column_that_takes_no_value_is_refused_before_anything_is_sent(
         place.run("DROP TABLE answers", f"CREATE TABLE answers {anew}")
         sent = place.ledger.submit(rows, table="answers", results=adapter)
         assert place.fetch(sent.batch_ids).rows == 3
+
+
+#: kind of database → a trigger that leaves an update out, and what removes it
+KEEPS_OLD: dict[str, tuple[Sequence[str], str]] = {
+    "sqlite": (["CREATE TRIGGER keep BEFORE UPDATE ON answers BEGIN SELECT RAISE(IGNORE); END"], "DROP TRIGGER keep"),
+    "postgres": (
+        [
+            "CREATE FUNCTION keep() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RETURN NULL; END $$",
+            "CREATE TRIGGER keep BEFORE UPDATE ON answers FOR EACH ROW EXECUTE FUNCTION keep()",
+        ],
+        "DROP TRIGGER keep ON answers",
+    ),
+}
+
+
+@pytest.mark.parametrize("place", ["beside-sqlite", "beside-postgres", "sqlite", "postgres-psycopg3"], indirect=True)
+def test_an_update_that_a_trigger_leaves_out_is_found(place: Place) -> None:
+    """A merge over an older answer: the new one is paid for, and the old one would stay as if it were new."""
+    make, remove = KEEPS_OLD[place.kind]
+    place.run(PLAIN)
+    first = place.ledger.submit([{"id": 1, "name": "old"}]).batch_ids
+    place.fetch(first)
+    second = place.ledger.submit([{"id": 1, "name": "new"}], run_id="later").batch_ids
+    place.run(*make)
+    with pytest.raises(TableError, match="29 days"):
+        place.fetch(second, run_id="later")
+    assert place.rows("SELECT batch_id FROM answers") == [(first[0],)]
+    place.run(remove)
+    place.fetch(second, run_id="later")
+    assert place.rows("SELECT batch_id FROM answers") == [(second[0],)]
+
+
+@pytest.mark.parametrize("place", ["beside-sqlite", "beside-postgres", "sqlite", "postgres-psycopg3"], indirect=True)
+def test_a_trigger_that_changes_a_row_keeps_nothing_out(place: Place) -> None:
+    """A column of the table's own that says when a row was written."""
+    place.run(PLAIN.removesuffix(")") + ", seen INTEGER DEFAULT 0)")
+    if place.kind == "sqlite":
+        place.run("CREATE TRIGGER see AFTER UPDATE ON answers BEGIN UPDATE answers SET seen = seen + 1 WHERE id = new.id; END")
+    else:
+        place.run(
+            "CREATE FUNCTION see() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN new.seen = old.seen + 1; RETURN new; END $$",
+            "CREATE TRIGGER see BEFORE UPDATE ON answers FOR EACH ROW EXECUTE FUNCTION see()",
+        )
+    for name in ("old", "new"):
+        ids = place.ledger.submit([{"id": 1, "name": name}, {"id": 2, "name": f"{name} [[sim:overloaded]]"}], run_id=name).batch_ids
+        place.fetch(ids, run_id=name, include_failed=True)
+    assert place.rows("SELECT id, seen, batch_id FROM answers ORDER BY id") == [(1, 1, ids[0]), (2, 1, ids[0])]

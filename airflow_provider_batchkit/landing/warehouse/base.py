@@ -358,6 +358,10 @@ class Warehouse(ABC):
         stage, first = self.beside(table, how.stage), self.quote(table.key_names[0])
         there = f"LEFT JOIN {self.spelled(table)} t ON {self._same(table, 't', 's')}"
         lost = self.rows(connection, f"SELECT s.{first} FROM {stage} s {there} WHERE t.{first} IS NULL LIMIT 1")
+        if how.disposition is WriteDisposition.MERGE and not lost:
+            # what a merge had to write over is the staged batch's by now
+            kept = f"{self._better(how)} AND t.batch_id <> s.batch_id"
+            lost = self.rows(connection, f"SELECT s.{first} FROM {stage} s {there} WHERE {kept} LIMIT 1")
         if lost:
             raise not_kept(lost[0][0], table.name, how.batch_id)
 
